@@ -1,0 +1,40 @@
+"""Implicit layers for PyTorch: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
+
+from implicitly import nn
+from implicitly.fixed_point.adjoints import (
+    ImplicitAdjoint,
+    JacobianFreeAdjoint,
+    PhantomAdjoint,
+    UnrolledAdjoint,
+)
+from implicitly.fixed_point.anderson import Anderson
+from implicitly.fixed_point.broyden import Broyden
+from implicitly.fixed_point.newton import Newton, NewtonKrylov
+from implicitly.fixed_point.picard import FixedPointIteration
+from implicitly.fixed_point.solve import fixed_point, root
+from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
+from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "Anderson",
+    "BiCGStab",
+    "Broyden",
+    "ConvergenceWarning",
+    "DenseLU",
+    "FixedPointIteration",
+    "ImplicitAdjoint",
+    "JacobianFreeAdjoint",
+    "Neumann",
+    "Newton",
+    "NewtonKrylov",
+    "PhantomAdjoint",
+    "Solution",
+    "SolverError",
+    "Status",
+    "UnrolledAdjoint",
+    "fixed_point",
+    "nn",
+    "root",
+]

@@ -1,0 +1,176 @@
+"""How a solution of z = f(z, x) is differentiated: exactly, approximately, or through every iteration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.fixed_point.problem import Problem
+from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
+from implicitly.iterate import Found, Solver, happens
+from implicitly.linear import GMRES
+
+
+@dataclass(frozen=True)
+class Adjoint(ABC):
+    """Finds a point in the way its derivative needs, and attaches that derivative."""
+
+    # Whether autograd records the solve itself.
+    recording: ClassVar[bool] = False
+
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, without gradients."""
+        return find(solver, condition, problem.z0, problem.theta, problem.r0)
+
+    @abstractmethod
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with its derivative."""
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint(Adjoint):
+    """The exact derivative at the solution, by the implicit function theorem: any order, both modes.
+
+    Memory is one call of f, however many iterations found the point or solve the backward system.
+
+    Args:
+        linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
+            of fixed points such as `Anderson`.
+        rtol, max_steps: replace those of `linear_solver`.
+        inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
+            "start" the backward solve from it, or "precondition" the backward solve by it.
+        listen: called with the `Found` of every backward solve, for logging.
+
+    A sample whose backward solve breaks down (a singular Jacobian) gets a zero gradient and is reported as
+    `on_failure` says.
+    """
+
+    linear_solver: Solver = GMRES()
+    rtol: float | None = None
+    max_steps: int | None = None
+    inverse: str = "ignore"
+    listen: Callable[[Found], None] | None = None
+
+    def __post_init__(self):
+        if self.inverse not in ("ignore", "start", "precondition"):
+            raise ValueError(f'inverse must be "ignore", "start" or "precondition", got {self.inverse!r}')
+        if not isinstance(self.linear_solver, Solver):
+            raise TypeError(f"linear_solver must be a solver such as GMRES(), got {self.linear_solver!r}")
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
+        changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
+        solver = replace(self.linear_solver, **changes)
+        estimate = None
+        if self.inverse != "ignore":
+            if not found.estimate:
+                raise ValueError(f"inverse={self.inverse!r} needs a solver that estimates the inverse: Broyden")
+            estimate = _transposed_inverse(*found.estimate)
+        how = Backward(solver, estimate, self.inverse, self.listen)
+        usable = is_usable(found.status)
+        if not happens(~usable):
+            return attach(condition, found.z, problem.theta, how)
+        z, theta = _without_failed(usable, found.z, problem.theta, condition.carries)
+        return torch.where(usable[:, None], attach(condition, z, theta, how), found.z.detach())
+
+
+def _without_failed(
+    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], carries: tuple[int | None, ...] | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
+
+    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
+    is known which tensors hold the samples, a good sample stands in for it; else NaN and inf themselves go.
+    """
+    if carries is None:
+        return z, tuple(torch.nan_to_num(t, 0.0, 0.0, 0.0) if t.is_floating_point() else t for t in theta)
+    index = torch.arange(len(usable), device=usable.device)
+    rows = torch.where(usable, index, usable.to(torch.int64).argmax())
+    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries))
+    return z.index_select(0, rows), theta
+
+
+def _transposed_inverse(S: Tensor, P: Tensor, L: Tensor) -> Callable[[Tensor], Tensor]:
+    """g -> H' g of Broyden's H = I + P' (I - L)^-1 S."""
+
+    def apply(g: Tensor) -> Tensor:
+        inner = torch.bmm(g.unsqueeze(1), P.mT).mT
+        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        c = torch.linalg.solve_triangular((eye - L).mT, inner, upper=True, unitriangular=True)
+        return g + torch.bmm(c.mT, S)[:, 0]
+
+    return apply
+
+
+@dataclass(frozen=True)
+class PhantomAdjoint(Adjoint):
+    """An inexact gradient: through `steps` damped iterations of f from the solution.
+
+    Biased but cheap, with memory of `steps` calls of f. Geng et al., "On Training Implicit Models", NeurIPS 2021.
+    """
+
+    steps: int = 5
+    damping: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1 or not 0 < self.damping <= 1:
+            raise ValueError(f"PhantomAdjoint: steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}")
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point, with the derivative of the iterations that would follow."""
+        if not condition.relative_to_iterate:
+            raise ValueError(
+                f"{type(self).__name__} differentiates iterations z = f(z), and a root has none; use "
+                "ImplicitAdjoint, or state the problem as a fixed point"
+            )
+        usable = is_usable(found.status)
+        z, theta = found.z.detach(), problem.theta
+        if happens(~usable):
+            z, theta = _without_failed(usable, z, theta, condition.carries)
+        iterate = z
+        residual = condition.at(*theta)
+        for _ in range(self.steps):
+            iterate = torch.add(iterate, residual(iterate), alpha=self.damping)
+        # The value stays the solution; only the derivative is that of the iterations.
+        derivative = torch.where(usable[:, None], iterate - iterate.detach(), 0.0)
+        return found.z.detach() + derivative
+
+
+@dataclass(frozen=True)
+class JacobianFreeAdjoint(Adjoint):
+    """An inexact gradient: through one iteration of f, as if (I - J)^-1 were I.
+
+    Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
+    """
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point, with the derivative of one iteration."""
+        return PhantomAdjoint(steps=1).attach(found, condition, problem)
+
+
+@dataclass(frozen=True)
+class UnrolledAdjoint(Adjoint):
+    """The exact derivative of the iterations that the solver did, by recording them all.
+
+    Memory grows with the number of iterations. Gradients flow to z0 too. Choices (when to stop, which iterate
+    was best) are not differentiated.
+    """
+
+    recording: ClassVar[bool] = True
+
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, with autograd recording."""
+        if compile:
+            raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        found = search(solver, condition, problem.z0, problem.theta, problem.r0)
+        condition.report(condition.name, solver, found)
+        return found
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point, whose graph is the solve itself."""
+        return found.z

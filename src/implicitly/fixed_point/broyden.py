@@ -1,0 +1,79 @@
+"""Broyden's method with limited memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicitly.fixed_point.line_search import backtrack
+from implicitly.iterate import Proposal, Residual, Solver, write
+
+
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """Broyden's good method: a quasi-Newton step with an estimate H of the inverse Jacobian, one call of f a step.
+
+    H is a product of rank-one updates (I + p_i s_i') with s_i the last steps, starting from the identity;
+    it is applied as H r = r + P' (I - L)^-1 S r with L_ij = s_i . p_j below the diagonal, so that a step reads
+    the history three times whatever its length. Since H y = s - H r for the last step, p needs no product of
+    its own. When the history is full it starts afresh. Kelley, "Iterative Methods for Linear and Nonlinear
+    Equations", SIAM 1995, section 7.3; updates of Broyden 1965.
+
+    Args:
+        history: rank-one updates kept; memory is `2 * history` states.
+        line_search: backtrack along the step until the residual falls.
+    """
+
+    history: int = 20
+    line_search: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.history < 1:
+            raise ValueError(f"Broyden: history must be at least 1, got {self.history}")
+
+    def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """S and P `(B, m, n)`, L `(B, m, m)`, the last step `(B, n)` and its length `(B, 1)`."""
+        slots = min(self.history, self.max_steps)
+        S = z.new_zeros(z.shape[0], slots, z.shape[1])
+        return S, torch.zeros_like(S), z.new_zeros(z.shape[0], slots, slots), torch.zeros_like(z), torch.ones_like(z[:, :1])
+
+    def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
+        """The quasi-Newton step from `z`."""
+        S, P, L, s, length = memory
+        slots = S.shape[1]
+        slot = k % slots
+        place = torch.arange(slots, device=z.device)
+        known = (place < slot).to(z.dtype)
+        # Slots from before the last fresh start are masked out of L and of the products.
+        w = r + _combine(_chain(L, known, torch.bmm(r.unsqueeze(1), S.mT)[:, 0]), P)
+        along = torch.linalg.vecdot(s, w)[:, None]
+        squared = torch.linalg.vecdot(s, s)[:, None]
+        denominator = squared / length - along
+        # s'Hy = 0 makes the update infinite: skip it.
+        skip = denominator.abs() <= 1e-8 * squared
+        p = (s * (1 - 1 / length) + w) / torch.where(skip, 1.0, denominator)
+        p = torch.where(skip, 0.0, p)
+        row = torch.bmm(s.unsqueeze(1), P.mT)[:, 0] * known
+        S, P, L = write(S, slot, s), write(P, slot, p), write(L, slot, row)
+        d = torch.addcmul(w, along, p)
+        if not self.line_search:
+            return Proposal(z + d, (S, P, L, d, torch.ones_like(length)))
+        z, r, length, calls = backtrack(F, z, r, d)
+        return Proposal(z, (S, P, L, d * length, length), r, calls)
+
+    def estimate(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`(S, P, L)` of H = I + P' (I - L)^-1 S."""
+        return memory[:3]
+
+
+def _chain(L: Tensor, known: Tensor, inner: Tensor) -> Tensor:
+    """(I - L)^-1 inner on the `known` slots, 0 elsewhere: the product of rank-one updates, unrolled."""
+    unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device) - L * known.unsqueeze(1)
+    return torch.linalg.solve_triangular(unit, (inner * known).unsqueeze(2), upper=False, unitriangular=True)[:, :, 0]
+
+
+def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:
+    return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]

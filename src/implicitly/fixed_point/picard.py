@@ -1,0 +1,33 @@
+"""Plain damped iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicitly.iterate import Proposal, Residual, Solver
+
+
+@dataclass(frozen=True)
+class FixedPointIteration(Solver):
+    """z <- (1 - damping) z + damping f(z) (Banach, Picard; damped: Krasnoselskii-Mann).
+
+    Converges where f is a contraction; `damping < 1` helps where its Jacobian has large negative eigenvalues.
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"FixedPointIteration: damping must be in (0, 1], got {self.damping}")
+
+    def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """It remembers nothing."""
+        return ()
+
+    def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
+        """A damped step along the residual."""
+        return Proposal(torch.add(z, r, alpha=self.damping))

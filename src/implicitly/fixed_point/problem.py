@@ -1,0 +1,122 @@
+"""What a user passed, as matrices: the start, the tensors to differentiate, and f on `(B, n)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.implicit import Condition, Map, Report
+from implicitly.iterate import Found, Solution
+from implicitly.tree import Layout, Opened, open_function, refuse_captured
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function f of a state, its start and everything it depends on.
+
+    Attributes:
+        displacement: maps z and f(z) to the residual; z + displacement is the plain iteration.
+        z0: the start `(B, n)`.
+        r0: the residual there `(B, n)`, evaluated once to check what f returns.
+        theta: the tensors that f depends on.
+        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+    """
+
+    opened: Opened
+    layout: Layout
+    displacement: Callable[[Tensor, Tensor], Tensor]
+    z0: Tensor
+    r0: Tensor
+    theta: tuple[Tensor, ...]
+    carries: tuple[int | None, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        displacement: Callable[[Tensor, Tensor], Tensor],
+        *,
+        batch_dims: int,
+        in_dims: Any,
+        recording: bool,
+    ) -> Problem:
+        """Check what came in, and that f returns what it was given; raises TypeError / ValueError.
+
+        `recording`: autograd is to see the solve itself, so nothing is detached.
+        """
+        layout = Layout.of(z0, batch_dims)
+        opened = open_function(f, args, layout.device)
+        carries = _carries(opened, args, layout, in_dims)
+        start, theta = layout.pack(z0), opened.theta
+        if not recording:
+            start, theta = start.detach(), tuple(t.detach() for t in theta)
+        with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
+            value = opened(layout.unpack(start), *theta)
+        layout.check(value, "z0")
+        f0 = layout.pack(value)
+        if not recording:
+            refuse_captured(f0, (start, *theta), opened.captured)
+        return cls(opened, layout, displacement, start, displacement(start, f0), opened.theta, carries)
+
+    def evaluate(self, z: Tensor, *theta: Tensor) -> Tensor:
+        """f on a matrix `(B, n)`."""
+        return self.layout.pack(self.opened(self.layout.unpack(z), *theta))
+
+    def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
+        """The condition that the displacement vanishes."""
+
+        def bind(*theta: Tensor) -> Map:
+            return lambda z: self.displacement(z, self.evaluate(z, *theta))
+
+        report = Report(on_failure, self.solution)
+        return Condition(bind, name, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
+
+    def solution(self, found: Found, attached: Tensor | None = None) -> Solution:
+        """What the user gets: `attached` `(B, n)` is the found point with its derivative."""
+        per_sample = self.layout.per_sample
+        return Solution(
+            self.layout.unpack(found.z if attached is None else attached),
+            per_sample(found.status),
+            per_sample(found.residual),
+            per_sample(found.steps),
+            int(found.evaluations) + 1,
+        )
+
+
+def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any) -> tuple[int | None, ...] | None:
+    shared = (None,) * len(opened.names)
+    count = len(opened.theta) - len(shared)
+    if in_dims is None:
+        # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.
+        alone = count == 0 and not opened.captured and not any(True for _ in opened.host.buffers())
+        return shared if alone and layout.batch_dims else None
+    if layout.batch_dims == 0:
+        raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
+    flat = pytree._broadcast_to_and_flatten(list(in_dims) if isinstance(in_dims, list) else in_dims, opened.args_spec)
+    if flat is None:
+        raise ValueError(
+            f"in_dims={in_dims!r} does not fit the {len(args)} args: pass an int or None for all, or a tuple with "
+            "one entry (or a pytree of them) for each"
+        )
+    tensors = iter(opened.theta)
+    dims: list[int | None] = []
+    for dim, leaf in zip(flat, pytree.tree_leaves(args)):
+        if not isinstance(leaf, Tensor):
+            continue
+        shape = tuple(next(tensors).shape)
+        if dim is not None and not (isinstance(dim, int) and -len(shape) <= dim < len(shape)):
+            raise ValueError(f"in_dims has {dim!r} for an arg of shape {shape}, which has no such dimension")
+        if dim is not None and shape[dim] != layout.batch:
+            raise ValueError(
+                f"in_dims has {dim} for an arg of shape {shape}, so it should hold {layout.batch} samples there, "
+                f"as z0 does; it holds {shape[dim]}"
+            )
+        dims.append(dim)
+    return (*dims, *shared)

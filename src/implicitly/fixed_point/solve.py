@@ -1,0 +1,83 @@
+"""`fixed_point` and `root`: state the condition, find the point, attach the derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint
+from implicitly.fixed_point.anderson import Anderson
+from implicitly.fixed_point.newton import Newton
+from implicitly.fixed_point.problem import Problem
+from implicitly.iterate import Solution, Solver
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any,
+    *args: Any,
+    solver: Solver = Anderson(),
+    adjoint: Adjoint = ImplicitAdjoint(),
+    batch_dims: int = 1,
+    in_dims: Any = None,
+    on_failure: str = "warn",
+    compile: bool = False,
+) -> Solution:
+    """Solve z = f(z, *args) and differentiate the solution with respect to `args` and the parameters of f.
+
+    Args:
+        f: `f(z, *args)` returns a z: same structure, shapes, dtype and device. A module, a method or a function;
+            parameters of modules that it is, is bound to or closes over get their gradients.
+        z0: where to start: a tensor or a pytree of tensors of one floating (or complex) dtype, each `(B, ...)`.
+            No gradient flows to it, since the solution does not depend on it.
+        args: what else f takes: tensors, pytrees of them, or anything else.
+        solver: `FixedPointIteration`, `Anderson`, `Broyden`, `Newton` or `NewtonKrylov`, with its tolerances.
+        adjoint: `ImplicitAdjoint`, `PhantomAdjoint`, `JacobianFreeAdjoint` or `UnrolledAdjoint`.
+        batch_dims: 1: dimension 0 holds independent samples, each with its own convergence. 0: the whole state
+            is one system.
+        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
+        on_failure: "warn", "raise" or "ignore" when samples do not converge. Samples that diverged or met NaN
+            have zero gradient; others that fell short have the gradient at their best iterate.
+        compile: run the whole solve as one graph of `torch.compile`.
+
+    Returns:
+        `Solution`: `value` like z0; `status`, `residual` (|f(z) - z|) and `steps` of shape `(B,)`.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant, before any work.
+        SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
+
+    Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
+    """
+    problem = Problem.of(
+        f, z0, args, lambda z, fz: fz - z, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording
+    )
+    condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
+    found = adjoint.find(solver, condition, problem, compile)
+    return problem.solution(found, adjoint.attach(found, condition, problem))
+
+
+def root(
+    residual: Callable[..., Any],
+    z0: Any,
+    *args: Any,
+    solver: Solver = Newton(),
+    adjoint: Adjoint = ImplicitAdjoint(),
+    batch_dims: int = 1,
+    in_dims: Any = None,
+    on_failure: str = "raise",
+    compile: bool = False,
+) -> Solution:
+    """Solve residual(z, *args) = 0 and differentiate the solution.
+
+    Tolerances are relative to the norm of the residual at `z0`. `FixedPointIteration` here iterates
+    z - damping * residual(z). Adjoints that differentiate iterations of f (`PhantomAdjoint`,
+    `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
+    """
+    problem = Problem.of(
+        residual, z0, args, lambda z, Fz: -Fz, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording
+    )
+    condition = problem.condition("root", on_failure)
+    found = adjoint.find(solver, condition, problem, compile)
+    return problem.solution(found, adjoint.attach(found, condition, problem))

@@ -1,0 +1,350 @@
+"""The implicit function theorem, once: any residual, any solver, any order, reverse and forward mode.
+
+A `Condition` says what vanishes at the answer: R(z, theta) = 0. `find` lets a solver find a point, outside of
+autograd. `attach` gives that point its derivative. With A = dR/dz at the point,
+
+    reverse mode   A' u + g = 0,            then  dL/dtheta = (dR/dtheta)' u
+    forward mode   A v + (dR/dtheta) dtheta = 0,  then  dz = v
+
+and u and v satisfy conditions again, linear ones, to which the same `find` and `attach` apply: that recursion
+is what gives every order of derivative. (Griewank and Walther, Evaluating Derivatives, chapter 15.)
+
+States are matrices `(B, n)`, one sample a row, and samples do not depend on each other; this is what lets
+`vmap` merge its own batch into the rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
+from implicitly.linear import GMRES, Affine
+from implicitly.tree import is_tracked, is_wrapped, row_norm
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """R(z, *theta) = 0 for z `(B, n)`, with R written so that z + R(z) is the plain iteration.
+
+    Attributes:
+        bind: gives, for `theta`, the map z -> R(z), sharing the work that does not depend on z. Of a linear
+            condition it gives, for `theta[1:]`, the operator M, and R(u) = b - M u with b = `theta[0]`.
+        name: what it is called in messages.
+        linear: whether it is M u = b.
+        relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
+        carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
+        report: where to announce solves that fell short, see `Report`.
+    """
+
+    bind: Callable[..., Map]
+    name: str
+    report: Report
+    linear: bool = False
+    relative_to_iterate: bool = False
+    carries: tuple[int | None, ...] | None = None
+
+    def at(self, *theta: Tensor) -> Map:
+        """The map z -> R(z) at `theta`."""
+        return Affine(self.bind(*theta[1:]), theta[0]) if self.linear else self.bind(*theta)
+
+    def residual(self, z: Tensor, *theta: Tensor) -> Tensor:
+        """R(z, *theta) `(B, n)`."""
+        return self.at(*theta)(z)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"."""
+
+    on_failure: str = "warn"
+    unpack: Callable[[Found], Solution] | None = None
+
+    def __post_init__(self):
+        if self.on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
+
+    def __call__(self, name: str, solver: Solver, found: Found) -> None:
+        """Announce the samples of `found` that did not converge."""
+        if self.on_failure == "ignore" or solver.rtol == 0:  # a fixed budget was asked for, not convergence
+            wanted = found.status == Status.NON_FINITE
+            if self.on_failure == "ignore" or not bool(wanted.any()):
+                return
+        failed = (found.status != Status.CONVERGED).nonzero()[:, 0]
+        if len(failed) == 0:
+            return
+        message = _explain(name, solver, found, failed)
+        if self.on_failure == "raise":
+            solution = Solution(*found[:4], int(found.evaluations)) if self.unpack is None else self.unpack(found)
+            raise SolverError(message, solution)
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+_REMEDY = {
+    Status.MAX_STEPS: "raise max_steps, loosen rtol, or try another solver",
+    Status.STAGNATED: "the residual no longer falls: loosen rtol, use a wider dtype, or try another solver",
+    Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
+    Status.SINGULAR: "the Jacobian is singular there: the solution is not locally unique, or does not exist",
+    Status.NON_FINITE: "f returned NaN or inf: check its inputs, or start closer (z0)",
+}
+
+
+def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
+    counts = {s: int((found.status == s).sum()) for s in _REMEDY}
+    summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
+    residual = found.residual[failed]
+    worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
+    status = Status(int(found.status[worst]))
+    return (
+        f"{name}: {type(solver).__name__} did not converge for {len(failed)} of {len(found.status)} samples "
+        f"({summary}). Worst is sample {int(worst)}: {status.name} after {int(found.steps[worst])} steps with "
+        f"residual norm {float(found.residual[worst]):.3g}. Try: {_REMEDY[status]}"
+    )
+
+
+# ------------------------------------------------------------------------------------------ finding a point
+
+
+def find(
+    solver: Solver,
+    condition: Condition,
+    z0: Tensor,
+    theta: tuple[Tensor, ...],
+    r0: Tensor | None = None,
+    run: Callable[..., Found] | None = None,
+) -> Found:
+    """A point that satisfies `condition`, from `z0` `(B, n)`; no gradients are recorded.
+
+    `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one).
+    """
+    start = (z0,) if r0 is None else (z0, r0)
+    found = _Find.apply(solver, condition, run or search, len(start), *(t.detach() for t in start), *theta)
+    return Found(*found[:5], tuple(found[5:]))
+
+
+def search(
+    solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+) -> Found:
+    """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records."""
+    rtol, atol = solver.tolerances(z0.dtype)
+    if condition.linear:
+        scale = row_norm(theta[0])
+    elif condition.relative_to_iterate:
+        scale = None
+    else:
+        r0 = condition.residual(z0, *theta) if r0 is None else r0
+        scale = row_norm(r0)
+    return iterate(
+        solver, condition.at, theta, z0, r0, rtol=rtol, atol=atol, scale=scale, carries=condition.carries
+    )
+
+
+class _Find(torch.autograd.Function):
+    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+
+    @staticmethod
+    def forward(solver, condition, run, starts, *tensors):
+        start, theta = tensors[:starts], tensors[starts:]
+        found = run(solver, condition, start[0], theta, *start[1:])
+        condition.report(condition.name, solver, found)
+        # Outputs must not alias inputs: a converged start is its own answer.
+        z = found.z.clone() if found.z is start[0] else found.z
+        return z, *found[1:5], *found.estimate
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+        ctx.set_materialize_grads(False)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return (None,) * ctx.count
+
+    @staticmethod
+    def vmap(info, in_dims, solver, condition, run, starts, *tensors):
+        dims, size = in_dims[4:], info.batch_size
+        start = [_merge(t, d, size) for t, d in zip(tensors[:starts], dims)]
+        condition, theta = _mapped(condition, dims[starts:], size, tensors[starts:])
+        # A compiled run is of one condition; the mapped one is another.
+        output = _Find.apply(solver, condition, search, starts, *start, *theta)
+        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
+        return tuple(outputs), tuple(0 if t.ndim else None for t in output)
+
+
+# ------------------------------------------------------------------------------------- its derivative
+
+
+def attach(condition: Condition, z: Tensor, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
+    """`z` `(B, n)`, which satisfies `condition`, with the derivative that the theorem gives it."""
+    return _Attach.apply(condition, backward, z.detach(), *theta)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How the linear systems M u = b of a derivative are solved.
+
+    Attributes:
+        solver: a linear solver, or any solver: a linear condition is a condition.
+        inverse: an estimate of M^-1, a map on `(B, n)`, for the reverse mode of first order.
+        use: "start" the solve from `inverse(b)`, or "precondition" it by `inverse`.
+        listen: receives what the solve of first order found.
+    """
+
+    solver: Solver
+    inverse: Map | None = None
+    use: str = "start"
+    listen: Callable[[Found], None] | None = None
+
+    def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
+        """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
+        b = theta[0]
+        if inverse is None:
+            found = find(self.solver, condition, torch.zeros_like(b), theta)
+        elif self.use == "start":
+            found = find(self.solver, condition, inverse(b), theta)
+        else:
+            found = find(self.solver, _preconditioned(condition, inverse), torch.zeros_like(b), theta)
+            found = found._replace(z=inverse(found.z))
+        if self.listen is not None and not is_wrapped(b):
+            self.listen(found)
+        # A solve that broke down gives no derivative rather than an arbitrary one; it has been reported.
+        u = torch.where(is_usable(found.status)[:, None], found.z, 0.0)
+        return attach(condition, u, theta, Backward(self.solver))
+
+
+def is_usable(status: Tensor) -> Tensor:
+    """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
+    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+
+
+def _preconditioned(condition: Condition, inverse: Map) -> Condition:
+    """M inverse(w) = b for w. Rows stay together, since the estimate has one matrix a row."""
+
+    def bind(*theta: Tensor) -> Map:
+        operator = condition.bind(*theta)
+        return lambda w: operator(inverse(w))
+
+    return replace(condition, bind=bind, carries=None)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(condition, backward, z, *theta):
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.condition, ctx.how = inputs[:2]
+        # The output, not the input: higher derivatives go through it.
+        ctx.save_for_backward(output, *inputs[3:])
+        ctx.save_for_forward(output, *inputs[3:])
+
+    @staticmethod
+    def backward(ctx, g):
+        z, *theta = ctx.saved_tensors
+        needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
+        u = ctx.how.solve(transposed(ctx.condition), (g, z, *theta), ctx.how.inverse)
+
+        def of_theta(*chosen):
+            full = list(theta)
+            for i, t in zip(needed, chosen):
+                full[i] = t
+            return ctx.condition.residual(z, *full)
+
+        _, pull = vjp(of_theta, *(theta[i] for i in needed))
+        gradients = [None] * len(theta)
+        for i, gradient in zip(needed, pull(u)):
+            gradients[i] = gradient
+        return None, None, None, *gradients
+
+    @staticmethod
+    def jvp(ctx, condition, backward, dz, *dtheta):
+        z, *theta = ctx.saved_tensors
+        moving = [i for i, d in enumerate(dtheta) if d is not None]
+
+        def of_theta(*chosen):
+            full = list(theta)
+            for i, t in zip(moving, chosen):
+                full[i] = t
+            return ctx.condition.residual(z, *full)
+
+        b = push(of_theta, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
+        return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
+
+    @staticmethod
+    def vmap(info, in_dims, condition, backward, z, *theta):
+        size = info.batch_size
+        condition, theta = _mapped(condition, in_dims[3:], size, theta)
+        out = _Attach.apply(condition, backward, _merge(z, in_dims[2], size), *theta)
+        return out.reshape(size, -1, out.shape[1]), 0
+
+
+def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """J v by two reverse passes: forward mode cannot be nested under dual numbers."""
+    out, pull = vjp(f, *primals)
+    _, pull_back = vjp(pull, torch.zeros_like(out))
+    return pull_back(tangents)[0]
+
+
+def transposed(condition: Condition) -> Condition:
+    """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves."""
+
+    def bind(z: Tensor, *theta: Tensor) -> Map:
+        _, pull = vjp(condition.at(*theta), z)
+        return lambda u: -pull(u)[0]
+
+    return _linear(condition, bind, "the backward solve of " + condition.name)
+
+
+def pushed(condition: Condition) -> Condition:
+    """A(z, theta) v + b = 0 for v, with theta' = (b, z, *theta): what forward mode solves."""
+
+    def bind(z: Tensor, *theta: Tensor) -> Map:
+        out, pull = vjp(condition.at(*theta), z)
+        _, pull_back = vjp(lambda u: pull(u)[0], torch.zeros_like(out))
+        return lambda v: -pull_back(v)[0]
+
+    return _linear(condition, bind, "the forward-mode solve of " + condition.name)
+
+
+def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
+    carries = None if condition.carries is None else (0, 0, *condition.carries)
+    report = replace(condition.report, unpack=None)
+    return Condition(bind, name, report, linear=True, carries=carries)
+
+
+def _mapped(
+    condition: Condition, in_dims: tuple[int | None, ...], size: int, theta: tuple[Tensor, ...]
+) -> tuple[Condition, tuple[Tensor, ...]]:
+    """The condition on `(size * B, n)` that holds `condition` for each of `size` thetas, and its theta."""
+    if condition.linear:  # b has one row a sample, like the unknown
+        theta, in_dims = (_merge(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
+
+    def bind(*theta: Tensor) -> Map:
+        over = vmap(
+            lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different"
+        )
+        return lambda z: over(z.reshape(size, -1, z.shape[1]), *theta).reshape(z.shape)
+
+    report = replace(condition.report, unpack=None)
+    return replace(condition, bind=bind, report=report, carries=None), theta
+
+
+def _merge(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A mapped `(B, ...)` tensor as `(size * B, ...)`."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(-1, *x.shape[2:])

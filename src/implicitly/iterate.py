@@ -1,0 +1,341 @@
+"""The one loop: samples converge, fail and are reported one by one.
+
+A solver is a rule that proposes the next iterate; everything else about iterating is here, once: when a sample
+has converged, stagnated or blown up, which iterate was its best, and how finished samples stop costing
+anything. States are matrices `(B, n)`, one sample a row.
+
+The body of the loop is a pure function from tensors to tensors of fixed shape. Eagerly it runs in a Python
+loop; traced by `torch.compile` the same body becomes one `while_loop` graph.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+from torch.utils import _pytree as pytree
+
+from implicitly.tree import is_wrapped, row_norm, unwrapped
+
+Residual = Callable[[Tensor], Tensor]
+
+# A residual this many times its first value is never coming back.
+BLOW_UP = 1e8
+# Steps without a new best residual after which a sample has stagnated.
+PATIENCE = 30
+# On an accelerator, asking "has everything converged?" makes the host wait; ask every few steps only.
+ACCELERATOR_STRIDE = 4
+# Finished samples are dropped from the calls of f once at most this share of the rows still runs.
+DROP_BELOW = 7 / 8
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended."""
+
+    RUNNING = -1
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STAGNATED = 2
+    DIVERGED = 3
+    SINGULAR = 4
+    NON_FINITE = 5
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns.
+
+    Attributes:
+        value: what was asked for, gradients attached; the pytree, dtype and device of `z0`.
+        status: `(B,)` int64 codes of `Status`, one a sample; 0-d where the whole state is one system.
+        residual: `(B,)` final residual 2-norms (of the best iterate, which is the one returned).
+        steps: `(B,)` int64, iterations each sample took.
+        evaluations: calls of f (for linear solves: products with the operator).
+    """
+
+    value: Any
+    status: Tensor
+    residual: Tensor
+    steps: Tensor
+    evaluations: int
+
+    @property
+    def converged(self) -> Tensor:
+        """`(B,)` bool, which samples converged."""
+        return self.status == Status.CONVERGED
+
+
+class SolverError(RuntimeError):
+    """A solve failed; `error.solution` is the `Solution` it got to."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve or a backward solve fell short for some samples."""
+
+
+class Proposal(NamedTuple):
+    """The next iterate.
+
+    `residual` is given where the solver had to evaluate it anyway (line searches, recurrences), else the loop
+    evaluates it. `calls` counts the evaluations made. `singular` `(B,)` marks samples that cannot go on.
+    """
+
+    z: Tensor
+    memory: tuple[Tensor, ...] = ()
+    residual: Tensor | None = None
+    calls: int | Tensor = 0
+    singular: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """A rule for the next iterate, with its tolerances.
+
+    A sample has converged when |r| <= atol + rtol * scale in the 2-norm, where r is its residual and the scale
+    is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system.
+
+    Args:
+        rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
+            0.04 in bfloat16). `rtol=0` asks for exactly `max_steps` steps and no test of convergence.
+        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0`.
+        max_steps: steps after which a sample ends as `Status.MAX_STEPS`.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 100
+
+    # Whether it needs the operator of a linear condition.
+    linear: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{type(self).__name__}: {name} must be a finite number >= 0, got {value}")
+        if self.max_steps < 1:
+            raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
+
+    @abstractmethod
+    def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The solver's memory before the first step; every tensor of it has one row a sample."""
+
+    @abstractmethod
+    def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The iterate after `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (from 0)."""
+
+    def estimate(self, memory: Any) -> tuple[Tensor, ...]:
+        """What of the memory describes the inverse of the residual's Jacobian, for the backward solve."""
+        return ()
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        """`(rtol, atol)` for states of `dtype`; raises ValueError where the dtype cannot reach rtol."""
+        eps = torch.finfo(dtype).eps
+        rtol = eps ** (2 / 3) if self.rtol is None else self.rtol
+        if 0 < rtol < eps:
+            raise ValueError(
+                f"{type(self).__name__}: {dtype} cannot reach rtol={rtol:g}; the smallest it can is {eps:.2g}. "
+                "Loosen rtol, or pass the state and the arguments in a wider dtype"
+            )
+        return rtol, (10 * eps if rtol > 0 else 0.0) if self.atol is None else self.atol
+
+
+class Found(NamedTuple):
+    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count, what the solver
+    knows of the inverse Jacobian."""
+
+    z: Tensor
+    status: Tensor
+    residual: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    estimate: tuple[Tensor, ...] = ()
+
+
+class _Carry(NamedTuple):
+    z: Tensor
+    r: Tensor
+    best: Tensor
+    best_norm: Tensor
+    best_step: Tensor
+    status: Tensor
+    steps: Tensor
+    first: Tensor
+    scale: Tensor
+    calls: Tensor
+    memory: tuple[Tensor, ...]
+
+
+def iterate(
+    solver: Solver,
+    bind: Callable[..., Residual],
+    theta: tuple[Tensor, ...],
+    z: Tensor,
+    r: Tensor | None = None,
+    *,
+    rtol: float | Tensor,
+    atol: float,
+    scale: Tensor | None = None,
+    carries: tuple[int | None, ...] | None = None,
+) -> Found:
+    """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
+
+    Args:
+        r: the residual at `z`, where the caller has it already.
+        rtol: a number, or `(B,)` one a sample.
+        scale: `(B,)` what `rtol` is relative to; None: the norm of the current iterate.
+        carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
+            samples are then dropped from the calls; None: never drop.
+    """
+    F = bind(*theta)
+    calls = torch.full((), int(r is None), dtype=torch.int64, device=z.device)
+    r = F(z) if r is None else r
+    first = row_norm(r)
+    relative_to_iterate = scale is None
+    scale = row_norm(z) if scale is None else scale
+    budget_only = not isinstance(rtol, Tensor) and rtol == 0 and atol == 0
+    status = torch.where(first <= atol + rtol * scale, int(Status.CONVERGED), int(Status.RUNNING))
+    if budget_only:
+        status = torch.full_like(status, int(Status.RUNNING))
+    status = torch.where(first.isfinite(), status, int(Status.NON_FINITE))
+    zeros = torch.zeros_like(status)
+    carry = _Carry(z, r, z, first, zeros, status, zeros, first, scale, calls, solver.start(F, z, r))
+
+    def body(F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
+        running = c.status == Status.RUNNING
+        new = solver.propose(F, k, c.z, c.r, c.memory)
+        z = select(running, new.z, c.z)
+        r = F(z) if new.residual is None else select(running, new.residual, c.r)
+        norm = row_norm(r)
+        limit = atol + rtol * (row_norm(z) if relative_to_iterate else c.scale)
+        converged = (norm <= limit) & running if not budget_only else torch.zeros_like(running)
+        better = (running & (norm < c.best_norm)) | converged
+        best_step = torch.where(better, k + 1, c.best_step)
+        going = (norm <= BLOW_UP * c.first) & ~converged
+        if not budget_only:
+            going = going & (best_step > k + 1 - PATIENCE)
+        if new.singular is not None:
+            going = going & ~new.singular
+        status, steps = c.status, c.steps
+        if happens(running & ~going):
+            reason = torch.where(norm > BLOW_UP * c.first, int(Status.DIVERGED), int(Status.STAGNATED))
+            if new.singular is not None:
+                reason = torch.where(new.singular, int(Status.SINGULAR), reason)
+            reason = torch.where(norm.isfinite(), reason, int(Status.NON_FINITE))
+            reason = torch.where(converged, int(Status.CONVERGED), reason)
+            status = torch.where(running & ~going, reason, status)
+        steps = steps + running
+        calls = c.calls + new.calls + int(new.residual is None)
+        best = select(better, z, c.best)
+        best_norm = torch.where(better, norm, c.best_norm)
+        return _Carry(z, r, best, best_norm, best_step, status, steps, c.first, c.scale, calls, new.memory)
+
+    droppable = carries is not None and not torch.compiler.is_compiling()
+    k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
+    found = _outcome(solver, carry, budget_only)
+    rows: Tensor | None = None
+    while droppable and k < solver.max_steps and bool((running := carry.status == Status.RUNNING).any()):
+        assert carries is not None
+        keep = unwrapped(running).nonzero()[:, 0]
+        rows = keep if rows is None else rows[keep]
+        carry = _take_rows(carry, keep)
+        rtol = rtol[keep] if isinstance(rtol, Tensor) else rtol
+        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
+        k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, True), solver.max_steps, k)
+        found = _with_rows(found, rows, _outcome(solver, carry, budget_only))
+    return found
+
+
+def _outcome(solver: Solver, carry: _Carry, budget_only: bool) -> Found:
+    status = torch.where(carry.status == Status.RUNNING, int(Status.MAX_STEPS), carry.status)
+    z, residual = carry.best, carry.best_norm
+    if budget_only:  # nothing was compared, so the answer is the last iterate
+        z = select(status == Status.MAX_STEPS, carry.z, z)
+        residual = torch.where(status == Status.MAX_STEPS, row_norm(carry.r), residual)
+    return Found(z, status, residual, carry.steps, carry.calls, solver.estimate(carry.memory))
+
+
+def repeat(
+    body: Callable[[int | Tensor, Any], Any],
+    carry: Any,
+    going: Callable[[Any], Tensor],
+    limit: int,
+    k: int | Tensor = 0,
+) -> tuple[int | Tensor, Any]:
+    """`carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
+
+    Traced by `torch.compile` this is one `while_loop` graph; otherwise a Python loop.
+    """
+    if torch.compiler.is_compiling():
+        flat, spec = pytree.tree_flatten(carry)
+        start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k
+
+        def go_on(k: Tensor, *flat: Tensor) -> Tensor:
+            return (k < limit) & going(pytree.tree_unflatten(list(flat), spec))
+
+        def step(k: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            new = pytree.tree_leaves(body(k, pytree.tree_unflatten(list(flat), spec)))
+            # Outputs may not alias inputs, and must keep their strides and dtypes.
+            return (k + 1, *(n.clone() if any(n is o for o in flat) else n for n in new))
+
+        k, *flat = while_loop(go_on, step, (start, *(t.clone() for t in flat)))
+        return k, pytree.tree_unflatten(flat, spec)
+    leaf = pytree.tree_leaves(carry)[0]
+    stride = 1 if leaf.device.type == "cpu" else ACCELERATOR_STRIDE
+    while k < limit and (k % stride != 0 or bool(unwrapped(going(carry)).any())):
+        carry = body(k, carry)
+        k += 1
+    return k, carry
+
+
+def happens(mask: Tensor) -> bool:
+    """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
+    if torch.compiler.is_compiling():
+        return True
+    mask = unwrapped(mask)
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
+def select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where `mask` `(B,)`, else rows of `old`; no pass over the data where all are new."""
+    if not happens(~mask):
+        return new
+    return torch.where(mask.reshape(-1, *([1] * (new.ndim - 1))), new, old)
+
+
+def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:
+    """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
+    if isinstance(slot, Tensor):
+        return buffer.index_copy(dim, slot.reshape(1), value.unsqueeze(dim))
+    if torch.is_grad_enabled() or is_wrapped(value) or is_wrapped(buffer):
+        return torch.select_scatter(buffer, value, dim, slot)
+    buffer.select(dim, slot).copy_(value)
+    return buffer
+
+
+def _worth_a_step(droppable: bool, carry: _Carry) -> Tensor:
+    running = carry.status == Status.RUNNING
+    if not droppable:
+        return running.any()
+    count = running.sum()
+    return (count == len(running)) | (count > DROP_BELOW * len(running))
+
+
+def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
+    return pytree.tree_map(lambda t: t.index_select(0, rows) if t.ndim else t, carry)
+
+
+def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:
+    """`whole` with `part` in place of its `rows`; counts go on."""
+    return pytree.tree_map(lambda w, p: w.index_copy(0, rows, p) if w.ndim else p, whole, part)

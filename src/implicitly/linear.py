@@ -1,0 +1,210 @@
+"""Linear solves M u = b, matrix-free and batched: what derivatives of implicit layers need.
+
+Each solver here proposes iterates to the one loop of `iterate.py`, so each has its own convergence a sample,
+reports a status, keeps its best iterate and freezes finished samples. The transpose of a system is another
+system whose operator is the pullback of the first: see `transposed` in `implicit.py`.
+
+Inside the loop a residual is r = b - M u, so that u + r is the step of the Neumann series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.iterate import Proposal, Solver, write
+from implicitly.tree import row_norm
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The residual u -> b - M u of a linear system, with its parts in the open."""
+
+    operator: Callable[[Tensor], Tensor]
+    b: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The residual at `u` `(B, n)`."""
+        return self.b - self.operator(u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSolver(Solver):
+    """A solver that needs the operator M itself, not only residuals."""
+
+    linear: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class GMRES(LinearSolver):
+    """Restarted GMRES, matrix-free, one product with M a step.
+
+    The residual is minimised over the Krylov space through an orthonormal basis `W` of its image under M, which
+    updates iterate and residual at every step, without a Hessenberg matrix. The space grows by the last residual
+    while that shrinks well, else by the last image: Jiránek and Rozložník, "Adaptive version of simpler GMRES",
+    Numerical Algorithms 53 (2010), whose bound on the conditioning of the basis this choice gives.
+
+    Args:
+        restart: dimension of the Krylov space after which it starts afresh; memory is `2 * restart` states.
+    """
+
+    restart: int = 30
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.restart < 1:
+            raise ValueError(f"GMRES: restart must be at least 1, got {self.restart}")
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        slots = min(self.restart, self.max_steps)
+        basis = z.new_zeros(z.shape[0], slots, z.shape[1])
+        return basis, basis.clone(), torch.zeros_like(z), torch.zeros_like(r[:, 0])
+
+    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+        W, P, last, last_norm = memory
+        slot = k % W.shape[1]
+        norm = row_norm(r)
+        v = torch.where(((norm <= 0.9 * last_norm) | (slot == 0))[:, None], r * _inverse(norm), last)
+        image = F.operator(v)
+        known = (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
+        w, coefficients = _orthogonalise(image, W, known)
+        w, again = _orthogonalise(w, W, known)  # twice is enough (Giraud et al. 2005)
+        length, full = row_norm(w), row_norm(image)
+        # An image inside the space already spanned, while a residual remains: M is singular there.
+        singular = length <= 10 * torch.finfo(z.dtype).eps * full
+        scale = torch.where(singular[:, None], 0.0, _inverse(length))
+        w = w * scale
+        p = (v - _combine(coefficients + again, P)) * scale
+        step = torch.linalg.vecdot(w, r)[:, None]
+        z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, w, value=-1)
+        memory = (write(W, slot, w), write(P, slot, p), w, norm)
+        return Proposal(z, memory, r, 1, singular)
+
+
+def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` less its components along the `known` rows of `basis` `(B, m, n)`, and those components `(B, m)`."""
+    coefficients = torch.bmm(x.unsqueeze(1), basis.mT)[:, 0] * known
+    return x - _combine(coefficients, basis), coefficients
+
+
+def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:
+    return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """1 / norm as a column, 0 where the norm is 0."""
+    return torch.where(norm > 0, 1 / norm, 0.0)[:, None]
+
+
+@dataclass(frozen=True)
+class CG(LinearSolver):
+    """Conjugate gradients, for symmetric positive definite M (Hestenes and Stiefel 1952)."""
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        return (r.clone(),)
+
+    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+        (p,) = memory
+        image = F.operator(p)
+        rr, curvature = torch.linalg.vecdot(r, r), torch.linalg.vecdot(p, image)
+        # Without positive curvature M is not positive definite, and the recurrence means nothing.
+        singular = curvature <= 0
+        step = (rr / torch.where(singular, 1.0, curvature))[:, None]
+        z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, image, value=-1)
+        p = torch.addcmul(r, (torch.linalg.vecdot(r, r) / rr)[:, None], p)
+        return Proposal(z, (p,), r, 1, singular)
+
+
+@dataclass(frozen=True)
+class BiCGStab(LinearSolver):
+    """BiCGStab, two products with M a step and a memory of five states (van der Vorst 1992)."""
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        return r.clone(), r.clone(), torch.linalg.vecdot(r, r)
+
+    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+        shadow, p, rho = memory
+        v = F.operator(p)
+        denominator = torch.linalg.vecdot(shadow, v)
+        alpha = _ratio(rho, denominator)
+        s = torch.addcmul(r, alpha, v, value=-1)
+        t = F.operator(s)
+        omega = _ratio(torch.linalg.vecdot(t, s), torch.linalg.vecdot(t, t))
+        z = torch.addcmul(torch.addcmul(z, alpha, p), omega, s)
+        r = torch.addcmul(s, omega, t, value=-1)
+        rho_next = torch.linalg.vecdot(shadow, r)
+        beta = _ratio(rho_next, rho) * alpha * torch.where(omega == 0, 0.0, 1 / omega)
+        p_next = torch.addcmul(r, beta, torch.addcmul(p, omega, v, value=-1))
+        # Where the shadow residual has become orthogonal to everything, begin again from the current residual.
+        stuck = rho_next.abs() <= torch.finfo(z.dtype).eps * row_norm(shadow) * row_norm(r)
+        stuck = (stuck | (denominator == 0) | (omega[:, 0] == 0))[:, None]
+        shadow, p = torch.where(stuck, r, shadow), torch.where(stuck, r, p_next)
+        rho = torch.where(stuck[:, 0], torch.linalg.vecdot(r, r), rho_next)
+        return Proposal(z, (shadow, p, rho), r, 2)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b as a column, 0 where b is 0."""
+    return torch.where(b == 0, 0.0, a / b)[:, None]
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """The Neumann series u <- u + damping * (b - M u); converges where |1 - damping * eig(M)| < 1.
+
+    With `rtol=0` it is the truncated series of exactly `max_steps` terms.
+    """
+
+    damping: float = 1.0
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+        return Proposal(torch.add(z, r, alpha=self.damping))
+
+
+@dataclass(frozen=True)
+class DenseLU(LinearSolver):
+    """Batched dense LU: n products make the matrix, one factorisation solves; further steps refine.
+
+    For small n. Raises ValueError where the matrices would take more than `limit_gib` GiB.
+    """
+
+    limit_gib: float = 4.0
+    max_steps: int = 5
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        matrix = dense(F.operator, z, self.limit_gib)
+        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        pivot_sizes = lu.diagonal(dim1=-2, dim2=-1).abs()
+        eps = torch.finfo(z.dtype).eps
+        singular = (info != 0) | (pivot_sizes.amin(1) <= z.shape[1] * eps * pivot_sizes.amax(1))
+        return lu, pivots, singular
+
+    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+        lu, pivots, singular = memory
+        step = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2))[:, :, 0]
+        z = z + torch.where(singular[:, None], 0.0, step)
+        return Proposal(z, memory, singular=singular)
+
+
+def dense(operator: Callable[[Tensor], Tensor], like: Tensor, limit_gib: float) -> Tensor:
+    """The matrices `(B, n, n)` of a linear map on `(B, n)` whose samples are independent, by n products at once.
+
+    Raises ValueError where they would take more than `limit_gib` GiB.
+    """
+    batch, n = like.shape
+    size_gib = batch * n * n * like.element_size() / 2**30
+    if size_gib > limit_gib:
+        raise ValueError(
+            f"{batch} dense {n} x {n} matrices take {size_gib:.1f} GiB (limit {limit_gib:g}); use a matrix-free "
+            "solver: NewtonKrylov, Anderson or Broyden to solve, GMRES or BiCGStab for linear systems"
+        )
+    eye = torch.eye(n, dtype=like.dtype, device=like.device)
+    columns = torch.func.vmap(operator)(eye.unsqueeze(1).expand(n, batch, n))
+    return columns.permute(1, 2, 0)

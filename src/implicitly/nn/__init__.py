@@ -1,0 +1,1 @@
+"""Implicit layers as modules."""

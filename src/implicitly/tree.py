@@ -1,0 +1,336 @@
+"""Pytrees as (batch, n) matrices, and functions with everything they depend on laid open."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def row_norm(matrix: Tensor) -> Tensor:
+    """2-norm of each row: `(B, n)` to `(B,)`."""
+    return torch.linalg.vector_norm(matrix, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    shape: tuple[int, ...]  # of one sample
+    order: tuple[int, ...]  # the dimensions of one sample, slowest stride first
+    dtype: torch.dtype
+    width: int  # columns it takes in the matrix
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pytree of tensors lies in a matrix `(B, n)` with one sample a row.
+
+    A single tensor whose samples are dense in memory, in any order of dimensions (`channels_last` too), becomes
+    a matrix without a copy. bfloat16 and float16 are computed with in float32; complex numbers as pairs.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[_Leaf, ...]
+    batch: int
+    batch_dims: int
+    dtype: torch.dtype  # real dtype of the leaves
+    device: torch.device
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype that solvers compute in."""
+        return torch.float32 if self.dtype in LOW_PRECISION else self.dtype
+
+    @classmethod
+    def of(cls, state: Any, batch_dims: int, name: str = "z0") -> Layout:
+        """The layout of `state`; raises TypeError / ValueError for what cannot be a state."""
+        if batch_dims not in (0, 1):
+            raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
+        flat, spec = pytree.tree_flatten(state)
+        if not flat:
+            raise ValueError(f"{name} holds no tensor")
+        for leaf in flat:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name} must hold tensors only, got a {type(leaf).__name__}")
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise TypeError(
+                    f"{name} has dtype {leaf.dtype}: a solution is a real or complex number; "
+                    f"pass {name}.float() or {name}.double()"
+                )
+            if leaf.ndim < batch_dims:
+                raise ValueError(
+                    f"{name} has a 0-d tensor, but batch_dims=1 takes dimension 0 as the batch; "
+                    "pass batch_dims=0 for one system"
+                )
+        dtypes = {leaf.dtype.to_real() for leaf in flat}
+        devices = {leaf.device for leaf in flat}
+        if len(dtypes) > 1 or len(devices) > 1:
+            raise ValueError(f"{name} mixes dtypes or devices: {_describe(flat)}; convert them to one")
+        batches = {leaf.shape[0] for leaf in flat} if batch_dims else {1}
+        if len(batches) > 1:
+            raise ValueError(f"the tensors of {name} disagree on the batch (dimension 0): {_describe(flat)}")
+        leaves = tuple(_leaf(leaf, batch_dims) for leaf in flat)
+        return cls(spec, leaves, batches.pop(), batch_dims, dtypes.pop(), flat[0].device)
+
+    def pack(self, state: Any) -> Tensor:
+        """A state of this layout as a matrix `(B, n)` of the work dtype."""
+        flat = pytree.tree_leaves(state)
+        rows = [self._pack_leaf(x, leaf) for x, leaf in zip(flat, self.leaves)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.work_dtype)
+
+    def unpack(self, matrix: Tensor) -> Any:
+        """A matrix `(B, n)`, of any B, as a state of this layout."""
+        columns = [matrix] if len(self.leaves) == 1 else matrix.split([x.width for x in self.leaves], dim=1)
+        flat = [self._unpack_leaf(x, leaf) for x, leaf in zip(columns, self.leaves)]
+        return pytree.tree_unflatten(flat, self.spec)
+
+    def per_sample(self, vector: Tensor) -> Tensor:
+        """`(B,)` as users see it: 0-d where the whole state is one system."""
+        return vector if self.batch_dims else vector[0]
+
+    def check(self, state: Any, given: str) -> None:
+        """Raise ValueError / TypeError unless `state`, which f returned for `given`, has this layout."""
+        flat, spec = pytree.tree_flatten(state)
+        if spec != self.spec:
+            raise ValueError(f"f must return the structure of {given}: expected {self.spec}, got {spec}")
+        lead = (self.batch,) if self.batch_dims else ()
+        for x, leaf in zip(flat, self.leaves):
+            expected = (*lead, *leaf.shape)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"f must return tensors, got a {type(x).__name__}")
+            if tuple(x.shape) != expected:
+                raise ValueError(f"f must return the shape of {given}: expected {expected}, got {tuple(x.shape)}")
+            if x.dtype != leaf.dtype and not torch.is_autocast_enabled(self.device.type):
+                raise ValueError(
+                    f"f must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
+                    "usually come from an argument or parameter of another dtype"
+                )
+            if x.device != self.device:
+                raise ValueError(f"f must return the device of {given}: expected {self.device}, got {x.device}")
+
+    def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
+        batch = x.shape[0] if self.batch_dims else 1
+        order = [d + self.batch_dims for d in leaf.order]
+        x = x.permute(*range(self.batch_dims), *order)
+        if leaf.dtype.is_complex:
+            x = torch.view_as_real(x)
+        return x.reshape(batch, leaf.width)
+
+    def _unpack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
+        lead = (x.shape[0],) if self.batch_dims else ()
+        shape = (*lead, *(leaf.shape[d] for d in leaf.order))
+        if leaf.dtype.is_complex:
+            x = torch.view_as_complex(x.reshape(*shape, 2).contiguous())
+        inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
+        return x.reshape(shape).permute(*range(self.batch_dims), *inverse).to(leaf.dtype)
+
+
+def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
+    shape, strides = tuple(x.shape[batch_dims:]), x.stride()[batch_dims:]
+    # Stable, and only strides of dimensions that have any extent say something about the memory order.
+    order = tuple(range(len(shape)))
+    if all(size > 1 for size in shape):
+        order = tuple(sorted(order, key=lambda d: -strides[d]))
+    width = math.prod(shape) * (2 if x.is_complex() else 1)
+    return _Leaf(shape, order, x.dtype, width)
+
+
+def _describe(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors)
+
+
+# --------------------------------------------------------------------------------------------- functions
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A function and everything it depends on: `opened(z, *opened.theta)` is `f(z, *args)`.
+
+    `theta` holds the tensors of `args` first, then the parameters (and buffers, where a derivative reaches them)
+    of every module that f is, is bound to, closes over or refers to. Given other tensors as `theta`, the call
+    uses those instead.
+    """
+
+    f: Callable[..., Any]
+    theta: tuple[Tensor, ...]
+    host: _Host
+    names: tuple[str, ...]
+    args_spec: pytree.TreeSpec
+    static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
+    autocast: torch.dtype | None
+    captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
+
+    def __call__(self, state: Any, *theta: Tensor) -> Any:
+        count = len(theta) - len(self.names)
+        tensors, parameters = iter(theta[:count]), theta[count:]
+        flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
+        args = pytree.tree_unflatten(flat, self.args_spec)
+        device = pytree.tree_leaves(state)[0].device.type
+        if self.autocast is not None or torch.is_autocast_enabled(device):
+            # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
+            with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
+                return self._call(parameters, state, args)
+        return self._call(parameters, state, args)
+
+    def _call(self, parameters: tuple[Tensor, ...], state: Any, args: tuple[Any, ...]) -> Any:
+        if not torch.compiler.is_compiling() and all(
+            given is own for given, own in zip(parameters, self.theta[len(self.theta) - len(self.names) :])
+        ):
+            return self.f(state, *args)
+        return functional_call(self.host, dict(zip(self.names, parameters)), (self.f, state, *args))
+
+
+_GAP = object()
+
+
+class _Host(nn.Module):
+    """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
+
+    def __init__(self, modules: list[nn.Module]):
+        super().__init__()
+        self.modules_of_f = nn.ModuleList(modules)
+
+    def forward(self, f: Callable[..., Any], *args: Any) -> Any:
+        return f(*args)
+
+
+def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opened:
+    """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept."""
+    if not callable(f):
+        raise TypeError(f"f must be callable, got a {type(f).__name__}")
+    flat, spec = pytree.tree_flatten(args)
+    tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+    static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
+    modules: dict[int, nn.Module] = {}
+    captured: list[tuple[str, Tensor]] = []
+    for name, value in _reached(f, args):
+        if isinstance(value, nn.Module):
+            modules.setdefault(id(value), value)
+        elif not any(value is t for t in tensors):
+            captured.append((name, value))
+    host = _Host(list(modules.values()))
+    named = [(n, p) for n, p in host.named_parameters() if is_tracked(p)]
+    named += [(n, b) for n, b in host.named_buffers() if is_tracked(b)]
+    names = tuple(n for n, _ in named)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return Opened(f, (*tensors, *(p for _, p in named)), host, names, spec, static, autocast, tuple(captured))
+
+
+def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
+    """Every module and tensor that `f` reaches: itself, bound, partial, closed over, global or an attribute."""
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("f", f)]
+    stack += [("args", a) for a in pytree.tree_leaves(args) if isinstance(a, nn.Module)]
+    while stack:
+        name, value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module | Tensor):
+            yield name, value
+        elif isinstance(value, functools.partial):
+            stack += [(name, value.func), (name, value.args), (name, value.keywords)]
+        elif isinstance(value, types.MethodType):
+            stack += [(name, value.__self__), (name, value.__func__)]
+        elif isinstance(value, types.FunctionType):
+            stack += _function_scope(value)
+        elif isinstance(value, dict):
+            stack += [(f"{name}[{k!r}]", v) for k, v in value.items()]
+        elif isinstance(value, list | tuple | set):
+            stack += [(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+            stack += [(f"{name}.{k}", v) for k, v in vars(value).items()]
+
+
+def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
+    scope: list[tuple[str, Any]] = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            scope.append((name, cell.cell_contents))
+        except ValueError:  # a variable that is assigned only later
+            continue
+    # Of the globals only modules, tensors and plain functions: other packages' objects are none of f's state.
+    kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, kinds) and not getattr(value, "__module__", "").startswith("torch"):
+            scope.append((name, value))
+    scope += [("a default", value) for value in function.__defaults__ or ()]
+    scope += list((function.__kwdefaults__ or {}).items())
+    return scope
+
+
+def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
+    """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
+
+    `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
+    tensor that f reached by itself.
+    """
+    tracked = outputs.requires_grad or _has_tangent(outputs)
+    if not tracked and _levels(outputs) <= set().union(*map(_levels, known)):
+        return
+    named = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)]
+    if not named:
+        named = [f"a tensor of shape {shape}" for shape in _leaf_shapes(outputs)] or ["a tensor"]
+    raise ValueError(
+        f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
+        "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
+        "Pass it in args: f(z, x) with fixed_point(f, z0, x); or .detach() it if no gradient is wanted"
+    )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether `x` belongs to a `torch.func` transform."""
+    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x)
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """`x` without the `torch.func` transforms around it: under vmap, the whole batch."""
+    while is_wrapped(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Whether a derivative or a transform may reach `x`."""
+    return x.requires_grad or is_wrapped(x) or _has_tangent(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _levels(x: Tensor) -> set[int]:
+    levels = set()
+    while is_wrapped(x):
+        levels.add(functorch.maybe_get_level(x))
+        x = functorch.get_unwrapped(x)
+    return levels
+
+
+def _leaf_shapes(x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of the leaves of the autograd graph behind `x`."""
+    shapes, seen, stack = [], set(), [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            shapes.append(tuple(node.variable.shape))
+        stack += [parent for parent, _ in node.next_functions]
+    return shapes
