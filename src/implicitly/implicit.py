@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
 from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
@@ -273,7 +274,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, condition, backward, dz, *dtheta):
-        z, *theta = ctx.saved_tensors
+        z, *theta = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
         moving = [i for i, d in enumerate(dtheta) if d is not None]
 
         def of_theta(*chosen):
@@ -282,8 +283,10 @@ class _Attach(torch.autograd.Function):
                 full[i] = t
             return ctx.condition.residual(z, *full)
 
-        b = push(of_theta, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
-        return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
+        # autograd switches forward mode off inside `jvp`; an enclosing jvp of torch.func still needs it.
+        with forward_ad._set_fwd_grad_enabled(True):
+            b = push(of_theta, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
+            return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
 
     @staticmethod
     def vmap(info, in_dims, condition, backward, z, *theta):

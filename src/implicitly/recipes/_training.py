@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import TensorDataset
 
@@ -26,6 +27,8 @@ UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.Unpi
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or another recipe's. The message says which, where, and what to try."""
+
+
 # Of PyTorch's, met by Lightning 2.6 in its own code.
 LIGHTNING_DEPRECATIONS = [r"`isinstance\(treespec, LeafSpec\)` is deprecated"]
 
@@ -108,6 +111,15 @@ class LastAndBest(Checkpoint):
         trainer.save_checkpoint(self.folder / LAST)
         if improved:
             trainer.save_checkpoint(self.folder / BEST)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Lightning's hook: say what an interrupted run can go on from."""
+        if isinstance(exception, KeyboardInterrupt):
+            last = self.folder / LAST
+            kept = f"{last} is kept: continue with --resume" if last.exists() else "no epoch was finished"
+            Console(stderr=True).print(f"interrupted in epoch {trainer.current_epoch + 1}; {kept}")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -247,8 +259,8 @@ class TrainingBar(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
         self._progress = Progress(
-            TextColumn("[bold]{task.fields[name]:<9}"),
-            BarColumn(bar_width=32),
+            TextColumn("[bold]{task.fields[name]:<8}"),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[metrics]}"),
@@ -270,16 +282,16 @@ class TrainingBar(ProgressBar):
         if self._progress is not None:
             shown = self.get_metrics(trainer, pl_module)
             shown.pop("v_num", None)
-            metrics = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            self._progress.update(
-                self._task, metrics=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}"
-            )
+            metrics = "  ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in shown.items())
+            self._progress.update(self._task, metrics=metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
         self._stop()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Lightning's hook: leave the terminal usable."""
         self._stop()
 

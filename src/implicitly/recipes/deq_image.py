@@ -207,8 +207,11 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     cell = Cell(config.channels, config.inner_channels, config.groups)
     if name == "deq":
         solver = im.Anderson(history=config.history, rtol=config.rtol, max_steps=config.solver_steps)
+        # A short Krylov basis saves memory, and at this tolerance some ten products are enough.
+        linear_solver = im.GMRES(restart=10, rtol=config.rtol, max_steps=config.solver_steps)
+        adjoint = im.ImplicitAdjoint(linear_solver=linear_solver)
         # Samples that run out of steps are counted in the logs; a warning at each step would say no more.
-        body = im.nn.DEQ(cell, solver=solver, adjoint=im.ImplicitAdjoint(), on_failure="ignore")
+        body = im.nn.DEQ(cell, solver=solver, adjoint=adjoint, on_failure="ignore")
     else:
         body = Unrolled(cell, config.unroll)
     return Classifier(body, config.channels, config, data)
@@ -226,7 +229,9 @@ def _resnet_widths(config: Config, data: ImageData) -> tuple[int, int]:
     """
     with torch.device("meta"):  # shapes without memory or random numbers
         target = count_parameters(
-            Classifier(Cell(config.channels, config.inner_channels, config.groups), config.channels, config, data)
+            Classifier(
+                Cell(config.channels, config.inner_channels, config.groups), config.channels, config, data
+            )
         )
         widths = range(config.groups, 2 * max(config.channels, config.inner_channels), config.groups)
         best, best_rank = (0, 0), (float("inf"), float("inf"))
@@ -325,9 +330,10 @@ class Training(L.LightningModule):
     def _log_solver(self, layer: im.nn.DEQ, split: str) -> None:
         solution = layer.solution
         samples = len(solution.status)
+        relative = solution.residual / solution.value.flatten(start_dim=1).norm(dim=1)
         self.log(f"{split}/solver_steps", solution.steps.float().mean(), batch_size=samples)
-        self.log(f"{split}/residual", solution.residual.float().mean(), batch_size=samples)
-        for status in im.Status:
+        self.log(f"{split}/relative_residual", relative.mean(), batch_size=samples)
+        for status in set(im.Status) - {im.Status.RUNNING}:
             count = (solution.status == status).sum().float()
             self.log(f"{split}/status_{status.name.lower()}", count, batch_size=samples, reduce_fx="sum")
 
@@ -433,10 +439,15 @@ def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Resul
 def results_table(results: list[Result], config: Config, data: ImageData) -> Table:
     """The comparison, for `rich` to print."""
     table = Table(title=f"deq-image on {data.name}", caption=_caption(results, config, data))
-    table.add_column("network")
-    for column in ("test accuracy", "parameters", "peak memory\nof a step", "calls of f a step\nforward + backward"):
-        table.add_column(column, justify="right")
-    table.add_column("seconds\nan epoch", justify="right")
+    table.add_column("network\n", no_wrap=True)
+    for heading in (
+        "test\naccuracy",
+        "\nparameters",
+        "peak memory\nof a step",
+        "calls of f\na step",
+        "seconds\nan epoch",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         costs = result.costs
         table.add_row(
@@ -450,12 +461,25 @@ def results_table(results: list[Result], config: Config, data: ImageData) -> Tab
     return table
 
 
+def _caption(results: list[Result], config: Config, data: ImageData) -> str:
+    parts = [f"epochs: {config.epochs}", f"batch: {config.batch_size}", f"seed: {config.seed}"]
+    if config.max_steps is not None:
+        parts.append(f"stopped after {config.max_steps} steps")
+    parts.append(f"on {results[0].training.device}")
+    lines = [", ".join(parts), "calls of f: forward + backward (products with its transposed Jacobian)"]
+    if data.note:
+        lines.append(f"Note: {data.note}")
+    return "\n".join(lines)
+
+
 def main(config: Config) -> list[Result]:
     """Train the networks that `config` names, one after the other, and print how they compare."""
     console = Console()
     data = load_images(config.dataset, config.data, config.cache)
     run = run_folder(Path("runs") / "deq-image", config.dataset, config.out, config.resume)
-    console.print(f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}")
+    console.print(
+        f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}"
+    )
     results = [fit(name, config, data, run / name) for name in config.models]
     console.print(results_table(results, config, data))
     return results
