@@ -1,6 +1,7 @@
 """Implicit layers for PyTorch: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import (
     ImplicitAdjoint,
     JacobianFreeAdjoint,
@@ -12,6 +13,7 @@ from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton, NewtonKrylov
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
+from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 
@@ -21,6 +23,7 @@ __all__ = [
     "Anderson",
     "BiCGStab",
     "Broyden",
+    "CompileWarning",
     "ConvergenceWarning",
     "DenseLU",
     "FixedPointIteration",
@@ -34,6 +37,7 @@ __all__ = [
     "SolverError",
     "Status",
     "UnrolledAdjoint",
+    "check_independence",
     "fixed_point",
     "nn",
     "root",

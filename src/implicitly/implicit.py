@@ -145,7 +145,16 @@ def search(
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         scale = row_norm(r0)
     return iterate(
-        solver, condition.at, theta, z0, r0, rtol=rtol, atol=atol, scale=scale, carries=condition.carries
+        solver,
+        condition.at,
+        theta,
+        z0,
+        r0,
+        rtol=rtol,
+        atol=atol,
+        scale=scale,
+        carries=condition.carries,
+        verify=solver.recurrent,
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
-from implicitly.tree import is_wrapped, row_norm, unwrapped
+from implicitly.tree import row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -46,6 +46,11 @@ class Status(IntEnum):
     DIVERGED = 3
     SINGULAR = 4
     NON_FINITE = 5
+
+
+def is_running(status: Tensor) -> Tensor:
+    """Which of `(B,)` codes are still running: the only negative one."""
+    return status < 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ class Solver(ABC):
 
     # Whether it needs the operator of a linear condition.
     linear: ClassVar[bool] = False
+    # Whether it updates the residual by a recurrence, which can drift from the true one.
+    recurrent: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
@@ -168,12 +175,12 @@ class _Carry(NamedTuple):
     r: Tensor
     best: Tensor
     best_norm: Tensor
-    best_step: Tensor
+    stale: Tensor  # steps since the best
     status: Tensor
     steps: Tensor
-    first: Tensor
     scale: Tensor
-    calls: Tensor
+    blow_up: Tensor
+    calls: int | Tensor
     memory: tuple[Tensor, ...]
 
 
@@ -188,6 +195,7 @@ def iterate(
     atol: float,
     scale: Tensor | None = None,
     carries: tuple[int | None, ...] | None = None,
+    verify: bool = False,
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
@@ -197,55 +205,62 @@ def iterate(
         scale: `(B,)` what `rtol` is relative to; None: the norm of the current iterate.
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
+        verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
     """
     F = bind(*theta)
-    calls = torch.full((), int(r is None), dtype=torch.int64, device=z.device)
+    calls: int | Tensor = int(r is None)
+    if torch.compiler.is_compiling():
+        calls = torch.full((), calls, dtype=torch.int64, device=z.device)
     r = F(z) if r is None else r
     first = row_norm(r)
     relative_to_iterate = scale is None
     scale = row_norm(z) if scale is None else scale
     budget_only = not isinstance(rtol, Tensor) and rtol == 0 and atol == 0
-    status = torch.where(first <= atol + rtol * scale, int(Status.CONVERGED), int(Status.RUNNING))
-    if budget_only:
-        status = torch.full_like(status, int(Status.RUNNING))
+    done = torch.zeros_like(first, dtype=torch.bool) if budget_only else first <= atol + rtol * scale
+    zeros = torch.zeros_like(first, dtype=torch.int64)
+    status = torch.where(done, int(Status.CONVERGED), zeros + int(Status.RUNNING))
     status = torch.where(first.isfinite(), status, int(Status.NON_FINITE))
-    zeros = torch.zeros_like(status)
-    carry = _Carry(z, r, z, first, zeros, status, zeros, first, scale, calls, solver.start(F, z, r))
+    carry = _Carry(z, r, z, first, zeros, status, zeros, scale, BLOW_UP * first, calls, solver.start(F, z, r))
 
     def body(F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
-        running = c.status == Status.RUNNING
+        running = is_running(c.status)
+        some_done = happens(~running)
         new = solver.propose(F, k, c.z, c.r, c.memory)
-        z = select(running, new.z, c.z)
-        r = F(z) if new.residual is None else select(running, new.residual, c.r)
+        z = where_rows(running, new.z, c.z) if some_done else new.z
+        if new.residual is None:
+            r = F(z)
+        else:
+            r = where_rows(running, new.residual, c.r) if some_done else new.residual
         norm = row_norm(r)
-        limit = atol + rtol * (row_norm(z) if relative_to_iterate else c.scale)
-        converged = (norm <= limit) & running if not budget_only else torch.zeros_like(running)
-        better = (running & (norm < c.best_norm)) | converged
-        best_step = torch.where(better, k + 1, c.best_step)
-        going = (norm <= BLOW_UP * c.first) & ~converged
+        better = norm < c.best_norm
+        stop = ~(norm <= c.blow_up)  # NaN stops too
+        converged = None
         if not budget_only:
-            going = going & (best_step > k + 1 - PATIENCE)
+            scale = row_norm(z) if relative_to_iterate else c.scale
+            converged = norm <= atol + rtol * scale
+            better = better | converged
+        stale = (c.stale + 1).masked_fill(better, 0)
+        if converged is not None:
+            stop = stop | converged | (stale >= PATIENCE)
         if new.singular is not None:
-            going = going & ~new.singular
+            stop = stop | new.singular
+        if some_done:
+            better, stop = better & running, stop & running
         status, steps = c.status, c.steps
-        if happens(running & ~going):
-            reason = torch.where(norm > BLOW_UP * c.first, int(Status.DIVERGED), int(Status.STAGNATED))
-            if new.singular is not None:
-                reason = torch.where(new.singular, int(Status.SINGULAR), reason)
-            reason = torch.where(norm.isfinite(), reason, int(Status.NON_FINITE))
-            reason = torch.where(converged, int(Status.CONVERGED), reason)
-            status = torch.where(running & ~going, reason, status)
-        steps = steps + running
+        if happens(stop):
+            status = torch.where(stop, _reason(norm, converged, c.blow_up, new.singular), status)
+            steps = torch.where(stop, k + 1, steps)
+        best, best_norm = z, norm
+        if happens(~better):
+            best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         calls = c.calls + new.calls + int(new.residual is None)
-        best = select(better, z, c.best)
-        best_norm = torch.where(better, norm, c.best_norm)
-        return _Carry(z, r, best, best_norm, best_step, status, steps, c.first, c.scale, calls, new.memory)
+        return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
     droppable = carries is not None and not torch.compiler.is_compiling()
     k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
-    found = _outcome(solver, carry, budget_only)
+    found = _outcome(solver, k, carry, budget_only)
     rows: Tensor | None = None
-    while droppable and k < solver.max_steps and bool((running := carry.status == Status.RUNNING).any()):
+    while droppable and k < solver.max_steps and bool((running := is_running(carry.status)).any()):
         assert carries is not None
         keep = unwrapped(running).nonzero()[:, 0]
         rows = keep if rows is None else rows[keep]
@@ -253,17 +268,40 @@ def iterate(
         rtol = rtol[keep] if isinstance(rtol, Tensor) else rtol
         F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
         k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, True), solver.max_steps, k)
-        found = _with_rows(found, rows, _outcome(solver, carry, budget_only))
+        found = _with_rows(found, rows, _outcome(solver, k, carry, budget_only))
+    if verify and happens(found.steps > 0):
+        F = F if rows is None else bind(*theta)
+        found = _verified(found, row_norm(F(found.z)), atol + rtol * scale, scale)
     return found
 
 
-def _outcome(solver: Solver, carry: _Carry, budget_only: bool) -> Found:
-    status = torch.where(carry.status == Status.RUNNING, int(Status.MAX_STEPS), carry.status)
-    z, residual = carry.best, carry.best_norm
+def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> Found:
+    """`found` with its true residual; where the recurrence has drifted from that, it has not converged."""
+    drifted = (found.status == int(Status.CONVERGED)) & ~(residual <= 10 * limit)
+    status = torch.where(drifted, int(Status.STAGNATED), found.status)
+    # Worse than the zero vector is no solution at all.
+    z = where_rows(residual <= 2 * scale, found.z, torch.zeros_like(found.z))
+    return found._replace(z=z, status=status, residual=residual, evaluations=found.evaluations + 1)
+
+
+def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, singular: Tensor | None) -> Tensor:
+    """Why a sample stops: `(B,)` codes."""
+    reason = torch.where(norm > blow_up, int(Status.DIVERGED), torch.full_like(norm, int(Status.STAGNATED)))
+    if singular is not None:
+        reason = torch.where(singular, int(Status.SINGULAR), reason)
+    if converged is not None:
+        reason = torch.where(converged, int(Status.CONVERGED), reason)
+    return torch.where(norm.isfinite(), reason, int(Status.NON_FINITE)).to(torch.int64)
+
+
+def _outcome(solver: Solver, k: int | Tensor, carry: _Carry, budget_only: bool) -> Found:
+    running = is_running(carry.status)
+    status = torch.where(running, int(Status.MAX_STEPS), carry.status)
+    z, residual, steps = carry.best, carry.best_norm, torch.where(running, k, carry.steps)
     if budget_only:  # nothing was compared, so the answer is the last iterate
-        z = select(status == Status.MAX_STEPS, carry.z, z)
-        residual = torch.where(status == Status.MAX_STEPS, row_norm(carry.r), residual)
-    return Found(z, status, residual, carry.steps, carry.calls, solver.estimate(carry.memory))
+        z, residual = where_rows(running, carry.z, z), torch.where(running, row_norm(carry.r), residual)
+    calls = torch.as_tensor(carry.calls, dtype=torch.int64)
+    return Found(z, status, residual, steps, calls, solver.estimate(carry.memory))
 
 
 def repeat(
@@ -287,7 +325,7 @@ def repeat(
         def step(k: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             new = pytree.tree_leaves(body(k, pytree.tree_unflatten(list(flat), spec)))
             # Outputs may not alias inputs, and must keep their strides and dtypes.
-            return (k + 1, *(n.clone() if any(n is o for o in flat) else n for n in new))
+            return (k + 1, *(n.clone() if n is o else n for n, o in zip(new, flat)))
 
         k, *flat = while_loop(go_on, step, (start, *(t.clone() for t in flat)))
         return k, pytree.tree_unflatten(flat, spec)
@@ -307,25 +345,13 @@ def happens(mask: Tensor) -> bool:
     return mask.device.type != "cpu" or bool(mask.any())
 
 
-def select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of `new` where `mask` `(B,)`, else rows of `old`; no pass over the data where all are new."""
-    if not happens(~mask):
-        return new
-    return torch.where(mask.reshape(-1, *([1] * (new.ndim - 1))), new, old)
-
-
-def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:
-    """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
-    if isinstance(slot, Tensor):
-        return buffer.index_copy(dim, slot.reshape(1), value.unsqueeze(dim))
-    if torch.is_grad_enabled() or is_wrapped(value) or is_wrapped(buffer):
-        return torch.select_scatter(buffer, value, dim, slot)
-    buffer.select(dim, slot).copy_(value)
-    return buffer
+def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where `mask` `(B,)`, else rows of `old`."""
+    return torch.where(mask.unsqueeze(1), new, old)
 
 
 def _worth_a_step(droppable: bool, carry: _Carry) -> Tensor:
-    running = carry.status == Status.RUNNING
+    running = is_running(carry.status)
     if not droppable:
         return running.any()
     count = running.sum()
@@ -333,7 +359,7 @@ def _worth_a_step(droppable: bool, carry: _Carry) -> Tensor:
 
 
 def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
-    return pytree.tree_map(lambda t: t.index_select(0, rows) if t.ndim else t, carry)
+    return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, rows), carry)
 
 
 def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.iterate import Proposal, Solver, write
+from implicitly.history import combine, filled, products, write
+from implicitly.iterate import Proposal, Solver
 from implicitly.tree import row_norm
 
 
@@ -37,6 +38,7 @@ class LinearSolver(Solver):
     """A solver that needs the operator M itself, not only residuals."""
 
     linear: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,16 @@ class GMRES(LinearSolver):
         norm = row_norm(r)
         v = torch.where(((norm <= 0.9 * last_norm) | (slot == 0))[:, None], r * _inverse(norm), last)
         image = F.operator(v)
-        known = (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
-        w, coefficients = _orthogonalise(image, W, known)
-        w, again = _orthogonalise(w, W, known)  # twice is enough (Giraud et al. 2005)
+        W_k, P_k = filled(W, slot), filled(P, slot)
+        known = (torch.arange(W_k.shape[1], device=z.device) < slot).to(z.dtype)
+        w, coefficients = _orthogonalise(image, W_k, known)
+        w, again = _orthogonalise(w, W_k, known)  # twice is enough (Giraud et al. 2005)
         length, full = row_norm(w), row_norm(image)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
         scale = torch.where(singular[:, None], 0.0, _inverse(length))
         w = w * scale
-        p = (v - _combine(coefficients + again, P)) * scale
+        p = (v - combine(coefficients + again, P_k)) * scale
         step = torch.linalg.vecdot(w, r)[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, w, value=-1)
         memory = (write(W, slot, w), write(P, slot, p), w, norm)
@@ -87,17 +90,13 @@ class GMRES(LinearSolver):
 
 def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """`x` less its components along the `known` rows of `basis` `(B, m, n)`, and those components `(B, m)`."""
-    coefficients = torch.bmm(x.unsqueeze(1), basis.mT)[:, 0] * known
-    return x - _combine(coefficients, basis), coefficients
-
-
-def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:
-    return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]
+    coefficients = products(x, basis) * known
+    return x - combine(coefficients, basis), coefficients
 
 
 def _inverse(norm: Tensor) -> Tensor:
     """1 / norm as a column, 0 where the norm is 0."""
-    return torch.where(norm > 0, 1 / norm, 0.0)[:, None]
+    return _ratio(torch.ones_like(norm), norm)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class CG(LinearSolver):
         singular = curvature <= 0
         step = (rr / torch.where(singular, 1.0, curvature))[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, image, value=-1)
-        p = torch.addcmul(r, (torch.linalg.vecdot(r, r) / rr)[:, None], p)
+        p = torch.addcmul(r, _ratio(torch.linalg.vecdot(r, r), rr), p)
         return Proposal(z, (p,), r, 1, singular)
 
 
@@ -137,7 +136,7 @@ class BiCGStab(LinearSolver):
         z = torch.addcmul(torch.addcmul(z, alpha, p), omega, s)
         r = torch.addcmul(s, omega, t, value=-1)
         rho_next = torch.linalg.vecdot(shadow, r)
-        beta = _ratio(rho_next, rho) * alpha * torch.where(omega == 0, 0.0, 1 / omega)
+        beta = _ratio(rho_next, rho) * _ratio(alpha[:, 0], omega[:, 0])
         p_next = torch.addcmul(r, beta, torch.addcmul(p, omega, v, value=-1))
         # Where the shadow residual has become orthogonal to everything, begin again from the current residual.
         stuck = rho_next.abs() <= torch.finfo(z.dtype).eps * row_norm(shadow) * row_norm(r)
@@ -148,8 +147,9 @@ class BiCGStab(LinearSolver):
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b as a column, 0 where b is 0."""
-    return torch.where(b == 0, 0.0, a / b)[:, None]
+    """a / b as a column, 0 where b is 0; finite derivatives there too, for unrolling."""
+    zero = b == 0
+    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))[:, None]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class Neumann(LinearSolver):
     With `rtol=0` it is the truncated series of exactly `max_steps` terms.
     """
 
+    recurrent: ClassVar[bool] = False
     damping: float = 1.0
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
@@ -175,6 +176,7 @@ class DenseLU(LinearSolver):
     For small n. Raises ValueError where the matrices would take more than `limit_gib` GiB.
     """
 
+    recurrent: ClassVar[bool] = False
     limit_gib: float = 4.0
     max_steps: int = 5
 

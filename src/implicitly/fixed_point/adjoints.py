@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.compiled import compiled_search
 from implicitly.fixed_point.problem import Problem
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
 from implicitly.iterate import Found, Solver, happens
@@ -25,7 +26,8 @@ class Adjoint(ABC):
 
     def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
         """The solver's result, without gradients."""
-        return find(solver, condition, problem.z0, problem.theta, problem.r0)
+        run = compiled_search((condition.name, problem.key)) if compile else None
+        return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
 
     @abstractmethod
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:

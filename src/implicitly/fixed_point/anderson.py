@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitly.iterate import Proposal, Residual, Solver, write
+from implicitly.history import combine, products, write
+from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
+
+LARGEST_WEIGHTS = 1e4
 
 
 @dataclass(frozen=True)
@@ -39,37 +42,47 @@ class Anderson(Solver):
             raise ValueError(f"Anderson: regularisation must be >= 0, got {self.regularisation}")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Residuals `(B, m, n)`, mixed iterates `(B, m, n)` and the Gram matrix `(B, m, m)`."""
+        """Residuals and mixed iterates `(B, m, n)`, the Gram matrix of the residuals scaled to unit length
+        `(B, m, m)` and these scales `(B, m)`; an empty slot has scale 0 and a row of the identity."""
         slots = min(self.history, self.max_steps)
         residuals = z.new_zeros(z.shape[0], slots, z.shape[1])
-        return residuals, torch.zeros_like(residuals), z.new_zeros(z.shape[0], slots, slots)
+        gram = torch.eye(slots, dtype=z.dtype, device=z.device).expand(z.shape[0], slots, slots).clone()
+        return residuals, torch.zeros_like(residuals), gram, z.new_zeros(z.shape[0], slots)
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The mix of the iterates remembered, `z` among them."""
-        residuals, mixed, gram = memory
-        slots = gram.shape[1]
-        slot = k % slots
+        residuals, mixed, gram, scale = memory
+        slot = k % gram.shape[1]
         residuals = write(residuals, slot, r)
         mixed = write(mixed, slot, torch.add(z, r, alpha=self.damping))
-        row = torch.bmm(r.unsqueeze(1), residuals.mT)[:, 0]
+        row = products(r, residuals)
+        # Residuals shrink by orders of magnitude over the history: the system is solved for unit vectors.
+        newest = torch.zeros_like(row).index_fill(1, _index(slot, row), 1.0)
+        size = (row * newest).sum(1)
+        length = torch.where(size > 0, torch.where(size > 0, size, 1.0).rsqrt(), 0.0)
+        scale = write(scale, slot, length)
+        row = torch.addcmul(row * scale * length.unsqueeze(1), newest, newest, value=self._ridge(row.dtype))
         gram = write(write(gram, slot, row), slot, row, dim=2)
-        place = torch.arange(slots, device=z.device)
-        weights = self._weights(gram, (place <= k), place == slot)
-        return Proposal(torch.bmm(weights.unsqueeze(1), mixed)[:, 0], (residuals, mixed, gram))
+        weights = _weights(gram, scale, newest)
+        return Proposal(combine(weights, mixed), (residuals, mixed, gram, scale))
 
-    def _weights(self, gram: Tensor, filled: Tensor, newest: Tensor) -> Tensor:
-        """The weights `(B, m)` that sum to 1 and make the mixed residual least, 0 where nothing is `filled`."""
-        eps = torch.finfo(gram.dtype).eps
-        extra = 10 * eps if self.regularisation is None else self.regularisation
-        size = gram.diagonal(dim1=1, dim2=2)
-        # Scaled to unit diagonal: residuals shrink by orders of magnitude over the history.
-        scale = torch.where(filled & (size > 0), size.rsqrt(), 0.0)
-        scaled = scale.unsqueeze(2) * gram * scale.unsqueeze(1)
-        scaled = scaled + torch.diag_embed(extra + (scale == 0).to(gram.dtype))
-        solved, info = torch.linalg.solve_ex(scaled, scale)
-        weights = scale * solved
-        total = weights.sum(1, keepdim=True)
-        weights = weights / total
-        # Weights this large only cancel each other: the history has become linearly dependent.
-        believable = (info == 0) & (weights.abs().sum(1) < eps**-0.5)
-        return torch.where(believable.unsqueeze(1), weights, newest.to(gram.dtype))
+    def _ridge(self, dtype: torch.dtype) -> float:
+        return 10 * torch.finfo(dtype).eps if self.regularisation is None else self.regularisation
+
+
+def _index(slot: int | Tensor, like: Tensor) -> Tensor:
+    return slot.reshape(1) if isinstance(slot, Tensor) else torch.full((1,), slot, device=like.device)
+
+
+def _weights(gram: Tensor, scale: Tensor, newest: Tensor) -> Tensor:
+    """The weights `(B, m)`, of sum 1, that make the mixed residual least; `newest` where they mean nothing."""
+    solved, info = torch.linalg.solve_ex(gram, scale)
+    weights = scale * solved
+    total = weights.sum(1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
+    # contracts by q needs weights of about 1 / (1 - q).)
+    believable = (weights.abs().sum(1) < LARGEST_WEIGHTS) & (info == 0) & (total[:, 0] != 0)
+    if not happens(~believable):
+        return weights
+    return where_rows(believable, weights, newest)

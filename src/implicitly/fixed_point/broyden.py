@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from implicitly.fixed_point.line_search import backtrack
-from implicitly.iterate import Proposal, Residual, Solver, write
+from implicitly.history import combine, filled, products, write
+from implicitly.iterate import Proposal, Residual, Solver
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,35 @@ class Broyden(Solver):
             raise ValueError(f"Broyden: history must be at least 1, got {self.history}")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """S and P `(B, m, n)`, L `(B, m, m)`, the last step `(B, n)` and its length `(B, 1)`."""
+        """S and P `(B, m, n)`, L `(B, m, m)`, the last iterate `(B, n)` and step length `(B, 1)`."""
         slots = min(self.history, self.max_steps)
         S = z.new_zeros(z.shape[0], slots, z.shape[1])
-        return S, torch.zeros_like(S), z.new_zeros(z.shape[0], slots, slots), torch.zeros_like(z), torch.ones_like(z[:, :1])
+        L = z.new_zeros(z.shape[0], slots, slots)
+        return S, torch.zeros_like(S), L, z, torch.ones_like(z[:, :1])
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The quasi-Newton step from `z`."""
-        S, P, L, s, length = memory
-        slots = S.shape[1]
-        slot = k % slots
-        place = torch.arange(slots, device=z.device)
-        known = (place < slot).to(z.dtype)
-        # Slots from before the last fresh start are masked out of L and of the products.
-        w = r + _combine(_chain(L, known, torch.bmm(r.unsqueeze(1), S.mT)[:, 0]), P)
+        S, P, L, last, length = memory
+        s = z - last  # none for a finished sample, whose z stays
+        slot = k % S.shape[1]
+        S_k, P_k = filled(S, slot), filled(P, slot)
+        # Slots from before the last fresh start count for nothing.
+        known = (torch.arange(S_k.shape[1], device=z.device) < slot).to(z.dtype)
+        w = r + combine(_chain(L, known, products(r, S_k)), P_k)
         along = torch.linalg.vecdot(s, w)[:, None]
         squared = torch.linalg.vecdot(s, s)[:, None]
         denominator = squared / length - along
         # s'Hy = 0 makes the update infinite: skip it.
         skip = denominator.abs() <= 1e-8 * squared
-        p = (s * (1 - 1 / length) + w) / torch.where(skip, 1.0, denominator)
-        p = torch.where(skip, 0.0, p)
-        row = torch.bmm(s.unsqueeze(1), P.mT)[:, 0] * known
+        p = w if not self.line_search else torch.addcmul(w, 1 - 1 / length, s)
+        p = torch.where(skip, 0.0, p / torch.where(skip, 1.0, denominator))
+        row = torch.nn.functional.pad(products(s, P_k) * known, (0, S.shape[1] - S_k.shape[1]))
         S, P, L = write(S, slot, s), write(P, slot, p), write(L, slot, row)
         d = torch.addcmul(w, along, p)
         if not self.line_search:
-            return Proposal(z + d, (S, P, L, d, torch.ones_like(length)))
-        z, r, length, calls = backtrack(F, z, r, d)
-        return Proposal(z, (S, P, L, d * length, length), r, calls)
+            return Proposal(z + d, (S, P, L, z, length))
+        moved, r, length, calls = backtrack(F, z, r, d)
+        return Proposal(moved, (S, P, L, z, length), r, calls)
 
     def estimate(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`(S, P, L)` of H = I + P' (I - L)^-1 S."""
@@ -70,10 +72,8 @@ class Broyden(Solver):
 
 
 def _chain(L: Tensor, known: Tensor, inner: Tensor) -> Tensor:
-    """(I - L)^-1 inner on the `known` slots, 0 elsewhere: the product of rank-one updates, unrolled."""
-    unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device) - L * known.unsqueeze(1)
-    return torch.linalg.solve_triangular(unit, (inner * known).unsqueeze(2), upper=False, unitriangular=True)[:, :, 0]
-
-
-def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:
-    return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]
+    """(I - L)^-1 inner on the `known` slots, 0 elsewhere: the product of rank-one updates, multiplied out."""
+    m = inner.shape[1]
+    unit = torch.eye(m, dtype=L.dtype, device=L.device) - L[:, :m, :m] * known.unsqueeze(1)
+    solved = torch.linalg.solve_triangular(unit, (inner * known).unsqueeze(2), upper=False, unitriangular=True)
+    return solved[:, :, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,13 @@ class Problem:
         if not recording:
             start, theta = start.detach(), tuple(t.detach() for t in theta)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
+            version = start._version
             value = opened(layout.unpack(start), *theta)
+        if start._version != version:
+            raise ValueError(
+                "f changes its input z in place, which would change the solver's iterates; use operations that return "
+                "new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
+            )
         layout.check(value, "z0")
         f0 = layout.pack(value)
         if not recording:
@@ -77,6 +83,19 @@ class Problem:
 
         report = Report(on_failure, self.solution)
         return Condition(bind, name, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
+
+    @property
+    def key(self) -> Hashable:
+        """What a compiled solve depends on besides tensors; raises TypeError where it cannot be compared."""
+        key = (self.opened.f, self.layout, str(self.opened.args_spec), self.opened.static, self.opened.names)
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(
+                "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
+                f"({error}); pass tuples instead of arrays or lists, or compile=False"
+            ) from error
+        return (*key, self.opened.autocast)
 
     def solution(self, found: Found, attached: Tensor | None = None) -> Solution:
         """What the user gets: `attached` `(B, n)` is the found point with its derivative."""

@@ -1,0 +1,34 @@
+"""The memory of solvers: vectors `(B, m, n)` in m slots, one of them written a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.tree import is_wrapped
+
+
+def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:
+    """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
+    if isinstance(slot, Tensor):
+        return buffer.index_copy(dim, slot.reshape(1), value.unsqueeze(dim))
+    if torch.is_grad_enabled() or is_wrapped(value) or is_wrapped(buffer):
+        return torch.select_scatter(buffer, value, dim, slot)
+    buffer.select(dim, slot).copy_(value)
+    return buffer
+
+
+def filled(buffer: Tensor, count: int | Tensor) -> Tensor:
+    """The first `count` slots of `buffer` `(B, m, ...)` where that is a number; all of them in a traced loop."""
+    return buffer[:, :count] if isinstance(count, int) else buffer
+
+
+def products(x: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of x `(B, n)` with each of `rows` `(B, m, n)`: `(B, m)`."""
+    # This order of factors is ten times faster than rows @ x on a CPU.
+    return torch.bmm(x.unsqueeze(1), rows.mT)[:, 0]
+
+
+def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """The linear combination of `rows` `(B, m, n)` with `coefficients` `(B, m)`: `(B, n)`."""
+    return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]

@@ -1,0 +1,165 @@
+"""The deep equilibrium layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint, PhantomAdjoint
+from implicitly.fixed_point.anderson import Anderson
+from implicitly.fixed_point.solve import fixed_point
+from implicitly.iterate import Found, Solution, Solver
+from implicitly.nn.per_solve import decide_once
+from implicitly.nn.warm_start import WarmStart
+from implicitly.tree import unwrapped
+
+
+def _whole_state(z: Any) -> Any:
+    return z
+
+
+class DEQ(nn.Module):
+    """A layer whose output is the equilibrium z = cell(z, x) (Bai, Kolter and Koltun, NeurIPS 2019).
+
+    Its parameters are the cell's. What the cell decides once a solve (`Dropout`, `BatchNorm`, `WeightNorm`,
+    `SpectralNorm` of this package) is decided before the solve and constant in it.
+
+    Args:
+        cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise.
+        solver, adjoint, on_failure, compile: as in `implicitly.fixed_point`.
+        batch_dims: 1: samples are independent, and finished ones are dropped from the calls of the cell. 0: the
+            whole batch is one system, for cells that couple samples.
+        init: gives the start z0 for x where no other is known; the zeros of x's shape unless given.
+        warm_start: `LastBatch()` or `LastEpoch(size)`, where to start from in training instead.
+        readout: what of the equilibrium `forward` returns; all of it unless given.
+
+    Attributes:
+        solution: the `Solution` of the last forward pass, detached; `value` is the whole equilibrium.
+        backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        solver: Solver = Anderson(),
+        adjoint: Adjoint = ImplicitAdjoint(),
+        *,
+        batch_dims: int = 1,
+        on_failure: str = "warn",
+        compile: bool = False,
+        init: Callable[[Any], Any] | None = None,
+        warm_start: WarmStart | None = None,
+        readout: Callable[[Any], Any] = _whole_state,
+    ):
+        super().__init__()
+        self.cell = cell
+        self.solver = solver
+        self.adjoint = adjoint
+        self.batch_dims = batch_dims
+        self.on_failure = on_failure
+        self.compile_solve = compile
+        self.init = init if init is not None else lambda x: pytree.tree_map(torch.zeros_like, x)
+        self.warm_start = warm_start
+        self.readout = readout
+        self.solution: Solution | None = None
+        self.backward_solution: Solution | None = None
+        self._held = _Held(cell)
+
+    def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
+        """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
+
+        Args:
+            index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`.
+        """
+        z0 = self._start(x, index) if z0 is None else z0
+        solution = self._solve(x, z0, self._held_for(x, z0), self.solver, self._listening(), self.on_failure)
+        self._remember(solution, index)
+        return self.readout(solution.value)
+
+    def iterates(self, x: Any, at: Sequence[int], z0: Any = None) -> list[Any]:
+        """The states after `at` steps each and, last, the equilibrium, for a loss on the way there.
+
+        States on the way carry the gradient of one application of the cell, the last one that of the layer. The
+        solver starts afresh at each. Bai et al., "Deep Equilibrium Optical Flow Estimation", CVPR 2022, section 3.3.
+
+        Args:
+            at: increasing step counts, such as `(2, 5)`.
+        """
+        if any(b <= a for a, b in zip((0, *at), at)):
+            raise ValueError(f"at must be increasing step counts from 1, got {tuple(at)}")
+        z = self._start(x, None) if z0 is None else z0
+        held = self._held_for(x, z)
+        states = []
+        for steps in (b - a for a, b in zip((0, *at), at)):
+            segment = replace(self.solver, max_steps=steps)
+            z = self._solve(x, z, held, segment, PhantomAdjoint(steps=1), "ignore").value
+            states.append(self.readout(z))
+        solution = self._solve(x, z, held, self.solver, self._listening(), self.on_failure)
+        self._remember(solution, None)
+        return [*states, self.readout(solution.value)]
+
+    def extra_repr(self) -> str:
+        """What it is solved with."""
+        return f"solver={self.solver}, adjoint={type(self.adjoint).__name__}"
+
+    def _solve(
+        self, x: Any, z0: Any, held: tuple[dict, dict], solver: Solver, adjoint: Adjoint, on_failure: str
+    ) -> Solution:
+        tensors, dims = held
+        f, args, in_dims = (self.cell, (x,), (0,)) if not tensors else (self._held, (x, tensors), (0, dims))
+        return fixed_point(
+            f,
+            z0,
+            *args,
+            solver=solver,
+            adjoint=adjoint,
+            batch_dims=self.batch_dims,
+            in_dims=in_dims if self.batch_dims else None,
+            on_failure=on_failure,
+            compile=self.compile_solve,
+        )
+
+    def _held_for(self, x: Any, z0: Any) -> tuple[dict, dict]:
+        return decide_once(self.cell, pytree.tree_map(torch.detach, z0), x)
+
+    def _start(self, x: Any, index: Tensor | None) -> Any:
+        if self.warm_start is not None and self.training:
+            z0 = self.warm_start.start(self.init(x), index)
+            if z0 is not None:
+                return z0
+        return self.init(x)
+
+    def _remember(self, solution: Solution, index: Tensor | None) -> None:
+        plain = pytree.tree_map(lambda t: unwrapped(t.detach()), solution.value)
+        details = (unwrapped(t) for t in (solution.status, solution.residual, solution.steps))
+        self.solution = Solution(plain, *details, solution.evaluations)
+        if self.warm_start is not None and self.training:
+            self.warm_start.store(plain, index)
+
+    def _listening(self) -> Adjoint:
+        self.backward_solution = None
+        if not isinstance(self.adjoint, ImplicitAdjoint):
+            return self.adjoint
+
+        def listen(found: Found) -> None:
+            self.backward_solution = Solution(*(t.detach() for t in found[:4]), int(found.evaluations))
+            if isinstance(self.adjoint, ImplicitAdjoint) and self.adjoint.listen is not None:
+                self.adjoint.listen(found)
+
+        return replace(self.adjoint, listen=listen)
+
+
+class _Held:
+    """The cell as a function of what it holds through a solve."""
+
+    def __init__(self, cell: nn.Module):
+        self.cell = cell
+
+    def __call__(self, z: Any, x: Any, held: dict[str, Tensor]) -> Any:
+        return functional_call(self.cell, held, (z, x))

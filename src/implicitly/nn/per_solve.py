@@ -1,0 +1,220 @@
+"""What a cell decides once a solve: a dropout mask, a statistic, a normalised weight.
+
+An equilibrium exists only if every iteration applies the same function. These modules therefore decide what
+would change from call to call in one call of the cell before the solve (`decide_once`), and hold it through the
+solve. The decision is an explicit argument of the solve, so its gradient is exact and finished samples can be
+dropped. Outside of a `DEQ` they decide anew in every call, like their counterparts in `torch.nn`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+
+class PerSolve(nn.Module, ABC):
+    """A module that computes its output from its input and something decided once a solve."""
+
+    # The dimension of the decided tensor that holds the samples, or None where it is shared.
+    sample_dim: ClassVar[int | None] = None
+    held: Tensor
+
+    def __init__(self):
+        super().__init__()
+        # Nothing held: no entries. Being a buffer, it can be exchanged by `functional_call`.
+        self.register_buffer("held", torch.empty(0), persistent=False)
+        self.recorded: list[Tensor] | None = None
+
+    @abstractmethod
+    def decide(self, x: Tensor) -> Tensor | None:
+        """What to hold for input `x`; None: nothing, in this mode."""
+
+    @abstractmethod
+    def use(self, x: Tensor, held: Tensor) -> Tensor:
+        """The output for input `x` with what is held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output for input `x`."""
+        if self.held.numel():
+            return self.use(x, self.held)
+        held = self.recorded[0] if self.recorded else self.decide(x)
+        if held is None:
+            return x
+        if self.recorded is not None and not self.recorded:
+            self.recorded.append(held)
+        return self.use(x, held)
+
+
+def decide_once(cell: nn.Module, z0: Any, x: Any) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """What the cell's `PerSolve` modules decide in one call at `z0`, and the sample dimension of each.
+
+    Keys are the buffer names that `functional_call(cell, held, (z, x))` exchanges. Without such modules the cell
+    is not called.
+    """
+    modules = {name: m for name, m in cell.named_modules() if isinstance(m, PerSolve)}
+    if not modules:
+        return {}, {}
+    for module in modules.values():
+        module.recorded = []
+    try:
+        cell(z0, x)
+        tensors = {_buffer(name): m.recorded[0] for name, m in modules.items() if m.recorded}
+    finally:
+        for module in modules.values():
+            module.recorded = None
+    return tensors, {_buffer(name): modules[name].sample_dim for name in modules if _buffer(name) in tensors}
+
+
+def _buffer(name: str) -> str:
+    return f"{name}.held" if name else "held"
+
+
+class Dropout(PerSolve):
+    """Dropout with one mask through a whole solve.
+
+    Args:
+        p: probability that an entry is zeroed; the others are scaled by 1 / (1 - p).
+        shared_dims: dimensions along which the mask is constant: `(1,)` gives variational dropout of sequences
+            `(B, T, C)` (Gal and Ghahramani 2016), `(2, 3)` drops whole channels of images.
+    """
+
+    sample_dim: ClassVar[int | None] = 0
+
+    def __init__(self, p: float = 0.5, shared_dims: tuple[int, ...] = ()):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p must be in [0, 1), got {p}")
+        if 0 in shared_dims:
+            raise ValueError("Dropout: dimension 0 holds the samples, whose masks differ; leave it out of shared_dims")
+        self.p = p
+        self.shared_dims = shared_dims
+
+    def decide(self, x: Tensor) -> Tensor | None:
+        """The mask for `x`, scaled."""
+        if not self.training or self.p == 0:
+            return None
+        shared = {d % x.ndim for d in self.shared_dims}
+        shape = [1 if d in shared else size for d, size in enumerate(x.shape)]
+        return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.p) / (1 - self.p)
+
+    def use(self, x: Tensor, held: Tensor) -> Tensor:
+        """`x` masked."""
+        return x * held
+
+
+class BatchNorm(PerSolve):
+    """Batch normalisation whose batch statistic is taken once a solve, at the start of the solve.
+
+    With the statistic held, samples are independent through the solve, as the solvers require. Running statistics
+    are updated once a solve and used in evaluation.
+
+    Args:
+        features: size of dimension 1 of the input.
+        momentum: weight of the newest statistic in the running ones.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def decide(self, x: Tensor) -> Tensor | None:
+        """Mean and variance `(2, features)`."""
+        if not self.training:
+            return torch.stack([self.running_mean, self.running_var])
+        dims = [d for d in range(x.ndim) if d != 1]
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        with torch.no_grad():
+            count = x.numel() / x.shape[1]
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), self.momentum)
+        return torch.stack([mean, variance])
+
+    def use(self, x: Tensor, held: Tensor) -> Tensor:
+        """`x` normalised, scaled and shifted."""
+        mean, variance = held
+        return functional.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+
+
+class _Reparametrised(PerSolve):
+    """A layer whose weight is computed once a solve."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(f"{type(self).__name__} needs a layer with a weight, got {type(layer).__name__}")
+        del layer.weight
+        # A place for the computed weight, which is never stored.
+        layer.register_buffer("weight", torch.empty_like(weight), persistent=False)
+        self.layer = layer
+
+    def use(self, x: Tensor, held: Tensor) -> Tensor:
+        """The layer's output with weight `held`."""
+        return functional_call(self.layer, {"weight": held}, (x,))
+
+
+class WeightNorm(_Reparametrised):
+    """A layer with weight g v / |v|, the norm over all dimensions but 0 (Salimans and Kingma 2016)."""
+
+    def __init__(self, layer: nn.Module):
+        weight = getattr(layer, "weight", None)
+        super().__init__(layer)
+        assert isinstance(weight, Tensor)
+        self.direction = nn.Parameter(weight.detach().clone())
+        self.gain = nn.Parameter(torch.linalg.vector_norm(weight.detach().flatten(1), dim=1))
+
+    def decide(self, x: Tensor) -> Tensor | None:
+        """The weight."""
+        shape = (-1, *([1] * (self.direction.ndim - 1)))
+        length = torch.linalg.vector_norm(self.direction.flatten(1), dim=1)
+        return self.direction * (self.gain / length).reshape(shape)
+
+
+class SpectralNorm(_Reparametrised):
+    """A layer with weight `bound` W / sigma(W), sigma by power iteration once a solve (Miyato et al. 2018).
+
+    Args:
+        bound: the spectral norm that the weight, as a matrix `(out, -1)`, gets.
+        power_iterations: a solve in training; the estimate goes on from one solve to the next.
+    """
+
+    u: Tensor
+
+    def __init__(self, layer: nn.Module, bound: float = 1.0, power_iterations: int = 1):
+        weight = getattr(layer, "weight", None)
+        super().__init__(layer)
+        assert isinstance(weight, Tensor)
+        if bound <= 0 or power_iterations < 1:
+            raise ValueError(f"SpectralNorm: bound > 0 and power_iterations >= 1, got {bound}, {power_iterations}")
+        self.bound, self.power_iterations = bound, power_iterations
+        self.raw = nn.Parameter(weight.detach().clone())
+        matrix = self.raw.detach().flatten(1)
+        # Any fixed start does that is not orthogonal to the leading direction; then enough steps to be near it.
+        self.register_buffer("u", _power(matrix, torch.ones_like(matrix[:, 0]), 15))
+
+    def decide(self, x: Tensor) -> Tensor | None:
+        """The weight."""
+        matrix = self.raw.flatten(1)
+        with torch.no_grad():
+            if self.training:
+                self.u.copy_(_power(matrix.detach(), self.u, self.power_iterations))
+            u = self.u.clone()
+            v = functional.normalize(matrix.detach().mT @ u, dim=0)
+        return self.raw * (self.bound / torch.dot(u, matrix @ v))
+
+
+def _power(matrix: Tensor, u: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        u = functional.normalize(matrix @ (matrix.mT @ u), dim=0)
+    return u

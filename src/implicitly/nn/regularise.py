@@ -1,0 +1,69 @@
+"""How contractive a cell is at an equilibrium: to watch, and to train for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.tree import Layout, row_norm
+
+
+def jacobian_norm(
+    f: Callable[..., Any], z: Any, *args: Any, samples: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hutchinson's estimate of |J|_F^2 a sample, J the Jacobian of f at z; differentiable, to be added to a loss.
+
+    Unbiased: |J|_F^2 = E |J' v|^2 for v ~ N(0, I). Bai, Koltun and Kolter, "Stabilizing Equilibrium Models by
+    Jacobian Regularization", ICML 2021 (who divide it by the number of entries of z).
+
+    Args:
+        z: a state, `(B, ...)` or a pytree of them, usually the equilibrium. Gradients flow to it too.
+        samples: vectors v to average over.
+
+    Returns:
+        `(B,)` estimates.
+    """
+    layout, matrix, value = _evaluate(f, z, args)
+    total = torch.zeros_like(matrix[:, 0])
+    for _ in range(samples):
+        v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        (pulled,) = torch.autograd.grad(value, matrix, v, create_graph=True, materialize_grads=True)
+        total = total + row_norm(pulled) ** 2
+    return layout.per_sample(total / samples)
+
+
+def spectral_radius(
+    f: Callable[..., Any], z: Any, *args: Any, steps: int = 50, generator: torch.Generator | None = None
+) -> Tensor:
+    """The largest modulus of an eigenvalue of the Jacobian of f at z, a sample; below 1 iteration converges.
+
+    By power iteration with J', which has the eigenvalues of J: the mean growth rate over the second half of the
+    steps, which is right also for complex pairs, whose growth fluctuates from step to step.
+
+    Returns:
+        `(B,)` estimates, without gradient.
+    """
+    if steps < 2:
+        raise ValueError(f"spectral_radius: steps must be at least 2, got {steps}")
+    layout, matrix, value = _evaluate(f, z, args)
+    v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+    log_growth = torch.zeros_like(matrix[:, 0])
+    for k in range(steps):
+        v = v / row_norm(v).clamp_min(torch.finfo(v.dtype).tiny)[:, None]
+        (v,) = torch.autograd.grad(value, matrix, v, retain_graph=True, materialize_grads=True)
+        if k >= steps // 2:
+            log_growth = log_growth + row_norm(v).log()
+    return layout.per_sample((log_growth / (steps - steps // 2)).exp().detach())
+
+
+def _evaluate(f: Callable[..., Any], z: Any, args: tuple[Any, ...]) -> tuple[Layout, Tensor, Tensor]:
+    layout = Layout.of(z, 1, "z")
+    matrix = layout.pack(z)
+    with torch.enable_grad():
+        matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
+        value = f(layout.unpack(matrix), *args)
+        layout.check(value, "z")
+        return layout, matrix, layout.pack(value)

@@ -1,0 +1,92 @@
+"""Where a solve starts: at the equilibrium of the last batch, or of the same sample an epoch ago."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class WarmStart(ABC):
+    """Remembers equilibria and gives starts."""
+
+    @abstractmethod
+    def start(self, like: Any, index: Tensor | None) -> Any:
+        """A start like the pytree `like` (which holds cold starts), or None where nothing is known."""
+
+    @abstractmethod
+    def store(self, value: Any, index: Tensor | None) -> None:
+        """Remember a detached equilibrium."""
+
+
+class LastBatch(WarmStart):
+    """Start from the last batch's equilibrium where it has the same shapes, for data that changes slowly."""
+
+    def __init__(self):
+        self.value: Any = None
+
+    def start(self, like: Any, index: Tensor | None) -> Any:
+        """The last equilibrium, or None where shapes, dtypes or devices changed."""
+        if self.value is None or not _alike(self.value, like):
+            return None
+        return self.value
+
+    def store(self, value: Any, index: Tensor | None) -> None:
+        """Remember the whole batch."""
+        self.value = value
+
+
+class LastEpoch(WarmStart):
+    """Start each sample from its own equilibrium of the last epoch.
+
+    Args:
+        size: samples in the data set; memory is that many states, kept on the device of the equilibria.
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"LastEpoch: size is the number of samples in the data set, got {size}")
+        self.size = size
+        self._leaves: list[Tensor] | None = None
+        self._known = torch.zeros(size, dtype=torch.bool)
+
+    def start(self, like: Any, index: Tensor | None) -> Any:
+        """Each sample's last equilibrium where it was seen, its cold start otherwise."""
+        index = self._checked(index)
+        cold, spec = pytree.tree_flatten(like)
+        if self._leaves is None or any(s.shape[1:] != c.shape[1:] for s, c in zip(self._leaves, cold)):
+            return None
+        known = self._known[index.cpu()].to(cold[0].device)
+        leaves = [
+            torch.where(known.reshape(-1, *([1] * (c.ndim - 1))), s[index.to(s.device)].to(c), c)
+            for s, c in zip(self._leaves, cold)
+        ]
+        return pytree.tree_unflatten(leaves, spec)
+
+    def store(self, value: Any, index: Tensor | None) -> None:
+        """Remember each sample under its index."""
+        index = self._checked(index)
+        leaves = pytree.tree_leaves(value)
+        if self._leaves is None or any(s.shape[1:] != v.shape[1:] for s, v in zip(self._leaves, leaves)):
+            self._leaves = [v.new_zeros(self.size, *v.shape[1:]) for v in leaves]
+            self._known.zero_()
+        for store, v in zip(self._leaves, leaves):
+            store[index.to(store.device)] = v.to(store.dtype)
+        self._known[index.cpu()] = True
+
+    def _checked(self, index: Tensor | None) -> Tensor:
+        if index is None:
+            raise ValueError("LastEpoch needs to know which samples these are: call layer(x, index=index)")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
+            raise ValueError(f"LastEpoch(size={self.size}) got indices {int(index.min())} to {int(index.max())}")
+        return index
+
+
+def _alike(a: Any, b: Any) -> bool:
+    (x, s), (y, t) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return s == t and all(
+        p.shape == q.shape and p.dtype == q.dtype and p.device == q.device for p, q in zip(x, y)
+    )
