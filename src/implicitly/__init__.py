@@ -1,4 +1,4 @@
-"""Implicit layers for PyTorch: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
+"""Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
 from implicitly.compiled import CompileWarning

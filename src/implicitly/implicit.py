@@ -16,19 +16,17 @@ States are matrices `(B, n)`, one sample a row, and samples do not depend on eac
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
-from implicitly.linear import GMRES, Affine
-from implicitly.tree import is_tracked, is_wrapped, row_norm
+from implicitly.linear import Affine
+from implicitly.tree import is_wrapped, pullback, row_norm
 
 Map = Callable[[Tensor], Tensor]
 
@@ -85,9 +83,15 @@ class Report:
             return
         message = _explain(name, solver, found, failed)
         if self.on_failure == "raise":
-            solution = Solution(*found[:4], int(found.evaluations)) if self.unpack is None else self.unpack(found)
+            solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
         warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+def as_solution(found: Found) -> Solution:
+    """`found` as users see it, the value still a detached matrix `(B, n)`."""
+    z, status, residual, steps = (t.detach() for t in found[:4])
+    return Solution(z, status, residual, steps, int(found.evaluations))
 
 
 _REMEDY = {
@@ -185,10 +189,11 @@ class _Find(torch.autograd.Function):
         return (None,) * ctx.count
 
     @staticmethod
-    def vmap(info, in_dims, solver, condition, run, starts, *tensors):
+    def vmap(info, in_dims, *args):
+        solver, condition, _, starts, *tensors = args
         dims, size = in_dims[4:], info.batch_size
         start = [_merge(t, d, size) for t, d in zip(tensors[:starts], dims)]
-        condition, theta = _mapped(condition, dims[starts:], size, tensors[starts:])
+        condition, theta = _mapped(condition, dims[starts:], size, tuple(tensors[starts:]))
         # A compiled run is of one condition; the mapped one is another.
         output = _Find.apply(solver, condition, search, starts, *start, *theta)
         outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
@@ -264,7 +269,8 @@ class _Attach(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[3:])
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *cotangents):
+        (g,) = cotangents
         z, *theta = ctx.saved_tensors
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
         u = ctx.how.solve(transposed(ctx.condition), (g, z, *theta), ctx.how.inverse)
@@ -275,14 +281,15 @@ class _Attach(torch.autograd.Function):
                 full[i] = t
             return ctx.condition.residual(z, *full)
 
-        _, pull = vjp(of_theta, *(theta[i] for i in needed))
-        gradients = [None] * len(theta)
+        _, pull = pullback(of_theta, *(theta[i] for i in needed))
+        gradients: list[Tensor | None] = [None] * len(theta)
         for i, gradient in zip(needed, pull(u)):
             gradients[i] = gradient
         return None, None, None, *gradients
 
     @staticmethod
-    def jvp(ctx, condition, backward, dz, *dtheta):
+    def jvp(ctx, *tangents):
+        dtheta = tangents[3:]
         z, *theta = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
         moving = [i for i, d in enumerate(dtheta) if d is not None]
 
@@ -298,17 +305,18 @@ class _Attach(torch.autograd.Function):
             return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
 
     @staticmethod
-    def vmap(info, in_dims, condition, backward, z, *theta):
+    def vmap(info, in_dims, *args):
+        condition, backward, z, *theta = args
         size = info.batch_size
-        condition, theta = _mapped(condition, in_dims[3:], size, theta)
+        condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
         out = _Attach.apply(condition, backward, _merge(z, in_dims[2], size), *theta)
         return out.reshape(size, -1, out.shape[1]), 0
 
 
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """J v by two reverse passes: forward mode cannot be nested under dual numbers."""
-    out, pull = vjp(f, *primals)
-    _, pull_back = vjp(pull, torch.zeros_like(out))
+    out, pull = pullback(f, *primals)
+    _, pull_back = pullback(pull, torch.zeros_like(out))
     return pull_back(tangents)[0]
 
 
@@ -316,7 +324,7 @@ def transposed(condition: Condition) -> Condition:
     """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves."""
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
-        _, pull = vjp(condition.at(*theta), z)
+        _, pull = pullback(condition.at(*theta), z)
         return lambda u: -pull(u)[0]
 
     return _linear(condition, bind, "the backward solve of " + condition.name)
@@ -326,8 +334,8 @@ def pushed(condition: Condition) -> Condition:
     """A(z, theta) v + b = 0 for v, with theta' = (b, z, *theta): what forward mode solves."""
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
-        out, pull = vjp(condition.at(*theta), z)
-        _, pull_back = vjp(lambda u: pull(u)[0], torch.zeros_like(out))
+        out, pull = pullback(condition.at(*theta), z)
+        _, pull_back = pullback(lambda u: pull(u)[0], torch.zeros_like(out))
         return lambda v: -pull_back(v)[0]
 
     return _linear(condition, bind, "the forward-mode solve of " + condition.name)
@@ -347,9 +355,7 @@ def _mapped(
         theta, in_dims = (_merge(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
 
     def bind(*theta: Tensor) -> Map:
-        over = vmap(
-            lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different"
-        )
+        over = vmap(lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different")
         return lambda z: over(z.reshape(size, -1, z.shape[1]), *theta).reshape(z.shape)
 
     report = replace(condition.report, unpack=None)

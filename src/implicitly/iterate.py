@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -135,11 +135,14 @@ class Solver(ABC):
             raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
 
     @abstractmethod
-    def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The solver's memory before the first step; every tensor of it has one row a sample."""
+    def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The solver's memory before the first step; every tensor of it has one row a sample.
+
+        `F` maps z to its residual; a linear solver gets it as `Affine`, with the operator in the open.
+        """
 
     @abstractmethod
-    def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+    def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The iterate after `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (from 0)."""
 
     def estimate(self, memory: Any) -> tuple[Tensor, ...]:
@@ -208,24 +211,59 @@ def iterate(
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
     """
     F = bind(*theta)
-    calls: int | Tensor = int(r is None)
-    if torch.compiler.is_compiling():
-        calls = torch.full((), calls, dtype=torch.int64, device=z.device)
-    r = F(z) if r is None else r
-    first = row_norm(r)
-    relative_to_iterate = scale is None
-    scale = row_norm(z) if scale is None else scale
-    budget_only = not isinstance(rtol, Tensor) and rtol == 0 and atol == 0
-    done = torch.zeros_like(first, dtype=torch.bool) if budget_only else first <= atol + rtol * scale
-    zeros = torch.zeros_like(first, dtype=torch.int64)
-    status = torch.where(done, int(Status.CONVERGED), zeros + int(Status.RUNNING))
-    status = torch.where(first.isfinite(), status, int(Status.NON_FINITE))
-    carry = _Carry(z, r, z, first, zeros, status, zeros, scale, BLOW_UP * first, calls, solver.start(F, z, r))
+    loop = _Loop(solver, rtol, atol, relative_to_iterate=scale is None)
+    carry = loop.start(F, z, r, scale)
+    droppable = carries is not None and not torch.compiler.is_compiling()
+    k, carry = repeat(partial(loop.step, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
+    found = loop.outcome(k, carry)
+    rows: Tensor | None = None
+    while droppable and k < solver.max_steps and bool((running := is_running(carry.status)).any()):
+        assert carries is not None
+        keep = unwrapped(running).nonzero()[:, 0]
+        rows = keep if rows is None else rows[keep]
+        carry, loop = _take_rows(carry, keep), loop.take_rows(keep)
+        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
+        k, carry = repeat(partial(loop.step, F), carry, partial(_worth_a_step, True), solver.max_steps, k)
+        found = _with_rows(found, rows, loop.outcome(k, carry))
+    if verify and scale is not None and happens(found.steps > 0):
+        F = F if rows is None else bind(*theta)
+        found = _verified(found, row_norm(F(found.z)), atol + rtol * scale, scale)
+    return found
 
-    def body(F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
+
+@dataclass(frozen=True)
+class _Loop:
+    """What one step of the loop does, for one solver and its tolerances."""
+
+    solver: Solver
+    rtol: float | Tensor
+    atol: float
+    relative_to_iterate: bool
+
+    @property
+    def budget_only(self) -> bool:
+        """Whether exactly `max_steps` steps were asked for, and nothing is to be compared."""
+        return not isinstance(self.rtol, Tensor) and self.rtol == 0 and self.atol == 0
+
+    def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
+        calls: int | Tensor = int(r is None)
+        if torch.compiler.is_compiling():
+            calls = torch.full((), calls, dtype=torch.int64, device=z.device)
+        r = F(z) if r is None else r
+        norm = row_norm(r)
+        scale = row_norm(z) if scale is None else scale
+        zeros = torch.zeros_like(norm, dtype=torch.int64)
+        status = zeros + int(Status.RUNNING)
+        if not self.budget_only:
+            status = torch.where(norm <= self.atol + self.rtol * scale, int(Status.CONVERGED), status)
+        status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
+        memory = self.solver.start(F, z, r)
+        return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
+
+    def step(self, F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
         running = is_running(c.status)
         some_done = happens(~running)
-        new = solver.propose(F, k, c.z, c.r, c.memory)
+        new = self.solver.propose(F, k, c.z, c.r, c.memory)
         z = where_rows(running, new.z, c.z) if some_done else new.z
         if new.residual is None:
             r = F(z)
@@ -235,13 +273,13 @@ def iterate(
         better = norm < c.best_norm
         stop = ~(norm <= c.blow_up)  # NaN stops too
         converged = None
-        if not budget_only:
-            scale = row_norm(z) if relative_to_iterate else c.scale
-            converged = norm <= atol + rtol * scale
-            better = better | converged
+        if not self.budget_only:
+            scale = row_norm(z) if self.relative_to_iterate else c.scale
+            converged = norm <= self.atol + self.rtol * scale
+            better, stop = better | converged, stop | converged
         stale = (c.stale + 1).masked_fill(better, 0)
-        if converged is not None:
-            stop = stop | converged | (stale >= PATIENCE)
+        if not self.budget_only:
+            stop = stop | (stale >= PATIENCE)
         if new.singular is not None:
             stop = stop | new.singular
         if some_done:
@@ -256,23 +294,17 @@ def iterate(
         calls = c.calls + new.calls + int(new.residual is None)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
-    droppable = carries is not None and not torch.compiler.is_compiling()
-    k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
-    found = _outcome(solver, k, carry, budget_only)
-    rows: Tensor | None = None
-    while droppable and k < solver.max_steps and bool((running := is_running(carry.status)).any()):
-        assert carries is not None
-        keep = unwrapped(running).nonzero()[:, 0]
-        rows = keep if rows is None else rows[keep]
-        carry = _take_rows(carry, keep)
-        rtol = rtol[keep] if isinstance(rtol, Tensor) else rtol
-        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
-        k, carry = repeat(partial(body, F), carry, partial(_worth_a_step, True), solver.max_steps, k)
-        found = _with_rows(found, rows, _outcome(solver, k, carry, budget_only))
-    if verify and happens(found.steps > 0):
-        F = F if rows is None else bind(*theta)
-        found = _verified(found, row_norm(F(found.z)), atol + rtol * scale, scale)
-    return found
+    def outcome(self, k: int | Tensor, c: _Carry) -> Found:
+        running = is_running(c.status)
+        status = torch.where(running, int(Status.MAX_STEPS), c.status)
+        z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
+        if self.budget_only:  # nothing was compared, so the answer is the last iterate
+            z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
+        calls = torch.as_tensor(c.calls, dtype=torch.int64)
+        return Found(z, status, residual, steps, calls, self.solver.estimate(c.memory))
+
+    def take_rows(self, rows: Tensor) -> _Loop:
+        return replace(self, rtol=self.rtol[rows]) if isinstance(self.rtol, Tensor) else self
 
 
 def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> Found:
@@ -292,16 +324,6 @@ def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, singular: T
     if converged is not None:
         reason = torch.where(converged, int(Status.CONVERGED), reason)
     return torch.where(norm.isfinite(), reason, int(Status.NON_FINITE)).to(torch.int64)
-
-
-def _outcome(solver: Solver, k: int | Tensor, carry: _Carry, budget_only: bool) -> Found:
-    running = is_running(carry.status)
-    status = torch.where(running, int(Status.MAX_STEPS), carry.status)
-    z, residual, steps = carry.best, carry.best_norm, torch.where(running, k, carry.steps)
-    if budget_only:  # nothing was compared, so the answer is the last iterate
-        z, residual = where_rows(running, carry.z, z), torch.where(running, row_norm(carry.r), residual)
-    calls = torch.as_tensor(carry.calls, dtype=torch.int64)
-    return Found(z, status, residual, steps, calls, solver.estimate(carry.memory))
 
 
 def repeat(

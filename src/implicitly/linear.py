@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,11 +62,13 @@ class GMRES(LinearSolver):
             raise ValueError(f"GMRES: restart must be at least 1, got {self.restart}")
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """Basis of the image and its preimages `(B, m, n)`, the last image, the last residual norm."""
         slots = min(self.restart, self.max_steps)
         basis = z.new_zeros(z.shape[0], slots, z.shape[1])
         return basis, basis.clone(), torch.zeros_like(z), torch.zeros_like(r[:, 0])
 
-    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The minimiser of the residual over a space one dimension larger."""
         W, P, last, last_norm = memory
         slot = k % W.shape[1]
         norm = row_norm(r)
@@ -104,9 +106,11 @@ class CG(LinearSolver):
     """Conjugate gradients, for symmetric positive definite M (Hestenes and Stiefel 1952)."""
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The direction."""
         return (r.clone(),)
 
-    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The minimiser along a direction conjugate to the last."""
         (p,) = memory
         image = F.operator(p)
         rr, curvature = torch.linalg.vecdot(r, r), torch.linalg.vecdot(p, image)
@@ -123,9 +127,11 @@ class BiCGStab(LinearSolver):
     """BiCGStab, two products with M a step and a memory of five states (van der Vorst 1992)."""
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The shadow residual, the direction and their product."""
         return r.clone(), r.clone(), torch.linalg.vecdot(r, r)
 
-    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """A step of BiCG, then one that minimises the residual along it."""
         shadow, p, rho = memory
         v = F.operator(p)
         denominator = torch.linalg.vecdot(shadow, v)
@@ -163,9 +169,11 @@ class Neumann(LinearSolver):
     damping: float = 1.0
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """It remembers nothing."""
         return ()
 
-    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """One more term of the series."""
         return Proposal(torch.add(z, r, alpha=self.damping))
 
 
@@ -181,6 +189,7 @@ class DenseLU(LinearSolver):
     max_steps: int = 5
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The factors, the pivots, and which samples are singular."""
         matrix = dense(F.operator, z, self.limit_gib)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
         pivot_sizes = lu.diagonal(dim1=-2, dim2=-1).abs()
@@ -188,7 +197,8 @@ class DenseLU(LinearSolver):
         singular = (info != 0) | (pivot_sizes.amin(1) <= z.shape[1] * eps * pivot_sizes.amax(1))
         return lu, pivots, singular
 
-    def propose(self, F: Affine, k, z: Tensor, r: Tensor, memory) -> Proposal:
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The solution; once more for the residual that rounding left."""
         lu, pivots, singular = memory
         step = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2))[:, :, 0]
         z = z + torch.where(singular[:, None], 0.0, step)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.func import functional_call, vjp
 from torch.utils import _pytree as pytree
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -175,6 +175,7 @@ class Opened:
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:
+        """f at `state`, with `theta` in place of the tensors it depends on."""
         count = len(theta) - len(self.names)
         tensors, parameters = iter(theta[:count]), theta[count:]
         flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
@@ -274,6 +275,12 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
     return scope
 
 
+def pullback(f: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
+    """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
+    value, pull = vjp(f, *primals)[:2]
+    return value, pull
+
+
 def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
     """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
 
@@ -330,7 +337,7 @@ def _leaf_shapes(x: Tensor) -> list[tuple[int, ...]]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            shapes.append(tuple(node.variable.shape))
+        if (variable := getattr(node, "variable", None)) is not None:
+            shapes.append(tuple(variable.shape))
         stack += [parent for parent, _ in node.next_functions]
     return shapes

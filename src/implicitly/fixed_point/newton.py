@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.iterate import Proposal, Residual, Solver, iterate
 from implicitly.linear import GMRES, Affine, dense
-from implicitly.tree import row_norm
+from implicitly.tree import pullback, row_norm
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Newton(Solver):
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The Newton step, shortened where the residual would grow."""
-        _, pull = vjp(F, z)
+        _, pull = pullback(F, z)
         # Rows of the Jacobian, one vector-Jacobian product for all samples each.
         transposed = dense(lambda u: -pull(u)[0], z, self.limit_gib)
         d, info = torch.linalg.solve_ex(transposed.mT, r)
@@ -70,9 +69,9 @@ class NewtonKrylov(Solver):
         floor = 0.9 * forcing**2
         chosen = torch.where(floor > 0.1, torch.maximum(chosen, floor), chosen).clamp(1e-6, 0.9)
         forcing = torch.where(k > 0, chosen, forcing) if isinstance(k, Tensor) else (chosen if k else forcing)
-        _, pull = vjp(F, z)
+        _, pull = pullback(F, z)
         # Jacobian-vector products from two reverse passes: forward mode cannot be nested under dual numbers.
-        _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(r))
+        _, push = pullback(lambda u: pull(u)[0], torch.zeros_like(r))
         found = iterate(
             self.linear_solver,
             lambda b: Affine(lambda v: -push(v)[0], b),
@@ -88,9 +87,7 @@ class NewtonKrylov(Solver):
         return Proposal(z, (forcing, norm), r, calls + found.evaluations)
 
 
-def _move(
-    F: Residual, z: Tensor, r: Tensor, d: Tensor, line_search: bool
-) -> tuple[Tensor, Tensor, int | Tensor]:
+def _move(F: Residual, z: Tensor, r: Tensor, d: Tensor, line_search: bool) -> tuple[Tensor, Tensor, int | Tensor]:
     """The iterate along d, its residual, and the calls that took."""
     if line_search:
         z, r, _, calls = backtrack(F, z, r, d)

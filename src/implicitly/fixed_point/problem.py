@@ -62,8 +62,8 @@ class Problem:
             value = opened(layout.unpack(start), *theta)
         if start._version != version:
             raise ValueError(
-                "f changes its input z in place, which would change the solver's iterates; use operations that return "
-                "new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
+                "f changes its input z in place, which would change the solver's iterates; use operations that "
+                "return new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
             )
         layout.check(value, "z0")
         f0 = layout.pack(value)
@@ -118,7 +118,9 @@ def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any
         return shared if alone and layout.batch_dims else None
     if layout.batch_dims == 0:
         raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
-    flat = pytree._broadcast_to_and_flatten(list(in_dims) if isinstance(in_dims, list) else in_dims, opened.args_spec)
+    flat = pytree._broadcast_to_and_flatten(
+        list(in_dims) if isinstance(in_dims, list) else in_dims, opened.args_spec
+    )
     if flat is None:
         raise ValueError(
             f"in_dims={in_dims!r} does not fit the {len(args)} args: pass an int or None for all, or a tuple with "

@@ -76,7 +76,13 @@ def root(
     `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
     """
     problem = Problem.of(
-        residual, z0, args, lambda z, Fz: -Fz, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording
+        residual,
+        z0,
+        args,
+        lambda z, Fz: -Fz,
+        batch_dims=batch_dims,
+        in_dims=in_dims,
+        recording=adjoint.recording,
     )
     condition = problem.condition("root", on_failure)
     found = adjoint.find(solver, condition, problem, compile)

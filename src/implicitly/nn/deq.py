@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point
+from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once
 from implicitly.nn.warm_start import WarmStart
@@ -86,7 +87,7 @@ class DEQ(nn.Module):
         """The states after `at` steps each and, last, the equilibrium, for a loss on the way there.
 
         States on the way carry the gradient of one application of the cell, the last one that of the layer. The
-        solver starts afresh at each. Bai et al., "Deep Equilibrium Optical Flow Estimation", CVPR 2022, section 3.3.
+        solver starts afresh at each. Bai et al., "Deep Equilibrium Optical Flow Estimation", CVPR 2022.
 
         Args:
             at: increasing step counts, such as `(2, 5)`.
@@ -137,8 +138,8 @@ class DEQ(nn.Module):
 
     def _remember(self, solution: Solution, index: Tensor | None) -> None:
         plain = pytree.tree_map(lambda t: unwrapped(t.detach()), solution.value)
-        details = (unwrapped(t) for t in (solution.status, solution.residual, solution.steps))
-        self.solution = Solution(plain, *details, solution.evaluations)
+        status, residual, steps = (unwrapped(t) for t in (solution.status, solution.residual, solution.steps))
+        self.solution = Solution(plain, status, residual, steps, solution.evaluations)
         if self.warm_start is not None and self.training:
             self.warm_start.store(plain, index)
 
@@ -148,7 +149,7 @@ class DEQ(nn.Module):
             return self.adjoint
 
         def listen(found: Found) -> None:
-            self.backward_solution = Solution(*(t.detach() for t in found[:4]), int(found.evaluations))
+            self.backward_solution = as_solution(found)
             if isinstance(self.adjoint, ImplicitAdjoint) and self.adjoint.listen is not None:
                 self.adjoint.listen(found)
 

@@ -90,7 +90,9 @@ class Dropout(PerSolve):
         if not 0 <= p < 1:
             raise ValueError(f"Dropout: p must be in [0, 1), got {p}")
         if 0 in shared_dims:
-            raise ValueError("Dropout: dimension 0 holds the samples, whose masks differ; leave it out of shared_dims")
+            raise ValueError(
+                "Dropout: dimension 0 holds the samples, whose masks differ; leave it out of shared_dims"
+            )
         self.p = p
         self.shared_dims = shared_dims
 

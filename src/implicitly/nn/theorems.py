@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from implicitly.fixed_point.adjoints import ImplicitAdjoint
 from implicitly.fixed_point.picard import FixedPointIteration

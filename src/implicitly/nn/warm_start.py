@@ -87,6 +87,4 @@ class LastEpoch(WarmStart):
 
 def _alike(a: Any, b: Any) -> bool:
     (x, s), (y, t) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return s == t and all(
-        p.shape == q.shape and p.dtype == q.dtype and p.device == q.device for p, q in zip(x, y)
-    )
+    return s == t and all(p.shape == q.shape and p.dtype == q.dtype and p.device == q.device for p, q in zip(x, y))

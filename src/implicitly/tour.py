@@ -1,0 +1,351 @@
+"""`implicitly tour`: what implicit layers are for, in two minutes on two CPU cores.
+
+Each part measures something, says what it means, and leaves a picture; a part whose promise is broken makes
+the tour fail.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import implicitly as im
+from implicitly import viz
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from implicitly.data import ImageData
+    from implicitly.recipes.deq_image import Result
+
+GRADIENT_TOLERANCE = 1e-7  # central differences in float64 are good for some ten digits
+MEMORY_STEPS = (1, 25, 50, 100, 150, 200)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient."""
+
+    out: Path = Path("out/tour")
+    """Folder for pictures, checkpoints and logs."""
+    epochs: int = 4
+    """Passes over the digits in the training."""
+    accuracy: float = 0.97
+    """Test accuracy below which the tour fails."""
+
+
+@dataclass
+class Journey:
+    """What the parts of a tour share: the screen, the folder, what was found and what was made."""
+
+    console: Console
+    out: Path
+    findings: list[tuple[str, str, bool]] = field(default_factory=list)  # what, how much, as promised?
+    files: dict[str, str] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        """Print a paragraph."""
+        self.console.print(text, highlight=False, width=min(self.console.width, 96))
+        self.console.print()
+
+    def find(self, what: str, how_much: str, kept: bool) -> None:
+        """Note a finding for the summary, and whether it is what was promised."""
+        self.findings.append((what, how_much, kept))
+
+    def draw(self, name: str, figure: Figure, shows: str) -> None:
+        """Write a picture into the folder."""
+        figure.savefig(self.out / name)
+        self.files[name] = shows
+
+
+class TanhLayer(nn.Module):
+    """f(z, x) = tanh(W z + x), with 0.9 times an orthogonal W: a contraction, whose fixed point is unique."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.orthogonal_(self.linear.weight, gain=0.9)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """`z` and `x`: `(batch, width)`."""
+        return torch.tanh(self.linear(z) + x)
+
+
+def main(config: Config) -> int:
+    """Take the tour.
+
+    Returns:
+        0, or 1 where the accuracy, the memory or the gradient is not what was promised.
+    """
+    from rich.console import Console
+
+    start = time.perf_counter()
+    config.out.mkdir(parents=True, exist_ok=True)
+    journey = Journey(Console(), config.out)
+    journey.say(
+        "\n[bold]implicitly[/bold]: layers that say [italic]what[/italic] their output must satisfy, and "
+        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, and checks its gradient. "
+        "It takes about a minute."
+    )
+    train(journey, config)
+    weigh(journey)
+    check(journey)
+    return summarise(journey, time.perf_counter() - start)
+
+
+# --- 1. Train ----------------------------------------------------------------------------------------------
+
+
+def train(journey: Journey, config: Config) -> None:
+    """Train the deep equilibrium model of the recipe deq-image on handwritten digits."""
+    journey.console.rule("[bold]1  A network of one layer, infinitely deep", align="left")
+    journey.say(
+        "A residual network stacks blocks. Stack the same block for ever, and its activations settle at an "
+        "equilibrium z = f(z, x). A deep equilibrium model has a solver find that z, instead of building the "
+        "stack. Here one learns to read handwritten digits of 8x8 pixels."
+    )
+    # Lightning takes seconds to import; by now there is something to read meanwhile.
+    from implicitly.data import digits
+    from implicitly.recipes import deq_image
+
+    folder = journey.out / "deq"
+    for log in (folder / "logs").glob("events.out.tfevents.*"):
+        log.unlink()  # of an earlier tour: TensorBoard would draw both as one
+    data = digits()
+    options = deq_image.Config(models=("deq",), epochs=config.epochs, out=journey.out)
+    result = deq_image.fit("deq", options, data, folder)
+    steps = result.costs.forward_calls / result.costs.steps
+    journey.console.print()
+    journey.say(
+        f"It reads [bold]{100 * result.test_accuracy:.1f} %[/bold] of {len(data.test)} digits that it has "
+        f"never seen, with {result.parameters:,} parameters. A batch took {steps:.0f} calls of f on average: "
+        "the solver decides how deep the network is, digit by digit, and stops each one where it has settled."
+    )
+    kept = result.test_accuracy >= config.accuracy
+    journey.find(
+        "test accuracy on the digits",
+        f"{100 * result.test_accuracy:.1f} %" + ("" if kept else f", below {100 * config.accuracy:g} %"),
+        kept,
+    )
+    journey.files["deq/last.ckpt, best.ckpt"] = "checkpoints of the last and the best epoch"
+    journey.files["deq/logs/"] = f"TensorBoard: tensorboard --logdir {folder}"
+    draw_training(journey, result, data, options.rtol)
+
+
+def draw_training(journey: Journey, result: Result, data: ImageData, rtol: float) -> None:
+    """Draw how the training went, what the network reads, and how solvers find one of its equilibria."""
+    curves = read_scalars(result.folder / "logs")
+    journey.draw(
+        "training.png",
+        viz.plot_training(curves["train/loss"], curves["val/accuracy"], curves["train/solver_steps"]),
+        "loss, accuracy and solver steps during training",
+    )
+    network = result.training.model.eval()
+    images, labels = data.test.tensors
+    with torch.no_grad():
+        predictions = network(images).argmax(dim=1)
+    # All that it got wrong come first, then others in the order of the set.
+    shown = (predictions == labels).long().argsort(stable=True)[:36]
+    journey.draw(
+        "digits.png",
+        viz.plot_predictions(images[shown, 0], labels[shown], predictions[shown]),
+        "what the network reads, its mistakes first",
+    )
+    assert isinstance(network.body, im.nn.DEQ)  # that is what was trained
+    cell = network.body.cell
+    histories = {}
+    solvers = {
+        "plain iteration": im.FixedPointIteration(rtol=0, max_steps=25),
+        "Anderson": im.Anderson(rtol=0, max_steps=25),
+        "Broyden": im.Broyden(rtol=0, max_steps=25),
+    }
+    with torch.no_grad():
+        x = network.stem(images[:64])
+        for name, solver in solvers.items():
+            recorder = viz.ResidualRecorder(cell)
+            im.fixed_point(recorder, torch.zeros_like(x), x, solver=solver, on_failure="ignore")
+            histories[name] = recorder.history
+    journey.draw(
+        "solvers.png",
+        viz.plot_convergence(
+            histories, rtol, "64 test digits and the trained cell: median, and where 80 % lie"
+        ),
+        "how three solvers find the equilibria of the trained network",
+    )
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Everything in a folder of TensorBoard logs: for each name, `(step, value)` in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+# --- 2. Weigh ----------------------------------------------------------------------------------------------
+
+
+def weigh(journey: Journey) -> None:
+    """Measure the memory of a training step, unrolled and implicit, against the number of solver steps."""
+    from rich.progress import track
+    from rich.table import Table
+
+    journey.console.rule("[bold]2  Memory that does not grow", align="left")
+    journey.say(
+        "How to differentiate a loop that ran 200 times? Autograd can record every turn of it: unrolling. "
+        "The implicit function theorem needs the end point alone: there dz/dx = (I - df/dz)^-1 df/dx, "
+        "whatever path led to it. The layer here is z = tanh(W z + x), 64 wide, on a batch of 512."
+    )
+    torch.manual_seed(0)
+    layer, x = TanhLayer(64), torch.randn(512, 64)
+    adjoints = {
+        "unrolled": im.UnrolledAdjoint(),
+        "implicit": im.ImplicitAdjoint(linear_solver=im.BiCGStab()),
+    }
+
+    def solve(steps: int, adjoint: Any) -> Tensor:
+        solver = im.FixedPointIteration(rtol=0, max_steps=steps)
+        return im.fixed_point(
+            layer, torch.zeros_like(x), x, solver=solver, adjoint=adjoint, in_dims=0, on_failure="ignore"
+        ).value
+
+    with torch.no_grad():
+        forward = viz.peak_bytes(lambda: solve(MEMORY_STEPS[-1], adjoints["implicit"]))
+    measured: dict[str, list[int]] = {name: [] for name in adjoints}
+    for steps in track(MEMORY_STEPS, "measuring", console=journey.console):
+        for name, adjoint in adjoints.items():
+            layer.zero_grad()
+            measured[name].append(viz.peak_bytes(lambda: solve(steps, adjoint).square().sum().backward()))  # noqa: B023 (called at once)
+
+    table = Table(
+        caption=f"peak memory of forward and backward; forward alone takes {forward / 2**20:.1f} MiB"
+    )
+    table.add_column("solver steps", justify="right")
+    for name in adjoints:
+        table.add_column(name, justify="right")
+    for row, steps in enumerate(MEMORY_STEPS):
+        table.add_row(str(steps), *(f"{measured[name][row] / 2**20:.1f} MiB" for name in adjoints))
+    journey.console.print(table)
+    unrolled, implicit = (measured[name][-1] / forward for name in adjoints)
+    journey.say(
+        f"\nAfter {MEMORY_STEPS[-1]} steps, unrolling takes [bold]{unrolled:.0f} times[/bold] the memory of "
+        f"the forward pass. Implicit differentiation takes [bold]{implicit:.1f} times[/bold] as much, as it "
+        "did after one step: how long the solver runs no longer decides what fits into memory."
+    )
+    flat = max(measured["implicit"]) <= 1.1 * min(measured["implicit"])
+    journey.find("memory when unrolled", f"{unrolled:.0f} x forward", unrolled > 10)
+    journey.find(
+        "memory when implicit", f"{implicit:.1f} x forward, " + ("flat" if flat else "NOT flat"), flat
+    )
+    journey.draw(
+        "memory.png",
+        viz.plot_memory(MEMORY_STEPS, measured, forward, "the forward pass alone"),
+        "memory against solver steps, unrolled and implicit",
+    )
+
+
+# --- 3. Check ----------------------------------------------------------------------------------------------
+
+
+def check(journey: Journey) -> None:
+    """Compare the implicit gradient with central finite differences, entry by entry."""
+    from rich.table import Table
+
+    journey.console.rule("[bold]3  A gradient you can check", align="left")
+    journey.say(
+        "That gradient goes round the solver, not through it. Is it right? Nudge each weight of such a layer "
+        "up and down by 0.00001, solve again to 13 digits, and see how the loss answers."
+    )
+    torch.manual_seed(0)
+    layer = TanhLayer(8).double()
+    x, weight = torch.randn(16, 8).double(), layer.linear.weight
+    solver = im.Broyden(rtol=1e-13, max_steps=200)
+    adjoint = im.ImplicitAdjoint(linear_solver=im.GMRES(rtol=1e-13))
+
+    def loss() -> Tensor:
+        z = im.fixed_point(
+            layer, torch.zeros_like(x), x, solver=solver, adjoint=adjoint, in_dims=0, on_failure="raise"
+        ).value
+        return (z**3).sum()
+
+    loss().backward()
+    assert weight.grad is not None  # backward has just put it there
+    differences = central_differences(loss, weight, 1e-5, journey.console)
+    relative = viz.relative_difference(weight.grad, differences)
+
+    table = Table(caption="relative difference: to the largest entry of the gradient")
+    for heading in ("weight", "finite difference", "implicit", "relative difference"):
+        table.add_column(heading, justify="right")
+    for i, j in [(0, 0), (1, 5), (3, 2), (4, 7), (6, 1), (7, 7)]:
+        row = (differences[i, j], weight.grad[i, j])
+        table.add_row(f"W({i}, {j})", *(f"{value:+.9f}" for value in row), f"{relative[i, j]:.0e}")
+    journey.console.print(table)
+    worst = float(relative.max())
+    journey.say(f"\nOver all {weight.numel()} weights the two differ by at most [bold]{worst:.0e}[/bold].")
+    journey.find("gradient against finite differences", f"{worst:.0e} apart", worst < GRADIENT_TOLERANCE)
+    journey.draw(
+        "gradient.png",
+        viz.plot_gradient_check(weight.grad, differences, "central finite difference"),
+        "every entry of the gradient against finite differences",
+    )
+
+
+def central_differences(
+    loss: Callable[[], Tensor], parameter: Tensor, step: float, console: Console
+) -> Tensor:
+    """(loss(p + step) - loss(p - step)) / (2 step) for each entry p of `parameter`, in its shape."""
+    from rich.progress import track
+
+    result = torch.zeros_like(parameter)
+    entries, slots = parameter.data.view(-1), result.data.view(-1)
+    for index in track(range(len(entries)), "nudging  ", console=console):
+        original = entries[index].item()
+        values = []
+        for nudged in (original + step, original - step):
+            entries[index] = nudged
+            with torch.no_grad():
+                values.append(loss().item())
+        entries[index] = original
+        slots[index] = (values[0] - values[1]) / (2 * step)
+    return result.detach()
+
+
+# --- Summary -----------------------------------------------------------------------------------------------
+
+
+def summarise(journey: Journey, seconds: float) -> int:
+    """Print what was found and where the files are; 1 if a promise was broken, else 0."""
+    from rich.table import Table
+
+    broken = [(what, how_much) for what, how_much, kept in journey.findings if not kept]
+    journey.console.rule("[bold]Summary", align="left")
+    table = Table(show_header=False)
+    for what, how_much, kept in journey.findings:
+        table.add_row("[green]ok[/green]" if kept else "[bold red]no[/bold red]", what, how_much)
+    table.add_row("", "time", f"{seconds:.0f} s")
+    journey.console.print(table)
+    journey.console.print(f"\nfiles in {journey.out.absolute()}", highlight=False)
+    files = Table(show_header=False, box=None)
+    for name, shows in journey.files.items():
+        files.add_row(f"  {name}", shows)
+    journey.console.print(files)
+    journey.console.print()
+    if broken:
+        for what, how_much in broken:
+            journey.console.print(
+                f"[bold red]The tour failed:[/bold red] {what}: {how_much}.", highlight=False
+            )
+        return 1
+    journey.say("Next: [bold]implicitly list[/bold], and [bold]implicitly fit deq-image --help[/bold].")
+    return 0
