@@ -132,8 +132,10 @@ def find(
     `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one).
     """
     start = (z0,) if r0 is None else (z0, r0)
-    found = _Find.apply(solver, condition, run or search, len(start), *(t.detach() for t in start), *theta)
-    return Found(*found[:5], tuple(found[5:]))
+    starts = (t.detach() for t in start)
+    found = _Find.apply(solver, condition, run or search, len(start), *starts, *theta)
+    z, status, residual, steps, evaluations, *estimate = found
+    return Found(z, status, residual, steps, evaluations, tuple(estimate))
 
 
 def search(

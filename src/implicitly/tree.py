@@ -277,7 +277,18 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
 
 def pullback(f: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
     """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
-    value, pull = vjp(f, *primals)[:2]
+
+    def every_input_used(*inputs: Tensor) -> Any:
+        value = f(*inputs)
+        # For an input that the value does not depend on, torch.func makes zeros on its own level, which may be
+        # gone by then; so let the value depend on it, through none of its entries.
+        if isinstance(value, Tensor) and any(is_wrapped(p) for p in primals):
+            for x in inputs:
+                real = torch.view_as_real(x) if x.is_complex() else x
+                value = value + real.flatten()[:0].sum().to(value.dtype)
+        return value
+
+    value, pull = vjp(every_input_used, *primals)[:2]
     return value, pull
 
 
@@ -318,7 +329,7 @@ def is_tracked(x: Tensor) -> bool:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return not is_wrapped(x) and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _levels(x: Tensor) -> set[int]:

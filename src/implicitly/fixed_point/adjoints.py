@@ -15,6 +15,7 @@ from implicitly.fixed_point.problem import Problem
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
 from implicitly.iterate import Found, Solver, happens
 from implicitly.linear import GMRES
+from implicitly.tree import is_wrapped
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class ImplicitAdjoint(Adjoint):
         changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
         solver = replace(self.linear_solver, **changes)
         estimate = None
-        if self.inverse != "ignore":
-            if not found.estimate:
-                raise ValueError(f"inverse={self.inverse!r} needs a solver that estimates the inverse: Broyden")
+        if self.inverse != "ignore" and not found.estimate:
+            raise ValueError(f"inverse={self.inverse!r} needs a solver that estimates the inverse: Broyden")
+        # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
+        if self.inverse != "ignore" and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
         how = Backward(solver, estimate, self.inverse, self.listen)
         usable = is_usable(found.status)
