@@ -39,6 +39,7 @@ class Condition:
         bind: gives, for `theta`, the map z -> R(z), sharing the work that does not depend on z. Of a linear
             condition it gives, for `theta[1:]`, the operator M, and R(u) = b - M u with b = `theta[0]`.
         name: what it is called in messages.
+        dtype: the user's, which decides what tolerances can be reached; solvers may compute in a wider one.
         linear: whether it is M u = b.
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
@@ -47,6 +48,7 @@ class Condition:
 
     bind: Callable[..., Map]
     name: str
+    dtype: torch.dtype
     report: Report
     linear: bool = False
     relative_to_iterate: bool = False
@@ -74,11 +76,12 @@ class Report:
 
     def __call__(self, name: str, solver: Solver, found: Found) -> None:
         """Announce the samples of `found` that did not converge."""
-        if self.on_failure == "ignore" or solver.rtol == 0:  # a fixed budget was asked for, not convergence
-            wanted = found.status == Status.NON_FINITE
-            if self.on_failure == "ignore" or not bool(wanted.any()):
-                return
-        failed = (found.status != Status.CONVERGED).nonzero()[:, 0]
+        if self.on_failure == "ignore":
+            return
+        short = found.status != Status.CONVERGED
+        if solver.budget_only:  # steps were asked for, not convergence
+            short = short & (found.status != Status.MAX_STEPS)
+        failed = short.nonzero()[:, 0]
         if len(failed) == 0:
             return
         message = _explain(name, solver, found, failed)
@@ -104,7 +107,7 @@ _REMEDY = {
 
 
 def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    counts = {s: int((found.status == s).sum()) for s in _REMEDY}
+    counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
     summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
     residual = found.residual[failed]
     worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
@@ -142,7 +145,7 @@ def search(
     solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
 ) -> Found:
     """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records."""
-    rtol, atol = solver.tolerances(z0.dtype)
+    rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
     elif condition.relative_to_iterate:
@@ -346,7 +349,7 @@ def pushed(condition: Condition) -> Condition:
 def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
     carries = None if condition.carries is None else (0, 0, *condition.carries)
     report = replace(condition.report, unpack=None)
-    return Condition(bind, name, report, linear=True, carries=carries)
+    return Condition(bind, name, condition.dtype, report, linear=True, carries=carries)
 
 
 def _mapped(

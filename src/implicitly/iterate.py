@@ -134,6 +134,11 @@ class Solver(ABC):
         if self.max_steps < 1:
             raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
 
+    @property
+    def budget_only(self) -> bool:
+        """Whether exactly `max_steps` steps are asked for, and nothing is to be compared."""
+        return self.rtol == 0 and not self.atol
+
     @abstractmethod
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The solver's memory before the first step; every tensor of it has one row a sample.
@@ -381,7 +386,7 @@ def _worth_a_step(droppable: bool, carry: _Carry) -> Tensor:
 
 
 def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
-    return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, rows), carry)
+    return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, rows) if t.ndim else t, carry)
 
 
 def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:

@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
 from implicitly.fixed_point.problem import Problem
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
 from implicitly.iterate import Found, Solver, happens
 from implicitly.linear import GMRES
-from implicitly.tree import is_wrapped
+from implicitly.tree import is_wrapped, unwrapped
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,24 @@ class Adjoint(ABC):
 
     def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
         """The solver's result, without gradients."""
+        _check(solver, condition)
         run = compiled_search((condition.name, problem.key)) if compile else None
         return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
 
     @abstractmethod
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point `(B, n)` with its derivative."""
+
+
+def _check(solver: Solver, condition: Condition) -> None:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    if solver.linear:
+        raise TypeError(
+            f"{type(solver).__name__} solves linear systems, and {condition.name} is not known to be one; use "
+            "Anderson, Broyden, Newton or NewtonKrylov here, and it in ImplicitAdjoint(linear_solver=...)"
+        )
+    solver.tolerances(condition.dtype)
 
 
 @dataclass(frozen=True)
@@ -171,9 +184,16 @@ class UnrolledAdjoint(Adjoint):
         """The solver's result, with autograd recording."""
         if compile:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        _check(solver, condition)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
-        condition.report(condition.name, solver, found)
-        return found
+        condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
+        usable = is_usable(found.status)
+        if not happens(~usable):
+            return found
+        # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
+        z0, theta = _without_failed(usable, problem.z0, problem.theta, condition.carries)
+        again = search(solver, condition, z0, theta)
+        return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, whose graph is the solve itself."""

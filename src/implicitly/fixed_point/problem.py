@@ -82,7 +82,8 @@ class Problem:
             return lambda z: self.displacement(z, self.evaluate(z, *theta))
 
         report = Report(on_failure, self.solution)
-        return Condition(bind, name, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
+        dtype = self.layout.dtype
+        return Condition(bind, name, dtype, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
 
     @property
     def key(self) -> Hashable:
