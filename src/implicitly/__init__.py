@@ -16,6 +16,7 @@ from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
+from implicitly.linear_solve import linear_solve
 
 __all__ = [
     "CG",
@@ -39,6 +40,7 @@ __all__ = [
     "UnrolledAdjoint",
     "check_independence",
     "fixed_point",
+    "linear_solve",
     "nn",
     "root",
 ]

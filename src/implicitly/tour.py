@@ -174,9 +174,7 @@ def draw_training(journey: Journey, result: Result, data: ImageData, rtol: float
             histories[name] = recorder.history
     journey.draw(
         "solvers.png",
-        viz.plot_convergence(
-            histories, rtol, "64 test digits and the trained cell: median, and where 80 % lie"
-        ),
+        viz.plot_convergence(histories, rtol, "64 test digits and the trained cell: median, and where 80 % lie"),
         "how three solvers find the equilibria of the trained network",
     )
 
@@ -188,8 +186,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[float, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {
-        name: [(event.step, event.value) for event in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
+        name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]
     }
 
 
@@ -228,9 +225,7 @@ def weigh(journey: Journey) -> None:
             layer.zero_grad()
             measured[name].append(viz.peak_bytes(lambda: solve(steps, adjoint).square().sum().backward()))  # noqa: B023 (called at once)
 
-    table = Table(
-        caption=f"peak memory of forward and backward; forward alone takes {forward / 2**20:.1f} MiB"
-    )
+    table = Table(caption=f"peak memory of forward and backward; forward alone takes {forward / 2**20:.1f} MiB")
     table.add_column("solver steps", justify="right")
     for name in adjoints:
         table.add_column(name, justify="right")
@@ -245,9 +240,7 @@ def weigh(journey: Journey) -> None:
     )
     flat = max(measured["implicit"]) <= 1.1 * min(measured["implicit"])
     journey.find("memory when unrolled", f"{unrolled:.0f} x forward", unrolled > 10)
-    journey.find(
-        "memory when implicit", f"{implicit:.1f} x forward, " + ("flat" if flat else "NOT flat"), flat
-    )
+    journey.find("memory when implicit", f"{implicit:.1f} x forward, " + ("flat" if flat else "NOT flat"), flat)
     journey.draw(
         "memory.png",
         viz.plot_memory(MEMORY_STEPS, measured, forward, "the forward pass alone"),
@@ -301,9 +294,7 @@ def check(journey: Journey) -> None:
     )
 
 
-def central_differences(
-    loss: Callable[[], Tensor], parameter: Tensor, step: float, console: Console
-) -> Tensor:
+def central_differences(loss: Callable[[], Tensor], parameter: Tensor, step: float, console: Console) -> Tensor:
     """(loss(p + step) - loss(p - step)) / (2 step) for each entry p of `parameter`, in its shape."""
     from rich.progress import track
 
@@ -343,9 +334,7 @@ def summarise(journey: Journey, seconds: float) -> int:
     journey.console.print()
     if broken:
         for what, how_much in broken:
-            journey.console.print(
-                f"[bold red]The tour failed:[/bold red] {what}: {how_much}.", highlight=False
-            )
+            journey.console.print(f"[bold red]The tour failed:[/bold red] {what}: {how_much}.", highlight=False)
         return 1
     journey.say("Next: [bold]implicitly list[/bold], and [bold]implicitly fit deq-image --help[/bold].")
     return 0

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
-from implicitly.fixed_point.problem import Problem
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
 from implicitly.iterate import Found, Solver, happens
 from implicitly.linear import GMRES
+from implicitly.problem import Problem
 from implicitly.tree import is_wrapped, unwrapped
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.newton import Newton
-from implicitly.fixed_point.problem import Problem
 from implicitly.iterate import Solution, Solver
+from implicitly.problem import Problem
 
 
 def fixed_point(

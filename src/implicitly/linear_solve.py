@@ -1,0 +1,59 @@
+"""`linear_solve`: a linear system as an implicit layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.implicit import Backward, Condition, Map, Report, attach, find
+from implicitly.iterate import Solution, Solver
+from implicitly.linear import GMRES
+from implicitly.problem import Problem
+from implicitly.tree import pullback
+
+
+def linear_solve(
+    operator: Callable[..., Any],
+    b: Any,
+    *args: Any,
+    solver: Solver = GMRES(),
+    transpose: bool = False,
+    batch_dims: int = 1,
+    on_failure: str = "raise",
+) -> Solution:
+    """Solve operator(u, *args) = b for u, where the operator is linear in u; differentiable in `b` and `args`.
+
+    Args:
+        operator: `operator(u, *args)` returns what `u` is like: a tensor `(B, ...)` or a pytree of them.
+        b: the right-hand side, like u.
+        solver: `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or a solver of fixed points such as `Anderson`.
+        transpose: solve with the transposed operator (as a real map), found by reverse-mode differentiation.
+        batch_dims, on_failure: as in `fixed_point`.
+
+    Returns:
+        `Solution`: `residual` is |b - operator(u)|, relative to |b| in the tolerances.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant.
+        SolverError: a sample did not converge and `on_failure="raise"`.
+    """
+    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, batch_dims=batch_dims, in_dims=None, recording=False)
+    right = problem.layout.pack(b)
+
+    def bind(*theta: Tensor) -> Map:
+        def apply(u: Tensor) -> Tensor:
+            return problem.evaluate(u, *theta)
+
+        if not transpose:
+            return apply
+        pull = pullback(apply, torch.zeros_like(problem.z0))[1]
+        return lambda u: pull(u)[0]
+
+    report = Report(on_failure, problem.solution)
+    condition = Condition(bind, "linear_solve", problem.layout.dtype, report, linear=True)
+    theta = (right, *problem.theta)
+    found = find(solver, condition, torch.zeros_like(problem.z0), theta)
+    return problem.solution(found, attach(condition, found.z, theta, Backward(solver)))
