@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
-from implicitly.implicit import Condition, search
+from implicitly.implicit import Condition, search, users_line
 from implicitly.iterate import Found, Solver
 
 # Graphs kept; each keeps its function, and so its parameters, alive.
@@ -54,7 +54,7 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
                 f"{condition.name} with {type(solver).__name__}: compile=True could not make one graph "
                 f"({type(error).__name__}: {reason}); the eager loop runs instead",
                 CompileWarning,
-                stacklevel=2,
+                stacklevel=users_line(),
             )
             _graphs[full_key] = lambda z0, r0, *theta: search(solver, condition, z0, theta, r0)
             return search(solver, condition, z0, theta, r0)

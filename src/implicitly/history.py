@@ -12,10 +12,23 @@ def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Te
     """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
     if isinstance(slot, Tensor):
         return buffer.index_copy(dim, slot.reshape(1), value.unsqueeze(dim))
-    if torch.is_grad_enabled() or is_wrapped(value) or is_wrapped(buffer):
+    if not _unseen(buffer, value):
         return torch.select_scatter(buffer, value, dim, slot)
     buffer.select(dim, slot).copy_(value)
     return buffer
+
+
+def write_sum(buffer: Tensor, slot: int | Tensor, x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """`buffer` with `x + alpha * y` in place `slot` of dimension 1, in one pass where nothing can notice."""
+    if isinstance(slot, Tensor) or not _unseen(buffer, x, y):
+        return write(buffer, slot, torch.add(x, y, alpha=alpha))
+    torch.add(x, y, alpha=alpha, out=buffer.select(1, slot))
+    return buffer
+
+
+def _unseen(*tensors: Tensor) -> bool:
+    """Whether neither autograd nor a transform looks on."""
+    return not torch.is_grad_enabled() and not any(is_wrapped(t) for t in tensors)
 
 
 def filled(buffer: Tensor, count: int | Tensor) -> Tensor:

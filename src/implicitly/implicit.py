@@ -15,6 +15,8 @@ States are matrices `(B, n)`, one sample a row, and samples do not depend on eac
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +31,9 @@ from implicitly.linear import Affine
 from implicitly.tree import is_wrapped, pullback, row_norm
 
 Map = Callable[[Tensor], Tensor]
+
+# A linear solve that did not converge still gives a derivative, a reported one, below this relative residual.
+GOOD_ENOUGH = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,16 @@ class Report:
         if self.on_failure == "raise":
             solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+
+
+def users_line() -> int:
+    """The stacklevel, for a warning of the caller, of the nearest frame outside of this package and torch."""
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def as_solution(found: Found) -> Solution:
@@ -242,7 +256,11 @@ class Backward:
         if self.listen is not None and not is_wrapped(b):
             self.listen(found)
         # A solve that broke down gives no derivative rather than an arbitrary one; it has been reported.
-        u = torch.where(is_usable(found.status)[:, None], found.z, 0.0)
+        usable = is_usable(found.status)
+        if not self.solver.budget_only:
+            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
+            usable = usable & ((found.status == Status.CONVERGED) | halfway)
+        u = torch.where(usable[:, None], found.z, 0.0)
         return attach(condition, u, theta, Backward(self.solver))
 
 

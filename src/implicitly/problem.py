@@ -58,9 +58,9 @@ class Problem:
         if not recording:
             start, theta = start.detach(), tuple(t.detach() for t in theta)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
-            version = start._version
+            version = _version(start)
             value = opened(layout.unpack(start), *theta)
-        if start._version != version:
+        if _version(start) != version:
             raise ValueError(
                 "f changes its input z in place, which would change the solver's iterates; use operations that "
                 "return new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
@@ -108,6 +108,11 @@ class Problem:
             per_sample(found.steps),
             int(found.evaluations) + 1,
         )
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any) -> tuple[int | None, ...] | None:

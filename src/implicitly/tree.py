@@ -125,7 +125,7 @@ class Layout:
     def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         batch = x.shape[0] if self.batch_dims else 1
         order = [d + self.batch_dims for d in leaf.order]
-        x = x.permute(*range(self.batch_dims), *order)
+        x = torch.permute(x, (*range(self.batch_dims), *order))
         if leaf.dtype.is_complex:
             x = torch.view_as_real(x)
         return x.reshape(batch, leaf.width)
@@ -136,7 +136,7 @@ class Layout:
         if leaf.dtype.is_complex:
             x = torch.view_as_complex(x.reshape(*shape, 2).contiguous())
         inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
-        return x.reshape(shape).permute(*range(self.batch_dims), *inverse).to(leaf.dtype)
+        return torch.permute(x.reshape(shape), (*range(self.batch_dims), *inverse)).to(leaf.dtype)
 
 
 def _leaf(x: Tensor, batch_dims: int) -> _Leaf:

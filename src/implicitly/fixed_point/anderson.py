@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, products, write
+from implicitly.history import combine, products, write, write_sum
 from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
 
 LARGEST_WEIGHTS = 1e4
@@ -54,7 +54,7 @@ class Anderson(Solver):
         residuals, mixed, gram, scale = memory
         slot = k % gram.shape[1]
         residuals = write(residuals, slot, r)
-        mixed = write(mixed, slot, torch.add(z, r, alpha=self.damping))
+        mixed = write_sum(mixed, slot, z, r, self.damping)
         row = products(r, residuals)
         # Residuals shrink by orders of magnitude over the history: the system is solved for unit vectors.
         newest = torch.zeros_like(row).index_fill(1, _index(slot, row), 1.0)
