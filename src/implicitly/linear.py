@@ -63,7 +63,8 @@ class GMRES(LinearSolver):
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Basis of the image and its preimages `(B, m, n)`, the last image, the last residual norm."""
-        slots = min(self.restart, self.max_steps)
+        # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
+        slots = min(self.restart, self.max_steps, max(z.shape[1], 1))
         basis = z.new_zeros(z.shape[0], slots, z.shape[1])
         return basis, basis.clone(), torch.zeros_like(z), torch.zeros_like(r[:, 0])
 

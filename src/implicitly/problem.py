@@ -82,7 +82,8 @@ class Problem:
             return lambda z: self.displacement(z, self.evaluate(z, *theta))
 
         report = Report(on_failure, self.solution)
-        dtype = self.layout.dtype
+        # Under autocast f's arithmetic decides what can be reached, whatever the state's dtype.
+        dtype = self.opened.autocast or self.layout.dtype
         return Condition(bind, name, dtype, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
 
     @property
