@@ -48,8 +48,9 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
                 _graphs.popitem(last=False)
         try:
             return Found(*graph(z0, r0, *theta))
-        except (TorchDynamoException, InductorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (TorchDynamoException, InductorError, AssertionError) as error:
+            # Nested loops end in a bare AssertionError of the compiler. If f is wrong, the eager loop says so.
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
             warnings.warn(
                 f"{condition.name} with {type(solver).__name__}: compile=True could not make one graph "
                 f"({type(error).__name__}: {reason}); the eager loop runs instead",

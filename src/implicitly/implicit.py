@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vmap
+from torch.func import jvp, vjp, vmap
 
 from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
 from implicitly.linear import Affine
-from implicitly.tree import is_wrapped, pullback, row_norm
+from implicitly.tree import full_precision, is_wrapped, pullback, row_norm
 
 Map = Callable[[Tensor], Tensor]
 
@@ -167,18 +167,19 @@ def search(
     else:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         scale = row_norm(r0)
-    return iterate(
-        solver,
-        condition.at,
-        theta,
-        z0,
-        r0,
-        rtol=rtol,
-        atol=atol,
-        scale=scale,
-        carries=condition.carries,
-        verify=solver.recurrent,
-    )
+    with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
+        return iterate(
+            solver,
+            condition.at,
+            theta,
+            z0,
+            r0,
+            rtol=rtol,
+            atol=atol,
+            scale=scale,
+            carries=condition.carries,
+            verify=solver.recurrent,
+        )
 
 
 class _Find(torch.autograd.Function):
@@ -337,10 +338,12 @@ class _Attach(torch.autograd.Function):
 
 
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """J v by two reverse passes: forward mode cannot be nested under dual numbers."""
-    out, pull = pullback(f, *primals)
-    _, pull_back = pullback(pull, torch.zeros_like(out))
-    return pull_back(tangents)[0]
+    """J v: by forward mode inside of torch.func, whose levels nest; else by two reverse passes, as dual numbers
+    do not."""
+    if any(is_wrapped(t) for t in (*primals, *tangents)):
+        return jvp(f, primals, tangents)[1]
+    value, pull = vjp(f, *primals)[:2]
+    return vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
 def transposed(condition: Condition) -> Condition:
@@ -357,9 +360,8 @@ def pushed(condition: Condition) -> Condition:
     """A(z, theta) v + b = 0 for v, with theta' = (b, z, *theta): what forward mode solves."""
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
-        out, pull = pullback(condition.at(*theta), z)
-        _, pull_back = pullback(lambda u: pull(u)[0], torch.zeros_like(out))
-        return lambda v: -pull_back(v)[0]
+        residual = condition.at(*theta)
+        return lambda v: -push(residual, (z,), (v,))
 
     return _linear(condition, bind, "the forward-mode solve of " + condition.name)
 

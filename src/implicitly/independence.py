@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from implicitly.tree import Layout, row_norm
+from implicitly.tree import Layout, open_function, row_norm
 
 
 def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int = 16) -> list[tuple[int, int]]:
@@ -15,13 +16,27 @@ def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int =
 
     An empty list means that `batch_dims=1` is right for f; anything else (batch statistics, attention across the
     batch) needs `batch_dims=0`. Found from derivatives in a random direction, for the first `samples` outputs.
+    Buffers of f, such as running statistics, are afterwards what they were.
 
     Args:
         z: a state at which f is differentiable, `(B, ...)` or a pytree of them.
     """
     layout = Layout.of(z, 1, "z")
+    buffers = list(open_function(f, args, layout.device).host.buffers())
+    before = [b.clone() for b in buffers]
+    try:
+        return _coupled(f, layout, layout.pack(z).detach(), args, samples)
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+
+
+def _coupled(
+    f: Callable[..., Any], layout: Layout, matrix: Tensor, args: tuple[Any, ...], samples: int
+) -> list[tuple[int, int]]:
     with torch.enable_grad():
-        matrix = layout.pack(z).detach().requires_grad_()
+        matrix.requires_grad_()
         value = f(layout.unpack(matrix), *args)
         layout.check(value, "z")
         value = layout.pack(value)

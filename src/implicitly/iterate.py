@@ -125,6 +125,8 @@ class Solver(ABC):
     linear: ClassVar[bool] = False
     # Whether it updates the residual by a recurrence, which can drift from the true one.
     recurrent: ClassVar[bool] = False
+    # Whether `estimate` describes the inverse Jacobian.
+    estimates_inverse: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
@@ -276,7 +278,8 @@ class _Loop:
             r = where_rows(running, new.residual, c.r) if some_done else new.residual
         norm = row_norm(r)
         better = norm < c.best_norm
-        stop = ~(norm <= c.blow_up)  # NaN stops too
+        # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
+        stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
         converged = None
         if not self.budget_only:
             scale = row_norm(z) if self.relative_to_iterate else c.scale
@@ -352,7 +355,7 @@ def repeat(
         def step(k: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             new = pytree.tree_leaves(body(k, pytree.tree_unflatten(list(flat), spec)))
             # Outputs may not alias inputs, and must keep their strides and dtypes.
-            return (k + 1, *(n.clone() if n is o else n for n, o in zip(new, flat)))
+            return (k + 1, *[n.clone() if any([n is o for o in flat]) else n for n in new])
 
         k, *flat = while_loop(go_on, step, (start, *(t.clone() for t in flat)))
         return k, pytree.tree_unflatten(flat, spec)

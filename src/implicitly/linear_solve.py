@@ -12,7 +12,7 @@ from implicitly.implicit import Backward, Condition, Map, Report, attach, find
 from implicitly.iterate import Solution, Solver
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
-from implicitly.tree import pullback
+from implicitly.tree import Layout, pullback
 
 
 def linear_solve(
@@ -40,8 +40,10 @@ def linear_solve(
         TypeError, ValueError: for input that cannot be meant.
         SolverError: a sample did not converge and `on_failure="raise"`.
     """
-    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, batch_dims=batch_dims, in_dims=None, recording=False)
-    right = problem.layout.pack(b)
+    layout = Layout.of(b, batch_dims, "b")
+    solver.tolerances(layout.dtype)
+    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, layout=layout, in_dims=None, recording=False)
+    right = layout.pack(b)
 
     def bind(*theta: Tensor) -> Map:
         def apply(u: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def linear_solve(
         return lambda u: pull(u)[0]
 
     report = Report(on_failure, problem.solution)
-    condition = Condition(bind, "linear_solve", problem.layout.dtype, report, linear=True)
+    condition = Condition(bind, "linear_solve", layout.dtype, report, linear=True)
     theta = (right, *problem.theta)
     found = find(solver, condition, torch.zeros_like(problem.z0), theta)
     return problem.solution(found, attach(condition, found.z, theta, Backward(solver)))

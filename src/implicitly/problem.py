@@ -43,7 +43,7 @@ class Problem:
         args: tuple[Any, ...],
         displacement: Callable[[Tensor, Tensor], Tensor],
         *,
-        batch_dims: int,
+        layout: Layout,
         in_dims: Any,
         recording: bool,
     ) -> Problem:
@@ -51,7 +51,6 @@ class Problem:
 
         `recording`: autograd is to see the solve itself, so nothing is detached.
         """
-        layout = Layout.of(z0, batch_dims)
         opened = open_function(f, args, layout.device)
         carries = _carries(opened, args, layout, in_dims)
         start, theta = layout.pack(z0), opened.theta

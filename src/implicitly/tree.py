@@ -6,6 +6,7 @@ import functools
 import math
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
-from torch.func import functional_call, vjp
+from torch.func import functional_call, grad, vjp
 from torch.utils import _pytree as pytree
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -134,7 +135,11 @@ class Layout:
         lead = (x.shape[0],) if self.batch_dims else ()
         shape = (*lead, *(leaf.shape[d] for d in leaf.order))
         if leaf.dtype.is_complex:
-            x = torch.view_as_complex(x.reshape(*shape, 2).contiguous())
+            x = x.reshape(*shape, 2)
+            # Columns of a larger matrix may begin at an odd place, where no complex number can.
+            x = torch.view_as_complex(
+                x if len(self.leaves) == 1 else x.clone(memory_format=torch.contiguous_format)
+            )
         inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
         return torch.permute(x.reshape(shape), (*range(self.batch_dims), *inverse)).to(leaf.dtype)
 
@@ -276,21 +281,23 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
     return scope
 
 
-def pullback(f: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
+def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
+    if not any(is_wrapped(p) for p in primals):
+        value, pull = vjp(f, *primals)[:2]
+        return value, pull
 
-    def every_input_used(*inputs: Tensor) -> Any:
-        value = f(*inputs)
-        # For an input that the value does not depend on, torch.func makes zeros on its own level, which may be
-        # gone by then; so let the value depend on it, through none of its entries.
-        if isinstance(value, Tensor) and any(is_wrapped(p) for p in primals):
-            for x in inputs:
-                real = torch.view_as_real(x) if x.is_complex() else x
-                value = value + real.flatten()[:0].sum().to(value.dtype)
-        return value
+    # Under a transform the map must not outlive the level of its own `vjp`: deeper transforms would meet tensors
+    # of a level that is gone. So each product differentiates afresh, inside of its level.
+    def pull_within(cotangent: Tensor) -> tuple[Tensor, ...]:
+        def paired(*inputs: Tensor) -> Tensor:
+            # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
+            unused = sum((torch.view_as_real(x) if x.is_complex() else x).flatten()[:0].sum() for x in inputs)
+            return (f(*inputs) * cotangent).sum() + unused
 
-    value, pull = vjp(every_input_used, *primals)[:2]
-    return value, pull
+        return grad(paired, argnums=tuple(range(len(primals))))(*primals)
+
+    return f(*primals), pull_within
 
 
 def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
@@ -312,6 +319,13 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     )
 
 
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast, for the arithmetic of solvers."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def is_wrapped(x: Tensor) -> bool:
     """Whether `x` belongs to a `torch.func` transform."""
     return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x)
@@ -330,7 +344,13 @@ def is_tracked(x: Tensor) -> bool:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    return not is_wrapped(x) and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    while is_wrapped(x):
+        if functorch.is_gradtrackingtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        x = functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _levels(x: Tensor) -> set[int]:

@@ -38,6 +38,10 @@ Pixels = NDArray[np.uint8]  # (count, channels, height, width)
 Labels = NDArray[np.int64]  # (count,)
 
 
+class DataError(ValueError):
+    """A data file is damaged, or is not what its name says; the message says which, and why."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A set of labelled images, split in two.
@@ -62,9 +66,7 @@ class ImageData:
     note: str = ""
 
 
-def load_images(
-    name: ImageSet, folder: Path | str | None = None, cache: Path | str = DEFAULT_CACHE
-) -> ImageData:
+def load_images(name: ImageSet, folder: Path | str | None = None, cache: Path | str = DEFAULT_CACHE) -> ImageData:
     """Load the set called `name`; see `digits`, `mnist` and `cifar10` for the arguments and the errors."""
     match name:
         case "digits":
@@ -88,9 +90,7 @@ def digits() -> ImageData:
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 1, 8, 8).astype(np.uint8)
     rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    train, test = (
-        (images[np.asarray(chosen)], labels[np.asarray(chosen)].astype(np.int64)) for chosen in rows
-    )
+    train, test = ((images[np.asarray(chosen)], labels[np.asarray(chosen)].astype(np.int64)) for chosen in rows)
     return _normalised(train, test, classes=10, name="digits")
 
 
@@ -103,7 +103,7 @@ def mnist(folder: Path | str | None = None) -> ImageData:
 
     Raises:
         FileNotFoundError: a folder or file is missing, or the hub cannot be reached.
-        ValueError: a file is damaged, or is not what its name says.
+        DataError: a file is damaged, or is not what its name says.
     """
     place = find_folder("mnist", folder)
     if place is None:
@@ -131,7 +131,7 @@ def cifar10(folder: Path | str | None = None, cache: Path | str = DEFAULT_CACHE)
 
     Raises:
         FileNotFoundError: a folder or file is missing, or the hub cannot be reached.
-        ValueError: a file is damaged, or is not what its name says.
+        DataError: a file is damaged, or is not what its name says.
     """
     place = find_folder("cifar10", folder)
     if place is None:
@@ -183,7 +183,7 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or its header or length is not what it should be.
+        DataError: it is damaged, or its header or length is not what it should be.
     """
     if not path.is_file():
         raise FileNotFoundError(_missing(path))
@@ -191,17 +191,17 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
         with gzip.open(path) as file:
             content = file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(_damaged(path, str(error))) from error
+        raise DataError(_damaged(path, str(error))) from error
     header = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic or len(content) < header:
-        raise ValueError(
+        raise DataError(
             _damaged(path, f"it begins with {content[:4].hex(' ')}, an idx file here with {magic.hex(' ')}")
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=dimensions, offset=4))
     expected, found = int(np.prod(shape, dtype=np.int64)), len(content) - header
     if expected != found:
-        raise ValueError(_damaged(path, f"its header says {shape}: {expected} bytes, but {found} follow"))
+        raise DataError(_damaged(path, f"its header says {shape}: {expected} bytes, but {found} follow"))
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -225,10 +225,10 @@ def _read_jpeg_archives(place: Path, cache: Path) -> tuple[tuple[Pixels, Labels]
         partial.replace(cached)
         return train, test
     try:
-        with np.load(cached) as arrays:
+        with cached.open("rb") as file, np.load(file) as arrays:
             return (arrays["train_x"], arrays["train_y"]), (arrays["test_x"], arrays["test_y"])
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{cached} cannot be read ({error}): delete it, it is made again") from error
+        raise DataError(f"{cached} cannot be read ({error}): delete it, it is made again") from error
 
 
 def _decode_archive(archive: Path, split: str) -> tuple[Pixels, Labels]:
@@ -242,15 +242,13 @@ def _decode_archive(archive: Path, split: str) -> tuple[Pixels, Labels]:
                 if content is None or not member.name.endswith(".jpg"):
                     continue
                 if len(parts) < 3 or parts[-3] != split:
-                    raise ValueError(
-                        _damaged(archive, f"it holds {member.name}, not {split}/CLASS/NUMBER.jpg")
-                    )
+                    raise DataError(_damaged(archive, f"it holds {member.name}, not {split}/CLASS/NUMBER.jpg"))
                 files[parts[-2], parts[-1]] = content.read()
     except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(_damaged(archive, str(error))) from error
+        raise DataError(_damaged(archive, str(error))) from error
     names = sorted({label for label, _ in files})
     if len(names) != 10:
-        raise ValueError(_damaged(archive, f"it holds {len(names)} classes ({', '.join(names)}), not 10"))
+        raise DataError(_damaged(archive, f"it holds {len(names)} classes ({', '.join(names)}), not 10"))
     order = sorted(files)
     images = _decode((files[key] for key in order), mode="RGB", source=archive)
     return images, np.array([names.index(label) for label, _ in order], dtype=np.int64)
@@ -289,10 +287,10 @@ def _read_parquet(place: Path, split: str, mode: Literal["L", "RGB"]) -> tuple[P
         try:
             table = read_table(path)
         except (ArrowInvalid, OSError) as error:
-            raise ValueError(_damaged(path, str(error))) from error
+            raise DataError(_damaged(path, str(error))) from error
         column = next((name for name in ("image", "img") if name in table.column_names), None)
         if column is None or "label" not in table.column_names:
-            raise ValueError(
+            raise DataError(
                 _damaged(path, f"its columns are {table.column_names}, not 'image' (or 'img') and 'label'")
             )
         images.append(_decode((row["bytes"] for row in table[column].to_pylist()), mode, source=path))
@@ -310,12 +308,10 @@ def _decode(files: Iterable[bytes], mode: Literal["L", "RGB"], source: Path) -> 
             with Image.open(io.BytesIO(content)) as image:
                 images.append(np.asarray(image.convert(mode)))
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(_damaged(source, f"its image number {number}: {error}")) from error
+            raise DataError(_damaged(source, f"its image number {number}: {error}")) from error
     sizes = {image.shape[:2] for image in images}
     if len(sizes) != 1:
-        raise ValueError(
-            _damaged(source, f"its {len(images)} images have the sizes {sorted(sizes)}, not one")
-        )
+        raise DataError(_damaged(source, f"its {len(images)} images have the sizes {sorted(sizes)}, not one"))
     stacked = np.stack(images)
     return stacked[:, None] if mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
@@ -326,12 +322,12 @@ def _normalised(
     """Normalise each channel with the statistics of the training images."""
     for split, (images, labels) in (("training", train), ("test", test)):
         if len(images) != len(labels) or images.shape[1:] != train[0].shape[1:]:
-            raise ValueError(
+            raise DataError(
                 f"{name}: the {split} set has images {images.shape} and {len(labels)} labels; the training "
                 f"images are {train[0].shape}"
             )
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"{name}: the {split} labels must be 0 ... {classes - 1}, at least one of them")
+            raise DataError(f"{name}: the {split} labels must be 0 ... {classes - 1}, at least one of them")
     channels, height, width = train[0].shape[1:]
     # A histogram gives the exact statistics of bytes without a floating-point copy of all images.
     counts = np.stack([np.bincount(train[0][:, c].ravel(), minlength=256) for c in range(channels)])
@@ -343,9 +339,7 @@ def _normalised(
     def dataset(images: Pixels, labels: Labels) -> TensorDataset:
         shape = (1, channels, 1, 1)
         pixels = torch.tensor(images).float()
-        pixels.sub_(torch.from_numpy(mean).float().view(shape)).div_(
-            torch.from_numpy(std).float().view(shape)
-        )
+        pixels.sub_(torch.from_numpy(mean).float().view(shape)).div_(torch.from_numpy(std).float().view(shape))
         return TensorDataset(pixels, torch.tensor(labels))
 
     return ImageData(dataset(*train), dataset(*test), channels, height, width, classes, name, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
-from implicitly.implicit import Backward, Condition, attach, find, is_usable, search
-from implicitly.iterate import Found, Solver, happens
+from implicitly.implicit import Backward, Condition, attach, find, is_usable, search, users_line
+from implicitly.iterate import ConvergenceWarning, Found, Solver, happens
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
 from implicitly.tree import is_wrapped, unwrapped
@@ -26,9 +27,14 @@ class Adjoint(ABC):
     # Whether autograd records the solve itself.
     recording: ClassVar[bool] = False
 
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise TypeError / ValueError for choices that do not fit each other, or states of `dtype`.
+
+        `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
+        """
+
     def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
         """The solver's result, without gradients."""
-        _check(solver, condition)
         run = compiled_search((condition.name, problem.key)) if compile else None
         return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
 
@@ -37,15 +43,19 @@ class Adjoint(ABC):
         """The found point `(B, n)` with its derivative."""
 
 
-def _check(solver: Solver, condition: Condition) -> None:
+def check_choices(solver: Solver, adjoint: Adjoint, dtype: torch.dtype, iterates: bool) -> None:
+    """Raise TypeError / ValueError unless `solver` and `adjoint` can be used with each other and with `dtype`."""
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+        raise TypeError(f"solver must be a solver such as im.Anderson(), got {solver!r}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
     if solver.linear:
         raise TypeError(
-            f"{type(solver).__name__} solves linear systems, and {condition.name} is not known to be one; use "
-            "Anderson, Broyden, Newton or NewtonKrylov here, and it in ImplicitAdjoint(linear_solver=...)"
+            f"{type(solver).__name__} solves linear systems; use Anderson, Broyden, Newton or NewtonKrylov as "
+            "solver here, and it in ImplicitAdjoint(linear_solver=...)"
         )
-    solver.tolerances(condition.dtype)
+    solver.tolerances(dtype)
+    adjoint.check(solver, dtype, iterates)
 
 
 @dataclass(frozen=True)
@@ -78,38 +88,80 @@ class ImplicitAdjoint(Adjoint):
         if not isinstance(self.linear_solver, Solver):
             raise TypeError(f"linear_solver must be a solver such as GMRES(), got {self.linear_solver!r}")
 
+    @property
+    def backward_solver(self) -> Solver:
+        """`linear_solver` with the tolerances given here."""
+        changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
+        return replace(self.linear_solver, **changes)
+
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a backward tolerance out of reach, or an inverse that `solver` does not estimate."""
+        self.backward_solver.tolerances(dtype)
+        if self.inverse != "ignore" and not solver.estimates_inverse:
+            raise ValueError(
+                f"inverse={self.inverse!r} needs a solver that estimates the inverse Jacobian: Broyden, not "
+                f"{type(solver).__name__}"
+            )
+
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
-        changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
-        solver = replace(self.linear_solver, **changes)
         estimate = None
-        if self.inverse != "ignore" and not found.estimate:
-            raise ValueError(f"inverse={self.inverse!r} needs a solver that estimates the inverse: Broyden")
         # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
         if self.inverse != "ignore" and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
-        how = Backward(solver, estimate, self.inverse, self.listen)
+        how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
         usable = is_usable(found.status)
         if not happens(~usable):
             return attach(condition, found.z, problem.theta, how)
-        z, theta = _without_failed(usable, found.z, problem.theta, condition.carries)
+        if not happens(usable):
+            return _constant(found.z, problem.theta)
+        z, theta = _without_failed(usable, found.z, problem.theta, condition)
         return torch.where(usable[:, None], attach(condition, z, theta, how), found.z.detach())
 
 
+def _constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
+    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
+    real = (
+        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
+    )
+    return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
+
+
 def _without_failed(
-    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], carries: tuple[int | None, ...] | None
+    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
 
     A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
-    is known which tensors hold the samples, a good sample stands in for it; else NaN and inf themselves go.
+    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
+    is enough unless f is undefined at finite arguments; then the gradient says so.
     """
-    if carries is None:
-        return z, tuple(torch.nan_to_num(t, 0.0, 0.0, 0.0) if t.is_floating_point() else t for t in theta)
+    if condition.carries is None:
+        return z, tuple(_finite(t, condition) for t in theta)
     index = torch.arange(len(usable), device=usable.device)
     rows = torch.where(usable, index, usable.to(torch.int64).argmax())
-    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries))
+    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
     return z.index_select(0, rows), theta
+
+
+def _finite(t: Tensor, condition: Condition) -> Tensor:
+    if not t.is_floating_point():
+        return t
+    t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
+
+    def tell(gradient: Tensor) -> None:
+        if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
+            warnings.warn(
+                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient of a "
+                f"tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then failed "
+                "ones are left out",
+                ConvergenceWarning,
+                stacklevel=users_line(),
+            )
+
+    if t.requires_grad and not is_wrapped(t):
+        t.register_hook(tell)
+    return t
 
 
 def _transposed_inverse(S: Tensor, P: Tensor, L: Tensor) -> Callable[[Tensor], Tensor]:
@@ -122,6 +174,14 @@ def _transposed_inverse(S: Tensor, P: Tensor, L: Tensor) -> Callable[[Tensor], T
         return g + torch.bmm(c.mT, S)[:, 0]
 
     return apply
+
+
+def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
+    if not iterates:
+        raise ValueError(
+            f"{type(adjoint).__name__} differentiates iterations z = f(z), and a root has none; use ImplicitAdjoint, "
+            "or state the problem as a fixed point"
+        )
 
 
 @dataclass(frozen=True)
@@ -138,17 +198,18 @@ class PhantomAdjoint(Adjoint):
         if self.steps < 1 or not 0 < self.damping <= 1:
             raise ValueError(f"PhantomAdjoint: steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}")
 
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a root."""
+        _needs_iterations(self, iterates)
+
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, with the derivative of the iterations that would follow."""
-        if not condition.relative_to_iterate:
-            raise ValueError(
-                f"{type(self).__name__} differentiates iterations z = f(z), and a root has none; use "
-                "ImplicitAdjoint, or state the problem as a fixed point"
-            )
         usable = is_usable(found.status)
         z, theta = found.z.detach(), problem.theta
+        if not happens(usable):
+            return _constant(z, theta)
         if happens(~usable):
-            z, theta = _without_failed(usable, z, theta, condition.carries)
+            z, theta = _without_failed(usable, z, theta, condition)
         iterate = z
         residual = condition.at(*theta)
         for _ in range(self.steps):
@@ -164,6 +225,10 @@ class JacobianFreeAdjoint(Adjoint):
 
     Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
     """
+
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a root."""
+        _needs_iterations(self, iterates)
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, with the derivative of one iteration."""
@@ -184,14 +249,15 @@ class UnrolledAdjoint(Adjoint):
         """The solver's result, with autograd recording."""
         if compile:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
-        _check(solver, condition)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
         condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
         usable = is_usable(found.status)
         if not happens(~usable):
             return found
         # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
-        z0, theta = _without_failed(usable, problem.z0, problem.theta, condition.carries)
+        if not happens(usable):
+            return found._replace(z=_constant(found.z, problem.theta))
+        z0, theta = _without_failed(usable, problem.z0, problem.theta, condition)
         again = search(solver, condition, z0, theta)
         return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Broyden(Solver):
     history: int = 20
     line_search: bool = False
 
+    estimates_inverse: ClassVar[bool] = True
+
     def __post_init__(self):
         super().__post_init__()
         if self.history < 1:
@@ -47,8 +50,12 @@ class Broyden(Solver):
         S, P, L, last, length = memory
         s = z - last  # none for a finished sample, whose z stays
         slot = k % S.shape[1]
+        # Slots from before the last fresh start count for nothing, here and in the estimate.
+        if isinstance(slot, Tensor):
+            P = torch.where(slot == 0, 0.0, P)
+        elif slot == 0 and k:
+            P = torch.zeros_like(P)
         S_k, P_k = filled(S, slot), filled(P, slot)
-        # Slots from before the last fresh start count for nothing.
         known = (torch.arange(S_k.shape[1], device=z.device) < slot).to(z.dtype)
         w = r + combine(_chain(L, known, products(r, S_k)), P_k)
         along = torch.linalg.vecdot(s, w)[:, None]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint
+from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.newton import Newton
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
+from implicitly.tree import Layout
 
 
 def fixed_point(
@@ -50,8 +51,10 @@ def fixed_point(
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
     """
+    layout = Layout.of(z0, batch_dims)
+    check_choices(solver, adjoint, layout.dtype, iterates=True)
     problem = Problem.of(
-        f, z0, args, lambda z, fz: fz - z, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording
+        f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=adjoint.recording
     )
     condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
     found = adjoint.find(solver, condition, problem, compile)
@@ -75,12 +78,14 @@ def root(
     z - damping * residual(z). Adjoints that differentiate iterations of f (`PhantomAdjoint`,
     `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
     """
+    layout = Layout.of(z0, batch_dims)
+    check_choices(solver, adjoint, layout.dtype, iterates=False)
     problem = Problem.of(
         residual,
         z0,
         args,
         lambda z, Fz: -Fz,
-        batch_dims=batch_dims,
+        layout=layout,
         in_dims=in_dims,
         recording=adjoint.recording,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,13 @@ from implicitly.nn.warm_start import WarmStart
 from implicitly.tree import unwrapped
 
 
+# Functions of the module, not lambdas, so that a layer can be pickled.
 def _whole_state(z: Any) -> Any:
     return z
+
+
+def _zeros_like(x: Any) -> Any:
+    return pytree.tree_map(torch.zeros_like, x)
 
 
 class DEQ(nn.Module):
@@ -41,7 +46,8 @@ class DEQ(nn.Module):
         readout: what of the equilibrium `forward` returns; all of it unless given.
 
     Attributes:
-        solution: the `Solution` of the last forward pass, detached; `value` is the whole equilibrium.
+        solution: the `Solution` of the last forward pass, detached; `value` is the whole equilibrium, and shares
+            memory with what `forward` returned.
         backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None.
     """
 
@@ -54,7 +60,7 @@ class DEQ(nn.Module):
         batch_dims: int = 1,
         on_failure: str = "warn",
         compile: bool = False,
-        init: Callable[[Any], Any] | None = None,
+        init: Callable[[Any], Any] = _zeros_like,
         warm_start: WarmStart | None = None,
         readout: Callable[[Any], Any] = _whole_state,
     ):
@@ -65,12 +71,11 @@ class DEQ(nn.Module):
         self.batch_dims = batch_dims
         self.on_failure = on_failure
         self.compile_solve = compile
-        self.init = init if init is not None else lambda x: pytree.tree_map(torch.zeros_like, x)
+        self.init = init
         self.warm_start = warm_start
         self.readout = readout
         self.solution: Solution | None = None
         self.backward_solution: Solution | None = None
-        self._held = _Held(cell)
 
     def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
         """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
@@ -83,7 +88,7 @@ class DEQ(nn.Module):
         self._remember(solution, index)
         return self.readout(solution.value)
 
-    def iterates(self, x: Any, at: Sequence[int], z0: Any = None) -> list[Any]:
+    def iterates(self, x: Any, at: Sequence[int], z0: Any = None, *, index: Tensor | None = None) -> list[Any]:
         """The states after `at` steps each and, last, the equilibrium, for a loss on the way there.
 
         States on the way carry the gradient of one application of the cell, the last one that of the layer. The
@@ -91,10 +96,11 @@ class DEQ(nn.Module):
 
         Args:
             at: increasing step counts, such as `(2, 5)`.
+            index: as in `forward`.
         """
         if any(b <= a for a, b in zip((0, *at), at)):
             raise ValueError(f"at must be increasing step counts from 1, got {tuple(at)}")
-        z = self._start(x, None) if z0 is None else z0
+        z = self._start(x, index) if z0 is None else z0
         held = self._held_for(x, z)
         states = []
         for steps in (b - a for a, b in zip((0, *at), at)):
@@ -102,7 +108,7 @@ class DEQ(nn.Module):
             z = self._solve(x, z, held, segment, PhantomAdjoint(steps=1), "ignore").value
             states.append(self.readout(z))
         solution = self._solve(x, z, held, self.solver, self._listening(), self.on_failure)
-        self._remember(solution, None)
+        self._remember(solution, index)
         return [*states, self.readout(solution.value)]
 
     def extra_repr(self) -> str:
@@ -113,7 +119,7 @@ class DEQ(nn.Module):
         self, x: Any, z0: Any, held: tuple[dict, dict], solver: Solver, adjoint: Adjoint, on_failure: str
     ) -> Solution:
         tensors, dims = held
-        f, args, in_dims = (self.cell, (x,), (0,)) if not tensors else (self._held, (x, tensors), (0, dims))
+        f, args, in_dims = (self.cell, (x,), (0,)) if not tensors else (_Held(self.cell), (x, tensors), (0, dims))
         return fixed_point(
             f,
             z0,
@@ -137,11 +143,11 @@ class DEQ(nn.Module):
         return self.init(x)
 
     def _remember(self, solution: Solution, index: Tensor | None) -> None:
-        plain = pytree.tree_map(lambda t: unwrapped(t.detach()), solution.value)
-        status, residual, steps = (unwrapped(t) for t in (solution.status, solution.residual, solution.steps))
-        self.solution = Solution(plain, status, residual, steps, solution.evaluations)
+        tensors = (solution.value, solution.status, solution.residual, solution.steps)
+        value, status, residual, steps = pytree.tree_map(lambda t: unwrapped(t.detach()), tensors)
+        self.solution = Solution(value, status, residual, steps, solution.evaluations)
         if self.warm_start is not None and self.training:
-            self.warm_start.store(plain, index)
+            self.warm_start.store(value, index)
 
     def _listening(self) -> Adjoint:
         self.backward_solution = None
@@ -156,11 +162,13 @@ class DEQ(nn.Module):
         return replace(self.adjoint, listen=listen)
 
 
+@dataclass(frozen=True)
 class _Held:
     """The cell as a function of what it holds through a solve."""
 
-    def __init__(self, cell: nn.Module):
-        self.cell = cell
+    cell: nn.Module
 
     def __call__(self, z: Any, x: Any, held: dict[str, Tensor]) -> Any:
-        return functional_call(self.cell, held, (z, x))
+        # Each name is of one module: nothing is tied, and torch would leave behind what it exchanged for a module
+        # that the cell holds under two names.
+        return functional_call(self.cell, held, (z, x), tie_weights=False)

@@ -102,7 +102,8 @@ class Dropout(PerSolve):
             return None
         shared = {d % x.ndim for d in self.shared_dims}
         shape = [1 if d in shared else size for d, size in enumerate(x.shape)]
-        return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.p) / (1 - self.p)
+        keep = torch.full(shape, 1 - self.p, dtype=x.dtype, device=x.device)
+        return torch.bernoulli(keep) / keep
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """`x` masked."""
@@ -131,11 +132,11 @@ class BatchNorm(PerSolve):
         self.register_buffer("running_var", torch.ones(features))
 
     def decide(self, x: Tensor) -> Tensor | None:
-        """Mean and variance `(2, features)`."""
+        """Mean and variance `(2, features)`, in the dtype of the running ones, also under autocast."""
         if not self.training:
             return torch.stack([self.running_mean, self.running_var])
         dims = [d for d in range(x.ndim) if d != 1]
-        variance, mean = torch.var_mean(x, dims, correction=0)
+        variance, mean = torch.var_mean(x.to(self.running_mean.dtype), dims, correction=0)
         with torch.no_grad():
             count = x.numel() / x.shape[1]
             self.running_mean.lerp_(mean.detach(), self.momentum)
@@ -144,8 +145,12 @@ class BatchNorm(PerSolve):
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """`x` normalised, scaled and shifted."""
+        # In its own terms: torch's batch norm has no derivative for a statistic that it is given.
         mean, variance = held
-        return functional.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        shape = (-1, *([1] * (x.ndim - 2)))
+        return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape)).to(x.dtype)
 
 
 class _Reparametrised(PerSolve):
@@ -194,26 +199,29 @@ class SpectralNorm(_Reparametrised):
     u: Tensor
 
     def __init__(self, layer: nn.Module, bound: float = 1.0, power_iterations: int = 1):
+        if bound <= 0 or power_iterations < 1:
+            raise ValueError(f"SpectralNorm: bound > 0 and power_iterations >= 1, got {bound}, {power_iterations}")
         weight = getattr(layer, "weight", None)
         super().__init__(layer)
         assert isinstance(weight, Tensor)
-        if bound <= 0 or power_iterations < 1:
-            raise ValueError(f"SpectralNorm: bound > 0 and power_iterations >= 1, got {bound}, {power_iterations}")
         self.bound, self.power_iterations = bound, power_iterations
         self.raw = nn.Parameter(weight.detach().clone())
         matrix = self.raw.detach().flatten(1)
-        # Any fixed start does that is not orthogonal to the leading direction; then enough steps to be near it.
-        self.register_buffer("u", _power(matrix, torch.ones_like(matrix[:, 0]), 15))
+        # A start that no structure of a weight makes orthogonal to its leading direction, without drawing from the
+        # global generator; then enough steps to be near that direction.
+        start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
+        self.register_buffer("u", _power(matrix, start, 15))
 
     def decide(self, x: Tensor) -> Tensor | None:
         """The weight."""
         matrix = self.raw.flatten(1)
-        with torch.no_grad():
-            if self.training:
-                self.u.copy_(_power(matrix.detach(), self.u, self.power_iterations))
-            u = self.u.clone()
-            v = functional.normalize(matrix.detach().mT @ u, dim=0)
-        return self.raw * (self.bound / torch.dot(u, matrix @ v))
+        with torch.autocast(matrix.device.type, enabled=False):
+            with torch.no_grad():
+                if self.training:
+                    self.u.copy_(_power(matrix.detach(), self.u, self.power_iterations))
+                u = self.u.clone()
+                v = functional.normalize(matrix.detach().mT @ u, dim=0)
+            return self.raw * (self.bound / torch.dot(u, matrix @ v))
 
 
 def _power(matrix: Tensor, u: Tensor, steps: int) -> Tensor:

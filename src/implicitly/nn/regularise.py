@@ -26,12 +26,14 @@ def jacobian_norm(
     Returns:
         `(B,)` estimates.
     """
+    if samples < 1:
+        raise ValueError(f"jacobian_norm: samples must be at least 1, got {samples}")
     layout, matrix, value = _evaluate(f, z, args)
     total = torch.zeros_like(matrix[:, 0])
     for _ in range(samples):
         v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
         (pulled,) = torch.autograd.grad(value, matrix, v, create_graph=True, materialize_grads=True)
-        total = total + row_norm(pulled) ** 2
+        total = total + pulled.square().sum(1)
     return layout.per_sample(total / samples)
 
 
@@ -66,4 +68,6 @@ def _evaluate(f: Callable[..., Any], z: Any, args: tuple[Any, ...]) -> tuple[Lay
         matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
         value = f(layout.unpack(matrix), *args)
         layout.check(value, "z")
-        return layout, matrix, layout.pack(value)
+        value = layout.pack(value)
+        # Where f ignores z the Jacobian is zero: autograd finds that out if there is a graph at all.
+        return layout, matrix, value if value.requires_grad else value + 0 * matrix

@@ -6,14 +6,16 @@ Koltun 2019, theorems 1 and 2; chapter 4 of the NeurIPS 2020 tutorial "Deep Impl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from implicitly.fixed_point.adjoints import ImplicitAdjoint
+from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.picard import FixedPointIteration
+from implicitly.iterate import Solver
 from implicitly.linear import Neumann
 from implicitly.nn.deq import DEQ
 
@@ -24,15 +26,17 @@ def as_deq(sequential: nn.Sequential) -> DEQ:
     The state is what all layers put out, z = (z_1, ..., z_L), and the cell applies every layer at once to what
     its predecessor put out the last time: (l_1(x), l_2(z_1), ..., l_L(z_L-1)). Its Jacobian is nilpotent, so
     plain iteration is exact after L steps from anywhere, and so is the Neumann series of the backward solve.
-    Layers must treat samples independently.
+    Exactly these are done, and the status is MAX_STEPS: a tolerance relative to the whole state would stop
+    before a small output, or a vanishing gradient, is right. Layers must be deterministic and treat samples
+    independently.
     """
     if not isinstance(sequential, nn.Sequential) or len(sequential) == 0:
         raise TypeError(f"as_deq needs an nn.Sequential with at least one layer, got {sequential!r}")
     depth = len(sequential)
     return DEQ(
         _AllLayers(sequential),
-        FixedPointIteration(max_steps=depth + 1),
-        ImplicitAdjoint(Neumann(max_steps=depth + 1)),
+        FixedPointIteration(rtol=0, max_steps=depth),
+        ImplicitAdjoint(Neumann(rtol=0, max_steps=depth)),
         init=_Outputs(sequential),
         readout=_last,
     )
@@ -42,23 +46,32 @@ def compose(first: DEQ, second: DEQ) -> DEQ:
     """One equilibrium layer that computes `second(first(x))`, with the parameters of both.
 
     The state is (z_1, z_2) and the cell (f_1(z_1, x), f_2(z_2, z_1)): at its equilibrium both hold. It is solved
-    as `second` is.
+    as `second` is, with the steps of both; only where `second` does a fixed number of steps (`rtol=0`, as of
+    `as_deq`) and `first` does not, it is solved as `first` is. It has no warm start.
     """
-
-    def init(x: Any) -> Any:
-        z1 = first.init(x)
-        return z1, second.init(first.readout(z1))
-
+    cell = _Stacked(first, second)
+    lead = first if second.solver.budget_only and not first.solver.budget_only else second
     return DEQ(
-        _Stacked(first, second),
-        second.solver,
-        second.adjoint,
+        cell,
+        _with_steps_of_both(lead.solver, first, second),
+        _differentiating_both(lead.adjoint, first, second),
         batch_dims=min(first.batch_dims, second.batch_dims),
         on_failure=second.on_failure,
         compile=second.compile_solve,
-        init=init,
-        readout=lambda z: second.readout(z[1]),
+        init=cell.start,
+        readout=cell.output,
     )
+
+
+def _with_steps_of_both(solver: Solver, first: DEQ, second: DEQ) -> Solver:
+    return replace(solver, max_steps=first.solver.max_steps + second.solver.max_steps)
+
+
+def _differentiating_both(adjoint: Adjoint, first: DEQ, second: DEQ) -> Adjoint:
+    adjoints = [a for a in (first.adjoint, second.adjoint) if isinstance(a, ImplicitAdjoint)]
+    if len(adjoints) < 2:
+        return adjoint
+    return replace(adjoint, max_steps=sum(a.max_steps or a.linear_solver.max_steps for a in adjoints))
 
 
 class _AllLayers(nn.Module):
@@ -93,7 +106,15 @@ class _Stacked(nn.Module):
     def __init__(self, first: DEQ, second: DEQ):
         super().__init__()
         self.first, self.second = first.cell, second.cell
-        self.read = first.readout
+        self.inits = first.init, second.init
+        self.readouts = first.readout, second.readout
 
     def forward(self, z: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
-        return self.first(z[0], x), self.second(z[1], self.read(z[0]))
+        return self.first(z[0], x), self.second(z[1], self.readouts[0](z[0]))
+
+    def start(self, x: Any) -> tuple[Any, Any]:
+        z1 = self.inits[0](x)
+        return z1, self.inits[1](self.readouts[0](z1))
+
+    def output(self, z: tuple[Any, Any]) -> Any:
+        return self.readouts[1](z[1])

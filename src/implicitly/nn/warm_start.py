@@ -55,8 +55,8 @@ class LastEpoch(WarmStart):
 
     def start(self, like: Any, index: Tensor | None) -> Any:
         """Each sample's last equilibrium where it was seen, its cold start otherwise."""
-        index = self._checked(index)
         cold, spec = pytree.tree_flatten(like)
+        index = self._checked(index, len(cold[0]))
         if self._leaves is None or any(s.shape[1:] != c.shape[1:] for s, c in zip(self._leaves, cold)):
             return None
         known = self._known[index.cpu()].to(cold[0].device)
@@ -68,8 +68,8 @@ class LastEpoch(WarmStart):
 
     def store(self, value: Any, index: Tensor | None) -> None:
         """Remember each sample under its index."""
-        index = self._checked(index)
         leaves = pytree.tree_leaves(value)
+        index = self._checked(index, len(leaves[0]))
         if self._leaves is None or any(s.shape[1:] != v.shape[1:] for s, v in zip(self._leaves, leaves)):
             self._leaves = [v.new_zeros(self.size, *v.shape[1:]) for v in leaves]
             self._known.zero_()
@@ -77,9 +77,13 @@ class LastEpoch(WarmStart):
             store[index.to(store.device)] = v.to(store.dtype)
         self._known[index.cpu()] = True
 
-    def _checked(self, index: Tensor | None) -> Tensor:
+    def _checked(self, index: Tensor | None, batch: int) -> Tensor:
         if index is None:
             raise ValueError("LastEpoch needs to know which samples these are: call layer(x, index=index)")
+        if index.dtype != torch.int64:
+            raise TypeError(f"LastEpoch needs an index of dtype torch.int64, got {index.dtype}")
+        if index.shape != (batch,):
+            raise ValueError(f"LastEpoch needs one index a sample, of shape ({batch},), got {tuple(index.shape)}")
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
             raise ValueError(f"LastEpoch(size={self.size}) got indices {int(index.min())} to {int(index.max())}")
         return index

@@ -1,9 +1,9 @@
 """deq-image: classify images by the equilibrium of one convolutional cell.
 
-A residual network stacks blocks. Let all blocks be the same one, and stack infinitely many: if the activations
-settle, they settle at a point z with z = f(z, x). A deep equilibrium model (Bai, Kolter and Koltun, 2019,
-arXiv:1909.01377) asks a solver for that point, and the implicit function theorem for its derivative, so it
-stores one activation where the stack stores them all.
+A residual network stacks blocks. Let all blocks be the same one, and stack infinitely many: if the
+activations settle, they settle at a point z with z = f(z, x). A deep equilibrium model (Bai, Kolter and
+Koltun, 2019, arXiv:1909.01377) asks a solver for that point, and the implicit function theorem for its
+derivative, so it stores the activations of one block where the stack stores those of all.
 
 Three networks of equal size are trained side by side, and one table compares them:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -33,16 +34,13 @@ from torch import Tensor, nn
 
 import implicitly as im
 from implicitly.data import ImageData, ImageSet, load_images
+from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, run_folder
 from implicitly.recipes._training import (
-    LAST,
     AtomicCheckpointIO,
     Batches,
     LastAndBest,
     TrainingBar,
-    previous_of,
     quiet_lightning,
-    read_checkpoint,
-    run_folder,
 )
 from implicitly.viz import peak_bytes
 
@@ -57,7 +55,7 @@ class Config:
     dataset: ImageSet = "digits"
     """What to classify. The digits come with scikit-learn; the others from a folder or the hub."""
     data: Path | None = None
-    """Folder that holds mnist/ or cifar10/. Default: what IMPLICITLY_DATA names, else the Hugging Face hub."""
+    """Folder that holds mnist/ or cifar10/. Default: what IMPLICITLY_DATA names, else the hub."""
     cache: Path = Path("runs/cache")
     """Folder for decoded images."""
     out: Path | None = None
@@ -125,7 +123,7 @@ class Config:
             raise ValueError(f"models must name at least one, and each once; got {self.models}")
 
 
-# --- The networks ---------------------------------------------------------------------------------------------
+# --- The networks -----------------------------------------------------------------------------------------
 
 
 class Cell(nn.Module):
@@ -145,6 +143,7 @@ class Cell(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)  # small, so that f starts close to a contraction
 
     def forward(self, z: Tensor, x: Tensor | float) -> Tensor:
+        """f(z, x), of the shape of `z`."""
         y = self.norm_inner(F.relu(self.conv_in(z)))
         return self.norm_sum(F.relu(z + self.norm_branch(x + self.conv_out(y))))
 
@@ -158,6 +157,7 @@ class Unrolled(nn.Module):
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
+        """The last iterate, of the shape of `x`."""
         z = torch.zeros_like(x)
         for _ in range(self.times):
             z = self.cell(z, x)
@@ -172,6 +172,7 @@ class Residual(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output of the last block, of the shape of `x`."""
         for block in self.blocks:
             x = block(x, 0.0)
         return x
@@ -195,6 +196,7 @@ class Classifier(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """The logits."""
         x = self.stem(images)
         # Under mixed precision the convolutions run in 16 bits; the solver measures its residuals in 32.
         return self.head(self.body(x.to(self.head[-1].weight.dtype)))
@@ -207,8 +209,9 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     cell = Cell(config.channels, config.inner_channels, config.groups)
     if name == "deq":
         solver = im.Anderson(history=config.history, rtol=config.rtol, max_steps=config.solver_steps)
-        # A short Krylov basis saves memory, and at this tolerance some ten products are enough.
-        linear_solver = im.GMRES(restart=10, rtol=config.rtol, max_steps=config.solver_steps)
+        # A short Krylov basis saves memory, and at this tolerance some ten products are enough. The gradient
+        # of a mean is small for each sample, so no absolute tolerance may decide what is small enough.
+        linear_solver = im.GMRES(restart=10, rtol=config.rtol, atol=0.0, max_steps=config.solver_steps)
         adjoint = im.ImplicitAdjoint(linear_solver=linear_solver)
         # Samples that run out of steps are counted in the logs; a warning at each step would say no more.
         body = im.nn.DEQ(cell, solver=solver, adjoint=adjoint, on_failure="ignore")
@@ -227,22 +230,19 @@ def _resnet_widths(config: Config, data: ImageData) -> tuple[int, int]:
 
     Among the widths that come within 3 %, those closest to the proportions of the cell.
     """
-    with torch.device("meta"):  # shapes without memory or random numbers
-        target = count_parameters(
-            Classifier(
-                Cell(config.channels, config.inner_channels, config.groups), config.channels, config, data
-            )
-        )
-        widths = range(config.groups, 2 * max(config.channels, config.inner_channels), config.groups)
-        best, best_rank = (0, 0), (float("inf"), float("inf"))
-        for channels in widths:
-            for inner_channels in widths:
-                parameters = count_parameters(_build_resnet(channels, inner_channels, config, data))
-                mismatch = abs(parameters / target - 1)
-                distortion = abs(inner_channels / channels - config.inner_channels / config.channels)
-                if (max(mismatch, 0.03), distortion) < best_rank:
-                    best, best_rank = (channels, inner_channels), (max(mismatch, 0.03), distortion)
-    return best
+
+    def parameters(channels: int, inner_channels: int, blocks: int) -> int:
+        ends = channels * (9 * data.channels + 4 + config.pooled_size**2 * data.classes) + data.classes
+        return ends + blocks * (18 * channels * inner_channels + 2 * inner_channels + 4 * channels)
+
+    def rank(widths: tuple[int, int]) -> tuple[float, float]:
+        mismatch = abs(parameters(*widths, config.blocks) / target - 1)
+        distortion = abs(widths[1] / widths[0] - config.inner_channels / config.channels)
+        return max(mismatch, 0.03), distortion
+
+    target = parameters(config.channels, config.inner_channels, 1)
+    widths = range(config.groups, 2 * max(config.channels, config.inner_channels), config.groups)
+    return min(itertools.product(widths, widths), key=rank)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -250,12 +250,12 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-# --- The training ---------------------------------------------------------------------------------------------
+# --- The training -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Costs:
-    """What training one network has cost so far; kept in the checkpoints, so that a resumed run knows it all."""
+    """What training one network has cost so far; checkpoints keep it, so that a resumed run knows it all."""
 
     steps: int = 0
     forward_calls: int = 0  # of the cell, or a block
@@ -293,12 +293,15 @@ class Training(L.LightningModule):
         return Batches(self.data.train, self.training_rows, self.config.batch_size, seed)
 
     def val_dataloader(self) -> Batches:
+        """The images that were held out of the training set."""
         return Batches(self.data.train, self.validation_rows, 4 * self.config.batch_size)
 
     def test_dataloader(self) -> Batches:
+        """The test set."""
         return Batches(self.data.test, torch.arange(len(self.data.test)), 4 * self.config.batch_size)
 
     def configure_optimizers(self) -> Any:
+        """Adam, its learning rate falling to zero along a cosine."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
         steps = self.config.epochs * self.batches_per_epoch
         steps = min(steps, self.config.max_steps or steps)
@@ -308,12 +311,15 @@ class Training(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch."""
         return self._evaluate(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log how the held-out images fare."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log how the test images fare."""
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
@@ -329,59 +335,67 @@ class Training(L.LightningModule):
 
     def _log_solver(self, layer: im.nn.DEQ, split: str) -> None:
         solution = layer.solution
+        assert solution is not None  # the layer has just run
         samples = len(solution.status)
         relative = solution.residual / solution.value.flatten(start_dim=1).norm(dim=1)
         self.log(f"{split}/solver_steps", solution.steps.float().mean(), batch_size=samples)
         self.log(f"{split}/relative_residual", relative.mean(), batch_size=samples)
-        for status in set(im.Status) - {im.Status.RUNNING}:
+        for status in im.Status:
+            if status is im.Status.RUNNING:
+                continue
             count = (solution.status == status).sum().float()
             self.log(f"{split}/status_{status.name.lower()}", count, batch_size=samples, reduce_fx="sum")
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """One training step, for the closure runs forward and backward: timed, or its memory measured once."""
+        """One training step (the closure runs forward and backward), timed; of the second, the memory."""
         step = functools.partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
-        if self.costs.peak_bytes == 0 and self.trainer.global_step > 0:  # Adam's state exists
-            self.costs.peak_bytes = peak_bytes(step, self.device)
-            return
-        self._wait_for_device()
-        start = time.perf_counter()
-        step()
-        self._wait_for_device()
-        self.costs.seconds += time.perf_counter() - start
-        self.costs.timed_steps += 1
+        match self.costs.steps:
+            case 0:  # allocates Adam's state and warms up: tells nothing about the others
+                step()
+            case 1:
+                self.costs.peak_bytes = peak_bytes(step, self.device)
+            case _:
+                self._wait_for_device()
+                start = time.perf_counter()
+                step()
+                self._wait_for_device()
+                self.costs.seconds += time.perf_counter() - start
+                self.costs.timed_steps += 1
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the calls of f."""
         forward, backward = calls_of_f(self.model.body)
         self.costs.steps += 1
         self.costs.forward_calls += forward
         self.costs.backward_calls += backward
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is, and what it has cost."""
         checkpoint["identity"] = self.identity
         checkpoint["costs"] = dataclasses.asdict(self.costs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what it has cost."""
         self.costs = Costs(**checkpoint["costs"])
 
 
 def calls_of_f(body: nn.Module) -> tuple[int, int]:
     """Calls of the cell (or of a block) in the last training step: forward, and backward."""
     match body:
-        case im.nn.DEQ():
-            backward = body.backward_solution
-            return body.solution.evaluations, 0 if backward is None else backward.evaluations
+        case im.nn.DEQ(solution=im.Solution() as forward, backward_solution=im.Solution() as backward):
+            return forward.evaluations, backward.evaluations
         case Unrolled():
             return body.times, body.times
         case Residual():
             return len(body.blocks), len(body.blocks)
         case _:
-            raise TypeError(f"no body of this recipe: {type(body).__name__}")
+            raise TypeError(f"no body of this recipe that has been trained: {type(body).__name__}")
 
 
 @dataclass(frozen=True)
@@ -397,6 +411,9 @@ class Result:
 
     @property
     def seconds_per_epoch(self) -> float:
+        """Of training alone, without validation; NaN for a run of fewer than three steps."""
+        if self.costs.timed_steps == 0:
+            return math.nan
         return self.costs.seconds / self.costs.timed_steps * self.training.batches_per_epoch
 
 
@@ -414,6 +431,9 @@ def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Resul
     resume = config.resume and (last.exists() or previous_of(last).exists())
     if resume:
         read_checkpoint(last, training.identity)
+    callbacks: list[L.Callback] = [LastAndBest(folder, monitor="val/accuracy")]
+    if config.progress:
+        callbacks.append(TrainingBar(name))
     with quiet_lightning():
         trainer = L.Trainer(
             accelerator=config.accelerator,
@@ -424,7 +444,7 @@ def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Resul
             reload_dataloaders_every_n_epochs=1,
             num_sanity_val_steps=0,
             log_every_n_steps=max(1, min(50, training.batches_per_epoch // 10)),
-            callbacks=[LastAndBest(folder, monitor="val/accuracy")] + config.progress * [TrainingBar(name)],
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             logger=TensorBoardLogger(folder, name="", version="logs"),
             default_root_dir=folder,
@@ -477,9 +497,7 @@ def main(config: Config) -> list[Result]:
     console = Console()
     data = load_images(config.dataset, config.data, config.cache)
     run = run_folder(Path("runs") / "deq-image", config.dataset, config.out, config.resume)
-    console.print(
-        f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}"
-    )
+    console.print(f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}")
     results = [fit(name, config, data, run / name) for name in config.models]
     console.print(results_table(results, config, data))
     return results

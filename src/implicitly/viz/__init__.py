@@ -1,5 +1,21 @@
-"""Pictures and measurements: memory, convergence, gradients, training."""
+"""Pictures and measurements: memory, convergence, gradients, training.
 
+Measuring needs nothing but PyTorch; drawing needs matplotlib (`pip install "implicitly[viz]"`).
+"""
+
+from implicitly.viz.convergence import ResidualRecorder, plot_convergence
+from implicitly.viz.gradients import plot_gradient_check, relative_difference
 from implicitly.viz.memory import peak_bytes, plot_memory, saved_bytes
+from implicitly.viz.training import plot_predictions, plot_training
 
-__all__ = ["peak_bytes", "plot_memory", "saved_bytes"]
+__all__ = [
+    "ResidualRecorder",
+    "peak_bytes",
+    "plot_convergence",
+    "plot_gradient_check",
+    "plot_memory",
+    "plot_predictions",
+    "plot_training",
+    "relative_difference",
+    "saved_bytes",
+]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from implicitly.viz.style import COLOURS, new_figure, title
+from implicitly.viz.style import COLOURS, label_ends, new_figure, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,23 +128,18 @@ def plot_memory(
         ValueError: a line has another number of values than `steps`.
     """
     figure, axes = new_figure(7.2, 4.2)
+    ends = []
     colours = [COLOURS.warm, COLOURS.main, COLOURS.second, COLOURS.grey]
     for (name, values), colour in zip(measured.items(), colours, strict=False):
         if len(values) != len(steps):
             raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} numbers of steps")
         heights = [value / unit for value in values]
         axes.plot(steps, heights, color=colour, marker="o", markersize=5, linewidth=2.2, clip_on=False)
-        axes.annotate(
-            f"{name}\n{heights[-1]:.0f} x" if heights[-1] >= 10 else f"{name}\n{heights[-1]:.1f} x",
-            (steps[-1], heights[-1]),
-            xytext=(10, 0),
-            textcoords="offset points",
-            color=colour,
-            fontweight="bold",
-            va="center",
-        )
+        factor = f"{heights[-1]:.0f}" if heights[-1] >= 10 else f"{heights[-1]:.1f}"
+        ends.append((steps[-1], heights[-1], f"{name}\n{factor} x", colour))
     axes.set_xlim(0, steps[-1])
     axes.set_ylim(bottom=0)
+    label_ends(figure, axes, ends, gap=30)
     axes.set_xlabel("solver steps")
     axes.set_ylabel(f"peak memory, in units of\n{unit_name}")
     title(axes, "Memory of one training step", "the same layer, differentiated in two ways")

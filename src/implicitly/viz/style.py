@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def new_figures(width: float, height: float, columns: int) -> tuple[Figure, list
     It is made without pyplot, so it needs no display and leaves matplotlib's global state alone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
     axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for one in axes:
         tidy(one)
@@ -52,9 +54,37 @@ def tidy(axes: Axes) -> None:
         axes.spines[side].set_color(COLOURS.faint)
     axes.grid(color=COLOURS.faint, linewidth=0.6, alpha=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=COLOURS.grey, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=COLOURS.grey, labelsize=9, length=0)
     axes.xaxis.label.set_color(COLOURS.ink)
     axes.yaxis.label.set_color(COLOURS.ink)
+
+
+def label_ends(
+    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], gap: float = 15.0
+) -> None:
+    """Write labels to the right of where lines end, at least `gap` points apart.
+
+    Args:
+        figure, axes: that hold the lines.
+        labels: `(x, y, text, colour)`, x and y in the data's coordinates.
+        gap: in points, 1/72 inch.
+    """
+    figure.draw_without_rendering()  # settles limits and layout
+    points_per_pixel = 72 / figure.dpi
+    lowest_free = float("-inf")
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        height = axes.transData.transform((x, y))[1] * points_per_pixel
+        place = max(height, lowest_free)
+        lowest_free = place + gap
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(10, place - height),
+            textcoords="offset points",
+            color=colour,
+            fontweight="bold",
+            va="center",
+        )
 
 
 def title(axes: Axes, text: str, below: str = "") -> None:

@@ -1,0 +1,84 @@
+# Every target sets up what it needs: a virtual environment in .venv, with the versions of constraints.txt.
+# A second run installs nothing.
+
+PYTHON ?= python3
+# Workers of the tests: a number, or auto for one a core.
+JOBS ?= auto
+# Passed on to the command of `make tour`, `make test`, `make bench`: make test ARGS="-k anderson"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
+# The build backend is pinned and installed beforehand, so that no build fetches another one.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+EDITABLE := --no-build-isolation --editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help tour test lint types format bench bench-smoke clean
+
+help:  ## Show this
+	@echo "implicitly: implicit layers for PyTorch"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '%-20s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "Each sets up .venv first where that is not done. Variables: PYTHON=$(PYTHON), JOBS=$(JOBS), ARGS=..."
+
+tour: $(INSTALLED)  ## Train a model, see the memory it saves, check its gradient (two minutes)
+	@$(BIN)/implicitly tour $(ARGS)
+
+test: $(INSTALLED)  ## Run the tests on all cores
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(INSTALLED)  ## Check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## Check types
+	@$(BIN)/pyright
+
+format: $(INSTALLED)  ## Format, and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(BENCH_INSTALLED)  ## Measure side by side with peers (some minutes; ARGS=--write-readme keeps the table)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing
+	@$(BIN)/python -m benchmarks --smoke $(ARGS)
+
+clean:  ## Remove .venv, caches and builds (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- Setting up -------------------------------------------------------------------------------------------
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "There is no $(PYTHON) here. Install Python 3.11 or newer, or name one: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+			"Name a newer one: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		echo "==> Making $(VENV) with $$($(PYTHON) -V)"; \
+		rm -rf $(VENV); \
+		$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+			rm -rf $(VENV); \
+			$(PYTHON) -m venv --without-pip $(VENV) && \
+			$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip; }; } || { \
+		echo "Making $(VENV) failed. $(PYTHON) needs its venv and pip modules (Debian: python3-venv)." >&2; \
+		exit 1; }
+	@echo "==> Installing implicitly and what it needs into $(VENV) (some minutes, once)"
+	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) $(EDITABLE) '.[recipes,viz,dev]'
+	@touch $@
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	@echo "==> Installing the peers to compare with into $(VENV)"
+	@$(PIP_INSTALL) $(EDITABLE) '.[bench]'
+	@touch $@

@@ -1,0 +1,95 @@
+"""The cells that are solved, and an exact gradient to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvCell(nn.Module):
+    """y = norm(relu(conv(z))); f(z, x) = norm(relu(z + norm(x + conv(y)))), of the `deq-image` recipe."""
+
+    def __init__(self, channels: int = 48, inner_channels: int = 64, groups: int = 8):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, inner_channels, 3, padding=1, bias=False)
+        self.conv_out = nn.Conv2d(inner_channels, channels, 3, padding=1, bias=False)
+        self.norm_inner = nn.GroupNorm(groups, inner_channels)
+        self.norm_branch = nn.GroupNorm(groups, channels)
+        self.norm_sum = nn.GroupNorm(groups, channels)
+        for conv in (self.conv_in, self.conv_out):
+            nn.init.normal_(conv.weight, std=0.01)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """f(z, x), `(batch, channels, height, width)` like both."""
+        y = self.norm_inner(F.relu(self.conv_in(z)))
+        return self.norm_sum(F.relu(z + self.norm_branch(x + self.conv_out(y))))
+
+
+class DenseCell(nn.Module):
+    """f(z, x) = tanh(linear(z) + x), a contraction where it starts."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """f(z, x), `(batch, width)` like both."""
+        return torch.tanh(self.linear(z) + x)
+
+
+@contextmanager
+def counted(module: nn.Module):
+    """Yields a function that returns the calls of `module` since."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = module.register_forward_pre_hook(count)
+    try:
+        yield lambda: calls
+    finally:
+        handle.remove()
+
+
+def unrolled_gradient(
+    cell: nn.Module, x: Tensor, cotangent: Tensor, tolerance: float = 1e-10, limit: int = 1000
+) -> tuple[Tensor, list[Tensor]]:
+    """The solution and its gradient for x and the parameters, of a plain iteration unrolled to convergence.
+
+    The iteration first converges, and then goes on for as long as its reverse pass needs. All those further
+    steps are at the same point, so their reverse pass, u <- g + J'u, needs the graph of one of them only.
+    """
+    z = torch.zeros_like(x)
+    with torch.no_grad():
+        z = _repeat(lambda z: cell(z, x), z, tolerance, limit)
+    z.requires_grad_()
+    inputs = [x.detach().requires_grad_(), *cell.parameters()]
+    fz = cell(z, inputs[0])
+
+    def reverse_step(u: Tensor) -> Tensor:
+        return cotangent + torch.autograd.grad(fz, z, u, retain_graph=True)[0]
+
+    u = _repeat(reverse_step, cotangent, tolerance, limit)
+    return z.detach(), list(torch.autograd.grad(fz, inputs, u))
+
+
+def _repeat(step: Callable[[Tensor], Tensor], z: Tensor, tolerance: float, limit: int) -> Tensor:
+    for _ in range(limit):
+        new = step(z)
+        change = (new - z).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
+        z = new
+        if float(change.max()) <= tolerance:
+            return z
+    raise RuntimeError(f"the reference did not converge in {limit} plain iterations: {float(change.max()):.3g}")
+
+
+def relative_error(tensors: list[Tensor], exact: list[Tensor]) -> float:
+    """|tensors - exact| / |exact| of all of them as one vector."""
+    difference = sum(float((t.double() - e).square().sum()) for t, e in zip(tensors, exact))
+    return (difference / sum(float(e.square().sum()) for e in exact)) ** 0.5

@@ -1,0 +1,148 @@
+"""How things are measured and reported: runs in alternation, medians with their spread, ratios."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure."""
+
+    rounds: int  # of each timing
+    slow_samples: int  # samples in the batch of which one is slow
+    iterations: int  # of the longer solve whose memory is measured
+    training_steps: int
+
+
+FULL = Effort(rounds=15, slow_samples=256, iterations=500, training_steps=1000)
+SMOKE = Effort(rounds=2, slow_samples=16, iterations=20, training_steps=60)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of several measurements."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def show(self, scale: float = 1.0, digits: int = 2) -> str:
+        median, least, most = (f"{scale * v:.{digits}f}" for v in (self.median, self.least, self.most))
+        return f"{median} ({least} to {most})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `met` is None where there is no goal."""
+
+    what: str
+    ours: str
+    peer: str
+    goal: str = ""
+    met: bool | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)  # what the texts were made from
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each of `runs` takes, `rounds` times each, in alternation.
+
+    Whatever else the machine does then falls on all of them alike, so ratios within a round mean more than
+    times. Every other round goes backwards. Each runs once beforehand, unmeasured.
+    """
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
+            gc.collect()
+            gc.disable()
+            try:
+                start = time.perf_counter()
+                runs[name]()
+                times[name].append(time.perf_counter() - start)
+            finally:
+                gc.enable()
+    return times
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float], factor: float = 1.0) -> Spread:
+    """Of the ratios within each round, times `factor`."""
+    return Spread.of([factor * a / b for a, b in zip(numerators, denominators)])
+
+
+def markdown(rows: Sequence[Row], peer: str, caption: str = "") -> str:
+    """The table, and below it how it came about."""
+    cells = [(r.what, r.ours, r.peer, r.goal, {None: "", True: "yes", False: "no"}[r.met]) for r in rows]
+    table = tabulate(
+        cells,
+        headers=["measured", "implicitly", peer, "goal", "met"],
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    return f"{table}\n\n{caption}".strip()
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """What the numbers depend on: versions, processor, threads, date."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resident_mib() -> float:
+    """Memory of this process, MiB; NaN where the system does not tell."""
+    statistics_file = Path("/proc/self/statm")
+    if not statistics_file.exists():
+        return float("nan")
+    return int(statistics_file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, Any], effort: Effort) -> None:
+    """Everything measured, and where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {**surroundings, "effort": asdict(effort), "rows": [asdict(r) for r in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the two markers in a file."""
+    content = path.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
+    before, _, rest = content.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""Checkpoints seen from outside: where a run keeps them, what may be resumed, what to say if it may not."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+# What `_load` raises for files that are missing, cut short, or no checkpoints at all.
+UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or another recipe's; the message says where, and what to try."""
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint is kept that the one at `path` replaced."""
+    return path.with_suffix(".previous.ckpt")
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint, and make sure that it belongs to what is being trained.
+
+    Args:
+        path: a file written by the Trainer.
+        identity: plain values which `checkpoint["identity"]` must equal: the recipe, the model, its shape.
+
+    Returns:
+        The checkpoint, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or its identity is another. Where an intact
+            checkpoint lies beside it, the message names it.
+    """
+    try:
+        checkpoint = _load(path)
+    except UNREADABLE as error:
+        size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+        raise CheckpointError(
+            f"cannot read the checkpoint {path} ({size}): {_first_line(error)}. {_remedy(path, identity)}"
+        ) from error
+    differences = _differences(checkpoint, identity)
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {path} is not this run's: {'; '.join(differences)}. "
+            "Resume with the options it was trained with, or start anew in another folder (--out FOLDER)."
+        )
+    return checkpoint
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path):  # raises where the end is missing, which torch.load reports less clearly
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _differences(checkpoint: object, identity: dict[str, Any]) -> list[str]:
+    found = checkpoint.get("identity") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict):
+        return [f"it does not say what it belongs to, and this is {identity['recipe']}"]
+    keys = ["recipe"] if found.get("recipe") != identity["recipe"] else list(identity)
+    return [
+        f"its {key} is {found.get(key)}, here it is {identity[key]}"
+        for key in keys
+        if found.get(key) != identity[key]
+    ]
+
+
+def _remedy(path: Path, identity: dict[str, Any]) -> str:
+    """Name the newest checkpoint beside `path` that can be read and belongs to the run."""
+    for candidate in (previous_of(path), path.with_name(BEST)):
+        try:
+            checkpoint = _load(candidate)
+        except UNREADABLE:
+            continue  # as unusable as `path`: the next may be better, and the message below covers none
+        if not _differences(checkpoint, identity):
+            return (
+                f"The checkpoint {candidate}, of epoch {checkpoint['epoch'] + 1}, is intact: "
+                f"to continue from it, copy it to {path} and resume again."
+            )
+    return "There is no intact checkpoint beside it: start anew in another folder (--out FOLDER)."
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def run_folder(parent: Path, name: str, out: Path | None, resume: bool) -> Path:
+    """The folder of a run: `out`, else `parent/name-N`, the newest one to resume or else the next free one.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or a new run would overwrite the checkpoints in `out`.
+    """
+    if out is not None:
+        found = any(out.glob(f"*/{LAST}")) or any(out.glob(f"*/{previous_of(Path(LAST))}"))
+        if resume and not found:
+            raise CheckpointError(
+                f"nothing to resume: {out.absolute()} holds no MODEL/{LAST}. Leave out --resume to start anew."
+            )
+        if found and not resume:
+            raise CheckpointError(
+                f"{out.absolute()} holds the checkpoints of another run: continue it with --resume, "
+                "or name another folder (--out FOLDER)."
+            )
+        return out
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    numbers = [int(m[1]) for p in parent.glob(f"{name}-*") if (m := pattern.fullmatch(p.name))]
+    if resume and not numbers:
+        raise CheckpointError(
+            f"nothing to resume: there is no {parent.absolute() / name}-N. "
+            "Leave out --resume to start anew, or name the run's folder (--out FOLDER)."
+        )
+    return parent / f"{name}-{max(numbers, default=0) + (not resume)}"

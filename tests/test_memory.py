@@ -1,0 +1,174 @@
+"""What is stored for backward does not grow with iterations, and nothing is kept for longer than needed."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicitly as im
+from tests.contracts import ADJOINTS, SOLVERS
+from tests.problems import Cell, draw
+
+D = torch.float64
+X = draw(16, 32, seed=61)
+Z0 = torch.zeros(16, 32, dtype=D)
+
+
+def wide_cell() -> Cell:
+    return Cell(32, norm=0.9)
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def saved_for_backward(iterations: int, adjoint, solver=im.FixedPointIteration) -> int:
+    """Bytes that autograd keeps after a solve of exactly so many iterations."""
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    cell = wide_cell()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        value = im.fixed_point(cell, Z0, X, solver=solver(rtol=0, max_steps=iterations), adjoint=adjoint).value
+    assert value.requires_grad
+    return bytes_of(saved)
+
+
+def living_tensors() -> list[Tensor]:
+    return [o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter)]
+
+
+def kept_alive(iterations: int, adjoint, solver=im.FixedPointIteration) -> int:
+    """Bytes of all tensors alive beside those before, while only the value is held (closures count, too)."""
+    cell = wide_cell()
+    gc.collect()
+    before = bytes_of(living_tensors())
+    value = im.fixed_point(cell, Z0, X, solver=solver(rtol=0, max_steps=iterations), adjoint=adjoint).value
+    gc.collect()
+    assert value.requires_grad
+    return bytes_of(living_tensors()) - before
+
+
+INDEPENDENT = [im.ImplicitAdjoint(), im.PhantomAdjoint(steps=2), im.JacobianFreeAdjoint()]
+
+
+@pytest.mark.parametrize("adjoint", INDEPENDENT, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("measure", [saved_for_backward, kept_alive])
+def test_bytes_for_backward_do_not_depend_on_the_number_of_iterations(measure, adjoint):
+    assert measure(5, adjoint) == measure(500, adjoint)
+
+
+@pytest.mark.parametrize("solver", [im.Anderson, im.Broyden], ids=lambda s: s.__name__)
+def test_bytes_for_backward_do_not_depend_on_the_history_of_the_solver(solver):
+    # rtol=0 goes on where nothing is left to gain; what the iterates are does not matter here.
+    few, many = (saved_for_backward(n, im.ImplicitAdjoint(), solver) for n in (5, 60))
+    assert few == many
+    plain = saved_for_backward(5, im.ImplicitAdjoint())
+    assert kept_alive(30, im.ImplicitAdjoint(), solver) <= kept_alive(30, im.ImplicitAdjoint()) + plain
+
+
+def test_the_implicit_adjoint_stores_less_than_two_recorded_iterations():
+    one = saved_for_backward(2, im.UnrolledAdjoint()) - saved_for_backward(1, im.UnrolledAdjoint())
+    shared = bytes_of([*wide_cell().parameters(), X])
+    assert saved_for_backward(50, im.ImplicitAdjoint()) <= shared + 2 * one
+
+
+def test_unrolling_stores_every_iteration():
+    ten, twenty, forty = (saved_for_backward(n, im.UnrolledAdjoint()) for n in (10, 20, 40))
+    assert forty - twenty == pytest.approx(2 * (twenty - ten), rel=0.01)
+    assert forty > 3 * ten
+
+
+def test_nothing_is_stored_where_nothing_requires_a_gradient():
+    saved = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        im.fixed_point(wide_cell(), Z0, X)
+    assert not saved
+
+
+# ---------------------------------------------------------------------------------------------- leaks
+
+
+def train(steps: int, cell: Cell, optimiser, call) -> None:
+    for _ in range(steps):
+        loss = call(cell).value.square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def counts_over_training(call, steps: int) -> tuple[int, int, int]:
+    """Living tensors after some training steps and after many more, and the growth of the peak in MiB."""
+    cell = wide_cell()
+    optimiser = torch.optim.SGD(cell.parameters(), lr=1e-3)
+    train(10, cell, optimiser, call)
+    gc.collect()
+    early, peak = len(living_tensors()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train(steps, cell, optimiser, call)
+    gc.collect()
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    return early, len(living_tensors()), growth // 1024
+
+
+FITTING = [a for a in ADJOINTS if a.needs_solver is None] + [a for a in ADJOINTS if a.needs_solver]
+
+
+@pytest.mark.parametrize("adjoint", FITTING, ids=lambda a: a.name)
+def test_training_leaks_no_tensor_whatever_the_adjoint(adjoint):
+    options = {"solver": im.Broyden(rtol=1e-3), "adjoint": adjoint.make(1e-3)}
+    early, late, _ = counts_over_training(lambda cell: im.fixed_point(cell, Z0, X, **options), 20)
+    assert late == early
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+def test_training_leaks_no_tensor_whatever_the_solver(solver):
+    early, late, _ = counts_over_training(
+        lambda cell: im.fixed_point(cell, Z0, X, solver=solver.make(rtol=1e-3), in_dims=0), 20
+    )
+    assert late == early
+
+
+def test_memory_is_flat_over_hundreds_of_training_steps():
+    adjoint = im.ImplicitAdjoint(rtol=1e-2)
+    call = lambda cell: im.fixed_point(cell, Z0, X, solver=im.Anderson(rtol=1e-2), adjoint=adjoint)  # noqa: E731
+    early, late, growth = counts_over_training(call, 200)
+    assert late == early
+    assert growth <= 4  # MiB; a leak of one call's graph a step would be 8 or more
+
+
+@pytest.mark.parametrize("adjoint", FITTING, ids=lambda a: a.name)
+def test_no_reference_cycle_keeps_a_solution_alive(adjoint):
+    x = X.clone().requires_grad_()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(living_tensors())
+        solution = im.fixed_point(wide_cell(), Z0, x, solver=im.Broyden(), adjoint=adjoint.make(1e-6))
+        reference = weakref.ref(solution.value)
+        torch.autograd.grad(solution.value.sum(), x)
+        del solution
+        assert reference() is None
+        assert len(living_tensors()) == before
+    finally:
+        gc.enable()
+
+
+def test_a_failed_solve_frees_everything_once_its_error_is_gone():
+    x = X.clone().requires_grad_()
+    gc.collect()
+    before = len(living_tensors())
+    for _ in range(3):
+        with pytest.raises(im.SolverError):
+            im.fixed_point(lambda z, x: 3 * z + x, Z0, x, solver=im.FixedPointIteration(), on_failure="raise")
+    gc.collect()
+    assert len(living_tensors()) == before
