@@ -2,7 +2,7 @@
 
 A new solver is one row of `SOLVERS`, a new adjoint one of `ADJOINTS`, a new condition one of `problems.PROBLEMS`.
 
-Tolerances follow from the dtype. Solves are asked for `rtol = eps^0.8`, some ten roundings. A solution whose
+Tolerances follow from the dtype. Solves are asked for `rtol = eps^0.8`, some ten roundings, and `atol = 0`. A solution whose
 residual is below rtol * |z| is off by at most |A^-1| rtol |z|, with A the Jacobian; its derivative, which solves
 one more system with A at a point that is off by as much, by a multiple of |A^-1|^2 rtol.
 """
@@ -33,8 +33,11 @@ def rtol_of(dtype: torch.dtype) -> float:
 @dataclass(frozen=True)
 class SolverRow:
     name: str
-    make: Callable[..., Any]  # a solver of a given rtol
+    kind: Callable[..., Any]
     needs_contraction: bool = False
+
+    def make(self, rtol: float) -> Any:
+        return self.kind(rtol=rtol, atol=0.0)
 
     def fits(self, problem: Problem) -> bool:
         return problem.contracts or not self.needs_contraction
@@ -87,7 +90,7 @@ class AdjointRow:
 
 
 def _implicit(make: Callable[..., Any], **options: Any) -> Callable[[float], im.ImplicitAdjoint]:
-    return lambda rtol: im.ImplicitAdjoint(linear_solver=make(rtol=rtol), **options)
+    return lambda rtol: im.ImplicitAdjoint(linear_solver=make(rtol=rtol, atol=0.0), **options)
 
 
 ADJOINTS = (

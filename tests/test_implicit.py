@@ -260,6 +260,25 @@ def test_a_singular_jacobian_is_reported_whatever_solves_the_backward_system(lin
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e9])
+@pytest.mark.parametrize("linear_solver", [im.GMRES(), im.BiCGStab(), im.DenseLU(), im.Neumann(), im.Anderson()])
+def test_the_gradient_of_a_scaled_loss_is_the_scaled_gradient(linear_solver, scale, dtype):
+    x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    adjoint = im.ImplicitAdjoint(linear_solver=linear_solver)
+    value = im.fixed_point(_half, torch.zeros(2, 3, dtype=dtype), x, adjoint=adjoint).value
+    (gradient,) = torch.autograd.grad(value, x, torch.full_like(value, scale))
+    torch.testing.assert_close(gradient / scale, torch.full_like(value, 2.0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_tangent_of_a_small_direction_is_as_small(dtype):
+    x = torch.ones(2, 3, dtype=dtype)
+    solve = lambda x: im.fixed_point(_half, torch.zeros(2, 3, dtype=dtype), x).value  # noqa: E731
+    _, tangent = torch.func.jvp(solve, (x,), (torch.full_like(x, 1e-9),))
+    torch.testing.assert_close(tangent * 1e9, torch.full_like(x, 2.0), rtol=0.05, atol=0)
+
+
 def test_listen_hears_every_backward_solve():
     heard = []
     x = draw(3, 2, seed=1).requires_grad_()

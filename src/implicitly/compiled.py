@@ -47,7 +47,8 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
             while len(_graphs) > CAPACITY:
                 _graphs.popitem(last=False)
         try:
-            return Found(*graph(z0, r0, *theta))
+            # Detached: whether a gradient is wanted is no reason to compile again.
+            return Found(*graph(*(t.detach() for t in (z0, r0, *theta))))
         except (TorchDynamoException, InductorError, AssertionError) as error:
             # Nested loops end in a bare AssertionError of the compiler. If f is wrong, the eager loop says so.
             reason = (str(error).strip() or "no reason given").splitlines()[0]

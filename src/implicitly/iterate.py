@@ -355,7 +355,7 @@ def repeat(
         def step(k: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             new = pytree.tree_leaves(body(k, pytree.tree_unflatten(list(flat), spec)))
             # Outputs may not alias inputs, and must keep their strides and dtypes.
-            return (k + 1, *[n.clone() if any([n is o for o in flat]) else n for n in new])
+            return (k + 1, *[n.clone() if any([n is o for o in flat]) else n for n in new])  # noqa: C419
 
         k, *flat = while_loop(go_on, step, (start, *(t.clone() for t in flat)))
         return k, pytree.tree_unflatten(flat, spec)

@@ -88,7 +88,7 @@ class Problem:
     @property
     def key(self) -> Hashable:
         """What a compiled solve depends on besides tensors; raises TypeError where it cannot be compared."""
-        key = (self.opened.f, self.layout, str(self.opened.args_spec), self.opened.static, self.opened.names)
+        key = (self.opened.f, self.layout, str(self.opened.args_spec), self.opened.static, self.opened.places)
         try:
             hash(key)
         except TypeError as error:
@@ -116,7 +116,7 @@ def _version(x: Tensor) -> int:
 
 
 def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any) -> tuple[int | None, ...] | None:
-    shared = (None,) * len(opened.names)
+    shared = (None,) * opened.parameters
     count = len(opened.theta) - len(shared)
     if in_dims is None:
         # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.

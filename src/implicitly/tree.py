@@ -148,8 +148,9 @@ def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
     shape, strides = tuple(x.shape[batch_dims:]), x.stride()[batch_dims:]
     # Stable, and only strides of dimensions that have any extent say something about the memory order.
     order = tuple(range(len(shape)))
-    if all(size > 1 for size in shape):
-        order = tuple(sorted(order, key=lambda d: -strides[d]))
+    if all(shape):
+        thin = [d for d in order if shape[d] == 1]
+        order = (*thin, *sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d]))
     width = math.prod(shape) * (2 if x.is_complex() else 1)
     return _Leaf(shape, order, x.dtype, width)
 
@@ -173,7 +174,8 @@ class Opened:
     f: Callable[..., Any]
     theta: tuple[Tensor, ...]
     host: _Host
-    names: tuple[str, ...]
+    places: tuple[tuple[str, int], ...]  # where in the host each parameter goes; tied ones go to several
+    parameters: int  # how many of theta, the last ones, are parameters
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
     autocast: torch.dtype | None
@@ -181,7 +183,7 @@ class Opened:
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""
-        count = len(theta) - len(self.names)
+        count = len(theta) - self.parameters
         tensors, parameters = iter(theta[:count]), theta[count:]
         flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
         args = pytree.tree_unflatten(flat, self.args_spec)
@@ -193,11 +195,18 @@ class Opened:
         return self._call(parameters, state, args)
 
     def _call(self, parameters: tuple[Tensor, ...], state: Any, args: tuple[Any, ...]) -> Any:
-        if not torch.compiler.is_compiling() and all(
-            given is own for given, own in zip(parameters, self.theta[len(self.theta) - len(self.names) :])
-        ):
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and functorch.peek_interpreter_stack() is not None
+        own = self.theta[len(self.theta) - self.parameters :]
+        if not compiling and not transformed and all(given is mine for given, mine in zip(parameters, own)):
             return self.f(state, *args)
-        return functional_call(self.host, dict(zip(self.names, parameters)), (self.f, state, *args))
+        exchanged = {name: parameters[i] for name, i in self.places}
+        if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
+            exchanged = {n: b.clone() for n, b in self.host.named_buffers()} | exchanged
+        if not exchanged:
+            return self.f(state, *args)
+        # `places` holds every one, once: with tie_weights a module of two names would not be restored.
+        return functional_call(self.host, exchanged, (self.f, state, *args), tie_weights=False)
 
 
 _GAP = object()
@@ -229,11 +238,19 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         elif not any(value is t for t in tensors):
             captured.append((name, value))
     host = _Host(list(modules.values()))
-    named = [(n, p) for n, p in host.named_parameters() if is_tracked(p)]
-    named += [(n, b) for n, b in host.named_buffers() if is_tracked(b)]
-    names = tuple(n for n, _ in named)
+    index: dict[int, int] = {}
+    parameters: list[Tensor] = []
+    places: list[tuple[str, int]] = []
+    for prefix, module in host.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_tracked(tensor):
+                if id(tensor) not in index:
+                    index[id(tensor)] = len(parameters)
+                    parameters.append(tensor)
+                places.append((f"{prefix}.{name}", index[id(tensor)]))
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return Opened(f, (*tensors, *(p for _, p in named)), host, names, spec, static, autocast, tuple(captured))
+    theta = (*tensors, *parameters)
+    return Opened(f, theta, host, tuple(places), len(parameters), spec, static, autocast, tuple(captured))
 
 
 def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:

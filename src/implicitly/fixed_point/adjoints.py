@@ -27,8 +27,8 @@ class Adjoint(ABC):
     # Whether autograd records the solve itself.
     recording: ClassVar[bool] = False
 
-    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
-        """Raise TypeError / ValueError for choices that do not fit each other, or states of `dtype`.
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:  # noqa: B027
+        """Raise ValueError for choices that do not fit each other, or states of `dtype`; none, unless overridden.
 
         `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
         """
@@ -95,7 +95,7 @@ class ImplicitAdjoint(Adjoint):
         return replace(self.linear_solver, **changes)
 
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
-        """Raise ValueError for a backward tolerance out of reach, or an inverse that `solver` does not estimate."""
+        """Raise ValueError for a tolerance out of reach, or an inverse that `solver` does not estimate."""
         self.backward_solver.tolerances(dtype)
         if self.inverse != "ignore" and not solver.estimates_inverse:
             raise ValueError(
@@ -152,8 +152,8 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
     def tell(gradient: Tensor) -> None:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
             warnings.warn(
-                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient of a "
-                f"tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then failed "
+                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
+                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then failed "
                 "ones are left out",
                 ConvergenceWarning,
                 stacklevel=users_line(),
@@ -179,8 +179,8 @@ def _transposed_inverse(S: Tensor, P: Tensor, L: Tensor) -> Callable[[Tensor], T
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
     if not iterates:
         raise ValueError(
-            f"{type(adjoint).__name__} differentiates iterations z = f(z), and a root has none; use ImplicitAdjoint, "
-            "or state the problem as a fixed point"
+            f"{type(adjoint).__name__} differentiates iterations z = f(z), and a root has none; use "
+            "ImplicitAdjoint, or state the problem as a fixed point"
         )
 
 
