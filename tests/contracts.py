@@ -2,9 +2,9 @@
 
 A new solver is one row of `SOLVERS`, a new adjoint one of `ADJOINTS`, a new condition one of `problems.PROBLEMS`.
 
-Tolerances follow from the dtype. Solves are asked for `rtol = eps^0.8`, some ten roundings, and `atol = 0`. A solution whose
-residual is below rtol * |z| is off by at most |A^-1| rtol |z|, with A the Jacobian; its derivative, which solves
-one more system with A at a point that is off by as much, by a multiple of |A^-1|^2 rtol.
+Tolerances follow from the dtype. Solves are asked for `rtol = eps^0.8`, some ten roundings, and `atol = 0`. A
+solution whose residual is below rtol * |z| is off by at most |A^-1| rtol |z|, with A the Jacobian; its derivative,
+which solves one more system with A at a point that is off by as much, by a multiple of |A^-1|^2 rtol.
 """
 
 from __future__ import annotations

@@ -341,7 +341,9 @@ def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[
     """J v: by forward mode inside of torch.func, whose levels nest; else by two reverse passes, as dual numbers
     do not."""
     if any(is_wrapped(t) for t in (*primals, *tangents)):
-        return jvp(f, primals, tangents)[1]
+        # A dual number is written to, so it cannot be an expanded tensor.
+        dense = tuple(t.contiguous() for t in primals), tuple(t.contiguous() for t in tangents)
+        return jvp(f, *dense)[1]
     value, pull = vjp(f, *primals)[:2]
     return vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 

@@ -153,8 +153,8 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
             warnings.warn(
                 f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
-                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then failed "
-                "ones are left out",
+                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
+                "failed ones are left out",
                 ConvergenceWarning,
                 stacklevel=users_line(),
             )
