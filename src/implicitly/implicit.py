@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
@@ -340,7 +341,8 @@ class _Attach(torch.autograd.Function):
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """J v: by forward mode inside of torch.func, whose levels nest; else by two reverse passes, as dual numbers
     do not."""
-    if any(is_wrapped(t) for t in (*primals, *tangents)):
+    dual_level = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
+    if not dual_level and any(is_wrapped(t) for t in (*primals, *tangents)):
         # A dual number is written to, so it cannot be an expanded tensor.
         dense = tuple(t.contiguous() for t in primals), tuple(t.contiguous() for t in tangents)
         return jvp(f, *dense)[1]

@@ -7,7 +7,8 @@ the tour fail.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,10 +95,24 @@ def main(config: Config) -> int:
         "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, and checks its gradient. "
         "It takes about a minute."
     )
-    train(journey, config)
-    weigh(journey)
-    check(journey)
+    with one_thread():
+        train(journey, config)
+        weigh(journey)
+        check(journey)
     return summarise(journey, time.perf_counter() - start)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one core. Tensors this small gain little from two, and where other programs use the cores too,
+    threads that wait for each other take ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- 1. Train ----------------------------------------------------------------------------------------------
