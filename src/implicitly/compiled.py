@@ -9,8 +9,6 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from implicitly.implicit import Condition, search, users_line
 from implicitly.iterate import Found, Solver
@@ -36,6 +34,10 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
     def run(
         solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
+        # Imported on first use: the compiler takes as long to import as all of torch.
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in (z0, *theta))
         full_key = (key, solver, shapes)

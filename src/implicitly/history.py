@@ -8,6 +8,16 @@ from torch import Tensor
 from implicitly.tree import is_wrapped
 
 
+def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Two memories of zeros `(B, slots, n)` for vectors `like` `(B, n)`.
+
+    In one allocation: twice as large a block is one that the C library keeps between solves, and fresh pages cost
+    more than everything else a solver does.
+    """
+    first, second = like.new_zeros(2, like.shape[0], slots, like.shape[1]).unbind(0)
+    return first, second
+
+
 def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:
     """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
     if isinstance(slot, Tensor):

@@ -163,6 +163,8 @@ def search(
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
+        # A gradient may be as small as it likes: only an explicit absolute tolerance counts.
+        atol = solver.atol or 0.0
     elif condition.relative_to_iterate:
         scale = None
     else:

@@ -113,7 +113,7 @@ class Solver(ABC):
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
             0.04 in bfloat16). `rtol=0` asks for exactly `max_steps` steps and no test of convergence.
-        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0`.
+        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems.
         max_steps: steps after which a sample ends as `Status.MAX_STEPS`.
     """
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, filled, products, write
+from implicitly.history import combine, empty_slots, filled, products, write
 from implicitly.iterate import Proposal, Solver
 from implicitly.tree import row_norm
 
@@ -54,7 +54,7 @@ class GMRES(LinearSolver):
         restart: dimension of the Krylov space after which it starts afresh; memory is `2 * restart` states.
     """
 
-    restart: int = 30
+    restart: int = 20
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,8 +65,7 @@ class GMRES(LinearSolver):
         """Basis of the image and its preimages `(B, m, n)`, the last image, the last residual norm."""
         # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
         slots = min(self.restart, self.max_steps, max(z.shape[1], 1))
-        basis = z.new_zeros(z.shape[0], slots, z.shape[1])
-        return basis, basis.clone(), torch.zeros_like(z), torch.zeros_like(r[:, 0])
+        return *empty_slots(z, slots), torch.zeros_like(z), torch.zeros_like(r[:, 0])
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The minimiser of the residual over a space one dimension larger."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, products, write, write_sum
+from implicitly.history import combine, empty_slots, products, write, write_sum
 from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
 
 LARGEST_WEIGHTS = 1e4
@@ -45,9 +45,9 @@ class Anderson(Solver):
         """Residuals and mixed iterates `(B, m, n)`, the Gram matrix of the residuals scaled to unit length
         `(B, m, m)` and these scales `(B, m)`; an empty slot has scale 0 and a row of the identity."""
         slots = min(self.history, self.max_steps)
-        residuals = z.new_zeros(z.shape[0], slots, z.shape[1])
+        residuals, mixed = empty_slots(z, slots)
         gram = torch.eye(slots, dtype=z.dtype, device=z.device).expand(z.shape[0], slots, slots).clone()
-        return residuals, torch.zeros_like(residuals), gram, z.new_zeros(z.shape[0], slots)
+        return residuals, mixed, gram, z.new_zeros(z.shape[0], slots)
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The mix of the iterates remembered, `z` among them."""

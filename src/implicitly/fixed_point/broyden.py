@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitly.fixed_point.line_search import backtrack
-from implicitly.history import combine, filled, products, write
+from implicitly.history import combine, empty_slots, filled, products, write
 from implicitly.iterate import Proposal, Residual, Solver
 
 
@@ -41,9 +41,9 @@ class Broyden(Solver):
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """S and P `(B, m, n)`, L `(B, m, m)`, the last iterate `(B, n)` and step length `(B, 1)`."""
         slots = min(self.history, self.max_steps)
-        S = z.new_zeros(z.shape[0], slots, z.shape[1])
+        S, P = empty_slots(z, slots)
         L = z.new_zeros(z.shape[0], slots, slots)
-        return S, torch.zeros_like(S), L, z, torch.ones_like(z[:, :1])
+        return S, P, L, z, torch.ones_like(z[:, :1])
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The quasi-Newton step from `z`."""
