@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 # The build backend is pinned and installed beforehand, so that no build fetches another one.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-	--log $(VENV)/install.log -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input -c constraints.txt
 EDITABLE := --no-build-isolation --editable
-SAY_FAILED := echo "Installing failed; all that pip said is in $(VENV)/install.log. Run it again to go on." >&2; exit 1
+LOG := $(VENV)/install.log
+SAY_FAILED := tail -n 15 $(LOG) >&2; echo "==> Installing failed. All that pip said is in $(LOG)." >&2; exit 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -76,10 +76,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "Making $(VENV) failed. $(PYTHON) needs its venv and pip modules (Debian: python3-venv)." >&2; \
 		exit 1; }
 	@echo "==> Installing implicitly and what it needs into $(VENV) (some minutes, once)"
-	@{ $(PIP_INSTALL) hatchling editables && $(PIP_INSTALL) $(EDITABLE) '.[recipes,viz,dev]'; } || { $(SAY_FAILED); }
+	@{ $(PIP_INSTALL) hatchling editables && $(PIP_INSTALL) $(EDITABLE) '.[recipes,viz,dev]'; } >$(LOG) 2>&1 || { \
+		$(SAY_FAILED); }
 	@touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "==> Installing the peers to compare with into $(VENV)"
-	@$(PIP_INSTALL) $(EDITABLE) '.[bench]' || { $(SAY_FAILED); }
+	@$(PIP_INSTALL) $(EDITABLE) '.[bench]' >$(LOG) 2>&1 || { $(SAY_FAILED); }
 	@touch $@
