@@ -99,6 +99,12 @@ def test_what_is_no_function_is_refused():
         im.fixed_point(Z0, Z0, X)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_f_that_writes_into_z_is_refused(entry):
+    """Solvers keep their iterates where they hand them out."""
+    refused(ValueError, "in place", f=lambda z, x: z.mul_(0.5).add_(x), z0=Z0.clone(), entry=entry)
+
+
 def test_an_error_inside_f_comes_through_as_it_is():
     def broken(z, x):
         raise KeyError("mine")
@@ -402,23 +408,33 @@ def _root_of_negative(z, W, x):
     return torch.tanh(z @ W + x.sqrt())
 
 
-@pytest.mark.parametrize("in_dims", [None, (None, 0)], ids=["in_dims unknown", "in_dims given"])
-@pytest.mark.parametrize("adjoint", [im.ImplicitAdjoint(), im.PhantomAdjoint(), im.UnrolledAdjoint()])
-def test_a_sample_where_f_is_undefined_has_zero_gradient_and_spoils_no_parameter(adjoint, in_dims):
+def _undefined_for_one_sample(adjoint, in_dims, on_failure):
+    """The solution with x < 0 in sample 1, the inputs, and what their gradients would be without it."""
     x = X.detach().abs()
     x[1] = -1.0
     x.requires_grad_()
-    shared = W.clone().requires_grad_()
-    options = {"solver": im.Anderson(), "adjoint": adjoint, "on_failure": "ignore"}
+    shared, good = W.clone().requires_grad_(), [0, 2, 3]
+    options = {"solver": im.Anderson(), "adjoint": adjoint, "on_failure": on_failure}
     solution = im.fixed_point(_root_of_negative, Z0, shared, x, in_dims=in_dims, **options)
+    alone = im.fixed_point(_root_of_negative, Z0[good], shared, x[good], **options)
     assert solution.converged.tolist() == [True, False, True, True]
-    good = [0, 2, 3]
-    expected = torch.autograd.grad(
-        im.fixed_point(_root_of_negative, Z0[good], shared, x[good], **options).value.sum(), (shared, x)
-    )
-    actual = torch.autograd.grad(solution.value.nansum(), (shared, x))
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(actual[1], expected[1], rtol=1e-8, atol=1e-10)
+    return solution, (shared, x), torch.autograd.grad(alone.value.sum(), (shared, x))
+
+
+@pytest.mark.parametrize("adjoint", [im.ImplicitAdjoint(), im.PhantomAdjoint(), im.UnrolledAdjoint()])
+def test_a_sample_where_f_is_undefined_spoils_no_gradient_where_in_dims_says_what_is_its_own(adjoint):
+    solution, inputs, expected = _undefined_for_one_sample(adjoint, (None, 0), "ignore")
+    actual = torch.autograd.grad(solution.value.nansum(), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("adjoint", [im.ImplicitAdjoint(), im.PhantomAdjoint()])
+@pytest.mark.filterwarnings("ignore:.*did not converge")
+def test_without_in_dims_a_gradient_that_such_a_sample_spoils_is_announced_with_the_remedy(adjoint):
+    solution, inputs, _ = _undefined_for_one_sample(adjoint, None, "warn")
+    with pytest.warns(im.ConvergenceWarning, match="NaN. Say with in_dims") as caught:
+        torch.autograd.grad(solution.value.nansum(), inputs)
+    assert any("tensor of shape (3, 3)" in str(warning.message) for warning in caught)
 
 
 def test_all_samples_failing_gives_zero_gradients():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
 
 import implicitly as im
 from tests.contracts import ADJOINTS, assert_close
@@ -166,6 +167,56 @@ def test_the_start_is_left_as_it_was():
         assert value.data_ptr() != z0.data_ptr()
 
 
+def test_a_tensor_passed_twice_gets_the_sum_of_both_gradients():
+    x = X.clone().requires_grad_()
+    value = im.fixed_point(lambda z, a, b: torch.tanh(0.5 * z + a * b), Z0, x, x).value
+    expected = unrolled(lambda z, x: torch.tanh(0.5 * z + x * x), Z0)(x)
+    actual, wanted = (torch.autograd.grad(v.sin().sum(), x) for v in (value, expected))
+    assert_close(actual, wanted, 1e-8)
+
+
+def _inner(z):
+    """w = cos(w) / 2 + z, an equilibrium for every z."""
+    return im.fixed_point(lambda w, z: 0.5 * w.cos() + z, torch.zeros(z.shape, dtype=z.dtype), z).value
+
+
+@pytest.mark.parametrize("solver", [im.Anderson(rtol=1e-12), im.Newton()], ids=lambda s: type(s).__name__)
+def test_an_equilibrium_inside_an_equilibrium(solver):
+    outer = lambda z, x: 0.3 * _inner(z).sin() + x  # noqa: E731
+
+    def flat_outer(z, x):
+        w = torch.zeros_like(z)
+        for _ in range(60):
+            w = 0.5 * w.cos() + z
+        return 0.3 * w.sin() + x
+
+    x = X[:2].clone().requires_grad_()
+    actual = im.fixed_point(outer, Z0[:2], x, solver=solver).value
+    expected = unrolled(flat_outer, Z0[:2], steps=40)(x)
+    for _ in range(2):
+        assert_close(actual, expected, 1e-7)
+        (actual,) = torch.autograd.grad(actual.sin().sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad(expected.sin().sum(), x, create_graph=True)
+
+
+def test_checkpointing_a_layer_gives_the_same_gradient():
+    cell, x = Cell(), X.clone().requires_grad_()
+    layer = lambda x: im.fixed_point(cell, Z0, x).value  # noqa: E731
+    inputs = (x, *cell.parameters())
+    kept = torch.autograd.grad(layer(x).sin().sum(), inputs)
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sin().sum(), inputs)
+    assert_close(again, kept, 1e-12)
+
+
+def test_an_f_that_returns_its_input_converges_at_once_to_the_start():
+    z0 = draw(4, 3, seed=33)
+    solution = im.fixed_point(lambda z: z, z0)
+    assert solution.steps.tolist() == [0] * 4
+    assert torch.equal(solution.value, z0)
+    solution.value.zero_()
+    assert bool(z0.any())
+
+
 # --------------------------------------------------------------------------------- torch.func on layers
 
 
@@ -230,6 +281,15 @@ def test_parameters_as_a_dict_in_args_are_differentiated_too():
     value = im.fixed_point(f, Z0, parameters, X).value
     actual = torch.autograd.grad(value.sin().sum(), tuple(parameters.values()))
     assert_close(actual, reference(cell, X, tuple(cell.parameters())), 1e-8)
+
+
+def test_starts_may_be_mapped_too():
+    starts, x = draw(2, 4, 3, seed=34), draw(2, 4, 3, seed=35)
+    cell = Cell()
+    values = vmap(lambda z0, x: im.fixed_point(cell, z0, x, solver=im.Anderson(rtol=1e-12)).value)(starts, x)
+    assert_close(values, torch.stack([unrolled(cell, Z0)(x[i]) for i in range(2)]), 1e-10)
+    only = vmap(lambda z0: im.fixed_point(cell, z0, X, solver=im.Anderson(rtol=1e-12)).value)(starts)
+    assert_close(only, unrolled(cell, Z0)(X).expand(2, 4, 3), 1e-10)
 
 
 def test_the_jacobian_of_an_equilibrium_by_jacrev_is_block_diagonal_over_samples():
