@@ -200,7 +200,9 @@ def test_converged_means_that_the_true_residual_is_small(solver, seed, decades, 
 
 
 def test_nan_in_one_system_is_reported_and_harms_no_other():
-    for solver, _ in SOLVERS.values():
+    for name, (solver, _) in SOLVERS.items():
+        if name.startswith("Neumann"):
+            solver = im.Neumann(damping=0.5)
         M, b = POSITIVE.clone() / 12, draw(4, 6, seed=9)
         M[1, 0, 0] = torch.nan
         found = solve(solver, M, b)
