@@ -118,6 +118,15 @@ def test_gmres_needs_the_whole_space_for_a_shift_and_no_more():
     torch.testing.assert_close(found.z, b @ SHIFT)
 
 
+def test_the_basis_of_gmres_stays_orthogonal_on_ill_conditioned_systems():
+    n = 40
+    U, _, V = torch.linalg.svd(draw(2, n, n, seed=3))
+    M, b = U @ torch.diag(torch.logspace(0, -6, n, dtype=torch.float64)) @ V, draw(2, n, seed=4)
+    found = solve(im.GMRES(rtol=1e-9, restart=50), M, b)
+    assert statuses(found) == ["CONVERGED"] * 2
+    assert int(found.steps.max()) <= n  # the space is full; a basis that is not orthogonal needs another round
+
+
 def test_gmres_solves_a_rotation_and_restarted_after_one_step_says_that_it_cannot():
     b = torch.ones(1, 2, dtype=torch.float64)
     found = solve(GMRES, ROTATION.unsqueeze(0), b)
