@@ -39,7 +39,8 @@ def fixed_point(
         in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
             with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
         on_failure: "warn", "raise" or "ignore" when samples do not converge. Samples that diverged or met NaN
-            have zero gradient; others that fell short have the gradient at their best iterate.
+            have zero gradient (where f is undefined at finite arguments, only with `in_dims`);
+            others that fell short have the gradient at their best iterate.
         compile: run the whole solve as one graph of `torch.compile`.
 
     Returns:
