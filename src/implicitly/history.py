@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,12 +12,22 @@ from implicitly.tree import is_wrapped
 
 
 def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Two memories of zeros `(B, slots, n)` for vectors `like` `(B, n)`.
+    """Two memories `(B, slots, n)` for vectors `like` `(B, n)`.
 
-    In one allocation: twice as large a block is one that the C library keeps between solves, and fresh pages cost
-    more than everything else a solver does.
+    What was never written is never read (see `filled`), save in a traced loop, where it is zero. Slot by slot in
+    memory, so that slots never used take none.
     """
-    first, second = like.new_zeros(2, like.shape[0], slots, like.shape[1]).unbind(0)
+    batch, n = like.shape
+    if torch.compiler.is_compiling():
+        first, second = like.new_zeros(2, batch, slots, n).unbind(0)
+        return first, second
+    if like.device.type == "cpu":
+        # NumPy asks the system for huge pages. In small ones, page faults cost more than all else a solver does.
+        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+        memory = torch.from_numpy(np.empty((2, slots, batch, n), dtype=dtype))
+    else:
+        memory = like.new_empty(2, slots, batch, n)
+    first, second = memory.transpose(1, 2).unbind(0)
     return first, second
 
 
@@ -28,12 +41,28 @@ def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Te
     return buffer
 
 
-def write_sum(buffer: Tensor, slot: int | Tensor, x: Tensor, y: Tensor, alpha: float) -> Tensor:
-    """`buffer` with `x + alpha * y` in place `slot` of dimension 1, in one pass where nothing can notice."""
-    if isinstance(slot, Tensor) or not _unseen(buffer, x, y):
-        return write(buffer, slot, torch.add(x, y, alpha=alpha))
-    torch.add(x, y, alpha=alpha, out=buffer.select(1, slot))
+def write_result(buffer: Tensor, slot: int | Tensor, op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """`buffer` with `op(*operands)` in place `slot` of dimension 1; without a copy where nothing can notice."""
+    if isinstance(slot, Tensor) or not _unseen(buffer, *operands):
+        return write(buffer, slot, op(*operands))
+    op(*operands, out=buffer.select(1, slot))
     return buffer
+
+
+def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
+    """The symmetric `buffer` `(B, m, m)` with `values` `(B, c)`, c <= m, in row and column `slot`."""
+    missing = buffer.shape[1] - values.shape[1]
+    if isinstance(slot, Tensor) or not _unseen(buffer, values):
+        values = torch.nn.functional.pad(values, (0, missing))
+        return write(write(buffer, slot, values), slot, values, dim=2)
+    buffer[:, slot, : values.shape[1]] = values
+    buffer[:, : values.shape[1], slot] = values
+    return buffer
+
+
+def read(buffer: Tensor, slot: int | Tensor) -> Tensor:
+    """What is in place `slot` of dimension 1."""
+    return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer.select(1, slot)
 
 
 def _unseen(*tensors: Tensor) -> bool:
@@ -55,3 +84,8 @@ def products(x: Tensor, rows: Tensor) -> Tensor:
 def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
     """The linear combination of `rows` `(B, m, n)` with `coefficients` `(B, m)`: `(B, n)`."""
     return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]
+
+
+def add_combined(x: Tensor, coefficients: Tensor, rows: Tensor, alpha: float = 1.0) -> Tensor:
+    """x `(B, n)` plus alpha times the linear combination of `rows` `(B, m, n)`, in one pass."""
+    return torch.baddbmm(x.unsqueeze(1), coefficients.unsqueeze(1), rows, alpha=alpha)[:, 0]

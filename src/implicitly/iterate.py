@@ -108,7 +108,9 @@ class Solver(ABC):
     """A rule for the next iterate, with its tolerances.
 
     A sample has converged when |r| <= atol + rtol * scale in the 2-norm, where r is its residual and the scale
-    is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system.
+    is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system. Of a fixed point the tolerance is
+    meant for the error |z - z*|: where the solver's last step was g > 1 times as long as the residual that it
+    answered, an error is about g residuals, and |r| must be g times smaller.
 
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
@@ -152,8 +154,8 @@ class Solver(ABC):
     def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The iterate after `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (from 0)."""
 
-    def estimate(self, memory: Any) -> tuple[Tensor, ...]:
-        """What of the memory describes the inverse of the residual's Jacobian, for the backward solve."""
+    def estimate(self, k: int | Tensor, memory: Any) -> tuple[Tensor, ...]:
+        """What of the memory, after `k` steps, describes the inverse of the residual's Jacobian."""
         return ()
 
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -186,7 +188,7 @@ class _Carry(NamedTuple):
     best: Tensor
     best_norm: Tensor
     stale: Tensor  # steps since the best
-    status: Tensor
+    status: Tensor | None  # None: every sample is running (known only where looking is cheap)
     steps: Tensor
     scale: Tensor
     blow_up: Tensor
@@ -204,6 +206,7 @@ def iterate(
     rtol: float | Tensor,
     atol: float,
     scale: Tensor | None = None,
+    floor: float = 0.0,
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
 ) -> Found:
@@ -213,18 +216,19 @@ def iterate(
         r: the residual at `z`, where the caller has it already.
         rtol: a number, or `(B,)` one a sample.
         scale: `(B,)` what `rtol` is relative to; None: the norm of the current iterate.
+        floor: the least residual, relative to the iterate, that rounding lets f have.
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
     """
     F = bind(*theta)
-    loop = _Loop(solver, rtol, atol, relative_to_iterate=scale is None)
+    loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_compiling()
     k, carry = repeat(partial(loop.step, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
     found = loop.outcome(k, carry)
     rows: Tensor | None = None
-    while droppable and k < solver.max_steps and bool((running := is_running(carry.status)).any()):
+    while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
         assert carries is not None
         keep = unwrapped(running).nonzero()[:, 0]
         rows = keep if rows is None else rows[keep]
@@ -245,6 +249,7 @@ class _Loop:
     solver: Solver
     rtol: float | Tensor
     atol: float
+    floor: float
     relative_to_iterate: bool
 
     @property
@@ -265,51 +270,67 @@ class _Loop:
             status = torch.where(norm <= self.atol + self.rtol * scale, int(Status.CONVERGED), status)
         status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
         memory = self.solver.start(F, z, r)
+        status = status if happens(~is_running(status)) else None
         return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
 
     def step(self, F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
-        running = is_running(c.status)
-        some_done = happens(~running)
         new = self.solver.propose(F, k, c.z, c.r, c.memory)
-        z = where_rows(running, new.z, c.z) if some_done else new.z
+        running = None if c.status is None else is_running(c.status)
+        z = new.z if running is None else where_rows(running, new.z, c.z)
         if new.residual is None:
             r = F(z)
         else:
-            r = where_rows(running, new.residual, c.r) if some_done else new.residual
+            r = new.residual if running is None else where_rows(running, new.residual, c.r)
+        calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
         better = norm < c.best_norm
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
         stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
-        converged = None
-        if not self.budget_only:
-            scale = row_norm(z) if self.relative_to_iterate else c.scale
-            converged = norm <= self.atol + self.rtol * scale
+        converged = self._converged(c, z, norm)
+        if converged is not None:
             better, stop = better | converged, stop | converged
+        if new.singular is not None:
+            stop = stop | new.singular
+        if running is None and not happens(stop | ~better):  # the usual step: nothing to take note of
+            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.stale * 0, calls=calls, memory=new.memory)
         stale = (c.stale + 1).masked_fill(better, 0)
         if not self.budget_only:
             stop = stop | (stale >= PATIENCE)
-        if new.singular is not None:
-            stop = stop | new.singular
-        if some_done:
+        if running is not None:
             better, stop = better & running, stop & running
         status, steps = c.status, c.steps
         if happens(stop):
+            status = torch.full_like(steps, int(Status.RUNNING)) if status is None else status
             status = torch.where(stop, _reason(norm, converged, c.blow_up, new.singular), status)
             steps = torch.where(stop, k + 1, steps)
-        best, best_norm = z, norm
-        if happens(~better):
-            best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
-        calls = c.calls + new.calls + int(new.residual is None)
+        best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
+    def _converged(self, c: _Carry, z: Tensor, norm: Tensor) -> Tensor | None:
+        """Which samples have arrived at `z`, whose residual norm is `norm`, with the step from `c`."""
+        if self.budget_only:
+            return None
+        if not self.relative_to_iterate:
+            return norm <= self.atol + self.rtol * c.scale
+        scale = row_norm(z)
+        converged = norm <= self.atol + self.rtol * scale
+        if not happens(converged):
+            return converged
+        assert not isinstance(self.rtol, Tensor)
+        # The step was the solver's estimate of the error of `c.z`; the residual there was only so long.
+        gain = row_norm(z - c.z) / row_norm(c.r)
+        return norm <= self.atol + torch.clamp(self.rtol / gain, self.floor, self.rtol) * scale
+
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
-        running = is_running(c.status)
-        status = torch.where(running, int(Status.MAX_STEPS), c.status)
+        running = _running(c)
+        status = torch.full_like(c.steps, int(Status.MAX_STEPS))
+        if c.status is not None:
+            status = torch.where(running, status, c.status)
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
         calls = torch.as_tensor(c.calls, dtype=torch.int64)
-        return Found(z, status, residual, steps, calls, self.solver.estimate(c.memory))
+        return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
 
     def take_rows(self, rows: Tensor) -> _Loop:
         return replace(self, rtol=self.rtol[rows]) if isinstance(self.rtol, Tensor) else self
@@ -337,7 +358,7 @@ def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, singular: T
 def repeat(
     body: Callable[[int | Tensor, Any], Any],
     carry: Any,
-    going: Callable[[Any], Tensor],
+    going: Callable[[Any], bool | Tensor],
     limit: int,
     k: int | Tensor = 0,
 ) -> tuple[int | Tensor, Any]:
@@ -349,7 +370,7 @@ def repeat(
         flat, spec = pytree.tree_flatten(carry)
         start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k
 
-        def go_on(k: Tensor, *flat: Tensor) -> Tensor:
+        def go_on(k: Tensor, *flat: Tensor) -> Any:
             return (k < limit) & going(pytree.tree_unflatten(list(flat), spec))
 
         def step(k: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
@@ -361,10 +382,14 @@ def repeat(
         return k, pytree.tree_unflatten(flat, spec)
     leaf = pytree.tree_leaves(carry)[0]
     stride = 1 if leaf.device.type == "cpu" else ACCELERATOR_STRIDE
-    while k < limit and (k % stride != 0 or bool(unwrapped(going(carry)).any())):
+    while k < limit and (k % stride != 0 or _is_true(going(carry))):
         carry = body(k, carry)
         k += 1
     return k, carry
+
+
+def _is_true(answer: bool | Tensor) -> bool:
+    return answer if isinstance(answer, bool) else bool(unwrapped(answer).any())
 
 
 def happens(mask: Tensor) -> bool:
@@ -380,7 +405,15 @@ def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.unsqueeze(1), new, old)
 
 
-def _worth_a_step(droppable: bool, carry: _Carry) -> Tensor:
+def _running(carry: _Carry) -> Tensor:
+    if carry.status is None:
+        return torch.ones_like(carry.steps, dtype=torch.bool)
+    return is_running(carry.status)
+
+
+def _worth_a_step(droppable: bool, carry: _Carry) -> bool | Tensor:
+    if carry.status is None:
+        return True
     running = is_running(carry.status)
     if not droppable:
         return running.any()

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, empty_slots, filled, products, write
-from implicitly.iterate import Proposal, Solver
+from implicitly.history import add_combined, empty_slots, filled, products, read, write_result
+from implicitly.iterate import Proposal, Solver, happens
 from implicitly.tree import row_norm
 
 
@@ -72,28 +72,43 @@ class GMRES(LinearSolver):
         W, P, last, last_norm = memory
         slot = k % W.shape[1]
         norm = row_norm(r)
-        v = torch.where(((norm <= 0.9 * last_norm) | (slot == 0))[:, None], r * _inverse(norm), last)
+        v = r * _inverse(norm)
+        slow = (norm > 0.9 * last_norm) & (slot > 0)
+        if happens(slow):
+            v = torch.where(slow[:, None], last, v)
         image = F.operator(v)
-        W_k, P_k = filled(W, slot), filled(P, slot)
-        known = (torch.arange(W_k.shape[1], device=z.device) < slot).to(z.dtype)
-        w, coefficients = _orthogonalise(image, W_k, known)
-        w, again = _orthogonalise(w, W_k, known)  # twice is enough (Giraud et al. 2005)
-        length, full = row_norm(w), row_norm(image)
+        W_k, P_k, known = filled(W, slot), filled(P, slot), None
+        if isinstance(slot, Tensor):
+            known = (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
+        w, coefficients, length, full = _orthogonalise(image, W_k, known)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
         scale = torch.where(singular[:, None], 0.0, _inverse(length))
-        w = w * scale
-        p = (v - combine(coefficients + again, P_k)) * scale
+        W = write_result(W, slot, torch.mul, w, scale)
+        P = write_result(P, slot, torch.mul, add_combined(v, coefficients, P_k, alpha=-1), scale)
+        w, p = read(W, slot), read(P, slot)
         step = torch.linalg.vecdot(w, r)[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, w, value=-1)
-        memory = (write(W, slot, w), write(P, slot, p), w, norm)
-        return Proposal(z, memory, r, 1, singular)
+        return Proposal(z, (W, P, w, norm), r, 1, singular)
 
 
-def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` less its components along the `known` rows of `basis` `(B, m, n)`, and those components `(B, m)`."""
-    coefficients = products(x, basis) * known
-    return x - combine(coefficients, basis), coefficients
+def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is left of `x` without its components along the `known` rows of `basis` `(B, m, n)`, those components
+    `(B, m)`, the norm of what is left, and that of x."""
+
+    def components(x: Tensor) -> Tensor:
+        return products(x, basis) if known is None else products(x, basis) * known
+
+    full = row_norm(x)
+    coefficients = components(x)
+    left = add_combined(x, coefficients, basis, alpha=-1)
+    length = row_norm(left)
+    # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
+    if basis.shape[1] and happens(length < 0.7 * full):
+        again = components(left)
+        left = add_combined(left, again, basis, alpha=-1)
+        coefficients, length = coefficients + again, row_norm(left)
+    return left, coefficients, length, full
 
 
 def _inverse(norm: Tensor) -> Tensor:

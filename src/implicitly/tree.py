@@ -35,6 +35,11 @@ class _Leaf:
     dtype: torch.dtype
     width: int  # columns it takes in the matrix
 
+    @property
+    def in_order(self) -> bool:
+        """Whether memory follows the dimensions, so that nothing needs permuting."""
+        return self.order == tuple(range(len(self.order)))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -125,8 +130,8 @@ class Layout:
 
     def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         batch = x.shape[0] if self.batch_dims else 1
-        order = [d + self.batch_dims for d in leaf.order]
-        x = torch.permute(x, (*range(self.batch_dims), *order))
+        if not leaf.in_order:
+            x = torch.permute(x, (*range(self.batch_dims), *(d + self.batch_dims for d in leaf.order)))
         if leaf.dtype.is_complex:
             x = torch.view_as_real(x)
         return x.reshape(batch, leaf.width)
@@ -140,6 +145,8 @@ class Layout:
             x = torch.view_as_complex(
                 x if len(self.leaves) == 1 else x.clone(memory_format=torch.contiguous_format)
             )
+        if leaf.in_order:
+            return x.reshape(shape).to(leaf.dtype)
         inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
         return torch.permute(x.reshape(shape), (*range(self.batch_dims), *inverse)).to(leaf.dtype)
 
@@ -315,6 +322,34 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
         return grad(paired, argnums=tuple(range(len(primals))))(*primals)
 
     return f(*primals), pull_within
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether what is computed from `tensors` now is for nobody to differentiate: no autograd, no transform."""
+    return (
+        not torch.is_grad_enabled() and forward_ad._current_level < 0 and not any(is_wrapped(t) for t in tensors)
+    )
+
+
+def recorded(
+    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
+) -> Callable[[Tensor, list[int]], tuple[Tensor, ...]]:
+    """Call f at `primals` once and give the linear map from a cotangent of its value to those of some primals.
+
+    For `is_plain` tensors; `wanted` says which primals any call of the map may ask for. A graph of autograd serves
+    both many products for one primal and a last one for the others, and products cost less than in torch.func.
+    """
+    leaves = [p.detach().requires_grad_(i in wanted) for i, p in enumerate(primals)]
+    with torch.enable_grad():
+        value = f(*leaves)
+
+    def pull(cotangent: Tensor, places: list[int]) -> tuple[Tensor, ...]:
+        asked = [leaves[i] for i in places]
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(x) for x in asked)
+        return torch.autograd.grad(value, asked, cotangent, retain_graph=True, materialize_grads=True)
+
+    return pull
 
 
 def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:

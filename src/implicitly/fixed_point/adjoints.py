@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
+from implicitly.history import add_combined, combine, products
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search, users_line
 from implicitly.iterate import ConvergenceWarning, Found, Solver, happens
 from implicitly.linear import GMRES
@@ -164,16 +165,11 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
     return t
 
 
-def _transposed_inverse(S: Tensor, P: Tensor, L: Tensor) -> Callable[[Tensor], Tensor]:
-    """g -> H' g of Broyden's H = I + P' (I - L)^-1 S."""
-
-    def apply(g: Tensor) -> Tensor:
-        inner = torch.bmm(g.unsqueeze(1), P.mT).mT
-        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-        c = torch.linalg.solve_triangular((eye - L).mT, inner, upper=True, unitriangular=True)
-        return g + torch.bmm(c.mT, S)[:, 0]
-
-    return apply
+def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
+    """g -> H' g of Broyden's H = I + P' M S, of which the first `count` `(B,)` slots count."""
+    known = torch.arange(S.shape[1], device=S.device) < count.unsqueeze(1)
+    S, P = (torch.where(known.unsqueeze(2), x, 0.0) for x in (S, P))
+    return lambda g: add_combined(g, combine(products(g, P), M), S)
 
 
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, empty_slots, products, write, write_sum
+from implicitly.history import combine, empty_slots, filled, products, write, write_cross, write_result
 from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
 
 LARGEST_WEIGHTS = 1e4
@@ -42,47 +43,62 @@ class Anderson(Solver):
             raise ValueError(f"Anderson: regularisation must be >= 0, got {self.regularisation}")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Residuals and mixed iterates `(B, m, n)`, the Gram matrix of the residuals scaled to unit length
-        `(B, m, m)` and these scales `(B, m)`; an empty slot has scale 0 and a row of the identity."""
+        """Residuals and mixed iterates `(B, m, n)`, and the Gram matrix of the residuals `(B, m, m)`, in which an
+        empty slot has a row of the identity."""
         slots = min(self.history, self.max_steps)
         residuals, mixed = empty_slots(z, slots)
         gram = torch.eye(slots, dtype=z.dtype, device=z.device).expand(z.shape[0], slots, slots).clone()
-        return residuals, mixed, gram, z.new_zeros(z.shape[0], slots)
+        return residuals, mixed, gram
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The mix of the iterates remembered, `z` among them."""
-        residuals, mixed, gram, scale = memory
-        slot = k % gram.shape[1]
+        residuals, mixed, gram = memory
+        m = gram.shape[1]
+        slot, count = k % m, min(k + 1, m) if isinstance(k, int) else k + 1
         residuals = write(residuals, slot, r)
-        mixed = write_sum(mixed, slot, z, r, self.damping)
-        row = products(r, residuals)
-        # Residuals shrink by orders of magnitude over the history: the system is solved for unit vectors.
-        newest = torch.zeros_like(row).index_fill(1, _index(slot, row), 1.0)
-        size = (row * newest).sum(1)
-        length = torch.where(size > 0, torch.where(size > 0, size, 1.0).rsqrt(), 0.0)
-        scale = write(scale, slot, length)
-        row = torch.addcmul(row * scale * length.unsqueeze(1), newest, newest, value=self._ridge(row.dtype))
-        gram = write(write(gram, slot, row), slot, row, dim=2)
-        weights = _weights(gram, scale, newest)
-        return Proposal(combine(weights, mixed), (residuals, mixed, gram, scale))
+        mixed = write_result(mixed, slot, partial(torch.add, alpha=self.damping), z, r)
+        row = products(r, filled(residuals, count))
+        gram = write_cross(gram, slot, _with_ridge(row, slot, self._ridge(row.dtype)))
+        weights = _weights(filled(filled(gram, count).mT, count), slot, count)
+        return Proposal(combine(weights, filled(mixed, count)), (residuals, mixed, gram))
 
     def _ridge(self, dtype: torch.dtype) -> float:
         return 10 * torch.finfo(dtype).eps if self.regularisation is None else self.regularisation
 
 
-def _index(slot: int | Tensor, like: Tensor) -> Tensor:
-    return slot.reshape(1) if isinstance(slot, Tensor) else torch.full((1,), slot, device=like.device)
+def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float) -> Tensor:
+    """A new `row` `(B, c)` of the Gram matrix with its diagonal entry, in place `slot`, times 1 + ridge."""
+    least = 1e8 * torch.finfo(row.dtype).tiny  # of a residual that is exactly 0: all the weight is its
+    if isinstance(slot, Tensor):
+        diagonal = torch.arange(row.shape[1], device=row.device) == slot
+        return torch.where(diagonal, ((1 + ridge) * row).clamp(min=least), row)
+    row.select(1, slot).mul_(1 + ridge).clamp_(min=least)
+    return row
 
 
-def _weights(gram: Tensor, scale: Tensor, newest: Tensor) -> Tensor:
-    """The weights `(B, m)`, of sum 1, that make the mixed residual least; `newest` where they mean nothing."""
-    solved, info = torch.linalg.solve_ex(gram, scale)
-    weights = scale * solved
-    total = weights.sum(1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
-    # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
-    # contracts by q needs weights of about 1 / (1 - q).)
-    believable = (weights.abs().sum(1) < LARGEST_WEIGHTS) & (info == 0) & (total[:, 0] != 0)
+def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
+    """Weights `(B, c)`, of sum 1, that make the mixed residual least; the newest alone where they mean nothing."""
+    weights, believable = _least(gram, count)
     if not happens(~believable):
         return weights
-    return where_rows(believable, weights, newest)
+    # Once more without the systems that mean nothing: what they left must not reach a derivative.
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    weights, _ = _least(torch.where(believable[:, None, None], gram, eye), count)
+    index = slot.reshape(1) if isinstance(slot, Tensor) else torch.full((1,), slot, device=gram.device)
+    return where_rows(believable, weights, torch.zeros_like(weights).index_fill(1, index, 1.0))
+
+
+def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The solution `(B, c)` of G w = 1, scaled to sum 1, and where `(B,)` to believe it."""
+    # Residuals shrink by orders of magnitude over the history; a Cholesky factorisation is as accurate as if they
+    # all had length 1.
+    factor, info = torch.linalg.cholesky_ex(gram)
+    right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
+    if isinstance(count, Tensor):
+        right = right * (torch.arange(gram.shape[1], device=gram.device) < count)[:, None]
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    weights = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, :, 0]
+    weights = weights / weights.sum(1, keepdim=True)
+    # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
+    # contracts by q needs weights of about 1 / (1 - q).) NaN compares false.
+    return weights, (weights.abs().sum(1) < LARGEST_WEIGHTS) & (info == 0)
