@@ -10,25 +10,42 @@ from torch import Tensor
 
 from implicitly.tree import is_wrapped
 
+# Slots there is room for at first. Many solves need no more, and the C library keeps a block of this size for the
+# next solve; fresh pages cost more than everything else a solver does.
+ROOM = 10
+
 
 def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Two memories `(B, slots, n)` for vectors `like` `(B, n)`.
+    """Two memories `(B, m, n)` for vectors `like` `(B, n)`, with room for the first of `slots` (see `with_room`).
 
-    What was never written is never read (see `filled`), save in a traced loop, where it is zero. Slot by slot in
-    memory, so that slots never used take none.
+    What was never written is never read (see `filled`), save in a traced loop, where all of it is there and zero.
     """
     batch, n = like.shape
     if torch.compiler.is_compiling():
         first, second = like.new_zeros(2, batch, slots, n).unbind(0)
-        return first, second
-    if like.device.type == "cpu":
-        # NumPy asks the system for huge pages. In small ones, page faults cost more than all else a solver does.
-        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-        memory = torch.from_numpy(np.empty((2, slots, batch, n), dtype=dtype))
-    else:
-        memory = like.new_empty(2, slots, batch, n)
-    first, second = memory.transpose(1, 2).unbind(0)
+    else:  # slot by slot in memory
+        first, second = _empty(like, 2, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)
     return first, second
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    # NumPy asks the system for huge pages, in which long vectors are read faster.
+    return torch.from_numpy(np.empty(shape, dtype=torch.empty(0, dtype=like.dtype).numpy().dtype))
+
+
+def with_room(buffer: Tensor, slot: int | Tensor, slots: int) -> Tensor:
+    """`buffer`, or a copy with twice the room (at most `slots`) where it ends before `slot`."""
+    batch, room, n = buffer.shape
+    if isinstance(slot, Tensor) or slot < room:
+        return buffer
+    more = min(2 * room, slots)
+    if not _unseen(buffer):
+        return torch.nn.functional.pad(buffer, (0, 0, 0, more - room))
+    larger = _empty(buffer, more, batch, n).transpose(0, 1)
+    larger[:, :room] = buffer
+    return larger
 
 
 def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:

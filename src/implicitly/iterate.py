@@ -427,4 +427,12 @@ def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
 
 def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:
     """`whole` with `part` in place of its `rows`; counts go on."""
-    return pytree.tree_map(lambda w, p: w.index_copy(0, rows, p) if w.ndim else p, whole, part)
+    return pytree.tree_map(lambda w, p: _as_wide(w, p).index_copy(0, rows, p) if w.ndim else p, whole, part)
+
+
+def _as_wide(whole: Tensor, part: Tensor) -> Tensor:
+    """`whole`, with zeros where `part` has more: its history may have grown."""
+    missing = [p - w for w, p in zip(whole.shape[1:], part.shape[1:])]
+    return (
+        torch.nn.functional.pad(whole, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else whole
+    )

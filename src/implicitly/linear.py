@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.history import add_combined, empty_slots, filled, products, read, write_result
+from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write_result
 from implicitly.iterate import Proposal, Solver, happens
 from implicitly.tree import row_norm
 
@@ -63,14 +63,13 @@ class GMRES(LinearSolver):
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Basis of the image and its preimages `(B, m, n)`, the last image, the last residual norm."""
-        # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
-        slots = min(self.restart, self.max_steps, max(z.shape[1], 1))
-        return *empty_slots(z, slots), torch.zeros_like(z), torch.zeros_like(r[:, 0])
+        return *empty_slots(z, self._slots(z)), torch.zeros_like(z), torch.zeros_like(r[:, 0])
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The minimiser of the residual over a space one dimension larger."""
         W, P, last, last_norm = memory
-        slot = k % W.shape[1]
+        slots = self._slots(z)
+        slot = k % slots
         norm = row_norm(r)
         v = r * _inverse(norm)
         slow = (norm > 0.9 * last_norm) & (slot > 0)
@@ -84,12 +83,17 @@ class GMRES(LinearSolver):
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
         scale = torch.where(singular[:, None], 0.0, _inverse(length))
+        W, P = with_room(W, slot, slots), with_room(P, slot, slots)
         W = write_result(W, slot, torch.mul, w, scale)
         P = write_result(P, slot, torch.mul, add_combined(v, coefficients, P_k, alpha=-1), scale)
         w, p = read(W, slot), read(P, slot)
         step = torch.linalg.vecdot(w, r)[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, w, value=-1)
         return Proposal(z, (W, P, w, norm), r, 1, singular)
+
+    def _slots(self, z: Tensor) -> int:
+        # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
+        return min(self.restart, self.max_steps, max(z.shape[1], 1))
 
 
 def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ def update(S, P, M, count):
     """H - I, of the matrices that the estimate stands for."""
     known = (torch.arange(S.shape[1]) < count[:, None])[:, :, None]
     S, P = torch.where(known, S, 0.0), torch.where(known, P, 0.0)
-    return P.mT @ M @ S
+    return P.mT @ M[:, : S.shape[1], : S.shape[1]] @ S
 
 
 @pytest.mark.parametrize("history", [30, 5])

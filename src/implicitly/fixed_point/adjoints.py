@@ -167,7 +167,8 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
 
 def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
     """g -> H' g of Broyden's H = I + P' M S, of which the first `count` `(B,)` slots count."""
-    known = torch.arange(S.shape[1], device=S.device) < count.unsqueeze(1)
+    slots = S.shape[1]  # there may never have been room for all
+    M, known = M[:, :slots, :slots], torch.arange(slots, device=S.device) < count.unsqueeze(1)
     S, P = (torch.where(known.unsqueeze(2), x, 0.0) for x in (S, P))
     return lambda g: add_combined(g, combine(products(g, P), M), S)
 

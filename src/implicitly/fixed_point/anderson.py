@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, empty_slots, filled, products, write, write_cross, write_result
+from implicitly.history import combine, empty_slots, filled, products, with_room, write, write_cross, write_result
 from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
 
 LARGEST_WEIGHTS = 1e4
@@ -55,6 +55,7 @@ class Anderson(Solver):
         residuals, mixed, gram = memory
         m = gram.shape[1]
         slot, count = k % m, min(k + 1, m) if isinstance(k, int) else k + 1
+        residuals, mixed = with_room(residuals, slot, m), with_room(mixed, slot, m)
         residuals = write(residuals, slot, r)
         mixed = write_result(mixed, slot, partial(torch.add, alpha=self.damping), z, r)
         row = products(r, filled(residuals, count))

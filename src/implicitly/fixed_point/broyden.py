@@ -16,6 +16,7 @@ from implicitly.history import (
     filled,
     products,
     read,
+    with_room,
     write,
     write_cross,
     write_result,
@@ -59,12 +60,13 @@ class Broyden(Solver):
         S, P, M, last, length = memory
         if isinstance(k, int) and k == 0:  # nothing to learn from yet
             return self._step(F, z, r, torch.ones_like(length), r, (S, P, M))
-        slots = S.shape[1]
+        slots = M.shape[1]
         slot, count = (k - 1) % slots, min(k - 1, slots) if isinstance(k, int) else k
         if isinstance(k, Tensor) or k > slots:  # the oldest update goes: M of the others is what is left of M
             M = write_cross(M, slot, torch.zeros_like(M[:, 0]))
         S_k, P_k, M_k = (filled(x, count) for x in (S, P, M))
         w = add_combined(r, products(products(r, S_k), filled(M_k.mT, count).mT), P_k)
+        S, P = with_room(S, slot, slots), with_room(P, slot, slots)
         S = write_result(S, slot, torch.sub, z, last)  # none for a finished sample, whose z stays
         s = read(S, slot)
         M = write(M, slot, _with_one(combine(products(s, P_k), M_k), slot))
@@ -89,7 +91,7 @@ class Broyden(Solver):
     def estimate(self, k: int | Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`(S, P, M, c)` of H = I + P' M S, of which the first c `(B,)` slots count."""
         S, P, M, last, _ = memory
-        count = (torch.as_tensor(k, device=last.device) - 1).clamp(0, S.shape[1])
+        count = (torch.as_tensor(k, device=last.device) - 1).clamp(0, M.shape[1])
         return S, P, M, count.expand(last.shape[0])
 
 
