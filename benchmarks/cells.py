@@ -6,27 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class ConvCell(nn.Module):
-    """y = norm(relu(conv(z))); f(z, x) = norm(relu(z + norm(x + conv(y)))), of the `deq-image` recipe."""
-
-    def __init__(self, channels: int = 48, inner_channels: int = 64, groups: int = 8):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, inner_channels, 3, padding=1, bias=False)
-        self.conv_out = nn.Conv2d(inner_channels, channels, 3, padding=1, bias=False)
-        self.norm_inner = nn.GroupNorm(groups, inner_channels)
-        self.norm_branch = nn.GroupNorm(groups, channels)
-        self.norm_sum = nn.GroupNorm(groups, channels)
-        for conv in (self.conv_in, self.conv_out):
-            nn.init.normal_(conv.weight, std=0.01)
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """f(z, x), `(batch, channels, height, width)` like both."""
-        y = self.norm_inner(F.relu(self.conv_in(z)))
-        return self.norm_sum(F.relu(z + self.norm_branch(x + self.conv_out(y))))
 
 
 class DenseCell(nn.Module):

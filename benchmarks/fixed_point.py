@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import implicitly as im
-from benchmarks.cells import ConvCell, DenseCell, counted, relative_error, unrolled_gradient
+from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
 from benchmarks.harness import Effort, Row, Spread, alternate, ratios, resident_mib
 from benchmarks.peers import TORCHDEQ, TorchDEQ
+from implicitly.recipes.deq_image import Cell
 from implicitly.viz import saved_bytes
 
 PEER = TORCHDEQ
@@ -64,7 +65,7 @@ def theirs(solver: TorchDEQ, cell: nn.Module, z0: Tensor, x: Tensor) -> Tensor:
 def problem(batch: int = 32) -> tuple[nn.Module, Tensor, Tensor]:
     """The convolutional cell, where its solve starts, and x."""
     torch.manual_seed(0)
-    cell = ConvCell()
+    cell = Cell(channels=48, inner_channels=64, groups=8)
     x = torch.randn(batch, 48, 16, 16)
     return cell, torch.zeros_like(x), x
 

@@ -57,9 +57,10 @@ class Problem:
         if not recording:
             start, theta = start.detach(), tuple(t.detach() for t in theta)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
-            version = _version(start)
-            value = opened(layout.unpack(start), *theta)
-        if _version(start) != version:
+            probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
+            version = _version(probe)
+            value = opened(layout.unpack(probe), *theta)
+        if _version(probe) != version:
             raise ValueError(
                 "f changes its input z in place, which would change the solver's iterates; use operations that "
                 "return new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
@@ -67,7 +68,7 @@ class Problem:
         layout.check(value, "z0")
         f0 = layout.pack(value)
         if not recording:
-            refuse_captured(f0, (start, *theta), opened.captured)
+            refuse_captured(f0, (probe, *theta), opened.captured)
         return cls(opened, layout, displacement, start, displacement(start, f0), opened.theta, carries)
 
     def evaluate(self, z: Tensor, *theta: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -197,3 +199,24 @@ def test_a_diverged_sample_has_zero_gradient(adjoint):
     (gradient,) = torch.autograd.grad(value.sum(), slope)
     assert float(gradient[1]) == 0
     assert float(gradient[0]) > 1
+
+
+@pytest.mark.parametrize("adjoint", [im.ImplicitAdjoint(), im.PhantomAdjoint(), im.UnrolledAdjoint()], ids=repr)
+def test_an_f_undefined_at_a_sample_names_in_dims_where_it_spoils_the_gradient_of_others(adjoint):
+    """0 * inf: only who knows which args hold the samples can leave the one without a solution out."""
+    W = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    f = lambda z, x, W: W * torch.log(x) + 0.1 * z  # noqa: E731
+
+    def gradient(**options):
+        solution = im.fixed_point(f, torch.ones_like(x), x, W, adjoint=adjoint, **options)
+        return torch.autograd.grad(solution.value[0].sum(), W)[0]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        spoilt = gradient()
+    assert spoilt.isnan()
+    assert any("in_dims" in str(w.message) for w in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert gradient(in_dims=(0, None)).isfinite()

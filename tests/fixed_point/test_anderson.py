@@ -83,6 +83,16 @@ def test_repeated_residuals_fall_back_to_the_damped_step():
     torch.testing.assert_close(value, torch.full((1, 2), 6.0, dtype=D))
 
 
+@pytest.mark.parametrize(("contraction", "believed"), [(0.999, True), (0.999999, False)])
+def test_weights_that_would_leap_a_million_residuals_are_not_believed(contraction, believed):
+    """In one dimension the weights are 1 / (1 - q): what rounding makes of 1e6 of them once drove a solve away."""
+    z0 = torch.zeros(1, 1, dtype=D)
+    solver = im.Anderson(rtol=0, max_steps=5, history=2)
+    value = im.fixed_point(lambda z: contraction * z + 1, z0, solver=solver).value
+    expected = 1 / (1 - contraction) if believed else sum(contraction**k for k in range(5))
+    torch.testing.assert_close(value, torch.full((1, 1), expected, dtype=D), rtol=1e-6, atol=0)
+
+
 def test_regularisation_pulls_the_mix_towards_equal_weights():
     f, exact = _affine(6)
     z0 = torch.zeros(3, 6, dtype=D)

@@ -102,7 +102,9 @@ def test_what_is_no_function_is_refused():
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_f_that_writes_into_z_is_refused(entry):
     """Solvers keep their iterates where they hand them out."""
-    refused(ValueError, "in place", f=lambda z, x: z.mul_(0.5).add_(x), z0=Z0.clone(), entry=entry)
+    z0 = Z0.clone()
+    refused(ValueError, "in place", f=lambda z, x: z.mul_(0.5).add_(x), z0=z0, entry=entry)
+    assert torch.equal(z0, Z0)
 
 
 def test_an_error_inside_f_comes_through_as_it_is():

@@ -39,7 +39,14 @@ def assert_same_solution(a, b):
 
 
 @pytest.mark.parametrize(
-    "solver", [im.FixedPointIteration(rtol=1e-4), im.Anderson(rtol=1e-4), im.Broyden(rtol=1e-4)]
+    "solver",
+    [
+        im.FixedPointIteration(rtol=1e-4),
+        im.Anderson(rtol=1e-4),
+        im.Broyden(rtol=1e-4),
+        im.Anderson(rtol=1e-5, history=2),  # histories that fill up on the way
+        im.Broyden(rtol=1e-5, history=2),
+    ],
 )
 def test_a_layer_is_one_graph_with_the_eager_answers(solver):
     eager = im.nn.DEQ(Dense(), solver)
