@@ -46,9 +46,7 @@ def linear_solve(
     right = layout.pack(b)
 
     def bind(*theta: Tensor) -> Map:
-        def apply(u: Tensor) -> Tensor:
-            return problem.evaluate(u, *theta)
-
+        apply = problem.at(*theta)
         if not transpose:
             return apply
         pull = pullback(apply, torch.zeros_like(problem.z0))[1]

@@ -71,15 +71,17 @@ class Problem:
             refuse_captured(f0, (probe, *theta), opened.captured)
         return cls(opened, layout, displacement, start, displacement(start, f0), opened.theta, carries)
 
-    def evaluate(self, z: Tensor, *theta: Tensor) -> Tensor:
-        """f on a matrix `(B, n)`."""
-        return self.layout.pack(self.opened(self.layout.unpack(z), *theta))
+    def at(self, *theta: Tensor) -> Map:
+        """f on matrices `(B, n)`, with `theta` in place of the tensors it depends on."""
+        layout, call = self.layout, self.opened.at(*theta)
+        return lambda z: layout.pack(call(layout.unpack(z)))
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
         """The condition that the displacement vanishes."""
 
         def bind(*theta: Tensor) -> Map:
-            return lambda z: self.displacement(z, self.evaluate(z, *theta))
+            f = self.at(*theta)
+            return lambda z: self.displacement(z, f(z))
 
         report = Report(on_failure, self.solution)
         # Under autocast f's arithmetic decides what can be reached, whatever the state's dtype.

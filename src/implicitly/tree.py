@@ -190,24 +190,33 @@ class Opened:
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""
+        return self.at(*theta)(state)
+
+    def at(self, *theta: Tensor) -> Callable[[Any], Any]:
+        """f with `theta` in place of the tensors it depends on, as a map of the state."""
         count = len(theta) - self.parameters
         tensors, parameters = iter(theta[:count]), theta[count:]
         flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
         args = pytree.tree_unflatten(flat, self.args_spec)
-        device = pytree.tree_leaves(state)[0].device.type
-        if self.autocast is not None or torch.is_autocast_enabled(device):
-            # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
-            with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
-                return self._call(parameters, state, args)
-        return self._call(parameters, state, args)
-
-    def _call(self, parameters: tuple[Tensor, ...], state: Any, args: tuple[Any, ...]) -> Any:
-        compiling = torch.compiler.is_compiling()
-        transformed = not compiling and functorch.peek_interpreter_stack() is not None
-        own = self.theta[len(self.theta) - self.parameters :]
-        if not compiling and not transformed and all(given is mine for given, mine in zip(parameters, own)):
-            return self.f(state, *args)
+        own = not torch.compiler.is_compiling() and all(
+            given is mine for given, mine in zip(parameters, self.theta[len(self.theta) - self.parameters :])
+        )
         exchanged = {name: parameters[i] for name, i in self.places}
+
+        def call(state: Any) -> Any:
+            device = pytree.tree_leaves(state)[0].device.type
+            if self.autocast is not None or torch.is_autocast_enabled(device):
+                # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
+                with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
+                    return self._call(own, exchanged, state, args)
+            return self._call(own, exchanged, state, args)
+
+        return call
+
+    def _call(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
+        transformed = not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None
+        if own and not transformed:
+            return self.f(state, *args)
         if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
             exchanged = {n: b.clone() for n, b in self.host.named_buffers()} | exchanged
         if not exchanged:
