@@ -6,7 +6,6 @@ from implicitly.fixed_point.adjoints import (
     ImplicitAdjoint,
     JacobianFreeAdjoint,
     PhantomAdjoint,
-    UnrolledAdjoint,
 )
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
@@ -17,30 +16,48 @@ from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
+from implicitly.ode.control import Controller
+from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
+from implicitly.ode.solve import Trajectory, odeint
+from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
     "CG",
     "GMRES",
+    "RK4",
     "Anderson",
     "BiCGStab",
+    "Bosh3",
     "Broyden",
     "CompileWarning",
+    "Controller",
     "ConvergenceWarning",
     "DenseLU",
+    "Dopri5",
+    "Dopri8",
+    "Euler",
     "FixedPointIteration",
+    "Heun",
     "ImplicitAdjoint",
     "JacobianFreeAdjoint",
+    "Midpoint",
     "Neumann",
     "Newton",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "Ralston",
+    "RecursiveCheckpointAdjoint",
     "Solution",
     "SolverError",
     "Status",
+    "Trajectory",
+    "Tsit5",
     "UnrolledAdjoint",
     "check_independence",
     "fixed_point",
     "linear_solve",
     "nn",
+    "odeint",
     "root",
 ]

@@ -46,6 +46,7 @@ class Status(IntEnum):
     DIVERGED = 3
     SINGULAR = 4
     NON_FINITE = 5
+    STEP_UNDERFLOW = 6
 
 
 def is_running(status: Tensor) -> Tensor:

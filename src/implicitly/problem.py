@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, open_function, refuse_captured
+from implicitly.tree import Layout, Opened, open_function, refuse_captured, watched
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,7 @@ class Problem:
             start, theta = start.detach(), tuple(t.detach() for t in theta)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
-            version = _version(probe)
-            value = opened(layout.unpack(probe), *theta)
-        if _version(probe) != version:
-            raise ValueError(
-                "f changes its input z in place, which would change the solver's iterates; use operations that "
-                "return new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
-            )
+            value = watched(lambda z: opened(layout.unpack(z), *theta), probe)
         layout.check(value, "z0")
         f0 = layout.pack(value)
         if not recording:
@@ -111,11 +105,6 @@ class Problem:
             per_sample(found.steps),
             int(found.evaluations) + 1,
         )
-
-
-def _version(x: Tensor) -> int:
-    """How often `x` was changed in place; inference mode does not count."""
-    return 0 if x.is_inference() else x._version
 
 
 def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any) -> tuple[int | None, ...] | None:

@@ -34,11 +34,7 @@ class _Leaf:
     order: tuple[int, ...]  # the dimensions of one sample, slowest stride first
     dtype: torch.dtype
     width: int  # columns it takes in the matrix
-
-    @property
-    def in_order(self) -> bool:
-        """Whether memory follows the dimensions, so that nothing needs permuting."""
-        return self.order == tuple(range(len(self.order)))
+    in_order: bool  # whether memory follows the dimensions, so that nothing needs permuting
 
 
 @dataclass(frozen=True)
@@ -94,12 +90,18 @@ class Layout:
 
     def pack(self, state: Any) -> Tensor:
         """A state of this layout as a matrix `(B, n)` of the work dtype."""
-        flat = pytree.tree_leaves(state)
-        rows = [self._pack_leaf(x, leaf) for x, leaf in zip(flat, self.leaves)]
-        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.work_dtype)
+        if isinstance(state, Tensor):  # the usual case; flattening a pytree takes longer than a small f
+            packed = self._pack_leaf(state, self.leaves[0])
+        else:
+            flat = pytree.tree_leaves(state)
+            rows = [self._pack_leaf(x, leaf) for x, leaf in zip(flat, self.leaves)]
+            packed = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        return packed.to(self.work_dtype)
 
     def unpack(self, matrix: Tensor) -> Any:
         """A matrix `(B, n)`, of any B, as a state of this layout."""
+        if self.spec.is_leaf():
+            return self._unpack_leaf(matrix, self.leaves[0])
         columns = [matrix] if len(self.leaves) == 1 else matrix.split([x.width for x in self.leaves], dim=1)
         flat = [self._unpack_leaf(x, leaf) for x, leaf in zip(columns, self.leaves)]
         return pytree.tree_unflatten(flat, self.spec)
@@ -159,7 +161,7 @@ def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
         thin = [d for d in order if shape[d] == 1]
         order = (*thin, *sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d]))
     width = math.prod(shape) * (2 if x.is_complex() else 1)
-    return _Leaf(shape, order, x.dtype, width)
+    return _Leaf(shape, order, x.dtype, width, order == tuple(range(len(shape))))
 
 
 def _describe(tensors: list[Tensor]) -> str:
@@ -185,6 +187,7 @@ class Opened:
     parameters: int  # how many of theta, the last ones, are parameters
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
+    device_type: str  # of the state
     autocast: torch.dtype | None
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
 
@@ -204,10 +207,11 @@ class Opened:
         exchanged = {name: parameters[i] for name, i in self.places}
 
         def call(state: Any) -> Any:
-            device = pytree.tree_leaves(state)[0].device.type
-            if self.autocast is not None or torch.is_autocast_enabled(device):
+            if self.autocast is not None or torch.is_autocast_enabled(self.device_type):
                 # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
-                with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
+                with torch.autocast(
+                    self.device_type, self.autocast, self.autocast is not None, cache_enabled=False
+                ):
                     return self._call(own, exchanged, state, args)
             return self._call(own, exchanged, state, args)
 
@@ -266,7 +270,9 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     theta = (*tensors, *parameters)
-    return Opened(f, theta, host, tuple(places), len(parameters), spec, static, autocast, tuple(captured))
+    return Opened(
+        f, theta, host, tuple(places), len(parameters), spec, static, device.type, autocast, tuple(captured)
+    )
 
 
 def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
@@ -380,6 +386,23 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     )
 
 
+def watched(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """`call(x)`; raises ValueError where it changes `x` in place."""
+    before = _version(x)
+    value = call(x)
+    if _version(x) != before:
+        raise ValueError(
+            "f changes its input in place, which would change the solver's iterates; use operations that return "
+            "new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
+        )
+    return value
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
+
+
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast, for the arithmetic of solvers."""
     if torch.is_autocast_enabled(device_type):
@@ -390,6 +413,15 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 def is_wrapped(x: Tensor) -> bool:
     """Whether `x` belongs to a `torch.func` transform."""
     return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether `x` is mapped by `torch.func.vmap`, at any level."""
+    while is_wrapped(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def unwrapped(x: Tensor) -> Tensor:

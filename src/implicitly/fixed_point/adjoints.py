@@ -19,6 +19,7 @@ from implicitly.iterate import ConvergenceWarning, Found, Solver, happens
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
 from implicitly.tree import is_wrapped, unwrapped
+from implicitly.unrolled import UnrolledAdjoint
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,14 @@ class Adjoint(ABC):
         """The found point `(B, n)` with its derivative."""
 
 
-def check_choices(solver: Solver, adjoint: Adjoint, dtype: torch.dtype, iterates: bool) -> None:
-    """Raise TypeError / ValueError unless `solver` and `adjoint` can be used with each other and with `dtype`."""
+def check_choices(
+    solver: Solver, adjoint: Adjoint | UnrolledAdjoint, dtype: torch.dtype, iterates: bool
+) -> Adjoint:
+    """`adjoint` as one of this family; raises TypeError / ValueError unless it, `solver` and `dtype` fit."""
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver such as im.Anderson(), got {solver!r}")
+    if isinstance(adjoint, UnrolledAdjoint):
+        adjoint = _Unrolled()
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
     if solver.linear:
@@ -57,6 +62,7 @@ def check_choices(solver: Solver, adjoint: Adjoint, dtype: torch.dtype, iterates
         )
     solver.tolerances(dtype)
     adjoint.check(solver, dtype, iterates)
+    return adjoint
 
 
 @dataclass(frozen=True)
@@ -233,12 +239,8 @@ class JacobianFreeAdjoint(Adjoint):
 
 
 @dataclass(frozen=True)
-class UnrolledAdjoint(Adjoint):
-    """The exact derivative of the iterations that the solver did, by recording them all.
-
-    Memory grows with the number of iterations. Gradients flow to z0 too. Choices (when to stop, which iterate
-    was best) are not differentiated.
-    """
+class _Unrolled(Adjoint):
+    """`UnrolledAdjoint` of a fixed point."""
 
     recording: ClassVar[bool] = True
 

@@ -11,6 +11,7 @@ from implicitly.fixed_point.newton import Newton
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout
+from implicitly.unrolled import UnrolledAdjoint
 
 
 def fixed_point(
@@ -18,7 +19,7 @@ def fixed_point(
     z0: Any,
     *args: Any,
     solver: Solver = Anderson(),
-    adjoint: Adjoint = ImplicitAdjoint(),
+    adjoint: Adjoint | UnrolledAdjoint = ImplicitAdjoint(),
     batch_dims: int = 1,
     in_dims: Any = None,
     on_failure: str = "warn",
@@ -53,13 +54,13 @@ def fixed_point(
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
     """
     layout = Layout.of(z0, batch_dims)
-    check_choices(solver, adjoint, layout.dtype, iterates=True)
+    how = check_choices(solver, adjoint, layout.dtype, iterates=True)
     problem = Problem.of(
-        f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=adjoint.recording
+        f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=how.recording
     )
     condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
-    found = adjoint.find(solver, condition, problem, compile)
-    return problem.solution(found, adjoint.attach(found, condition, problem))
+    found = how.find(solver, condition, problem, compile)
+    return problem.solution(found, how.attach(found, condition, problem))
 
 
 def root(
@@ -67,7 +68,7 @@ def root(
     z0: Any,
     *args: Any,
     solver: Solver = Newton(),
-    adjoint: Adjoint = ImplicitAdjoint(),
+    adjoint: Adjoint | UnrolledAdjoint = ImplicitAdjoint(),
     batch_dims: int = 1,
     in_dims: Any = None,
     on_failure: str = "raise",
@@ -80,7 +81,7 @@ def root(
     `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
     """
     layout = Layout.of(z0, batch_dims)
-    check_choices(solver, adjoint, layout.dtype, iterates=False)
+    how = check_choices(solver, adjoint, layout.dtype, iterates=False)
     problem = Problem.of(
         residual,
         z0,
@@ -88,8 +89,8 @@ def root(
         lambda z, Fz: -Fz,
         layout=layout,
         in_dims=in_dims,
-        recording=adjoint.recording,
+        recording=how.recording,
     )
     condition = problem.condition("root", on_failure)
-    found = adjoint.find(solver, condition, problem, compile)
-    return problem.solution(found, adjoint.attach(found, condition, problem))
+    found = how.find(solver, condition, problem, compile)
+    return problem.solution(found, how.attach(found, condition, problem))

@@ -1,0 +1,107 @@
+"""What a user passed to `odeint`, as matrices: the start, the times, and the vector field on `(B, n)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
+
+# Slopes `(B, n)` of states `(B, n)` at times `(B,)`.
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """dy/dt = f(t, y, *args), y(t[0]) = y0, to be known at the other times.
+
+    Attributes:
+        y0: the start `(B, n)`.
+        k0: its slope `(B, n)`, evaluated once to check what f returns.
+        times: `(B, T)`, or `(1, T)` where all samples share them.
+        theta: the tensors that f depends on besides t and y.
+    """
+
+    opened: Opened
+    layout: Layout
+    y0: Tensor
+    k0: Tensor
+    times: Tensor
+    theta: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, f: Callable[..., Any], y0: Any, t: Any, args: tuple[Any, ...], batch_dims: int, recording: bool
+    ) -> Problem:
+        """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError."""
+        if not callable(f):
+            raise TypeError(f"f must be callable, got a {type(f).__name__}")
+        layout = Layout.of(y0, batch_dims, "y0")
+        times = times_of(t, layout)
+
+        def at_once(moment: tuple[Tensor, Any], *args: Any) -> Any:
+            return f(*moment, *args)
+
+        opened = open_function(at_once, args, layout.device)
+        start, theta = layout.pack(y0), opened.theta
+        probe, moment = start, times[:, 0].expand(layout.batch)
+        if not recording:
+            probe, moment = start.detach().clone(), moment.detach()
+            theta = tuple(x.detach() for x in theta)
+        problem = cls(opened, layout, start, start, times, opened.theta)
+        with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
+            value = watched(lambda y: opened((problem.shown(moment), layout.unpack(y)), *theta), probe)
+        layout.check(value, "y0")
+        k0 = layout.pack(value)
+        if not recording:
+            refuse_captured(k0, (probe, moment, *theta), opened.captured)
+        return cls(opened, layout, start, k0, times, opened.theta)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that f computes in, which decides what errors can be resolved."""
+        return self.opened.autocast or self.layout.dtype
+
+    def rows(self, times: Tensor) -> Tensor:
+        """`times` as `(B, T)`."""
+        return times.expand(self.y0.shape[0], -1)
+
+    def shown(self, t: Tensor) -> Tensor:
+        """Times `(B,)` as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
+        if self.layout.batch_dims == 0:
+            return t[0]
+        return t.reshape(-1, *(1 for _ in self.layout.leaves[0].shape))
+
+    def field(self, *theta: Tensor) -> Field:
+        """f as a map from `(B,)` and `(B, n)` to `(B, n)`."""
+        layout, call = self.layout, self.opened.at(*theta)
+        return lambda t, y: layout.pack(call((self.shown(t), layout.unpack(y))))
+
+
+def times_of(t: Any, layout: Layout) -> Tensor:
+    """`t` as `(B, T)` or `(1, T)`; raises TypeError / ValueError for what cannot be times."""
+    if not isinstance(t, Tensor):
+        if not isinstance(t, Sequence):
+            raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
+        t = torch.as_tensor(t, dtype=layout.work_dtype, device=layout.device)
+    if t.dtype != layout.work_dtype or t.device != layout.device:
+        raise ValueError(
+            f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "
+            f"pass t.to(y0) or a tuple of numbers"
+        )
+    allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
+    if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):
+        raise ValueError(f"t must have the shape {allowed} with B = {layout.batch}, got {tuple(t.shape)}")
+    if t.shape[-1] < 2:
+        raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
+    rows = t if t.ndim == 2 else t.unsqueeze(0)
+    gaps = rows.detach().diff(dim=1)
+    if not bool(unwrapped(rows.detach().isfinite()).all()):
+        raise ValueError("t holds NaN or inf")
+    if not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
+        raise ValueError("t must increase throughout, or decrease throughout")
+    return rows

@@ -1,0 +1,142 @@
+"""`odeint`: the solution of an ordinary differential equation, differentiable."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.implicit import users_line
+from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
+from implicitly.ode.integrate import Integrated
+from implicitly.ode.problem import Problem
+from implicitly.ode.runge_kutta import Dopri5, RungeKutta
+from implicitly.tree import unwrapped
+from implicitly.unrolled import UnrolledAdjoint
+
+
+@dataclass(frozen=True)
+class Trajectory(Solution):
+    """What `odeint` returns: a `Solution` whose `residual` is the largest local error of the last step over its
+    tolerance, and whose `steps` are the accepted ones.
+
+    Attributes:
+        t: `(B,)` the time that each sample got to.
+        rejected: `(B,)` the steps that were tried and found too long.
+    """
+
+    t: Tensor
+    rejected: Tensor
+
+
+def odeint(
+    f: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    *args: Any,
+    solver: RungeKutta = Dopri5(),
+    adjoint: TrajectoryAdjoint | UnrolledAdjoint = RecursiveCheckpointAdjoint(),
+    batch_dims: int = 0,
+    on_failure: str = "raise",
+) -> Trajectory:
+    """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
+
+    Args:
+        f: `f(t, y, *args)` returns dy/dt: the pytree, shapes and dtypes of y. Gradients reach the tensors of
+            `args` and the parameters of every module that f is, is bound to or closes over.
+        y0: the start: a tensor or a pytree of tensors.
+        t: the output times, increasing or decreasing: a tensor `(T,)`, or a tuple of numbers; with `batch_dims=1`
+            also `(B, T)`. `t[0]` is where y0 is.
+        solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
+        adjoint: `RecursiveCheckpointAdjoint` or `UnrolledAdjoint`.
+        batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
+            samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
+        on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
+            that they got to are NaN, their gradients zero.
+
+    Returns:
+        `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
+        `(B,)`, or 0-d for one system.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant, before any step.
+        SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
+
+    Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993; Chen et al., "Neural
+    Ordinary Differential Equations", NeurIPS 2018.
+    """
+    if not isinstance(solver, RungeKutta):
+        raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
+    if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
+        raise TypeError(
+            f"adjoint must be one for trajectories, such as im.RecursiveCheckpointAdjoint(), got {adjoint!r}"
+        )
+    _check_on_failure(on_failure)
+    problem = Problem.of(f, y0, t, args, batch_dims, recording=adjoint.recording)
+    solver.check(problem.dtype)
+
+    def report(method: RungeKutta, found: Integrated, calls: int) -> None:
+        _tell(on_failure, method, found, lambda: _solution(problem, found, calls))
+
+    solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
+    found, calls = solve(solver, problem, report)
+    return _solution(problem, found, calls)
+
+
+def _solution(problem: Problem, found: Integrated, calls: int) -> Trajectory:
+    layout = problem.layout
+    batch, count, n = found.values.shape
+    stacked = replace(layout, batch=batch * count, batch_dims=1)
+    value = stacked.unpack(found.values.transpose(0, 1).reshape(count * batch, n))
+    if layout.batch_dims:
+        value = pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
+    each = layout.per_sample
+    return Trajectory(
+        value,
+        each(found.status),
+        each(found.error),
+        each(found.steps),
+        calls + 1,
+        t=each(found.t.detach()),
+        rejected=each(found.tries - found.steps),
+    )
+
+
+_REMEDY = {
+    Status.MAX_STEPS: "raise max_steps, loosen rtol and atol, or use a method for stiff systems",
+    Status.STEP_UNDERFLOW: "the solution may blow up there, or f jump; loosen the tolerances or widen the dtype",
+    Status.NON_FINITE: "f returned NaN or inf there, however short the step: check it at that t and y",
+}
+
+
+def _tell(on_failure: str, method: RungeKutta, found: Integrated, solution: Callable[[], Trajectory]) -> None:
+    """Announce samples that did not reach the end: "raise" with the `solution`, "warn" or "ignore"."""
+    if on_failure == "ignore" or not happens(found.status != int(Status.CONVERGED)):
+        return
+    found = Integrated(*(unwrapped(x.detach()) for x in found))
+    failed = (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
+    if len(failed) == 0:
+        return
+    counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
+    i = int(failed[0])
+    status = Status(int(found.status[i]))
+    message = (
+        f"odeint: {type(method).__name__} did not reach the end for {len(failed)} of {len(found.status)} samples "
+        f"({', '.join(f'{count} {s.name}' for s, count in counts.items() if count)}). Sample {i}: {status.name} "
+        f"at t = {float(found.t[i]):.6g} after {int(found.steps[i])} steps ({int(found.tries[i])} tried), next "
+        f"step {float(found.length[i]):.3g}, largest error in component {int(found.worst[i])}. "
+        f"Try: {_REMEDY[status]}"
+    )
+    if on_failure == "raise":
+        raise SolverError(message, solution())
+    warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+
+
+def _check_on_failure(on_failure: str) -> None:
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')

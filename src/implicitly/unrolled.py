@@ -1,0 +1,17 @@
+"""The one adjoint that every family knows: recording the solver itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class UnrolledAdjoint:
+    """The exact derivative of the operations that the solver did, by recording them all.
+
+    Memory grows with the number of iterations or steps. Choices (when to stop, which iterate was best, how long a
+    step is) are not differentiated. Of a fixed point, gradients flow to z0 too.
+    """
+
+    recording: ClassVar[bool] = True

@@ -1,0 +1,355 @@
+"""`odeint`: values against exact solutions, orders of convergence, samples, states, times, failures."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+import implicitly as im
+from implicitly.ode.runge_kutta import RungeKutta
+
+D = torch.float64
+METHODS = [im.Euler, im.Midpoint, im.Heun, im.Ralston, im.RK4, im.Bosh3, im.Dopri5, im.Tsit5, im.Dopri8]
+ADAPTIVE = [m for m in METHODS if m.tableau.error is not None]
+
+
+def relax(t, y):
+    """Solved by y = 1.5 exp(-t) + (sin t - cos t) / 2 from y = 1."""
+    return -y + torch.sin(t)
+
+
+def relaxed(t):
+    return 1.5 * torch.exp(-t) + 0.5 * (torch.sin(t) - torch.cos(t))
+
+
+def logistic(t, y):
+    return y * (1 - y) * (1 + 0.5 * torch.cos(3 * t))
+
+
+def logistic_solution(t, y0):
+    s = t + 0.5 * torch.sin(3 * t) / 3
+    return 1 / (1 + (1 / y0 - 1) * torch.exp(-s))
+
+
+# ------------------------------------------------------------------------------------------------- orders
+
+
+def errors(method: type[RungeKutta], steps: int, inner: int) -> tuple[float, float]:
+    """The error at the end, and the largest at `inner` times between, of a nonlinear problem."""
+    t = torch.linspace(0, 1, inner + 2, dtype=D)
+    y0 = torch.tensor([0.2, 0.7], dtype=D)
+    value = im.odeint(logistic, y0, t, solver=method(dt=1 / steps)).value
+    error = (value - logistic_solution(t[:, None], y0)).abs().amax(1)
+    return float(error[-1]), float(error[1:-1].max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_halving_the_steps_shows_the_order_at_the_ends_and_between(method):
+    order = method.tableau.order
+    # Steps short enough for the leading term, and long enough to stay above rounding.
+    coarse = {1: 256, 2: 64, 3: 32, 4: 16, 5: 10, 8: 3}[order]
+    (end, between), (end_4, between_4) = errors(method, coarse, 37), errors(method, 4 * coarse, 37)
+    assert end_4 > 1e-14
+    assert order - 0.5 < math.log2(end / end_4) / 2 < order + 1
+    assert math.log2(between / between_4) / 2 > order - 0.5
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_the_error_follows_the_tolerance(method):
+    t, y0 = torch.linspace(0, 3, 5, dtype=D), torch.tensor([0.1, 0.9], dtype=D)
+    reached = []
+    for rtol in (1e-3, 1e-5, 1e-7) if method.tableau.order > 2 else (1e-3, 1e-5):
+        solution = im.odeint(logistic, y0, t, solver=method(rtol=rtol, atol=rtol * 1e-2))
+        reached.append(float((solution.value - logistic_solution(t[:, None], y0)).abs().max()))
+        assert reached[-1] < 50 * rtol
+    assert reached == sorted(reached, reverse=True)
+
+
+# ------------------------------------------------------------------------------------- states and times
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_times_may_increase_or_decrease_and_be_any_number(reverse):
+    t = torch.linspace(-1, 2, 50, dtype=D)
+    t = t.flip(0) if reverse else t
+    start = relaxed(t[0]).reshape(1)
+    solution = im.odeint(relax, start, t, solver=im.Dopri5(rtol=1e-9, atol=1e-11))
+    torch.testing.assert_close(solution.value[:, 0], relaxed(t), rtol=0, atol=1e-7)
+    assert torch.equal(solution.value[0], start)
+    few = im.odeint(relax, start, (float(t[0]), float(t[-1])), solver=im.Dopri5(rtol=1e-9, atol=1e-11))
+    assert int(few.steps) == int(solution.steps)  # no step is shortened for an output
+    assert few.evaluations == solution.evaluations
+    torch.testing.assert_close(few.value[-1], solution.value[-1], rtol=0, atol=0)
+
+
+def test_the_state_may_be_a_pytree_of_several_shapes():
+    def f(t, y):
+        return {"a": -y["a"], "b": (y["b"][1], -y["b"][0])}
+
+    y0 = {"a": torch.ones(2, 3, dtype=D), "b": (torch.zeros(1, dtype=D), torch.ones(1, dtype=D))}
+    value = im.odeint(f, y0, (0.0, 1.0), solver=im.Dopri5(rtol=1e-9, atol=1e-11)).value
+    torch.testing.assert_close(value["a"][-1], torch.full((2, 3), math.exp(-1), dtype=D))
+    torch.testing.assert_close(value["b"][0][-1], torch.tensor([math.sin(1)], dtype=D))
+    assert value["a"].shape == (2, 2, 3)
+
+
+def test_complex_states_rotate():
+    value = im.odeint(lambda t, y: 1j * y, torch.ones(2, dtype=torch.complex128), (0.0, math.pi)).value
+    torch.testing.assert_close(value[-1], torch.full((2,), -1.0 + 0j, dtype=torch.complex128), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes_are_kept_and_the_last_time_is_reached(dtype):
+    seen = set()
+
+    def f(t, y):
+        seen.update((t.dtype, y.dtype))
+        return -y
+
+    t = torch.linspace(1000, 1000.7, 4, dtype=dtype)
+    solution = im.odeint(f, torch.ones(3, dtype=dtype), t, solver=im.RK4(dt=0.01))
+    assert seen == {dtype}
+    assert solution.value.dtype == dtype
+    assert float(solution.t) == float(t[-1])
+    assert int(solution.steps) == 70
+    torch.testing.assert_close(
+        solution.value[-1], torch.full((3,), math.exp(-0.7), dtype=dtype), rtol=1e-4, atol=0
+    )
+
+
+def test_bfloat16_is_computed_in_float32():
+    y0 = torch.ones(4, dtype=torch.bfloat16)
+    solution = im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=im.Dopri5(rtol=3e-2, atol=1e-2))
+    assert solution.value.dtype == torch.bfloat16
+    torch.testing.assert_close(solution.value[-1].float(), torch.full((4,), math.exp(-1)), rtol=3e-2, atol=0)
+
+
+def test_memory_formats_come_through():
+    y0 = torch.randn(2, 3, 4, 5, dtype=D).contiguous(memory_format=torch.channels_last)
+    seen = []
+
+    def f(t, y):
+        seen.append(y.is_contiguous(memory_format=torch.channels_last))
+        return -y
+
+    im.odeint(f, y0, (0.0, 1.0), batch_dims=1)
+    assert all(seen)
+
+
+def test_an_empty_batch_gives_an_empty_answer():
+    value = im.odeint(lambda t, y: -y, torch.zeros(0, 3, dtype=D), (0.0, 1.0), batch_dims=1).value
+    assert value.shape == (2, 0, 3)
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def test_every_sample_has_its_own_steps_times_and_answer():
+    rate = torch.tensor([[1.0], [30.0], [200.0]], dtype=D)
+    t = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.1, 0.2], [1.0, 0.99, 0.98]], dtype=D)
+    solver = im.Dopri5(rtol=1e-8, atol=1e-10)
+    shapes = set()
+
+    def f(t, y, rate):
+        shapes.add(tuple(t.shape))
+        return -rate * torch.sin(rate * t) * torch.ones_like(y)
+
+    y0 = torch.cos(rate * t[:, :1]).expand(3, 2).clone()
+    together = im.odeint(f, y0, t, rate, solver=solver, batch_dims=1)
+    assert shapes == {(3, 1)}
+    exact = torch.cos(rate * t).T[:, :, None].expand(3, 3, 2)
+    torch.testing.assert_close(together.value, exact, rtol=0, atol=1e-6)
+    assert len(set(together.steps.tolist())) == 3
+    for i in range(3):
+        alone = im.odeint(f, y0[i : i + 1], t[i], rate[i], solver=solver, batch_dims=1)
+        torch.testing.assert_close(alone.value[:, 0], together.value[:, i], rtol=0, atol=1e-12)
+        assert int(alone.steps) == int(together.steps[i])
+
+
+def test_one_system_shares_its_steps():
+    y0 = torch.tensor([1.0, 2.0], dtype=D)
+    solution = im.odeint(lambda t, y: -y, y0, (0.0, 1.0))
+    assert solution.steps.ndim == 0
+    assert solution.status.ndim == 0
+
+
+# ----------------------------------------------------------------------------------------- step control
+
+
+def test_statistics_count_calls_of_f():
+    calls = []
+
+    def f(t, y):
+        calls.append(1)
+        return -50 * (y - torch.cos(t))
+
+    solution = im.odeint(f, torch.zeros(1, dtype=D), torch.linspace(0, 1, 9, dtype=D), solver=im.Dopri8(dt0=1.0))
+    assert solution.evaluations == len(calls)
+    assert int(solution.rejected) > 0
+    assert int(solution.steps) > 3
+
+
+def test_steps_stay_within_their_bounds():
+    times = []
+
+    def f(t, y):
+        times.append(float(t))
+        return 0 * y
+
+    im.odeint(f, torch.ones(1, dtype=D), (0.0, 1.0), solver=im.Heun(dt_max=0.05))
+    steps = torch.tensor(times[1:]).unique().diff()
+    assert float(steps.max()) <= 0.05 + 1e-7
+
+
+def test_tolerances_may_differ_by_component():
+    def f(t, y):
+        return torch.stack([y[1], -y[0]])
+
+    y0 = torch.tensor([0.0, 1.0], dtype=D)
+    loose = im.odeint(f, y0, (0.0, 3.0), solver=im.Dopri5(rtol=0.0, atol=1e-3))
+    tight = im.odeint(f, y0, (0.0, 3.0), solver=im.Dopri5(rtol=0.0, atol=torch.tensor([1e-9, 1e-3], dtype=D)))
+    assert int(tight.steps) > 2 * int(loose.steps)
+
+
+def test_the_norm_may_be_the_users():
+    norms = []
+
+    def largest(rows):
+        norms.append(rows.shape)
+        return rows.abs().amax(1)
+
+    im.odeint(lambda t, y: -y, torch.ones(5, dtype=D), (0.0, 1.0), solver=im.Dopri5(norm=largest))
+    assert set(norms) == {(1, 5)}
+
+
+def test_a_proportional_part_rejects_fewer_steps_of_a_stiff_problem():
+    def f(t, y):
+        return torch.stack([y[1], 20 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+    y0, span = torch.tensor([2.0, 0.0], dtype=D), (0.0, 15.0)
+    rejected = [
+        int(im.odeint(f, y0, span, solver=im.Dopri5(rtol=1e-4, controller=controller)).rejected)
+        for controller in (im.Controller(), im.Controller(integral=0.7, proportional=0.4))
+    ]
+    assert rejected[1] < rejected[0]
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_nan_at_some_time_ends_that_sample_and_no_other():
+    def f(t, y):
+        return torch.where((t > 0.5) & (y > 0), float("nan"), -y)
+
+    y0 = torch.tensor([[1.0], [-1.0]], dtype=D)
+    with pytest.warns(im.ConvergenceWarning, match=r"1 of 2 samples .*t = 0\.[45]"):
+        solution = im.odeint(f, y0, (0.0, 0.25, 1.0), batch_dims=1, on_failure="warn")
+    assert solution.status.tolist() == [im.Status.NON_FINITE, im.Status.CONVERGED]
+    torch.testing.assert_close(solution.value[1, 0], torch.tensor([math.exp(-0.25)], dtype=D), rtol=1e-5, atol=0)
+    assert bool(solution.value[2, 0].isnan())
+    assert 0.4 < float(solution.t[0]) <= 0.5
+    torch.testing.assert_close(solution.value[2, 1], torch.tensor([-math.exp(-1)], dtype=D), rtol=1e-5, atol=0)
+
+
+def test_a_step_into_nan_is_shortened_where_that_helps():
+    """The square root is undefined beyond the end; a long first step gets there."""
+    solution = im.odeint(
+        lambda t, y: -torch.sqrt(y), torch.ones(1, dtype=D), (0.0, 1.9), solver=im.Dopri5(dt0=1.9)
+    )
+    assert int(solution.rejected) > 0
+    torch.testing.assert_close(solution.value[-1], torch.tensor([0.05**2], dtype=D), rtol=0, atol=1e-5)
+
+
+def test_a_solution_that_blows_up_says_where():
+    with pytest.raises(im.SolverError, match=r"t = 0\.9999|t = 1 ") as caught:
+        im.odeint(lambda t, y: y**2, torch.ones(1, dtype=D), (0.0, 2.0))
+    solution = caught.value.solution
+    assert int(solution.status) in (im.Status.STEP_UNDERFLOW, im.Status.NON_FINITE)
+    assert abs(float(solution.t) - 1) < 1e-3
+
+
+def test_running_out_of_steps_says_how_far_it_got():
+    with pytest.raises(im.SolverError, match=r"MAX_STEPS at t = 0\.1 after 10 steps"):
+        im.odeint(lambda t, y: -y, torch.ones(1, dtype=D), (0.0, 1.0), solver=im.RK4(dt=0.01, max_steps=10))
+
+
+def test_constant_steps_into_nan_end_there():
+    def f(t, y):
+        return torch.where(t > 0.5, float("nan"), -y)
+
+    with pytest.raises(im.SolverError, match=r"NON_FINITE at t = 0\.[45]"):
+        im.odeint(f, torch.ones(1, dtype=D), (0.0, 1.0), solver=im.RK4(dt=0.1))
+
+
+def test_failures_may_be_ignored():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = im.odeint(lambda t, y: y**2, torch.ones(1, dtype=D), (0.0, 2.0), on_failure="ignore")
+    assert bool(solution.value[-1].isnan())
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+Y = torch.ones(2, 3, dtype=D)
+
+
+def decay(t, y):
+    return -y
+
+
+@pytest.mark.parametrize(
+    ("f", "y0", "t", "options", "error", "message"),
+    [
+        (decay, Y, (0.0, 1.0, 0.5), {}, ValueError, "increase throughout"),
+        (decay, Y, (0.0, 0.0), {}, ValueError, "increase throughout"),
+        (decay, Y, (0.0,), {}, ValueError, "at least one other time"),
+        (decay, Y, (0.0, float("nan")), {}, ValueError, "NaN"),
+        (decay, Y, torch.tensor([0.0, 1.0]), {}, ValueError, "float32"),
+        (decay, Y, torch.tensor([0, 1]), {}, ValueError, "int64"),
+        (decay, Y, torch.zeros(3, 2, dtype=D), {"batch_dims": 1}, ValueError, "B = 2"),
+        (decay, Y, torch.zeros(2, 2, dtype=D), {}, ValueError, "shape"),
+        (decay, Y, 1.0, {}, TypeError, "sequence of times"),
+        (decay, torch.ones(2, dtype=torch.int64), (0.0, 1.0), {}, TypeError, "y0 has dtype torch.int64"),
+        (decay, {}, (0.0, 1.0), {}, ValueError, "y0 holds no tensor"),
+        (lambda t, y: y[:1], Y, (0.0, 1.0), {}, ValueError, r"expected \(2, 3\), got \(1, 3\)"),
+        (lambda t, y: y.float(), Y, (0.0, 1.0), {}, ValueError, "dtype of y0"),
+        (lambda t, y: (y,), Y, (0.0, 1.0), {}, ValueError, "structure of y0"),
+        (lambda t, y: y.mul_(2), Y, (0.0, 1.0), {}, ValueError, "in place"),
+        (None, Y, (0.0, 1.0), {}, TypeError, "callable"),
+        (decay, Y, (0.0, 1.0), {"solver": im.Anderson()}, TypeError, "Dopri5"),
+        (decay, Y, (0.0, 1.0), {"adjoint": im.ImplicitAdjoint()}, TypeError, "RecursiveCheckpointAdjoint"),
+        (decay, Y, (0.0, 1.0), {"on_failure": "stop"}, ValueError, "on_failure"),
+        (decay, Y, (0.0, 1.0), {"batch_dims": 2}, ValueError, "batch_dims"),
+        (decay, Y.float(), (0.0, 1.0), {"solver": im.Dopri5(rtol=1e-9)}, ValueError, "float32 cannot resolve"),
+        (decay, Y.bfloat16(), (0.0, 1.0), {}, ValueError, "bfloat16 cannot resolve"),
+    ],
+)
+def test_input_that_cannot_be_meant_is_refused(f, y0, t, options, error, message):
+    with pytest.raises(error, match=message):
+        im.odeint(f, y0, t, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: im.RK4(), r"pass RK4\(dt=...\)"),
+        (lambda: im.Dopri5(dt=-0.1), "dt must be"),
+        (lambda: im.Dopri5(dt0=0.0), "dt0 must be"),
+        (lambda: im.Dopri5(dt_min=1.0, dt_max=0.5), "dt_min <= dt_max"),
+        (lambda: im.Dopri5(max_steps=0), "max_steps"),
+        (lambda: im.Dopri5(rtol=-1.0), "rtol"),
+        (lambda: im.Controller(shrink=2.0), "shrink"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_captured_tensor_is_refused_with_the_remedy():
+    w = torch.ones(3, dtype=D, requires_grad=True)
+    with pytest.raises(ValueError, match=r"'w' of shape \(3,\).*Pass it in args"):
+        im.odeint(lambda t, y: -w * y, Y, (0.0, 1.0))
