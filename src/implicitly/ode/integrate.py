@@ -73,7 +73,7 @@ class Carry(NamedTuple):
     y: Tensor
     k: Tensor  # the slope at y
     error: Tensor  # (B,) of the last accepted step, over the tolerance
-    status: Tensor
+    status: Tensor | None  # None: every sample is running (known only where looking is cheap)
     steps: Tensor  # (B,) accepted
     tries: Tensor  # (B,)
     worst: Tensor  # (B,) the component with the largest error in the last step tried
@@ -124,6 +124,7 @@ class Stepper:
         zeros = torch.zeros_like(span, dtype=torch.int64)
         finite = k.detach().isfinite().all(1) & y.detach().isfinite().all(1)
         status = torch.where(finite, int(Status.RUNNING), torch.full_like(zeros, int(Status.NON_FINITE)))
+        status = status if happens(~is_running(status)) else None
         return Carry(t, length, y, k, torch.ones_like(length), status, zeros, zeros, zeros), calls
 
     def try_step(self, c: Carry) -> tuple[Step, Tensor, Tensor]:
@@ -137,37 +138,53 @@ class Stepper:
         if self.method.dt is not None:
             ratio = torch.where(step.y1.detach().isfinite().all(1), 0.0, float("inf")).to(c.error)
             return step, last, ratio
-        detached = step._replace(**{n: v.detach() for n, v in zip(step._fields, step) if isinstance(v, Tensor)})
-        ratio = self.method.error_ratio(detached, self.method.tolerance(detached.y, detached.y1))
-        return step, last, torch.where(ratio.isnan() | ~detached.k1.isfinite().all(1), float("inf"), ratio)
+        seen = step
+        if torch.is_grad_enabled():
+            seen = step._replace(**{n: v.detach() for n, v in zip(step._fields, step) if isinstance(v, Tensor)})
+        ratio = self.method.error_ratio(seen, self.method.tolerance(seen.y, seen.y1))
+        ratio = torch.where(ratio.isnan(), float("inf"), ratio)
+        error = self.method.tableau.error
+        if error is not None and error[-1] == 0:  # of the slope at the end the error knows nothing
+            ratio = torch.where(seen.k1.isfinite().all(1), ratio, float("inf"))
+        return step, last, ratio
 
     def judge(self, c: Carry, step: Step, last: Tensor, ratio: Tensor) -> tuple[Tensor, Carry]:
         """Which samples `(B,)` accept the step, and what follows for all."""
-        method, running = self.method, is_running(c.status)
-        accepted = (ratio <= 1) & running
-        length = c.length
-        dead = running & ~accepted  # of constant steps, nothing can be made shorter
-        reason = torch.full_like(c.status, int(Status.NON_FINITE))
-        if method.dt is None:
-            factor = method.controller.factor(ratio, c.error, accepted, method.tableau.order)
-            length = (step.dt.detach().abs() * factor).clamp(max=method.dt_max)
-            eps = torch.finfo(length.dtype).eps
-            resolved = 4 * eps * torch.maximum(c.t.detach().abs(), self.end.detach().abs())
-            shortest = torch.clamp(resolved, min=method.dt_min)
-            dead = dead & (length < shortest)
-            length = torch.maximum(length, shortest)
-            reason = torch.where(ratio.isfinite(), int(Status.STEP_UNDERFLOW), reason)
-        status = torch.where(dead, reason, c.status)
+        accepted, length = ratio <= 1, c.length
+        if c.status is not None:
+            accepted = accepted & is_running(c.status)
+        if self.method.dt is None:
+            factor = self.method.controller.factor(ratio, c.error, accepted, self.method.tableau.order)
+            length = (step.dt.detach().abs() * factor).clamp(max=self.method.dt_max)
+        if c.status is None and not happens(~accepted | last):  # the usual step: all go on
+            t, counts = c.t + step.dt, (c.steps + 1, c.tries + 1)
+            return accepted, Carry(t, length, step.y1, step.k1, ratio, None, *counts, c.worst)
+        status = torch.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
+        running = is_running(status)
+        dead, length, reason = self._given_up(c, running & ~accepted, length, ratio)
+        status = torch.where(dead, reason, status)
         status = torch.where(accepted & last, int(Status.CONVERGED), status)
         worst = c.worst
         if step.error is not None and happens(dead):
-            worst = torch.where(
-                dead, (step.error / method.tolerance(step.y)).abs().nan_to_num(nan=1e30).argmax(1), worst
-            )
+            largest = (step.error / self.method.tolerance(step.y)).abs().nan_to_num(nan=float("inf")).argmax(1)
+            worst = torch.where(dead, largest, worst)
         t = torch.where(accepted, torch.where(last, self.end, c.t + step.dt), c.t)
         y, k = where_rows(accepted, step.y1, c.y), where_rows(accepted, step.k1, c.k)
         error = torch.where(accepted, ratio, c.error)
         return accepted, Carry(t, length, y, k, error, status, c.steps + accepted, c.tries + running, worst)
+
+    def _given_up(
+        self, c: Carry, rejected: Tensor, length: Tensor, ratio: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
+        reason = torch.full_like(c.steps, int(Status.NON_FINITE))
+        if self.method.dt is not None:  # of constant steps, nothing can be made shorter
+            return rejected, length, reason
+        eps = torch.finfo(length.dtype).eps
+        resolved = 4 * eps * torch.maximum(c.t.detach().abs(), self.end.detach().abs())
+        shortest = resolved.clamp(min=self.method.dt_min)
+        reason = torch.where(ratio.isfinite(), int(Status.STEP_UNDERFLOW), reason)
+        return rejected & (length < shortest), torch.maximum(length, shortest), reason
 
     def passed(self, step: Step, accepted: Tensor) -> Tensor:
         """Which outputs `(B, T - 2)` strictly between start and end a step passes."""
@@ -230,12 +247,18 @@ def integrate(
             record.clean &= not happens(~ratio.isfinite())
         return new
 
-    tries, carry = repeat(body, carry, lambda c: is_running(c.status).any(), method.max_steps)
-    status = torch.where(is_running(carry.status), int(Status.MAX_STEPS), carry.status)
+    tries, carry = repeat(body, carry, _any_running, method.max_steps)
+    status = torch.full_like(carry.steps, int(Status.MAX_STEPS))
+    if carry.status is not None:
+        status = torch.where(is_running(carry.status), status, carry.status)
     values = assemble(times, y, carry.y, status == int(Status.CONVERGED), pieces)
     extra = len(pieces) * len(method.tableau.extra)
     found = Integrated(values, status, carry.error, carry.steps, carry.tries, carry.t, carry.length, carry.worst)
     return found, calls + int(tries) * per_step + extra
+
+
+def _any_running(c: Carry) -> bool | Tensor:
+    return True if c.status is None else is_running(c.status).any()
 
 
 def assemble(times: Tensor, y0: Tensor, y1: Tensor, finished: Tensor, pieces: list[Piece]) -> Tensor:

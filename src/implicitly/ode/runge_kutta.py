@@ -138,12 +138,16 @@ class RungeKutta:
 
 def weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     """sum_i weights_i slopes_i over the weights that are not 0, each slope read once."""
-    terms = [(w, k) for w, k in zip(weights, slopes) if w != 0]
-    w, k = terms[0]
-    total = k if w == 1 else w * k
-    for w, k in terms[1:]:
-        total = torch.add(total, k, alpha=w)
+    (i, w), *others = _terms(weights)
+    total = slopes[i] if w == 1 else w * slopes[i]
+    for i, w in others:
+        total = torch.add(total, slopes[i], alpha=w)
     return total
+
+
+@functools.lru_cache(maxsize=256)
+def _terms(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    return tuple((i, w) for i, w in enumerate(weights) if w != 0)
 
 
 @functools.lru_cache(maxsize=64)
