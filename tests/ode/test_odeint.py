@@ -144,6 +144,41 @@ def test_an_empty_batch_gives_an_empty_answer():
     assert value.shape == (2, 0, 3)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_interpolate_gives_the_solution_between_by_the_same_steps(reverse):
+    t = (2.0, 0.0) if reverse else (0.0, 2.0)
+    start = relaxed(torch.tensor(t[0], dtype=D)).reshape(1).requires_grad_()
+    calls = []
+
+    def f(t, y):
+        calls.append(float(t.detach()))
+        return relax(t, y)
+
+    solution = im.odeint(f, start, t, solver=im.Dopri5(rtol=1e-8, atol=1e-10))
+    first, calls[:] = list(calls), []
+    times = torch.tensor([1.3, 0.0, 2.0, 0.7, 1.3], dtype=D, requires_grad=True)
+    value = solution.interpolate(times)
+    assert calls == first[1:]  # but for the call that looks at f's answer
+    torch.testing.assert_close(value[:, 0], relaxed(times.detach()), rtol=0, atol=1e-7)
+    torch.testing.assert_close(value[2 if not reverse else 1], solution.value[-1], rtol=0, atol=1e-15)
+    # Its derivative by a time is f there; by the start, exp(-(t - t0)).
+    by_time, by_start = torch.autograd.grad(value[[0, 3]].sum(), (times, start))
+    slope = relax(times.detach(), relaxed(times.detach()))
+    torch.testing.assert_close(by_time, slope * torch.tensor([1, 0, 0, 1, 0]), rtol=0, atol=1e-4)
+    expected = sum(math.exp(t[0] - s) for s in (1.3, 0.7))
+    torch.testing.assert_close(by_start, torch.tensor([expected], dtype=D), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="between"):
+        solution.interpolate((2.5,))
+
+
+def test_interpolate_takes_times_of_each_sample():
+    t = torch.tensor([[0.0, 1.0], [0.0, 4.0]], dtype=D)
+    y0 = torch.ones(2, 1, dtype=D)
+    solution = im.odeint(lambda t, y: -y, y0, t, batch_dims=1, solver=im.Dopri5(rtol=1e-8, atol=1e-10))
+    times = torch.tensor([[0.9, 0.2, 0.0], [0.3, 3.0, 4.0]], dtype=D)
+    torch.testing.assert_close(solution.interpolate(times)[:, :, 0], torch.exp(-times).T, rtol=0, atol=1e-7)
+
+
 # ------------------------------------------------------------------------------------------------ samples
 
 

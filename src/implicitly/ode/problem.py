@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
 
@@ -70,6 +71,15 @@ class Problem:
         """`times` as `(B, T)`."""
         return times.expand(self.y0.shape[0], -1)
 
+    def stacked(self, values: Tensor) -> Any:
+        """Outputs `(B, T, n)` as the user's pytree, each tensor `(T, *y0.shape)`."""
+        batch, count, n = values.shape
+        layout = replace(self.layout, batch=batch * count, batch_dims=1)
+        value = layout.unpack(values.transpose(0, 1).reshape(count * batch, n))
+        if self.layout.batch_dims == 0:
+            return value
+        return pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
+
     def shown(self, t: Tensor) -> Tensor:
         """Times `(B,)` as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
         if self.layout.batch_dims == 0:
@@ -82,8 +92,11 @@ class Problem:
         return lambda t, y: layout.pack(call((self.shown(t), layout.unpack(y))))
 
 
-def times_of(t: Any, layout: Layout) -> Tensor:
-    """`t` as `(B, T)` or `(1, T)`; raises TypeError / ValueError for what cannot be times."""
+def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
+    """`t` as `(B, T)` or `(1, T)`, a start and later times where `ordered`.
+
+    Raises TypeError / ValueError for what cannot be times.
+    """
     if not isinstance(t, Tensor):
         if not isinstance(t, Sequence):
             raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
@@ -96,12 +109,12 @@ def times_of(t: Any, layout: Layout) -> Tensor:
     allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
     if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):
         raise ValueError(f"t must have the shape {allowed} with B = {layout.batch}, got {tuple(t.shape)}")
-    if t.shape[-1] < 2:
+    if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
     gaps = rows.detach().diff(dim=1)
     if not bool(unwrapped(rows.detach().isfinite()).all()):
         raise ValueError("t holds NaN or inf")
-    if not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
+    if ordered and not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
 from implicitly.ode.integrate import Integrated
-from implicitly.ode.problem import Problem
+from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
@@ -28,10 +28,14 @@ class Trajectory(Solution):
     Attributes:
         t: `(B,)` the time that each sample got to.
         rejected: `(B,)` the steps that were tried and found too long.
+        interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
+            order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is differentiable
+            like `value`, also in the times. Nothing is stored for it: the same steps are taken again.
     """
 
     t: Tensor
     rejected: Tensor
+    interpolate: Callable[[Any], Any]
 
 
 def odeint(
@@ -80,31 +84,52 @@ def odeint(
     problem = Problem.of(f, y0, t, args, batch_dims, recording=adjoint.recording)
     solver.check(problem.dtype)
 
-    def report(method: RungeKutta, found: Integrated, calls: int) -> None:
-        _tell(on_failure, method, found, lambda: _solution(problem, found, calls))
-
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
-    found, calls = solve(solver, problem, report)
-    return _solution(problem, found, calls)
+    interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
+
+    def solution(found: Integrated, calls: int) -> Trajectory:
+        each = problem.layout.per_sample
+        return Trajectory(
+            problem.stacked(found.values),
+            each(found.status),
+            each(found.error),
+            each(found.steps),
+            calls + 1,
+            t=each(found.t.detach()),
+            rejected=each(found.tries - found.steps),
+            interpolate=interpolate,
+        )
+
+    def report(method: RungeKutta, found: Integrated, calls: int) -> None:
+        _tell(on_failure, method, found, lambda: solution(found, calls))
+
+    return solution(*solve(solver, problem, report))
 
 
-def _solution(problem: Problem, found: Integrated, calls: int) -> Trajectory:
-    layout = problem.layout
-    batch, count, n = found.values.shape
-    stacked = replace(layout, batch=batch * count, batch_dims=1)
-    value = stacked.unpack(found.values.transpose(0, 1).reshape(count * batch, n))
-    if layout.batch_dims:
-        value = pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
-    each = layout.per_sample
-    return Trajectory(
-        value,
-        each(found.status),
-        each(found.error),
-        each(found.steps),
-        calls + 1,
-        t=each(found.t.detach()),
-        rejected=each(found.tries - found.steps),
-    )
+def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Callable[[Any], Any]:
+    def interpolate(t: Any) -> Any:
+        wanted = times_of(t, problem.layout, ordered=False)
+        begin, end = problem.times[:, :1], problem.times[:, -1:]
+        sign = (end - begin).detach().sign()
+        outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
+        if happens(outside.any(1)) and bool(unwrapped(outside).any()):
+            raise ValueError("interpolate: times must lie between the first and the last one of the solve")
+        order = (sign * wanted.detach()).argsort(dim=1)
+        times = wanted.expand(order.shape[0], -1).gather(1, order)
+        rows = max(len(times), len(begin))
+        asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
+        values = solve(replace(problem, times=asked))[:, 1:-1]
+        # No step passes the start itself.
+        at_start = (times == begin).unsqueeze(2)
+        values = torch.where(at_start, problem.y0.unsqueeze(1), values)
+        back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
+        return problem.stacked(values.gather(1, back))
+
+    return interpolate
+
+
+def _silent(method: RungeKutta, found: Integrated, calls: int) -> None:
+    """Of a solve that has been reported on before."""
 
 
 _REMEDY = {
