@@ -86,7 +86,8 @@ def _stacked(record: Record | None, like: Tensor) -> tuple[Tensor, ...]:
     if record is None or not record.steps:
         empty = like.new_zeros(like.shape[0], 0)
         return empty, empty.clone(), empty.bool(), empty.bool()
-    return tuple(torch.stack(parts, dim=1) for parts in zip(*record.steps))
+    steps, record.steps = record.steps, []  # as four tensors they take a hundredth of the memory
+    return tuple(torch.stack(parts, dim=1) for parts in zip(*steps))
 
 
 class _Trajectory(torch.autograd.Function):
@@ -114,14 +115,14 @@ class _Trajectory(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[4:]
         wanted = [i for i, needed in enumerate(needs) if needed]
         gradients: list[Tensor | None] = [None] * len(needs)
-        g, (finished, values, inputs) = cotangents[0], _saved(ctx.work, ctx.saved_tensors)
+        g, (finished, steps, inputs) = cotangents[0], _saved(ctx.saved_tensors)
         if g is not None:
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             g = torch.where(finished[:, None, None], g, 0.0)
             if is_plain(g, *inputs):
-                found = _sweep(ctx.work, inputs, wanted, g)
+                found = _sweep(ctx.work, steps, inputs, wanted, g)
             else:
-                of_wanted = _of_some(values, inputs, wanted)
+                of_wanted = _of_some(partial(ctx.work.values, steps, finished), inputs, wanted)
                 found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](g)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
@@ -133,10 +134,10 @@ class _Trajectory(torch.autograd.Function):
         moves = tangents[1:3] + tangents[4:]
         moving = [i for i, d in enumerate(moves) if d is not None]
         saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
-        _, values, inputs = _saved(ctx.work, saved)
+        finished, steps, inputs = _saved(saved)
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
             directions = tuple(d for d in moves if d is not None)
-            of_moving = _of_some(values, inputs, moving)
+            of_moving = _of_some(partial(ctx.work.values, steps, finished), inputs, moving)
             dvalues = push(of_moving, tuple(inputs[i] for i in moving), directions)
         return dvalues, *(None for _ in (*Integrated._fields[1:], *Taken._fields))
 
@@ -160,11 +161,11 @@ class _Trajectory(torch.autograd.Function):
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
-def _saved(work: Work, saved: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Tensor], tuple[Tensor, ...]]:
-    """Which samples finished, the outputs as a function of (times, y0, theta), and these."""
-    finished, inputs = saved[0] == int(Status.CONVERGED), tuple(saved[1 + len(Taken._fields) :])
-    steps = [Taken(*parts) for parts in zip(*(x.unbind(1) for x in saved[1 : 1 + len(Taken._fields)]))]
-    return finished, partial(work.values, steps, finished), inputs
+def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, list[Taken], tuple[Tensor, ...]]:
+    """Which samples finished, the steps, and the inputs (times, y0, theta)."""
+    count = 1 + len(Taken._fields)
+    steps = [Taken(*parts) for parts in zip(*(x.unbind(1) for x in saved[1:count]))]
+    return saved[0] == int(Status.CONVERGED), steps, tuple(saved[count:])
 
 
 def _of_some(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: list[int]) -> Callable[..., Tensor]:
@@ -179,7 +180,9 @@ def _of_some(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: list[
     return of
 
 
-def _sweep(work: Work, inputs: tuple[Tensor, ...], wanted: list[int], g: Tensor) -> list[Tensor]:
+def _sweep(
+    work: Work, steps: list[Taken], inputs: tuple[Tensor, ...], wanted: list[int], g: Tensor
+) -> list[Tensor]:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs."""
     times, y0, *theta = inputs
     # y0 enters through the first state only; its cotangent is what is left at the end.
@@ -197,11 +200,11 @@ def _sweep(work: Work, inputs: tuple[Tensor, ...], wanted: list[int], g: Tensor)
         stepper = work.stepper(leaves[0], *leaves[2:])
     y_bar, k_bar = g[:, -1], torch.zeros_like(y0)
     states: list[tuple[Tensor, Tensor]] = []
-    for i in reversed(range(len(record.steps))):
+    for i in reversed(range(len(steps))):
         if not states:
-            states = states_before(plain, record, i + 1)
+            states = states_before(plain, record, steps, i + 1)
         y, k = (x.detach().requires_grad_() for x in states.pop())
-        taken = record.steps[i]
+        taken = steps[i]
         with torch.enable_grad():
             step, y1, k1 = again(stepper, taken, y, k)
             pieces = list(stepper.outputs(step, taken.accepted))

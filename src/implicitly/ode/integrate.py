@@ -303,10 +303,10 @@ def replay(stepper: Stepper, steps: list[Taken], y: Tensor, finished: Tensor) ->
     return assemble(stepper.times, y0, y, finished, pieces)
 
 
-def states_before(stepper: Stepper, record: Record, stop: int) -> list[tuple[Tensor, Tensor]]:
+def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[tuple[Tensor, Tensor]]:
     """y and its slope before each step from the last one kept before `stop` up to it."""
     i = (stop - 1) // record.spacing * record.spacing
     states = [record.states[i]]
-    for taken in record.steps[i : stop - 1]:
+    for taken in steps[i : stop - 1]:
         states.append(again(stepper, taken, *states[-1])[1:])
     return states

@@ -29,8 +29,8 @@ class Trajectory(Solution):
         t: `(B,)` the time that each sample got to.
         rejected: `(B,)` the steps that were tried and found too long.
         interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
-            order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is differentiable
-            like `value`, also in the times. Nothing is stored for it: the same steps are taken again.
+            order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is
+            differentiable like `value`, also in the times. Nothing is stored for it: the steps are taken again.
     """
 
     t: Tensor

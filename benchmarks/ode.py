@@ -1,0 +1,149 @@
+"""Differential equations: the time of solutions and gradients beside torchdiffeq, accuracy, memory."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import implicitly as im
+from benchmarks.cells import counted, relative_error
+from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+from implicitly.viz import saved_bytes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torchdiffeq
+
+PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}"
+PACKAGES = ("implicitly", "torch", "torchdiffeq")
+TOLERANCE = 1e-5
+
+CAPTION = """\
+A network of 2, 64, 64 and 2 units with tanh, batch 128, t from 0 to 1, Dopri5 with relative and absolute tolerance
+1e-5, float32, both packages eager. Errors: of the state, and relative of the gradient by the parameters, against
+Dopri8 at 1e-12 in float64. Medians of {rounds} rounds in alternation (least to greatest)."""
+
+
+class VectorField(nn.Module):
+    """f(t, y) of a small network, `(B, 2)` like y."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(y)
+
+
+def run(effort: Effort) -> list[Row]:
+    """All of it."""
+    print("trajectories ...", flush=True)
+    torch.manual_seed(0)
+    f, y0, t = VectorField(), torch.randn(128, 2), torch.tensor([0.0, 1.0])
+    wide = copy.deepcopy(f).double()
+    options = {"solver": im.Dopri8(rtol=1e-12, atol=1e-13), "adjoint": im.UnrolledAdjoint()}
+    exact = im.odeint(wide, y0.double(), t.double(), **options).value[-1]
+    gradient = list(torch.autograd.grad(exact.square().sum(), list(wide.parameters())))
+    return [
+        *forward(effort, f, y0, t, exact.detach()),
+        *gradients(effort, f, y0, t, gradient),
+        *memory(effort),
+    ]
+
+
+def ours(f: nn.Module, y0: Tensor, t: Tensor, adjoint: object = im.RecursiveCheckpointAdjoint()) -> Tensor:
+    return im.odeint(f, y0, t, solver=im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE), adjoint=adjoint).value[-1]
+
+
+def theirs(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
+    return torchdiffeq.odeint(f, y0, t, rtol=TOLERANCE, atol=TOLERANCE, method="dopri5")[-1]
+
+
+@torch.no_grad()
+def forward(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor) -> list[Row]:
+    """A solve without gradients."""
+    solves = {"ours": lambda: ours(f, y0, t), "theirs": lambda: theirs(f, y0, t)}
+    texts, numbers = {}, {}
+    calls = {}
+    for who, solve in solves.items():
+        with counted(f) as count:
+            error = float((solve().double() - exact).abs().max())
+        calls[who] = count()
+        numbers[who] = {"calls": calls[who], "error": error}
+
+    def calls_alone() -> None:
+        for _ in range(calls["ours"]):
+            f(t[0], y0)
+
+    times = alternate({"calls": calls_alone, **solves}, 3 * effort.rounds)
+    faster = ratios(times["theirs"], times["ours"])
+    for who in solves:
+        numbers[who]["seconds"] = times[who]
+        texts[who] = f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls, error {numbers[who]['error']:.0e}"
+    alone = Spread.of(times["calls"])
+    return [
+        Row("calls of f alone, ms", f"{alone.show(1e3, 1)}; {calls['ours']} calls", ""),
+        Row(
+            "forward, ms",
+            f"{texts['ours']}; {faster.show()} times faster",
+            texts["theirs"],
+            "2.5 times faster",
+            faster.median >= 2.5,
+            numbers,
+        ),
+    ]
+
+
+def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[Tensor]) -> list[Row]:
+    """A solve and the gradient by the parameters."""
+    parameters = list(f.parameters())
+
+    def gradient(solve: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: list(torch.autograd.grad(solve().square().sum(), parameters))
+
+    runs = {
+        "theirs": gradient(lambda: theirs(f, y0, t)),
+        "checkpointed": gradient(lambda: ours(f, y0, t)),
+        "unrolled": gradient(lambda: ours(f, y0, t, im.UnrolledAdjoint())),
+    }
+    errors = {who: relative_error(compute(), exact) for who, compute in runs.items()}
+    times = alternate(runs, 3 * effort.rounds)
+    peer = f"{Spread.of(times['theirs']).show(1e3, 1)}, error {errors['theirs']:.0e}"
+    rows = []
+    for who, goal in (("checkpointed", 1.6), ("unrolled", 2.0)):
+        faster = ratios(times["theirs"], times[who])
+        text = f"{Spread.of(times[who]).show(1e3, 1)}, error {errors[who]:.0e}; {faster.show()} times faster"
+        numbers = {name: {"error": errors[name], "seconds": times[name]} for name in (who, "theirs")}
+        what = f"exact gradient, {who}, ms"
+        rows.append(Row(what, text, peer, f"{goal:g} times faster", faster.median >= goal, numbers))
+    return rows
+
+
+def memory(effort: Effort) -> list[Row]:
+    """Bytes that a forward pass leaves for the backward pass, after few and after many steps."""
+    y0 = torch.ones(10_000, requires_grad=True)
+    counts = [10, 100, 1000, 10_000] if effort.iterations > 100 else [10, 100]
+
+    def solve(steps: int) -> Tensor:
+        return im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=im.Euler(dt=1 / steps)).value[-1]
+
+    def kept(steps: int) -> int:
+        """What autograd saved, and the states that the derivative keeps besides."""
+        value = solve(steps)
+        node = value.grad_fn
+        while node is not None and not hasattr(node, "work"):
+            node = node.next_functions[0][0]
+        assert node is not None
+        states = sum(x.nbytes for state in node.work.record.states.values() for x in state)
+        return saved_bytes(lambda: solve(steps)) + states
+
+    sizes = {steps: kept(steps) for steps in counts}
+    text = ", ".join(f"{steps}: {size / 2**20:.2f}" for steps, size in sizes.items())
+    first, last = counts[0], counts[-1]
+    met = sizes[last] <= sizes[first] * (last / first) ** 0.5
+    return [Row("MiB kept for backward, by steps", text, "", "as the square root", met, {"bytes": sizes})]
