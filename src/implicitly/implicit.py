@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,16 @@ from torch.func import jvp, vjp, vmap
 
 from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
 from implicitly.linear import Affine
-from implicitly.tree import full_precision, is_plain, is_wrapped, pullback, recorded, row_norm
+from implicitly.tree import (
+    full_precision,
+    is_plain,
+    is_wrapped,
+    merge_rows,
+    of_places,
+    pullback,
+    recorded,
+    row_norm,
+)
 
 Map = Callable[[Tensor], Tensor]
 
@@ -216,7 +226,7 @@ class _Find(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         solver, condition, _, starts, *tensors = args
         dims, size = in_dims[4:], info.batch_size
-        start = [_merge(t, d, size) for t, d in zip(tensors[:starts], dims)]
+        start = [merge_rows(t, d, size) for t, d in zip(tensors[:starts], dims)]
         condition, theta = _mapped(condition, dims[starts:], size, tuple(tensors[starts:]))
         # A compiled run is of one condition; the mapped one is another.
         output = _Find.apply(solver, condition, search, starts, *start, *theta)
@@ -310,13 +320,8 @@ class _Attach(torch.autograd.Function):
             return None, None, None, *gradients
         u = ctx.how.solve(transposed(ctx.condition), (g, z, *theta), ctx.how.inverse)
 
-        def of_theta(*chosen):
-            full = list(theta)
-            for i, t in zip(needed, chosen):
-                full[i] = t
-            return ctx.condition.residual(z, *full)
-
-        _, pull = pullback(of_theta, *(theta[i] for i in needed))
+        of_needed = of_places(partial(ctx.condition.residual, z), theta, needed)
+        _, pull = pullback(of_needed, *(theta[i] for i in needed))
         for i, gradient in zip(needed, pull(u)):
             gradients[i] = gradient
         return None, None, None, *gradients
@@ -327,15 +332,10 @@ class _Attach(torch.autograd.Function):
         z, *theta = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
         moving = [i for i, d in enumerate(dtheta) if d is not None]
 
-        def of_theta(*chosen):
-            full = list(theta)
-            for i, t in zip(moving, chosen):
-                full[i] = t
-            return ctx.condition.residual(z, *full)
-
+        of_moving = of_places(partial(ctx.condition.residual, z), theta, moving)
         # autograd switches forward mode off inside `jvp`; an enclosing jvp of torch.func still needs it.
         with forward_ad._set_fwd_grad_enabled(True):
-            b = push(of_theta, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
+            b = push(of_moving, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
             return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
 
     @staticmethod
@@ -343,7 +343,7 @@ class _Attach(torch.autograd.Function):
         condition, backward, z, *theta = args
         size = info.batch_size
         condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
-        out = _Attach.apply(condition, backward, _merge(z, in_dims[2], size), *theta)
+        out = _Attach.apply(condition, backward, merge_rows(z, in_dims[2], size), *theta)
         return out.reshape(size, -1, out.shape[1]), 0
 
 
@@ -399,7 +399,7 @@ def _mapped(
 ) -> tuple[Condition, tuple[Tensor, ...]]:
     """The condition on `(size * B, n)` that holds `condition` for each of `size` thetas, and its theta."""
     if condition.linear:  # b has one row a sample, like the unknown
-        theta, in_dims = (_merge(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
+        theta, in_dims = (merge_rows(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
 
     def bind(*theta: Tensor) -> Map:
         over = vmap(lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different")
@@ -407,9 +407,3 @@ def _mapped(
 
     report = replace(condition.report, unpack=None)
     return replace(condition, bind=bind, report=report, carries=None), theta
-
-
-def _merge(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A mapped `(B, ...)` tensor as `(size * B, ...)`."""
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(-1, *x.shape[2:])

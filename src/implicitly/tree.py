@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -337,6 +337,24 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
         return grad(paired, argnums=tuple(range(len(primals))))(*primals)
 
     return f(*primals), pull_within
+
+
+def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[int]) -> Callable[..., Tensor]:
+    """`f(*inputs)` as a function of those inputs at `places`."""
+
+    def of(*chosen: Tensor) -> Tensor:
+        full = list(inputs)
+        for i, x in zip(places, chosen):
+            full[i] = x
+        return f(*full)
+
+    return of
+
+
+def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A `(B, ...)` tensor that `vmap` maps over dimension `dim`, of `size`, as `(size * B, ...)`."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(-1, *x.shape[2:])
 
 
 def is_plain(*tensors: Tensor) -> bool:

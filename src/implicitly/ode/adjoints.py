@@ -18,7 +18,7 @@ from implicitly.iterate import Status
 from implicitly.ode.integrate import Integrated, Record, Stepper, Taken, again, integrate, replay, states_before
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.runge_kutta import RungeKutta
-from implicitly.tree import is_batched, is_plain, is_tracked, unwrapped
+from implicitly.tree import is_batched, is_plain, is_tracked, merge_rows, of_places, unwrapped
 
 # Announces how a solve ended: the method, what it found, the calls of f.
 Report = Callable[[RungeKutta, Integrated, int], None]
@@ -122,7 +122,7 @@ class _Trajectory(torch.autograd.Function):
             if is_plain(g, *inputs):
                 found = _sweep(ctx.work, steps, inputs, wanted, g)
             else:
-                of_wanted = _of_some(partial(ctx.work.values, steps, finished), inputs, wanted)
+                of_wanted = of_places(partial(ctx.work.values, steps, finished), inputs, wanted)
                 found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](g)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
@@ -137,7 +137,7 @@ class _Trajectory(torch.autograd.Function):
         finished, steps, inputs = _saved(saved)
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
             directions = tuple(d for d in moves if d is not None)
-            of_moving = _of_some(partial(ctx.work.values, steps, finished), inputs, moving)
+            of_moving = of_places(partial(ctx.work.values, steps, finished), inputs, moving)
             dvalues = push(of_moving, tuple(inputs[i] for i in moving), directions)
         return dvalues, *(None for _ in (*Integrated._fields[1:], *Taken._fields))
 
@@ -145,7 +145,7 @@ class _Trajectory(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         work, *inputs = args
         size, dims = info.batch_size, in_dims[1:]
-        start = (_merge(x, d, size) for x, d in zip(inputs[:3], dims))
+        start = (merge_rows(x, d, size) for x, d in zip(inputs[:3], dims))
 
         def field(*theta: Tensor) -> Field:
             over = vmap(lambda t, y, *th: work.field(*th)(t, y), in_dims=(0, 0, *dims[3:]), randomness="different")
@@ -166,18 +166,6 @@ def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, list[Taken], tuple[Tensor
     count = 1 + len(Taken._fields)
     steps = [Taken(*parts) for parts in zip(*(x.unbind(1) for x in saved[1:count]))]
     return saved[0] == int(Status.CONVERGED), steps, tuple(saved[count:])
-
-
-def _of_some(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], places: list[int]) -> Callable[..., Tensor]:
-    """`f(*inputs)` as a function of those inputs at `places`."""
-
-    def of(*chosen: Tensor) -> Tensor:
-        full = list(inputs)
-        for i, x in zip(places, chosen):
-            full[i] = x
-        return f(*full)
-
-    return of
 
 
 def _sweep(
@@ -247,9 +235,3 @@ def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tupl
     # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
     values = work.values(work.record.steps, finished, times, problem.y0, *problem.theta)
     return found._replace(values=torch.where(finished[:, None, None], values, found.values.detach())), work.calls
-
-
-def _merge(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A mapped `(B, ...)` tensor as `(size * B, ...)`."""
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(-1, *x.shape[2:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,36 +75,33 @@ def odeint(
     Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993; Chen et al., "Neural
     Ordinary Differential Equations", NeurIPS 2018.
     """
-    if not isinstance(solver, RungeKutta):
-        raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
-    if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
-        raise TypeError(
-            f"adjoint must be one for trajectories, such as im.RecursiveCheckpointAdjoint(), got {adjoint!r}"
-        )
-    _check_on_failure(on_failure)
+    _check_choices(solver, adjoint, on_failure)
     problem = Problem.of(f, y0, t, args, batch_dims, recording=adjoint.recording)
     solver.check(problem.dtype)
 
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
 
-    def solution(found: Integrated, calls: int) -> Trajectory:
-        each = problem.layout.per_sample
-        return Trajectory(
-            problem.stacked(found.values),
-            each(found.status),
-            each(found.error),
-            each(found.steps),
-            calls + 1,
-            t=each(found.t.detach()),
-            rejected=each(found.tries - found.steps),
-            interpolate=interpolate,
-        )
+    solution = partial(_trajectory, problem, interpolate)
 
     def report(method: RungeKutta, found: Integrated, calls: int) -> None:
         _tell(on_failure, method, found, lambda: solution(found, calls))
 
     return solution(*solve(solver, problem, report))
+
+
+def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Integrated, calls: int) -> Trajectory:
+    each = problem.layout.per_sample
+    return Trajectory(
+        problem.stacked(found.values),
+        each(found.status),
+        each(found.error),
+        each(found.steps),
+        calls + 1,
+        t=each(found.t.detach()),
+        rejected=each(found.tries - found.steps),
+        interpolate=interpolate,
+    )
 
 
 def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Callable[[Any], Any]:
@@ -162,6 +160,13 @@ def _tell(on_failure: str, method: RungeKutta, found: Integrated, solution: Call
     warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
 
 
-def _check_on_failure(on_failure: str) -> None:
+def _check_choices(solver: Any, adjoint: Any, on_failure: str) -> None:
+    """Raise TypeError / ValueError for what is no choice."""
+    if not isinstance(solver, RungeKutta):
+        raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
+    if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
+        raise TypeError(
+            f"adjoint must be one for trajectories, such as im.RecursiveCheckpointAdjoint(), got {adjoint!r}"
+        )
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
