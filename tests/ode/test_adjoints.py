@@ -246,6 +246,18 @@ def test_a_failed_sample_has_zero_gradient_and_spoils_no_other(adjoint):
 
 
 @each_adjoint
+def test_a_sample_that_starts_at_nan_spoils_no_other(adjoint):
+    a = torch.tensor(-1.0, dtype=D, requires_grad=True)
+    y0 = torch.tensor([[float("nan")], [1.0]], dtype=D, requires_grad=True)
+    options = {"solver": im.Dopri5(rtol=1e-8, atol=1e-10), "adjoint": adjoint, "batch_dims": 1}
+    solution = im.odeint(lambda t, y, a: a * y, y0, (0.0, 0.5, 1.0), a, on_failure="ignore", **options)
+    assert solution.status.tolist() == [im.Status.NON_FINITE, im.Status.CONVERGED]
+    gradients = torch.autograd.grad(solution.value[-1].sum(), (y0, a))
+    torch.testing.assert_close(gradients[0], torch.tensor([[0.0], [math.exp(-1)]], dtype=D), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[1], torch.tensor(math.exp(-1), dtype=D), rtol=1e-6, atol=0)
+
+
+@each_adjoint
 def test_a_rejected_step_into_nan_leaves_the_gradient_exact(adjoint):
     y0 = torch.ones(2, 1, dtype=D, requires_grad=True)
     rate = torch.tensor([[1.0], [0.1]], dtype=D)

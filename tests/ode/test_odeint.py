@@ -373,6 +373,7 @@ def test_input_that_cannot_be_meant_is_refused(f, y0, t, options, error, message
         (lambda: im.RK4(), r"pass RK4\(dt=...\)"),
         (lambda: im.Dopri5(dt=-0.1), "dt must be"),
         (lambda: im.Dopri5(dt0=0.0), "dt0 must be"),
+        (lambda: im.Dopri5(dt=0.1, dt0=0.1), "pass one"),
         (lambda: im.Dopri5(dt_min=1.0, dt_max=0.5), "dt_min <= dt_max"),
         (lambda: im.Dopri5(max_steps=0), "max_steps"),
         (lambda: im.Dopri5(rtol=-1.0), "rtol"),

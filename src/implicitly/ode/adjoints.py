@@ -15,7 +15,17 @@ from torch.func import vjp, vmap
 
 from implicitly.implicit import push
 from implicitly.iterate import Status
-from implicitly.ode.integrate import Integrated, Record, Stepper, Taken, again, integrate, replay, states_before
+from implicitly.ode.integrate import (
+    Integrated,
+    Record,
+    Stepper,
+    Taken,
+    again,
+    finite_start,
+    integrate,
+    replay,
+    states_before,
+)
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.tree import is_batched, is_plain, is_tracked, merge_rows, of_places, unwrapped
@@ -120,7 +130,7 @@ class _Trajectory(torch.autograd.Function):
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             g = torch.where(finished[:, None, None], g, 0.0)
             if is_plain(g, *inputs):
-                found = _sweep(ctx.work, steps, inputs, wanted, g)
+                found = _sweep(ctx.work, steps, finished, inputs, wanted, g)
             else:
                 of_wanted = of_places(partial(ctx.work.values, steps, finished), inputs, wanted)
                 found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](g)
@@ -169,7 +179,12 @@ def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, list[Taken], tuple[Tensor
 
 
 def _sweep(
-    work: Work, steps: list[Taken], inputs: tuple[Tensor, ...], wanted: list[int], g: Tensor
+    work: Work,
+    steps: list[Taken],
+    finished: Tensor,
+    inputs: tuple[Tensor, ...],
+    wanted: list[int],
+    g: Tensor,
 ) -> list[Tensor]:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs."""
     times, y0, *theta = inputs
@@ -191,7 +206,7 @@ def _sweep(
     for i in reversed(range(len(steps))):
         if not states:
             states = states_before(plain, record, steps, i + 1)
-        y, k = (x.detach().requires_grad_() for x in states.pop())
+        y, k = (finite_start(x, finished).detach().requires_grad_() for x in states.pop())
         taken = steps[i]
         with torch.enable_grad():
             step, y1, k1 = again(stepper, taken, y, k)
@@ -202,7 +217,7 @@ def _sweep(
         for j, gradient in zip(shared, found):
             sums[j] += gradient
     with torch.enable_grad():
-        start = y0.detach().requires_grad_()
+        start = finite_start(y0, finished).detach().requires_grad_()
         k = stepper.F(stepper.times[:, 0], start)
     first, *found = _pull([k], [k_bar], [start, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):

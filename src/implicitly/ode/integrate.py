@@ -110,12 +110,11 @@ class Stepper:
         method, t = self.method, self.times[:, 0]
         span = (self.end - t).detach()
         calls = 0
-        if method.dt is not None or method.dt0 is not None:
-            length = torch.full_like(span, method.dt or method.dt0 or 0.0)
+        given = method.dt if method.dt0 is None else method.dt0
+        if given is not None:
+            length = torch.full_like(span, given)
         else:
-            order = (
-                method.tableau.order
-            )  # that of the error estimate, in which steps of all pairs here are accurate
+            order = method.tableau.order  # all pairs here estimate an error of that order
             with torch.no_grad():
                 scale = method.tolerance(y.detach())
                 length = first_step(self.F, t.detach(), y.detach(), k.detach(), span, order, scale, method.norm)
@@ -286,8 +285,17 @@ def again(stepper: Stepper, taken: Taken, y: Tensor, k: Tensor) -> tuple[Step, T
     return step, where_rows(taken.accepted, step.y1, y), where_rows(taken.accepted, step.k1, k)
 
 
+def finite_start(y: Tensor, finished: Tensor) -> Tensor:
+    """`y` `(B, n)` without the NaN and inf of samples that failed before their first step.
+
+    They are never stepped, and 0 times their derivative must be 0.
+    """
+    return y.nan_to_num(0.0, 0.0, 0.0) if happens(~finished) else y
+
+
 def replay(stepper: Stepper, steps: list[Taken], y: Tensor, finished: Tensor) -> Tensor:
     """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program."""
+    y = finite_start(y, finished)
     y0, k = y, stepper.F(stepper.times[:, 0], y)
     pieces: list[Piece] = []
     inner = torch.zeros_like(k).unsqueeze(1).expand(-1, stepper.times.shape[1] - 2, -1)

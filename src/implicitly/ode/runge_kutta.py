@@ -69,6 +69,8 @@ class RungeKutta:
                 raise ValueError(
                     f"{name}: {field} must be a finite number > 0 (t says the direction), got {value}"
                 )
+        if self.dt is not None and self.dt0 is not None:
+            raise ValueError(f"{name}: dt makes all steps equally long, so dt0 would count for nothing; pass one")
         if not 0 <= self.dt_min <= self.dt_max:
             raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
         if self.max_steps < 1:
