@@ -49,8 +49,8 @@ class Status(IntEnum):
     STEP_UNDERFLOW = 6
 
 
-def is_running(status: Tensor) -> Tensor:
-    """Which of `(B,)` codes are still running: the only negative one."""
+def is_running(status: Any) -> Any:
+    """Which of `(B,)` codes, a tensor or an array, are still running: the only negative one."""
     return status < 0
 
 

@@ -15,23 +15,25 @@ from torch.func import vjp, vmap
 
 from implicitly.implicit import push
 from implicitly.iterate import Status
+from implicitly.ode.host import on_host
 from implicitly.ode.integrate import (
+    Bound,
     Integrated,
-    Record,
     Stepper,
-    Taken,
     again,
     finite_start,
     integrate,
     replay,
+    restart,
     states_before,
 )
+from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
-from implicitly.ode.runge_kutta import RungeKutta
+from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.tree import is_batched, is_plain, is_tracked, merge_rows, of_places, unwrapped
 
 # Announces how a solve ended: the method, what it found, the calls of f.
-Report = Callable[[RungeKutta, Integrated, int], None]
+Report = Callable[[Method, Integrated, int], None]
 
 
 class TrajectoryAdjoint(ABC):
@@ -40,7 +42,7 @@ class TrajectoryAdjoint(ABC):
     recording = False
 
     @abstractmethod
-    def solve(self, method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+    def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
 
 
@@ -56,10 +58,10 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     The backward pass is differentiable again, and forward mode goes through the noted steps.
     """
 
-    def solve(self, method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+    def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
         tracked = any(is_tracked(x) for x in (problem.times, problem.y0, *problem.theta))
-        work = Work(method, problem.field, report, Record() if tracked else None)
+        work = Work(method, problem.field, problem.carries, report, Record() if tracked else None)
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[: len(Integrated._fields)]), work.calls
@@ -69,35 +71,31 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 class Work:
     """A solve to be differentiated: how it is done, and what it leaves."""
 
-    method: RungeKutta
+    method: Method
     field: Callable[..., Field]
+    carries: tuple[int | None, ...] | None
     report: Report
     record: Record | None
     calls: int = 0
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
-        found, self.calls = integrate(self.method, self.field(*theta), times, y0, k0, self.record)
+        host = not torch.compiler.is_compiling() and times.device.type == "cpu"
+        found, self.calls = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
         self.report(self.method, found, self.calls)
         return found
 
-    def stepper(self, times: Tensor, *theta: Tensor) -> Stepper:
-        """What takes the steps again, at other inputs."""
-        return Stepper(self.method, self.field(*theta), times)
+    def stepper(self, host: bool, times: Tensor, *theta: Tensor) -> Stepper:
+        """What takes the steps at these inputs."""
+        return Stepper(self.method, Bound(self.field, theta, self.carries), times, host)
 
-    def values(self, steps: list[Taken], finished: Tensor, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
-        """The outputs `(B, T, n)` of `steps`, by plain differentiable operations; 0 for failed samples."""
-        values = replay(self.stepper(times, *theta), steps, y0, finished)
+    def values(
+        self, steps: tuple[Tensor, ...], finished: Tensor, times: Tensor, y0: Tensor, *theta: Tensor
+    ) -> Tensor:
+        """The outputs `(B, T, n)` of noted steps, by plain differentiable operations; 0 for failed samples."""
+        host = on_host(times, *steps)
+        values = replay(self.stepper(host, times, *theta), unstacked(steps, host), y0, finished)
         return torch.where(finished[:, None, None], values, 0.0)
-
-
-def _stacked(record: Record | None, like: Tensor) -> tuple[Tensor, ...]:
-    """The steps of a record as the fields of `Taken`, each `(B, N)`."""
-    if record is None or not record.steps:
-        empty = like.new_zeros(like.shape[0], 0)
-        return empty, empty.clone(), empty.bool(), empty.bool()
-    steps, record.steps = record.steps, []  # as four tensors they take a hundredth of the memory
-    return tuple(torch.stack(parts, dim=1) for parts in zip(*steps))
 
 
 class _Trajectory(torch.autograd.Function):
@@ -108,8 +106,8 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
-        found = work.run(times, y0, k0, *theta)
-        return *found, *_stacked(work.record, times)
+        found = work.run(*(x.detach() for x in (times, y0, k0, *theta)))
+        return *found, *(work.record or Record()).stacked(times)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -158,29 +156,30 @@ class _Trajectory(torch.autograd.Function):
         start = (merge_rows(x, d, size) for x, d in zip(inputs[:3], dims))
 
         def field(*theta: Tensor) -> Field:
-            over = vmap(lambda t, y, *th: work.field(*th)(t, y), in_dims=(0, 0, *dims[3:]), randomness="different")
+            over = vmap(
+                lambda t, y, *th: work.field(*th).at(t, y), in_dims=(0, 0, *dims[3:]), randomness="different"
+            )
 
-            def F(t: Tensor, y: Tensor) -> Tensor:
+            def slope(t: Tensor, y: Tensor) -> Tensor:
                 return over(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta).reshape(y.shape)
 
-            return F
+            return Field(torch.unbind, slope)
 
-        mapped = replace(work, field=field)
+        mapped = replace(work, field=field, carries=None)
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls = mapped.calls
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
-def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, list[Taken], tuple[Tensor, ...]]:
-    """Which samples finished, the steps, and the inputs (times, y0, theta)."""
+def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Which samples finished, the steps as stacked, and the inputs (times, y0, theta)."""
     count = 1 + len(Taken._fields)
-    steps = [Taken(*parts) for parts in zip(*(x.unbind(1) for x in saved[1:count]))]
-    return saved[0] == int(Status.CONVERGED), steps, tuple(saved[count:])
+    return saved[0] == int(Status.CONVERGED), tuple(saved[1:count]), tuple(saved[count:])
 
 
 def _sweep(
     work: Work,
-    steps: list[Taken],
+    stacked: tuple[Tensor, ...],
     finished: Tensor,
     inputs: tuple[Tensor, ...],
     wanted: list[int],
@@ -198,28 +197,29 @@ def _sweep(
     ]
     record = work.record
     assert record is not None
-    plain = work.stepper(times, *theta)
-    with torch.enable_grad():
-        stepper = work.stepper(leaves[0], *leaves[2:])
-    y_bar, k_bar = g[:, -1], torch.zeros_like(y0)
-    states: list[tuple[Tensor, Tensor]] = []
+    host = on_host(times)
+    steps, plain = unstacked(stacked, host), work.stepper(host, times, *theta)
+    stepper = work.stepper(host, leaves[0], *leaves[2:])
+    y_bar, memory_bar = g[:, -1], None
+    states: list[State] = []
     for i in reversed(range(len(steps))):
         if not states:
             states = states_before(plain, record, steps, i + 1)
-        y, k = (finite_start(x, finished).detach().requires_grad_() for x in states.pop())
-        taken = steps[i]
+        state = states.pop()
+        y, *memory = (finite_start(x, finished).detach().requires_grad_() for x in (state.y, *state.memory))
         with torch.enable_grad():
-            step, y1, k1 = again(stepper, taken, y, k)
-            pieces = list(stepper.outputs(step, taken.accepted))
-        outputs = [y1, k1, *(p.values for p in pieces)]
-        bars = [y_bar, k_bar, *(g[p.rows, p.columns] for p in pieces)]
-        y_bar, k_bar, *found = _pull(outputs, bars, [y, k, *(leaves[i] for i in shared)])
+            _, after, pieces = again(stepper, steps[i], State(y, tuple(memory)))
+        memory_bar = memory_bar or [torch.zeros_like(m) for m in after.memory]
+        outputs = [after.y, *after.memory, *(p.values for p in pieces)]
+        bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces)]
+        y_bar, *found = _pull(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
+        memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
             sums[j] += gradient
+    start = finite_start(y0, finished).detach().requires_grad_()
     with torch.enable_grad():
-        start = finite_start(y0, finished).detach().requires_grad_()
-        k = stepper.F(stepper.times[:, 0], start)
-    first, *found = _pull([k], [k_bar], [start, *(leaves[i] for i in shared)])
+        memory = restart(stepper, start).memory
+    first, *found = _pull(list(memory), memory_bar or [], [start, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
@@ -232,7 +232,7 @@ def _pull(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tu
     return torch.autograd.grad([o for o, _ in pairs], inputs, [b for _, b in pairs], materialize_grads=True)
 
 
-def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
     """The trajectory with autograd recording every operation of the accepted steps."""
     inputs = (problem.times, problem.y0, *problem.theta)
     if any(is_batched(x) for x in inputs):
@@ -240,7 +240,7 @@ def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tupl
             "UnrolledAdjoint cannot decide under torch.func.vmap when a sample has arrived; use "
             "RecursiveCheckpointAdjoint, or batch_dims=1 instead of vmap"
         )
-    work = Work(method, problem.field, report, Record())
+    work = Work(method, problem.field, problem.carries, report, Record())
     times = problem.rows(problem.times)
     found = work.run(times, problem.y0, problem.k0, *problem.theta)
     assert work.record is not None
@@ -248,5 +248,5 @@ def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tupl
     if work.record.clean and bool(unwrapped(finished).all()):
         return found, work.calls
     # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
-    values = work.values(work.record.steps, finished, times, problem.y0, *problem.theta)
+    values = work.values(work.record.stacked(times.detach()), finished, times, problem.y0, *problem.theta)
     return found._replace(values=torch.where(finished[:, None, None], values, found.values.detach())), work.calls

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.ode.host import Array, to_tensor
+from implicitly.problem import carries_of
 from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
 
-# Slopes `(B, n)` of states `(B, n)` at times `(B,)`.
-Field = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass
+class Field:
+    """Slopes `(B, n)` of states `(B, n)`: `F(moment, y)`, where moments come from `F.moments(times)`.
+
+    Attributes:
+        show: times `(S, B)` as S moments, each as f is to see it.
+        slope: f on a moment and `(B, n)`.
+        calls: how often f was called.
+    """
+
+    show: Callable[[Tensor], Sequence[Tensor]]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    calls: int = field(default=0, compare=False)
+
+    def moments(self, times: Array) -> Sequence[Tensor]:
+        """Times `(S, B)`, one row a call, as f sees them."""
+        return self.show(to_tensor(times))
+
+    def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
+        """The slopes at a moment."""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+        return self.slope(moment, y)
+
+    def at(self, t: Array, y: Tensor) -> Tensor:
+        """The slopes at times `(B,)`."""
+        return self(self.moments(t[None])[0], y)
 
 
 @dataclass(frozen=True)
@@ -25,6 +53,7 @@ class Problem:
         k0: its slope `(B, n)`, evaluated once to check what f returns.
         times: `(B, T)`, or `(1, T)` where all samples share them.
         theta: the tensors that f depends on besides t and y.
+        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
     """
 
     opened: Opened
@@ -33,10 +62,19 @@ class Problem:
     k0: Tensor
     times: Tensor
     theta: tuple[Tensor, ...]
+    carries: tuple[int | None, ...] | None
 
     @classmethod
     def of(
-        cls, f: Callable[..., Any], y0: Any, t: Any, args: tuple[Any, ...], batch_dims: int, recording: bool
+        cls,
+        f: Callable[..., Any],
+        y0: Any,
+        t: Any,
+        args: tuple[Any, ...],
+        *,
+        batch_dims: int,
+        in_dims: Any,
+        recording: bool,
     ) -> Problem:
         """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError."""
         if not callable(f):
@@ -48,19 +86,20 @@ class Problem:
             return f(*moment, *args)
 
         opened = open_function(at_once, args, layout.device)
+        carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(y0), opened.theta
         probe, moment = start, times[:, 0].expand(layout.batch)
         if not recording:
             probe, moment = start.detach().clone(), moment.detach()
             theta = tuple(x.detach() for x in theta)
-        problem = cls(opened, layout, start, start, times, opened.theta)
+        show = _shown(layout)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
-            value = watched(lambda y: opened((problem.shown(moment), layout.unpack(y)), *theta), probe)
+            value = watched(lambda y: opened((show(moment[None])[0], layout.unpack(y)), *theta), probe)
         layout.check(value, "y0")
         k0 = layout.pack(value)
         if not recording:
             refuse_captured(k0, (probe, moment, *theta), opened.captured)
-        return cls(opened, layout, start, k0, times, opened.theta)
+        return cls(opened, layout, start, k0, times, opened.theta, carries)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,16 +119,18 @@ class Problem:
             return value
         return pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
 
-    def shown(self, t: Tensor) -> Tensor:
-        """Times `(B,)` as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
-        if self.layout.batch_dims == 0:
-            return t[0]
-        return t.reshape(-1, *(1 for _ in self.layout.leaves[0].shape))
-
     def field(self, *theta: Tensor) -> Field:
-        """f as a map from `(B,)` and `(B, n)` to `(B, n)`."""
+        """f at `theta`."""
         layout, call = self.layout, self.opened.at(*theta)
-        return lambda t, y: layout.pack(call((self.shown(t), layout.unpack(y))))
+        return Field(_shown(layout), lambda moment, y: layout.pack(call((moment, layout.unpack(y)))))
+
+
+def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Times as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
+    if layout.batch_dims == 0:
+        return lambda times: times[:, 0].unbind()
+    ones = (1,) * len(layout.leaves[0].shape)
+    return lambda times: times.reshape(len(times), -1, *ones).unbind()
 
 
 def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
@@ -112,9 +153,10 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
-    gaps = rows.detach().diff(dim=1)
-    if not bool(unwrapped(rows.detach().isfinite()).all()):
+    seen = rows.detach()
+    if not bool(unwrapped(seen.isfinite()).all()):
         raise ValueError("t holds NaN or inf")
+    gaps = seen.diff(dim=1)
     if ordered and not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows

@@ -15,8 +15,9 @@ from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
 from implicitly.ode.integrate import Integrated
+from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem, times_of
-from implicitly.ode.runge_kutta import Dopri5, RungeKutta
+from implicitly.ode.runge_kutta import Dopri5
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -44,9 +45,10 @@ def odeint(
     y0: Any,
     t: Any,
     *args: Any,
-    solver: RungeKutta = Dopri5(),
+    solver: Method = Dopri5(),
     adjoint: TrajectoryAdjoint | UnrolledAdjoint = RecursiveCheckpointAdjoint(),
     batch_dims: int = 0,
+    in_dims: Any = None,
     on_failure: str = "raise",
 ) -> Trajectory:
     """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
@@ -61,6 +63,8 @@ def odeint(
         adjoint: `RecursiveCheckpointAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
             samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
+        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero.
 
@@ -76,7 +80,7 @@ def odeint(
     Ordinary Differential Equations", NeurIPS 2018.
     """
     _check_choices(solver, adjoint, on_failure)
-    problem = Problem.of(f, y0, t, args, batch_dims, recording=adjoint.recording)
+    problem = Problem.of(f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording)
     solver.check(problem.dtype)
 
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
@@ -84,7 +88,7 @@ def odeint(
 
     solution = partial(_trajectory, problem, interpolate)
 
-    def report(method: RungeKutta, found: Integrated, calls: int) -> None:
+    def report(method: Method, found: Integrated, calls: int) -> None:
         _tell(on_failure, method, found, lambda: solution(found, calls))
 
     return solution(*solve(solver, problem, report))
@@ -126,7 +130,7 @@ def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Calla
     return interpolate
 
 
-def _silent(method: RungeKutta, found: Integrated, calls: int) -> None:
+def _silent(method: Method, found: Integrated, calls: int) -> None:
     """Of a solve that has been reported on before."""
 
 
@@ -137,7 +141,7 @@ _REMEDY = {
 }
 
 
-def _tell(on_failure: str, method: RungeKutta, found: Integrated, solution: Callable[[], Trajectory]) -> None:
+def _tell(on_failure: str, method: Method, found: Integrated, solution: Callable[[], Trajectory]) -> None:
     """Announce samples that did not reach the end: "raise" with the `solution`, "warn" or "ignore"."""
     if on_failure == "ignore" or not happens(found.status != int(Status.CONVERGED)):
         return
@@ -162,7 +166,7 @@ def _tell(on_failure: str, method: RungeKutta, found: Integrated, solution: Call
 
 def _check_choices(solver: Any, adjoint: Any, on_failure: str) -> None:
     """Raise TypeError / ValueError for what is no choice."""
-    if not isinstance(solver, RungeKutta):
+    if not isinstance(solver, Method):
         raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
     if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
         raise TypeError(
