@@ -18,6 +18,7 @@ from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.unrolled import UnrolledAdjoint
@@ -40,7 +41,11 @@ __all__ = [
     "FixedPointIteration",
     "Heun",
     "ImplicitAdjoint",
+    "ImplicitEuler",
+    "ImplicitMidpoint",
     "JacobianFreeAdjoint",
+    "Kvaerno3",
+    "Kvaerno5",
     "Midpoint",
     "Neumann",
     "Newton",
@@ -52,6 +57,7 @@ __all__ = [
     "SolverError",
     "Status",
     "Trajectory",
+    "Trapezoid",
     "Tsit5",
     "UnrolledAdjoint",
     "check_independence",

@@ -85,9 +85,9 @@ class Work:
         self.report(self.method, found, self.calls)
         return found
 
-    def stepper(self, host: bool, times: Tensor, *theta: Tensor) -> Stepper:
-        """What takes the steps at these inputs."""
-        return Stepper(self.method, Bound(self.field, theta, self.carries), times, host)
+    def stepper(self, host: bool, times: Tensor, *theta: Tensor, once: bool = False) -> Stepper:
+        """What takes the steps at these inputs; see `Field` for `once`."""
+        return Stepper(self.method, Bound(self.field, theta, self.carries, once), times, host)
 
     def values(
         self, steps: tuple[Tensor, ...], finished: Tensor, times: Tensor, y0: Tensor, *theta: Tensor
@@ -163,7 +163,7 @@ class _Trajectory(torch.autograd.Function):
             def slope(t: Tensor, y: Tensor) -> Tensor:
                 return over(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta).reshape(y.shape)
 
-            return Field(torch.unbind, slope)
+            return Field(torch.unbind, slope, field, theta)
 
         mapped = replace(work, field=field, carries=None)
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
@@ -199,7 +199,7 @@ def _sweep(
     assert record is not None
     host = on_host(times)
     steps, plain = unstacked(stacked, host), work.stepper(host, times, *theta)
-    stepper = work.stepper(host, leaves[0], *leaves[2:])
+    stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
     y_bar, memory_bar = g[:, -1], None
     states: list[State] = []
     for i in reversed(range(len(steps))):

@@ -48,7 +48,7 @@ def _sum(terms: tuple[tuple[int, float], ...], slopes: Sequence[Tensor], factor:
 
 def _added(total: Tensor, terms: Sequence[tuple[int, float]], slopes: Sequence[Tensor], factor: float) -> Tensor:
     """`total`, which is ours to write into, and terms `factor * w * slopes[i]`."""
-    if _records():
+    if records():
         for i, w in terms:
             total = torch.add(total, slopes[i], alpha=factor * w)
         return total
@@ -57,7 +57,7 @@ def _added(total: Tensor, terms: Sequence[tuple[int, float]], slopes: Sequence[T
     return total
 
 
-def _records() -> bool:
+def records() -> bool:
     """Whether a derivative or a transform may follow what is computed now."""
     if torch.compiler.is_compiling():
         return True

@@ -71,16 +71,20 @@ class Bound:
     Attributes:
         field: gives, for theta, the `Field`.
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        once: see `Field`.
     """
 
     field: Callable[..., Field]
     theta: tuple[Tensor, ...]
     carries: tuple[int | None, ...] | None = None
+    once: bool = False
 
     @cached_property
     def F(self) -> Field:
         """The field."""
-        return self.field(*self.theta)
+        F = self.field(*self.theta)
+        F.once = self.once
+        return F
 
     def take(self, rows: Tensor) -> Bound:
         """The field of the samples `rows` alone."""

@@ -22,12 +22,20 @@ class Field:
     Attributes:
         show: times `(S, B)` as S moments, each as f is to see it.
         slope: f on a moment and `(B, n)`.
+        bind: gives the field for other theta.
+        theta: the tensors that it depends on.
         calls: how often f was called.
+        notes: what a method keeps that only saves work, such as a Jacobian.
+        once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
     """
 
     show: Callable[[Tensor], Sequence[Tensor]]
     slope: Callable[[Tensor, Tensor], Tensor]
-    calls: int = field(default=0, compare=False)
+    bind: Callable[..., Field]
+    theta: tuple[Tensor, ...]
+    calls: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+    once: bool = False
 
     def moments(self, times: Array) -> Sequence[Tensor]:
         """Times `(S, B)`, one row a call, as f sees them."""
@@ -122,7 +130,11 @@ class Problem:
     def field(self, *theta: Tensor) -> Field:
         """f at `theta`."""
         layout, call = self.layout, self.opened.at(*theta)
-        return Field(_shown(layout), lambda moment, y: layout.pack(call((moment, layout.unpack(y)))))
+
+        def slope(moment: Tensor, y: Tensor) -> Tensor:
+            return layout.pack(call((moment, layout.unpack(y))))
+
+        return Field(_shown(layout), slope, self.field, theta)
 
 
 def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:

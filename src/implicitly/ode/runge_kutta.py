@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods: one step, and what is known between its ends."""
+"""Runge-Kutta methods, and the explicit ones: one step, and what is known between its ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from implicitly.ode.tableaus import Tableau
 
 @dataclass(frozen=True, kw_only=True)
 class RungeKutta(Method):
-    """An explicit Runge-Kutta method; it carries the slope at the state."""
+    """A Runge-Kutta method, which is its tableau; it carries the slope at the state."""
 
     tableau: ClassVar[Tableau]
 
@@ -33,14 +33,35 @@ class RungeKutta(Method):
         """Whether it has an embedded method."""
         return self.tableau.error is not None
 
+    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
+        """The slope."""
+        return (k,)
+
+    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
+        tableau = self.tableau
+        if tableau.dense is None:
+            return hermite(step, part)
+        slopes, length = list(step.stages), as_length(step.dt)
+        if tableau.extra:
+            for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
+                slopes.append(F(moment, advanced(step.y, length, row, slopes)))
+        coefficients = dense_matrix(tableau, step.y.dtype, step.y.device)
+        powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
+        weights = powers @ coefficients.T * to_tensor(step.dt)[:, None, None]
+        used = [i for i, row in enumerate(tableau.dense) if any(row)]
+        slope = torch.stack([slopes[i] for i in used], dim=1)
+        return torch.baddbmm(step.y.unsqueeze(1), weights[:, :, used], slope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitRungeKutta(RungeKutta):
+    """A Runge-Kutta method whose stages follow from those before."""
+
     @property
     def sees_end(self) -> bool:
         """Whether the error estimate uses the slope at the end."""
         return self.tableau.fsal and self.tableau.error is not None and self.tableau.error[-1] != 0
-
-    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
-        """The slope."""
-        return (k,)
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
@@ -71,22 +92,6 @@ class RungeKutta(Method):
         low = self.norm(step.error_low / tolerance)
         return high**2 / (high**2 + 0.01 * low**2).sqrt().clamp(min=torch.finfo(high.dtype).tiny)
 
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
-        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
-        tableau = self.tableau
-        if tableau.dense is None:
-            return hermite(step, part)
-        slopes, length = list(step.stages), as_length(step.dt)
-        if tableau.extra:
-            for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
-                slopes.append(F(moment, advanced(step.y, length, row, slopes)))
-        coefficients = dense_matrix(tableau, step.y.dtype, step.y.device)
-        powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
-        weights = powers @ coefficients.T * to_tensor(step.dt)[:, None, None]
-        used = [i for i, row in enumerate(tableau.dense) if any(row)]
-        slope = torch.stack([slopes[i] for i in used], dim=1)
-        return torch.baddbmm(step.y.unsqueeze(1), weights[:, :, used], slope)
-
 
 @functools.lru_cache(maxsize=64)
 def dense_matrix(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -95,63 +100,63 @@ def dense_matrix(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Euler(RungeKutta):
+class Euler(ExplicitRungeKutta):
     """Euler's method, of order 1; constant steps."""
 
     tableau: ClassVar[Tableau] = tableaus.EULER
 
 
 @dataclass(frozen=True, kw_only=True)
-class Midpoint(RungeKutta):
+class Midpoint(ExplicitRungeKutta):
     """The midpoint method, of order 2."""
 
     tableau: ClassVar[Tableau] = tableaus.MIDPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heun(RungeKutta):
+class Heun(ExplicitRungeKutta):
     """Heun's method (the trapezoid, predicted by Euler), of order 2."""
 
     tableau: ClassVar[Tableau] = tableaus.HEUN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ralston(RungeKutta):
+class Ralston(ExplicitRungeKutta):
     """Ralston's method, of order 2 with the least error bound."""
 
     tableau: ClassVar[Tableau] = tableaus.RALSTON
 
 
 @dataclass(frozen=True, kw_only=True)
-class RK4(RungeKutta):
+class RK4(ExplicitRungeKutta):
     """The classical method of order 4; constant steps."""
 
     tableau: ClassVar[Tableau] = tableaus.RK4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bosh3(RungeKutta):
+class Bosh3(ExplicitRungeKutta):
     """Bogacki and Shampine's pair 3(2)."""
 
     tableau: ClassVar[Tableau] = tableaus.BOSH3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dopri5(RungeKutta):
+class Dopri5(ExplicitRungeKutta):
     """Dormand and Prince's pair 5(4)."""
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tsit5(RungeKutta):
+class Tsit5(ExplicitRungeKutta):
     """Tsitouras' pair 5(4)."""
 
     tableau: ClassVar[Tableau] = tableaus.TSIT5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dopri8(RungeKutta):
+class Dopri8(ExplicitRungeKutta):
     """Dormand and Prince's method of order 8 with Hairer's estimates of orders 5 and 3 (DOP853)."""
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI8
