@@ -38,8 +38,8 @@ options:
 FIT_USAGE = """\
 usage: implicitly fit RECIPE [options]
 
-Train a model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists them, with --resume,
-which continues an interrupted run.
+Train a model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists them. Where training
+takes long, there is --resume, which continues an interrupted run.
 
 recipes:
 {recipes}
