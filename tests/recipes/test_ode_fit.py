@@ -23,6 +23,7 @@ from implicitly.recipes.ode_fit import (
     Correction,
     Growth,
     Score,
+    covariance_at_optimum,
     fit_correction,
     fit_rates,
     log_record,
@@ -125,9 +126,21 @@ def test_hessian_at_the_optimum_is_positive_definite_and_exact(simulated, fitted
         torch.testing.assert_close(curvature[i], difference, rtol=1e-3, atol=1e-3 * curvature.abs().max().item())
 
 
-def test_search_that_ends_too_early_has_no_errors(simulated):
-    with pytest.raises(ValueError, match=r"the Hessian of the likelihood has the eigenvalue -.*Try more --steps"):
+def test_search_that_ends_too_early_has_no_errors(simulated, fitted):
+    with pytest.raises(
+        ValueError, match=r"no maximum .* its Hessian has the eigenvalue \d.* after 1 steps. Try more"
+    ):
         fit_rates(simulated[:8], Config(steps=1))
+
+    def loss(theta):
+        return negative_log_likelihood(theta, Growth(), simulated, CONFIG.rtol)
+
+    # Half a standard error off in alpha alone: the likelihood is still convex there, but no maximum.
+    off = 0.5 * fitted.covariance[0, 0].sqrt() * torch.eye(8, dtype=torch.float64)[0]
+    with pytest.raises(
+        ValueError, match=r"no maximum .* could still grow by \d.* after 7 steps. Try more --steps"
+    ):
+        covariance_at_optimum(loss, fitted.theta + off, steps=7)
 
 
 def test_correction_learns_what_the_rates_cannot_say_and_foretells_with_it(simulated):

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.func import hessian, jacfwd
+from torch.func import grad, hessian, jacfwd
 
 import implicitly as im
 from implicitly.recipes._checkpoints import run_folder
@@ -184,14 +184,15 @@ class Fit:
 def fit_rates(logs: Tensor, config: Config) -> Fit:
     """Maximum likelihood of theta, given `logs` `(T, 2)`, and the inverse of the Hessian there.
 
-    Long trajectories answer to rates in a tangled way, and from a crude guess the search gets stuck. One year is
-    simple: so first all years at once, as a batch, each started at its own record and judged by the next.
+    Long trajectories answer to rates in a tangled way: from the default guess, a search over all 21 years at once
+    stays where no trajectory follows the record. One year is simple: so first all years, as a batch, each started
+    at its own record and judged by the next.
 
     Six numbers fitted to T rows leave less noise than there is: by maximum likelihood it comes out too small, and
     with it the standard errors, by a factor of about sqrt(1 - 6 / 2T): 0.93 for 21 rows.
 
     Raises:
-        ValueError: the Hessian is not positive definite, so that no standard errors exist.
+        ValueError: the search ended where there is no maximum, so that no standard errors exist.
     """
     growth = Growth()
 
@@ -205,15 +206,22 @@ def fit_rates(logs: Tensor, config: Config) -> Fit:
     theta = torch.cat([log_rates, logs[0], logs.new_full((2,), 0.5).log()])
     loss = functools.partial(negative_log_likelihood, growth=growth, logs=logs, rtol=config.rtol)
     minimise(functools.partial(loss, theta), [theta], config.steps)
-    curvature = hessian(loss)(theta)
+    return Fit("rates", len(logs), growth, theta, covariance_at_optimum(loss, theta, config.steps))
+
+
+def covariance_at_optimum(loss: Callable[[Tensor], Tensor], theta: Tensor, steps: int) -> Tensor:
+    """Inverse of the Hessian `(8, 8)` of `loss` at `theta` `(8,)`; see `fit_rates` for what it raises."""
+    slope, curvature = grad(loss)(theta), hessian(loss)(theta)
     factor, failed = torch.linalg.cholesky_ex(curvature)
+    remedy = f"after {steps} steps. Try more --steps, another --guess or more --fitted-years"
     if failed:
         lowest = torch.linalg.eigvalsh(curvature)[0].item()
-        raise ValueError(
-            f"the Hessian of the likelihood has the eigenvalue {lowest:.3g}: no maximum of it after "
-            f"{config.steps} steps. Try more --steps, another --guess or more --fitted-years"
-        )
-    return Fit("rates", len(logs), growth, theta, torch.cholesky_inverse(factor))
+        raise ValueError(f"no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}")
+    covariance = torch.cholesky_inverse(factor)
+    gain = 0.5 * (slope @ covariance @ slope).item()  # of one more step, by Newton
+    if gain > 1e-3:
+        raise ValueError(f"no maximum of the likelihood: its logarithm could still grow by {gain:.3g} {remedy}")
+    return covariance
 
 
 def fit_correction(rates: Fit, logs: Tensor, config: Config) -> Fit:
