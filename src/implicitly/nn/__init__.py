@@ -2,6 +2,7 @@
 
 from implicitly.nn.deq import DEQ
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
+from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.warm_start import LastBatch, LastEpoch
@@ -10,6 +11,8 @@ __all__ = [
     "DEQ",
     "BatchNorm",
     "Dropout",
+    "HamiltonianField",
+    "LagrangianField",
     "LastBatch",
     "LastEpoch",
     "PerSolve",
