@@ -4,6 +4,7 @@ from implicitly.nn.deq import DEQ
 from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
 from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
+from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
@@ -16,8 +17,10 @@ __all__ = [
     "ConcatTime",
     "Dropout",
     "GatedTime",
+    "HamiltonianField",
     "JacobianFrobenius",
     "KineticEnergy",
+    "LagrangianField",
     "LastBatch",
     "LastEpoch",
     "NeuralODE",
