@@ -17,6 +17,7 @@ from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
+from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
 from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
@@ -28,6 +29,7 @@ __all__ = [
     "GMRES",
     "RK4",
     "Anderson",
+    "BacksolveAdjoint",
     "BiCGStab",
     "Bosh3",
     "Broyden",

@@ -128,7 +128,7 @@ class _Trajectory(torch.autograd.Function):
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             g = torch.where(finished[:, None, None], g, 0.0)
             if is_plain(g, *inputs):
-                found = _sweep(ctx.work, steps, finished, inputs, wanted, g)
+                found = sweep(ctx.work, steps, finished, inputs, wanted, g)
             else:
                 of_wanted = of_places(partial(ctx.work.values, steps, finished), inputs, wanted)
                 found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](g)
@@ -177,7 +177,7 @@ def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], tuple
     return saved[0] == int(Status.CONVERGED), tuple(saved[1:count]), tuple(saved[count:])
 
 
-def _sweep(
+def sweep(
     work: Work,
     stacked: tuple[Tensor, ...],
     finished: Tensor,
@@ -191,8 +191,9 @@ def _sweep(
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
+    # What was computed from others does not: autograd would go on to those.
     leaves = [
-        x if i > 1 and not x._backward_hooks else x.detach().requires_grad_(i in shared)
+        x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach().requires_grad_(i in shared)
         for i, x in enumerate(inputs)
     ]
     record = work.record
@@ -212,20 +213,21 @@ def _sweep(
         memory_bar = memory_bar or [torch.zeros_like(m) for m in after.memory]
         outputs = [after.y, *after.memory, *(p.values for p in pieces)]
         bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces)]
-        y_bar, *found = _pull(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
+        y_bar, *found = pulled(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
         memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
             sums[j] += gradient
     start = finite_start(y0, finished).detach().requires_grad_()
     with torch.enable_grad():
         memory = restart(stepper, start).memory
-    first, *found = _pull(list(memory), memory_bar or [], [start, *(leaves[i] for i in shared)])
+    first, *found = pulled(list(memory), memory_bar or [], [start, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
 
 
-def _pull(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The cotangents of `inputs` for those `bars` of `outputs`; 0 where no output depends on them."""
     pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(x) for x in inputs)

@@ -133,12 +133,14 @@ class Stepper:
         t = self.times[:, 0] + to_tensor(t - self.begin)
         return t, torch.where(to_tensor(last), self.times[:, -1] - t, to_tensor(dt))
 
-    def start(self, y: Tensor, k: Tensor) -> Carry:
-        """The state before the first step."""
+    def start(self, y: Tensor, k: Tensor, length: Array | None = None) -> Carry:
+        """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
         method, t = self.method, self.begin
         xp, span = library(t), self.end - self.begin
         given = method.dt if method.dt0 is None else method.dt0
-        if given is not None:
+        if length is not None:
+            pass
+        elif given is not None:
             length = xp.full_like(span, given)
         else:
             quiet = nullcontext() if xp is torch else np.errstate(all="ignore")
@@ -269,6 +271,10 @@ def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) ->
     return where_rows(rows, y, y_old), tuple(where_rows(rows, m, o) for m, o in zip(memory, memory_old))
 
 
+# Is told of each step that any of the samples `rows` (None: all) accepted, and who took it.
+Listen = Callable[[Stepper, Step, Taken, Tensor | None], None]
+
+
 @dataclass
 class Run:
     """A solve under way: what takes its steps, and what they leave."""
@@ -276,6 +282,7 @@ class Run:
     stepper: Stepper
     record: Record | None
     batch: int
+    listen: Listen | None = None
     pieces: list[Piece] = field(default_factory=list)
     rows: Tensor | None = None  # the samples that still take part; None: all
     calls: int = 0
@@ -291,6 +298,8 @@ class Run:
             state = State(c.y.detach(), tuple(m.detach() for m in c.memory), self.rows)
             self.record.note(taken.of_all(self.rows, self.batch), state)
             self.record.clean &= not some(~library(error).isfinite(error))
+        if self.listen is not None:
+            self.listen(self.stepper, step, taken, self.rows)
         return new
 
     def drop(self, carry: Carry) -> Carry:
@@ -308,14 +317,21 @@ def of_all(piece: Piece, rows: Tensor | None) -> Piece:
     return piece if rows is None else piece._replace(rows=rows[piece.rows])
 
 
-def integrate(stepper: Stepper, y0: Tensor, k0: Tensor, record: Record | None = None) -> tuple[Integrated, int]:
+def integrate(
+    stepper: Stepper,
+    y0: Tensor,
+    k0: Tensor,
+    record: Record | None = None,
+    listen: Listen | None = None,
+    length: Array | None = None,
+) -> tuple[Integrated, int]:
     """Solve from `y0` `(B, n)`, whose slope is `k0`; also gives the calls of f it took.
 
-    The steps that were accepted are noted in `record`. Finished samples are dropped from the calls where the
-    stepper knows how.
+    The steps that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped
+    from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
     """
-    carry = stepper.start(y0, k0)
-    run = Run(stepper, record, len(y0))
+    carry = stepper.start(y0, k0, length)
+    run = Run(stepper, record, len(y0), listen)
     droppable = stepper.bound.carries is not None and isinstance(carry.t, np.ndarray)
     limit = stepper.method.max_steps
     count, carry = repeat(run.body, carry, partial(_worth_a_step, droppable), limit)

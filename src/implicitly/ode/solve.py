@@ -60,7 +60,7 @@ def odeint(
         t: the output times, increasing or decreasing: a tensor `(T,)`, or a tuple of numbers; with `batch_dims=1`
             also `(B, T)`. `t[0]` is where y0 is.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
-        adjoint: `RecursiveCheckpointAdjoint` or `UnrolledAdjoint`.
+        adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
             samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
         in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
