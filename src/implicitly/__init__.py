@@ -20,6 +20,7 @@ from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.control import Controller
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
+from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RK4",
     "Anderson",
     "BiCGStab",
+    "BlanesMoan4",
     "Bosh3",
     "Broyden",
     "CompileWarning",
@@ -41,6 +43,7 @@ __all__ = [
     "Heun",
     "ImplicitAdjoint",
     "JacobianFreeAdjoint",
+    "Leapfrog",
     "Midpoint",
     "Neumann",
     "Newton",
@@ -54,6 +57,7 @@ __all__ = [
     "Trajectory",
     "Tsit5",
     "UnrolledAdjoint",
+    "Yoshida4",
     "check_independence",
     "fixed_point",
     "linear_solve",
