@@ -18,6 +18,7 @@ from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
@@ -51,6 +52,7 @@ __all__ = [
     "PhantomAdjoint",
     "Ralston",
     "RecursiveCheckpointAdjoint",
+    "ReversibleHeun",
     "Solution",
     "SolverError",
     "Status",
