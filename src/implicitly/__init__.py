@@ -20,8 +20,10 @@ from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
 from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
+from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
+from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Anderson",
     "BacksolveAdjoint",
     "BiCGStab",
+    "BlanesMoan4",
     "Bosh3",
     "Broyden",
     "CompileWarning",
@@ -48,6 +51,7 @@ __all__ = [
     "JacobianFreeAdjoint",
     "Kvaerno3",
     "Kvaerno5",
+    "Leapfrog",
     "Midpoint",
     "Neumann",
     "Newton",
@@ -55,6 +59,7 @@ __all__ = [
     "PhantomAdjoint",
     "Ralston",
     "RecursiveCheckpointAdjoint",
+    "ReversibleHeun",
     "Solution",
     "SolverError",
     "Status",
@@ -62,6 +67,7 @@ __all__ = [
     "Trapezoid",
     "Tsit5",
     "UnrolledAdjoint",
+    "Yoshida4",
     "check_independence",
     "fixed_point",
     "linear_solve",

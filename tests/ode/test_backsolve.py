@@ -243,7 +243,10 @@ def test_the_seminorm_takes_fewer_calls():
 
 
 def test_the_augmented_system_is_differentiable_for_implicit_methods():
-    plain = lambda W: Field(torch.unbind, lambda t, y: torch.tanh(y @ W))  # noqa: E731
+
+    def plain(W):
+        return Field(torch.unbind, lambda t, y: torch.tanh(y @ W), plain, (W,))
+
     finished = torch.ones(4, dtype=torch.bool)
     for columns, count in ((None, 6), (9, 33)):
         F = augmented(plain, Packed(4, 3, columns), [0], finished, W.clone())

@@ -232,11 +232,9 @@ class Augmented(Field):
 
     Attributes:
         base: f itself.
-        theta: what it depends on.
     """
 
     base: Field = field(kw_only=True)
-    theta: tuple[Tensor, ...] = field(kw_only=True)
 
 
 def augmented(
@@ -268,7 +266,8 @@ def augmented(
             k, da = (torch.where(finished.unsqueeze(1), x, 0.0) for x in (k, da))
         return packed.pack(k, da, others)
 
-    return Augmented(show, slope, base=base, theta=theta)
+    bind = partial(augmented, plain, packed, wanted, finished)
+    return Augmented(show, slope, bind, theta, base=base)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicitly.ode.control import Controller, Norm, rms_norm
 from implicitly.ode.host import Array, to_tensor
-from implicitly.ode.problem import Field
+from implicitly.ode.problem import Field, Problem
 
 # What a method carries from one step to the next besides the state: tensors with one row a sample.
 Memory = tuple[Tensor, ...]
@@ -110,6 +110,13 @@ class Method(ABC):
                 f"{type(self).__name__}: {dtype} cannot resolve rtol={float(rtol.min()):g}; the smallest it can "
                 f"is {2 * eps:.2g}. Loosen rtol, or pass y0, t and the arguments in a wider dtype"
             )
+
+    def checked(self, problem: Problem) -> Problem:
+        """`problem`, with the calls of f that it took to see that the method applies to it.
+
+        Raises TypeError / ValueError where it does not; called before any step.
+        """
+        return problem
 
     @abstractmethod
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:

@@ -62,6 +62,7 @@ class Problem:
         times: `(B, T)`, or `(1, T)` where all samples share them.
         theta: the tensors that f depends on besides t and y.
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        calls: the calls of f that checking took.
     """
 
     opened: Opened
@@ -71,6 +72,7 @@ class Problem:
     times: Tensor
     theta: tuple[Tensor, ...]
     carries: tuple[int | None, ...] | None
+    calls: int = 1
 
     @classmethod
     def of(

@@ -82,6 +82,7 @@ def odeint(
     _check_choices(solver, adjoint, on_failure)
     problem = Problem.of(f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording)
     solver.check(problem.dtype)
+    problem = solver.checked(problem)
 
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
@@ -101,7 +102,7 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
         each(found.status),
         each(found.error),
         each(found.steps),
-        calls + 1,
+        calls + problem.calls,
         t=each(found.t.detach()),
         rejected=each(found.tries - found.steps),
         interpolate=interpolate,
