@@ -53,7 +53,10 @@ def test_a_thousand_steps_of_any_length_are_undone_but_for_rounding(batch):
     def oscillator(t, y):
         return torch.stack([y[:, 1], -torch.sin(y[:, 0]) + 0.3 * torch.cos(t[:, 0])], dim=1)
 
-    F = Field(lambda times: times.reshape(len(times), -1, 1).unbind(), oscillator)
+    def field():
+        return Field(lambda times: times.reshape(len(times), -1, 1).unbind(), oscillator, field, ())
+
+    F = field()
     method, lengths = (
         im.ReversibleHeun(dt=0.1),
         np.random.default_rng(0).uniform(1, 64, (1000, batch)).round() / 512,
