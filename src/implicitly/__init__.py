@@ -16,6 +16,7 @@ from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
+from implicitly.ode.adams import Adams
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
@@ -30,6 +31,7 @@ __all__ = [
     "CG",
     "GMRES",
     "RK4",
+    "Adams",
     "Anderson",
     "BacksolveAdjoint",
     "BiCGStab",
