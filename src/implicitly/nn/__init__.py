@@ -1,19 +1,31 @@
 """Implicit layers as `torch.nn.Module`. They add parameters and nothing else."""
 
 from implicitly.nn.deq import DEQ
+from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
+from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
 from implicitly.nn.theorems import as_deq, compose
+from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
 from implicitly.nn.warm_start import LastBatch, LastEpoch
 
 __all__ = [
     "DEQ",
+    "Autonomous",
     "BatchNorm",
+    "ConcatTime",
     "Dropout",
+    "GatedTime",
+    "JacobianFrobenius",
+    "KineticEnergy",
     "LastBatch",
     "LastEpoch",
+    "NeuralODE",
     "PerSolve",
+    "Regulariser",
+    "SmoothnessWarning",
     "SpectralNorm",
+    "TimeSequential",
     "WeightNorm",
     "as_deq",
     "compose",

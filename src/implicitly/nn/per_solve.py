@@ -1,9 +1,10 @@
 """What a cell decides once a solve: a dropout mask, a statistic, a normalised weight.
 
-An equilibrium exists only if every iteration applies the same function. These modules therefore decide what
-would change from call to call in one call of the cell before the solve (`decide_once`), and hold it through the
-solve. The decision is an explicit argument of the solve, so its gradient is exact and finished samples can be
-dropped. Outside of a `DEQ` they decide anew in every call, like their counterparts in `torch.nn`.
+An equilibrium exists only if every iteration applies the same function, and a trajectory likewise. These modules
+therefore decide what would change from call to call in one call of the cell before the solve (`decide_once`), and
+hold it through the solve. The decision is an explicit argument of the solve, so its gradient is exact and finished
+samples can be dropped. Outside of a `DEQ` or a `NeuralODE` they decide anew in every call, like their counterparts
+in `torch.nn`.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ class PerSolve(nn.Module, ABC):
         return self.use(x, held)
 
 
-def decide_once(cell: nn.Module, z0: Any, x: Any) -> tuple[dict[str, Tensor], dict[str, int | None]]:
-    """What the cell's `PerSolve` modules decide in one call at `z0`, and the sample dimension of each.
+def decide_once(cell: nn.Module, *inputs: Any) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """What the cell's `PerSolve` modules decide in one call at the start, and the sample dimension of each.
 
-    Keys are the buffer names that `functional_call(cell, held, (z, x))` exchanges. Without such modules the cell
-    is not called.
+    Keys are the buffer names that `functional_call(cell, held, ...)` exchanges. Without such modules the cell is
+    not called.
+
+    Args:
+        inputs: of the call: `z0, x` of an equilibrium, `t0, y0, *args` of a trajectory.
     """
     modules = {name: m for name, m in cell.named_modules() if isinstance(m, PerSolve)}
     if not modules:
@@ -62,7 +66,7 @@ def decide_once(cell: nn.Module, z0: Any, x: Any) -> tuple[dict[str, Tensor], di
     for module in modules.values():
         module.recorded = []
     try:
-        cell(z0, x)
+        cell(*inputs)
         tensors = {_buffer(name): m.recorded[0] for name, m in modules.items() if m.recorded}
     finally:
         for module in modules.values():

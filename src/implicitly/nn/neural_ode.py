@@ -1,0 +1,300 @@
+"""The neural ODE layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from implicitly.implicit import users_line
+from implicitly.iterate import Solution
+from implicitly.nn.ode_regularisers import Regulariser
+from implicitly.nn.per_solve import PerSolve, decide_once
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint
+from implicitly.ode.control import Norm
+from implicitly.ode.runge_kutta import Dopri5, RungeKutta
+from implicitly.ode.solve import Trajectory, odeint
+from implicitly.tree import LOW_PRECISION, unwrapped
+from implicitly.unrolled import UnrolledAdjoint
+
+Times = Sequence[float] | Tensor
+
+_KINKED = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,  # ReLU6 is one
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.SELU,
+    nn.Threshold,
+)
+
+
+class SmoothnessWarning(UserWarning):
+    """A vector field is not smooth, so that solvers need shorter steps than their order promises."""
+
+
+class NeuralODE(nn.Module):
+    """A layer whose output is where dy/dt = f(t, y), y(t[0]) = x, leads (Chen et al., NeurIPS 2018).
+
+    Its parameters are those of f. What f decides once a solve (`Dropout`, `BatchNorm`, `WeightNorm`,
+    `SpectralNorm` of this package) is decided at the start of the solve and constant in it; use these, as the
+    dropout and batch norm of `torch.nn` would change f from call to call.
+
+    Args:
+        f: `f(t, y, *args)` returns dy/dt, of y's shape; y is a tensor or, without `augment` and `regularisers`, a
+            pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` make one of networks of y.
+        t: the times, increasing or decreasing; x is the state at the first.
+        solver, adjoint, on_failure: as in `implicitly.odeint`. The solver may be exchanged at any time, as in
+            `layer.solver = dataclasses.replace(layer.solver, rtol=1e-2)`.
+        augment: how many zeros to append to x along dimension 1: features of `(B, n)`, channels of `(B, C, H, W)`.
+            The output keeps them; a readout takes all, or `y[:, :n]`. Dupont, Doucet and Teh, "Augmented Neural
+            ODEs", NeurIPS 2019.
+        batch_dims: 0: the whole batch is one system of common steps, and t reaches f 0-d. 1: samples have their
+            own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`.
+        regularisers: rates to integrate along the trajectory, such as `(KineticEnergy(),)`. They take no part in
+            the error control: steps and states are those without them. May be exchanged at any time, too.
+
+    Attributes:
+        solution: the `Solution` of the last forward pass, detached; `value` has all times, `(T, *y.shape)`.
+        evaluations: calls of f in the last forward pass, those of regularisers and of deciding once included.
+        backward_evaluations: calls of f in backward passes through the last forward pass, 0 before the first.
+
+    Raises:
+        TypeError, ValueError: for what cannot be meant, at construction where it can be seen there.
+
+    Warns:
+        SmoothnessWarning: f holds an activation with a kink. `torch.nn.functional` is not seen.
+    """
+
+    def __init__(
+        self,
+        f: nn.Module,
+        t: Times = (0.0, 1.0),
+        solver: RungeKutta = Dopri5(),
+        adjoint: TrajectoryAdjoint | UnrolledAdjoint = RecursiveCheckpointAdjoint(),
+        *,
+        augment: int = 0,
+        batch_dims: int = 0,
+        on_failure: str = "raise",
+        regularisers: Sequence[Regulariser] = (),
+    ):
+        super().__init__()
+        if not isinstance(f, nn.Module):
+            raise TypeError(
+                f"f must be an nn.Module whose forward takes (t, y), got a {type(f).__name__}; "
+                "odeint takes any callable"
+            )
+        if not isinstance(augment, int) or augment < 0:
+            raise ValueError(f"augment must be a whole number of features >= 0, got {augment!r}")
+        if batch_dims not in (0, 1):
+            raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
+        if on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+        for regulariser in regularisers:
+            if not isinstance(regulariser, Regulariser):
+                raise TypeError(f"regularisers must hold such as KineticEnergy(), got {regulariser!r}")
+        _check_times(t, batch_dims)
+        self.f = f
+        self.t = t
+        self.solver = solver
+        self.adjoint = adjoint
+        self.augment = augment
+        self.batch_dims = batch_dims
+        self.on_failure = on_failure
+        self.regularisers = tuple(regularisers)
+        self.solution: Solution | None = None
+        self._calls = _Calls()
+        _warn_of_kinks(f)
+
+    def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
+        """Where the trajectory from `x` `(B, ...)` leads.
+
+        Args:
+            args: go to f; gradients flow to their tensors.
+            t: other times than the layer's, for this call.
+
+        Returns:
+            The state at the last time where there are two, else at all, `(T, *y.shape)`; y is x with the augmented
+            entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
+            last, `(B,)` each, differentiable.
+        """
+        times = _like(self.t if t is None else t, x)
+        y = self._start(x)
+        self._calls = calls = _Calls()
+        held = self._held(times, y, args, calls)
+        field = _Field(self.f, calls, tuple(self.regularisers))
+        drawn = tuple(r.draw(y) for r in field.regularisers)
+        start, solver = y, self.solver
+        if field.regularisers:
+            none = torch.zeros(len(y), dtype=y.dtype.to_real(), device=y.device)
+            start = (y, *(none for _ in field.regularisers))
+            solver = _controlled_by(y, self.batch_dims, solver)
+        solution = odeint(
+            field,
+            start,
+            times,
+            held,
+            drawn,
+            *args,
+            solver=solver,
+            adjoint=self.adjoint,
+            batch_dims=self.batch_dims,
+            on_failure=self.on_failure,
+        )
+        calls.forward = calls.total
+        value, integrals = (solution.value[0], solution.value[1:]) if field.regularisers else (solution.value, ())
+        self._remember(solution, value)
+        if _count(times) == 2:
+            value = pytree.tree_map(lambda v: v[-1], value)
+        return (value, tuple(p[-1] for p in integrals)) if field.regularisers else value
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of f in the last forward pass."""
+        return self._calls.forward
+
+    @property
+    def backward_evaluations(self) -> int:
+        """Calls of f since then, by backward passes through it."""
+        return self._calls.total - self._calls.forward
+
+    def extra_repr(self) -> str:
+        """What it is solved with."""
+        augment = f", augment={self.augment}" if self.augment else ""
+        return f"t={self.t}, solver={self.solver}, adjoint={type(self.adjoint).__name__}{augment}"
+
+    def _start(self, x: Any) -> Any:
+        needs = 2 if self.augment else 1 if self.regularisers else 0
+        if needs and not (isinstance(x, Tensor) and x.ndim >= needs):
+            option, shape = ("augment", "(B, n, ...)") if self.augment else ("regularisers", "(B, ...)")
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{option} needs x to be one tensor {shape}, got {got}")
+        if not self.augment:
+            return x
+        return torch.cat([x, x.new_zeros(len(x), self.augment, *x.shape[2:])], dim=1)
+
+    def _held(self, times: Times, y: Any, args: tuple[Any, ...], calls: _Calls) -> dict[str, Tensor]:
+        """What f decides once, found by one call at the start, if anything."""
+        first = pytree.tree_leaves(y)[0]
+        t0 = times[..., 0] if isinstance(times, Tensor) else torch.as_tensor(times[0])
+        t0 = t0.to(device=first.device, dtype=_time_dtype(first))
+        if self.batch_dims:
+            t0 = t0.expand(len(first)).reshape(-1, *(1 for _ in first.shape[1:]))
+        # Not detached, as the start of an equilibrium is: here the state at the start is the input.
+        held, _ = decide_once(self.f, t0, y, *args)
+        calls.total += any(isinstance(m, PerSolve) for m in self.f.modules())
+        return held
+
+    def _remember(self, solution: Trajectory, value: Any) -> None:
+        tensors = (value, solution.status, solution.residual, solution.steps)
+        value, status, residual, steps = pytree.tree_map(lambda x: unwrapped(x.detach()), tensors)
+        self.solution = Solution(value, status, residual, steps, solution.evaluations)
+
+
+@dataclass
+class _Calls:
+    """Calls of f: in all, and those of them in the forward pass."""
+
+    total: int = 0
+    forward: int = 0
+
+
+@dataclass(frozen=True)
+class _Field:
+    """f with the rates of the regularisers, as a function of all that it depends on; counts the calls of f."""
+
+    f: nn.Module
+    calls: _Calls
+    regularisers: tuple[Regulariser, ...]
+
+    def __call__(self, t: Tensor, state: Any, held: dict[str, Tensor], drawn: tuple[Any, ...], *args: Any) -> Any:
+        def f(t: Tensor, y: Any) -> Any:
+            self.calls.total += 1
+            if not held:
+                return self.f(t, y, *args)
+            # As for an equilibrium: each name is of one module, and torch would not restore tied ones.
+            return functional_call(self.f, held, (t, y, *args), tie_weights=False)
+
+        if not self.regularisers:
+            return f(t, state)
+        y = state[0]
+        dy = f(t, y)
+        return dy, *(r.rate(f, t, y, dy, noise) for r, noise in zip(self.regularisers, drawn))
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """A norm that sees the first `width` columns only."""
+
+    norm: Norm
+    width: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.norm(rows[:, : self.width])
+
+
+def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta:
+    """The solver for a state of y and an integral for each sample, of which only y counts as an error."""
+    samples = len(y) if batch_dims else 1
+    width = y.numel() // max(samples, 1) * (2 if y.is_complex() else 1)
+    for name in ("rtol", "atol"):
+        if torch.as_tensor(getattr(solver, name)).ndim:
+            raise ValueError(
+                f"with regularisers, {name} must be one number, got a tensor of shape "
+                f"{tuple(getattr(solver, name).shape)}"
+            )
+    return replace(solver, norm=_Leading(solver.norm, width))
+
+
+def _count(t: Times) -> int:
+    return t.shape[-1] if isinstance(t, Tensor) else len(t)
+
+
+def _time_dtype(x: Tensor) -> torch.dtype:
+    """In what `odeint` keeps times beside a state of x's dtype."""
+    return torch.float32 if x.dtype in LOW_PRECISION else x.dtype.to_real()
+
+
+def _like(t: Times, x: Any) -> Times:
+    """`t`, where it is a tensor, in the dtype and on the device that x needs."""
+    first = pytree.tree_leaves(x)[0]
+    if not isinstance(t, Tensor) or not isinstance(first, Tensor):
+        return t
+    return t.to(device=first.device, dtype=_time_dtype(first))
+
+
+def _check_times(t: Any, batch_dims: int) -> None:
+    """Raise TypeError / ValueError for what cannot be times, whatever x will be."""
+    if not isinstance(t, Tensor | Sequence) or isinstance(t, str):
+        raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
+    times = torch.as_tensor(t, dtype=torch.float64).detach()
+    if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < 2:
+        allowed = "(T,) or (B, T)" if batch_dims else "(T,)"
+        raise ValueError(f"t must have the shape {allowed} with T >= 2, got {tuple(times.shape)}")
+    gaps = times.diff(dim=-1)
+    if not bool(times.isfinite().all() & ((gaps > 0).all(-1) | (gaps < 0).all(-1)).all()):
+        raise ValueError(f"t must be finite, and increase throughout or decrease throughout, got {t}")
+
+
+def _warn_of_kinks(f: nn.Module) -> None:
+    kinked = [(name, type(m).__name__) for name, m in f.named_modules() if isinstance(m, _KINKED)]
+    if not kinked:
+        return
+    named = ", ".join(f"{kind} ({name})" if name else kind for name, kind in kinked)
+    warnings.warn(
+        f"NeuralODE: f contains {named}, whose derivative jumps. A solver of high order loses its order there and "
+        "takes shorter steps, and the flow is not smooth. Use nn.Softplus, nn.Tanh, nn.SiLU or nn.GELU instead",
+        SmoothnessWarning,
+        stacklevel=users_line(),
+    )

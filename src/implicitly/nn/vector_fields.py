@@ -1,0 +1,91 @@
+"""Networks as vector fields f(t, y): without time, with time as an input, with time as a gate.
+
+Time comes as `odeint` passes it: 0-d, or `(B, 1, ..., 1)` where each sample has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Autonomous(nn.Module):
+    """f(t, y) = net(y): the same field at all times."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, y: Any, *args: Any) -> Any:
+        """`net(y, *args)`."""
+        return self.net(y, *args)
+
+
+class ConcatTime(nn.Module):
+    """f(t, y) = net([y, t]): time is one more feature or channel of the net's input.
+
+    Args:
+        net: takes one feature more than y has, such as `nn.Linear(3, 2)` for a y of 2.
+        dim: the dimension of y that holds the features; 1 fits `(B, n)` and images `(B, C, H, W)`, -1 sequences
+            `(B, L, n)`.
+    """
+
+    def __init__(self, net: nn.Module, dim: int = 1):
+        super().__init__()
+        self.net = net
+        self.dim = dim
+
+    def forward(self, t: Tensor, y: Tensor, *args: Any) -> Tensor:
+        """`net([y, t], *args)`."""
+        shape = list(y.shape)
+        shape[self.dim] = 1
+        return self.net(torch.cat([y, t.to(y.dtype).expand(shape)], dim=self.dim), *args)
+
+    def extra_repr(self) -> str:
+        """Where time is put."""
+        return f"dim={self.dim}"
+
+
+class GatedTime(nn.Module):
+    """layer(y) * sigmoid(gate(t)) + bias(t), the gate affine and the bias linear in t, feature by feature.
+
+    The "concatsquash" layer of the code of Grathwohl et al., "FFJORD", ICLR 2019.
+
+    Args:
+        layer: with `out_features` or `out_channels`, such as `nn.Linear` or `nn.Conv2d`.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        channels = getattr(layer, "out_channels", None)
+        features = getattr(layer, "out_features", channels)
+        if not isinstance(features, int):
+            raise TypeError(
+                f"GatedTime needs a layer with out_features or out_channels, got a {type(layer).__name__}"
+            )
+        self.layer = layer
+        self.dim = -1 if channels is None else 1
+        self.gate = nn.Linear(1, features)
+        self.bias = nn.Linear(1, features, bias=False)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """The gated output of the layer."""
+        value = self.layer(y)
+        times = t.reshape(-1, 1).to(self.gate.weight.dtype)
+        shape = [1] * value.ndim
+        shape[0] = len(times)
+        shape[self.dim] = value.shape[self.dim]
+        return value * torch.sigmoid(self.gate(times)).reshape(shape) + self.bias(times).reshape(shape)
+
+
+class TimeSequential(nn.Sequential):
+    """A chain of which `ConcatTime`, `GatedTime`, `Autonomous` and such chains get `(t, y)`, others y only."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What the last one puts out."""
+        timed = (ConcatTime, GatedTime, Autonomous, TimeSequential)
+        for module in self:
+            y = module(t, y) if isinstance(module, timed) else module(y)
+        return y

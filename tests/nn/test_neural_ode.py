@@ -1,0 +1,521 @@
+"""`NeuralODE`: what it solves, differentiates, counts, remembers, regularises and refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call, grad
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import implicitly as im
+
+D = torch.float64
+TIGHT = im.Dopri5(rtol=1e-10, atol=1e-12)
+WIDTH = 3
+
+
+def mlp(width=WIDTH, extra=0):
+    return nn.Sequential(nn.Linear(width + extra, 4), nn.Tanh(), nn.Linear(4, width))
+
+
+def fields():
+    return {
+        "autonomous": im.nn.Autonomous(mlp()),
+        "concatenated": im.nn.ConcatTime(mlp(extra=1)),
+        "gated": im.nn.TimeSequential(
+            im.nn.GatedTime(nn.Linear(WIDTH, 4)), nn.Tanh(), im.nn.GatedTime(nn.Linear(4, WIDTH))
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Linear(nn.Module):
+    """dy/dt = A y."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, t, y):
+        return y @ self.matrix.T
+
+
+# -------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("name", fields())
+def test_it_is_odeint(name, batch_dims):
+    f, x = fields()[name], torch.randn(5, WIDTH)
+    layer = im.nn.NeuralODE(f, (0.0, 0.7), batch_dims=batch_dims)
+    expected = im.odeint(f, x, (0.0, 0.7), batch_dims=batch_dims)
+    assert torch.equal(layer(x), expected.value[-1])
+    assert torch.equal(layer.solution.steps, expected.steps)
+    assert torch.equal(layer.solution.value, expected.value)
+    times = (0.7, 0.3, 0.1)
+    assert torch.equal(layer(x, t=times), im.odeint(f, x, times, batch_dims=batch_dims).value)
+    assert layer(x).shape == x.shape  # the layer's own times were left as they were
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("name", fields())
+def test_gradients_against_finite_differences(name, batch_dims):
+    layer = im.nn.NeuralODE(fields()[name], solver=im.Heun(dt=0.5), batch_dims=batch_dims).to(D)
+    names, values = zip(*layer.named_parameters())
+    x = torch.randn(2, WIDTH, dtype=D, requires_grad=True)
+
+    def call(x, *values):
+        return functional_call(layer, dict(zip(names, values)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values), check_forward_ad=True)
+
+
+def test_times_a_sample_and_learned_times():
+    t = torch.tensor([[0.0, 1.0], [0.5, 2.0]], dtype=D, requires_grad=True)
+    layer = im.nn.NeuralODE(Linear(-torch.eye(1, dtype=D)), t, TIGHT, batch_dims=1)
+    x = torch.ones(2, 1, dtype=D)
+    value = layer(x)
+    assert_close(value[:, 0], torch.tensor([-1.0, -1.5], dtype=D).exp())
+    value.sum().backward()
+    assert_close(t.grad[:, 1], -value.detach()[:, 0])
+
+
+def test_times_follow_the_dtype_of_x():
+    layer = im.nn.NeuralODE(im.nn.Autonomous(mlp()), torch.tensor([0.0, 0.5, 1.0])).to(D)
+    value = layer(torch.randn(2, WIDTH, dtype=D))
+    assert (value.dtype, value.shape) == (D, (3, 2, WIDTH))
+    low = layer.to(torch.bfloat16)
+    low.solver = im.Dopri5(rtol=3e-2, atol=1e-2)
+    assert low(torch.randn(2, WIDTH).bfloat16()).dtype == torch.bfloat16
+
+
+def test_further_arguments_and_pytrees():
+    class Oscillator(nn.Module):
+        def forward(self, t, y, stiffness):
+            return {"x": y["v"], "v": -stiffness * y["x"]}
+
+    layer = im.nn.NeuralODE(Oscillator(), (0.0, math.pi / 2), TIGHT)
+    stiffness = torch.tensor(4.0, dtype=D, requires_grad=True)
+    end = layer({"x": torch.ones(1, dtype=D), "v": torch.zeros(1, dtype=D)}, stiffness)
+    assert_close(end["x"], torch.full((1,), -1.0, dtype=D))
+    (slope,) = torch.autograd.grad(end["v"].sum(), stiffness)  # v = -sqrt(k) sin(sqrt(k) t)
+    assert_close(slope, torch.tensor(math.pi / 4, dtype=D))
+
+
+# -------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_augmented_entries_start_at_zero_and_stay_in_the_output(batch_dims):
+    matrix = torch.randn(WIDTH + 2, WIDTH + 2, dtype=D)
+    layer = im.nn.NeuralODE(Linear(matrix), solver=TIGHT, augment=2, batch_dims=batch_dims)
+    x = torch.randn(4, WIDTH, dtype=D)
+    expected = torch.cat([x, x.new_zeros(4, 2)], dim=1) @ torch.linalg.matrix_exp(matrix).T
+    assert_close(layer(x), expected, rtol=1e-7, atol=1e-8)
+    assert torch.equal(layer.solution.value[0, :, WIDTH:], x.new_zeros(4, 2))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_augmented_channels_of_images(batch_dims):
+    f = im.nn.TimeSequential(
+        im.nn.ConcatTime(nn.Conv2d(6, 4, 3, padding=1)),
+        nn.Softplus(),
+        im.nn.GatedTime(nn.Conv2d(4, 5, 1)),
+    )
+    layer = im.nn.NeuralODE(f, augment=2, batch_dims=batch_dims)
+    assert layer(torch.randn(2, 3, 4, 6)).shape == (2, 5, 4, 6)
+
+
+# ------------------------------------------------------------------------------------ times in vector fields
+
+
+def test_concatenated_time_is_the_last_input():
+    net = nn.Linear(WIDTH + 1, WIDTH)
+    y, t = torch.randn(4, WIDTH), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    expected = y @ net.weight[:, :WIDTH].T + net.bias + t[:, None] * net.weight[:, WIDTH]
+    assert_close(im.nn.ConcatTime(net)(t[:, None], y), expected)
+    assert_close(im.nn.ConcatTime(net)(t[2], y)[2], expected[2])
+    sequences = torch.randn(2, 5, WIDTH)
+    assert im.nn.ConcatTime(net, dim=-1)(torch.tensor(0.5), sequences).shape == sequences.shape
+
+
+def test_gated_time_is_the_formula():
+    layer = im.nn.GatedTime(nn.Linear(WIDTH, 2))
+    y, t = torch.randn(4, WIDTH), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    gate = torch.sigmoid(t[:, None] * layer.gate.weight[:, 0] + layer.gate.bias)
+    expected = layer.layer(y) * gate + t[:, None] * layer.bias.weight[:, 0]
+    assert_close(layer(t[:, None], y), expected)
+    assert_close(layer(t[2], y)[2], expected[2])
+    assert_close(layer(t[2], y[2]), expected[2])
+    image = im.nn.GatedTime(nn.Conv2d(1, 2, 1))
+    x = torch.randn(3, 1, 4, 5)
+    each = [image(s, x[i : i + 1]) for i, s in enumerate(t[:3])]
+    assert_close(image(t[:3].reshape(3, 1, 1, 1), x), torch.cat(each))
+    with pytest.raises(TypeError, match="out_features or out_channels, got a Tanh"):
+        im.nn.GatedTime(nn.Tanh())
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.calls = 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return self.net(y)
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_calls_of_f_are_counted(batch_dims):
+    f = Counting()
+    layer, x = im.nn.NeuralODE(f, batch_dims=batch_dims), torch.randn(4, WIDTH)
+    value = layer(x)
+    assert layer.evaluations == f.calls == layer.solution.evaluations > 0
+    assert layer.backward_evaluations == 0
+    forward, f.calls = f.calls, 0
+    value.sum().backward()
+    assert layer.backward_evaluations == f.calls > 0
+    assert layer.evaluations == forward
+    with torch.no_grad():
+        layer(x)
+    assert layer.backward_evaluations == 0
+
+
+def test_counts_are_of_the_last_forward_pass():
+    layer, x = im.nn.NeuralODE(Counting()), torch.randn(4, WIDTH)
+    early = layer(x)
+    layer(x).sum().backward()
+    counted = layer.backward_evaluations
+    early.sum().backward()
+    assert layer.backward_evaluations == counted > 0
+
+
+def test_an_unrolled_backward_pass_calls_nothing():
+    layer = im.nn.NeuralODE(Counting(), adjoint=im.UnrolledAdjoint())
+    layer(torch.randn(4, WIDTH)).sum().backward()
+    assert layer.backward_evaluations == 0 < layer.evaluations
+
+
+def test_tolerances_may_change_after_training():
+    exact = im.nn.NeuralODE(Linear(torch.tensor([[0.0, 9.0], [-9.0, 0.0]], dtype=D)), solver=TIGHT)
+    x = torch.tensor([[1.0, 0.0]], dtype=D)
+    best, calls = exact(x).detach(), exact.evaluations
+    exact.solver = replace(exact.solver, rtol=1e-3, atol=1e-5)
+    loose = exact(x).detach()
+    assert exact.evaluations < calls / 5
+    assert 1e-6 < (loose - best).abs().max() < 1e-1
+    exact.solver = im.Euler(dt=0.01)
+    exact(x)
+    assert exact.evaluations == 101
+
+
+# ------------------------------------------------------------------------------------------- as a module
+
+
+def test_its_parameters_and_state_are_those_of_f():
+    f = im.nn.Autonomous(mlp())
+    layer = im.nn.NeuralODE(f, torch.tensor([0.0, 1.0]), regularisers=[im.nn.KineticEnergy()])
+    layer(torch.randn(2, WIDTH))[0].sum().backward()
+    assert [id(p) for p in layer.parameters()] == [id(p) for p in f.parameters()]
+    assert set(layer.state_dict()) == {"f." + k for k in f.state_dict()}
+    assert not layer.eval().f.net.training
+    assert layer.train().f.net.training
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_compute_the_same_and_share_nothing(copied):
+    generator = torch.Generator().manual_seed(4)
+    layer = im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.JacobianFrobenius(generator)])
+    x = torch.randn(3, WIDTH)
+    sum(v.sum() for v in layer(x)[1]).backward()
+    other = copied(layer)
+    assert (other.evaluations, other.backward_evaluations) == (layer.evaluations, layer.backward_evaluations)
+    (value, penalties), (expected, expected_penalties) = other(x), layer(x)
+    assert torch.equal(value, expected)
+    assert torch.equal(penalties[0], expected_penalties[0])
+    with torch.no_grad():
+        other.f.net[0].weight.mul_(0.5)
+    assert torch.equal(layer(x)[0], expected)
+    assert not torch.equal(other(x)[0], expected)
+
+
+def test_nothing_of_a_step_outlives_it():
+    layer = im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.KineticEnergy()])
+    gone = []
+    for step in range(4):
+        x = torch.randn(3, WIDTH, requires_grad=True)
+        value, (energy,) = layer(x)
+        if step % 2:
+            (value.sum() + energy.sum()).backward()
+        layer.zero_grad()
+        gone += [weakref.ref(t) for t in (x, value, energy)]
+        del x, value, energy
+    gc.collect()
+    assert not [r for r in gone if r() is not None]
+    assert not layer.solution.value.requires_grad
+
+
+def test_under_func_grad():
+    layer, x = (
+        im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.KineticEnergy()]),
+        torch.randn(3, WIDTH),
+    )
+
+    def loss(parameters):
+        value, (energy,) = functional_call(layer, parameters, (x,))
+        return value.sin().sum() + energy.sum()
+
+    got = grad(loss)(dict(layer.named_parameters()))
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(layer.solution.value)
+    loss(dict(layer.named_parameters())).backward()
+    for name, p in layer.named_parameters():
+        assert_close(got[name], p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_distributed_data_parallel_gets_every_gradient(tmp_path):
+    layer, x = (
+        im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.KineticEnergy()]),
+        torch.randn(3, WIDTH),
+    )
+
+    def gradients(call):
+        layer.zero_grad()
+        value, (energy,) = call(x)
+        (value.sin().sum() + energy.sum()).backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    expected = gradients(layer)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(layer)
+        assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(gradients(parallel), expected))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_failures_are_reported_as_asked():
+    class Blowing(nn.Module):
+        def forward(self, t, y):
+            return y**2
+
+    x = torch.tensor([[0.1], [2.0]])
+    with pytest.raises(im.SolverError, match="1 of 2 samples"):
+        im.nn.NeuralODE(Blowing(), batch_dims=1)(x)
+    with pytest.warns(im.ConvergenceWarning):
+        im.nn.NeuralODE(Blowing(), batch_dims=1, on_failure="warn")(x)
+    layer = im.nn.NeuralODE(Blowing(), batch_dims=1, on_failure="ignore")
+    assert layer(x).isnan().tolist() == [[False], [True]]
+    assert layer.solution.converged.tolist() == [True, False]
+
+
+# --------------------------------------------------------------------------------------- decided once a solve
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_one_dropout_mask_a_solve(batch_dims):
+    dropout = im.nn.Dropout(0.5)
+    layer = im.nn.NeuralODE(im.nn.Autonomous(nn.Sequential(mlp(), dropout)), solver=TIGHT, batch_dims=batch_dims)
+    layer.to(D)
+    x = torch.randn(6, WIDTH, dtype=D, requires_grad=True)
+    moved = (layer(x) - x) != 0  # a masked slope moves nothing, all the way
+    assert 0 < int(moved.sum()) < moved.numel()
+    assert int(layer.evaluations) == layer.solution.evaluations + 1
+    assert not torch.equal((layer(x) - x) != 0, moved)
+    layer.eval()
+    assert bool(((layer(x) - x) != 0).all())
+    assert int(layer.evaluations) == layer.solution.evaluations + 1
+
+    # The gradient knows the mask that was used.
+    layer.train()
+    torch.manual_seed(5)
+    (got,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.manual_seed(5)
+    mask = dropout.decide(x)
+    (expected,) = torch.autograd.grad(
+        im.odeint(lambda t, y: mask * layer.f.net[0](y), x, (0.0, 1.0)).value[-1].sum(), x
+    )
+    assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_batch_norm_has_the_statistics_of_the_start(batch_dims):
+    norm = im.nn.BatchNorm(WIDTH)
+    layer = im.nn.NeuralODE(im.nn.Autonomous(norm), (0.0, 1.0), TIGHT, batch_dims=batch_dims).to(D)
+    x = torch.randn(6, WIDTH, dtype=D, requires_grad=True)
+    value = layer(x)
+    # dy/dt = s (y - m) with m and s of x.
+    variance, mean = torch.var_mean(x, 0, correction=0)
+    exact = mean + (x - mean) * ((variance + norm.eps).rsqrt()).exp()
+    assert_close(value, exact)
+    weight = torch.randn_like(x)
+    got, expected = (torch.autograd.grad((weight * v).sum(), x, retain_graph=True)[0] for v in (value, exact))
+    assert_close(got, expected)
+    assert_close(norm.running_mean, 0.1 * mean.detach())  # updated once
+
+
+# ------------------------------------------------------------------------------------------------ regularisers
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_kinetic_energy_of_a_decay(batch_dims):
+    rates = torch.tensor([0.5, 1.0, 2.0], dtype=D)
+    layer = im.nn.NeuralODE(
+        Linear(-rates.diag()), solver=TIGHT, batch_dims=batch_dims, regularisers=[im.nn.KineticEnergy()]
+    )
+    x = torch.randn(4, WIDTH, dtype=D)
+    value, (energy,) = layer(x)
+    assert_close(value, x * (-rates).exp())
+    # |f|^2 = sum (r x)^2 e^(-2 r t)
+    assert_close(energy, (x**2 * rates * (1 - (-2 * rates).exp()) / 2).sum(1))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_jacobian_of_a_diagonal_field_is_known_from_any_signs(batch_dims):
+    rates = torch.tensor([0.5, 1.0, 2.0], dtype=D)
+    regulariser = im.nn.JacobianFrobenius(torch.Generator().manual_seed(0))
+    layer = im.nn.NeuralODE(
+        Linear(-rates.diag()), (0.0, 2.0), TIGHT, batch_dims=batch_dims, regularisers=[regulariser]
+    )
+    state = torch.get_rng_state()
+    _, (squares,) = layer(torch.randn(4, WIDTH, dtype=D, generator=torch.Generator().manual_seed(1)))
+    assert_close(squares, torch.full((4,), 2 * float(rates.square().sum()), dtype=D))
+    assert torch.equal(torch.get_rng_state(), state)  # PyTorch's global generator was left alone
+    assert layer.evaluations == 2 * layer.solution.evaluations
+
+
+def test_the_jacobian_is_estimated_without_bias():
+    matrix = torch.randn(WIDTH, WIDTH, dtype=D)
+    regulariser = im.nn.JacobianFrobenius(torch.Generator().manual_seed(0))
+    layer = im.nn.NeuralODE(Linear(matrix), solver=im.RK4(dt=0.5), regularisers=[regulariser])
+    _, (squares,) = layer(torch.randn(20_000, WIDTH, dtype=D))
+    exact = float(matrix.square().sum())
+    assert squares.std() > 0.1 * exact
+    squares = squares.detach()
+    assert abs(float(squares.mean()) - exact) < 4 * float(squares.std()) / 20_000**0.5
+
+
+def both():
+    return (im.nn.KineticEnergy(), im.nn.JacobianFrobenius(torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_penalties_are_differentiable(batch_dims):
+    f = im.nn.ConcatTime(mlp(extra=1))
+    layer = im.nn.NeuralODE(f, solver=im.RK4(dt=0.5), augment=1, batch_dims=batch_dims).to(D)
+    layer.f = im.nn.ConcatTime(mlp(WIDTH + 1, extra=1)).to(D)
+    names, values = zip(*layer.named_parameters())
+    x = torch.randn(2, WIDTH, dtype=D, requires_grad=True)
+
+    def call(x, *values):
+        layer.regularisers = both()
+        value, penalties = functional_call(layer, dict(zip(names, values)), (x,))
+        assert [p.shape for p in penalties] == [(2,), (2,)]
+        return value, *penalties
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_regularisers_change_neither_steps_nor_states(batch_dims):
+    @dataclass(frozen=True)
+    class Wild(im.nn.Regulariser):
+        def rate(self, f, t, y, dy, drawn):
+            return 1e6 * torch.sin(200 * y).sum(1)
+
+    layer = im.nn.NeuralODE(im.nn.Autonomous(mlp()), (0.0, 0.5, 3.0), batch_dims=batch_dims).to(D)
+    x = torch.randn(5, WIDTH, dtype=D)
+    plain, steps = layer(x), layer.solution.steps
+    layer.regularisers = (Wild(),)
+    value, (integral,) = layer(x)
+    assert torch.equal(layer.solution.steps, steps)
+    assert_close(value, plain, rtol=1e-13, atol=1e-13)
+    assert integral.abs().max() > 1e3
+    assert layer.solution.value.shape == value.shape == (3, 5, WIDTH)
+
+
+def test_penalties_of_states_without_features_and_of_complex_ones():
+    class Turning(nn.Module):
+        def forward(self, t, y):
+            return 2j * y if y.is_complex() else -y
+
+    layer = im.nn.NeuralODE(Turning(), solver=TIGHT, batch_dims=1, regularisers=[im.nn.KineticEnergy()])
+    _, (energy,) = layer(torch.tensor([1.0, 2.0], dtype=D))
+    assert_close(energy, torch.tensor([1.0, 4.0], dtype=D) * (1 - math.exp(-2)) / 2)
+    _, (energy,) = layer(torch.tensor([[1.0 + 1j, 0.0]], dtype=torch.complex128))
+    assert_close(energy, torch.tensor([8.0], dtype=D))
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize("kinked", [nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), nn.ReLU6(), nn.Hardtanh(), nn.SELU()])
+def test_kinked_activations_are_named(kinked):
+    with pytest.warns(im.nn.SmoothnessWarning, match=rf"{type(kinked).__name__} \(net\.1\).*nn\.Softplus") as seen:
+        im.nn.NeuralODE(im.nn.Autonomous(nn.Sequential(nn.Linear(2, 2), kinked)))
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("smooth", [nn.Softplus(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.ELU()])
+def test_smooth_activations_are_not(smooth):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        im.nn.NeuralODE(im.nn.Autonomous(nn.Sequential(nn.Linear(2, 2), smooth)))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"f": torch.sin}, TypeError, "nn.Module"),
+        ({"augment": -1}, ValueError, "augment"),
+        ({"augment": 1.5}, ValueError, "augment"),
+        ({"t": (0.0,)}, ValueError, r"\(T,\) with T >= 2"),
+        ({"t": 1.0}, TypeError, "got a float"),
+        ({"t": (0.0, 1.0, 0.5)}, ValueError, "increase throughout"),
+        ({"t": (0.0, math.nan)}, ValueError, "finite"),
+        ({"t": torch.zeros(2, 2)}, ValueError, "shape"),
+        ({"batch_dims": 2}, ValueError, "batch_dims"),
+        ({"on_failure": "shout"}, ValueError, "on_failure"),
+        ({"regularisers": (1.0,)}, TypeError, "KineticEnergy"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_construction(wrong, error, message):
+    with pytest.raises(error, match=message):
+        im.nn.NeuralODE(**{"f": im.nn.Autonomous(mlp()), **wrong})
+
+
+def test_what_only_x_shows_is_refused_at_the_call():
+    f = im.nn.Autonomous(mlp())
+    with pytest.raises(ValueError, match=r"augment needs x to be one tensor \(B, n, \.\.\.\), got shape \(3,\)"):
+        im.nn.NeuralODE(f, augment=1)(torch.randn(3))
+    with pytest.raises(ValueError, match="regularisers needs x to be one tensor"):
+        im.nn.NeuralODE(f, regularisers=both())((torch.randn(3),))
+    solver = im.Dopri5(rtol=torch.full((WIDTH,), 1e-3))
+    with pytest.raises(ValueError, match="rtol must be one number"):
+        im.nn.NeuralODE(f, solver=solver, regularisers=both())(torch.randn(2, WIDTH))
+    with pytest.raises(TypeError, match="solver must be a method"):
+        im.nn.NeuralODE(f, solver=im.Anderson())(torch.randn(2, WIDTH))
+    with pytest.raises(TypeError, match=r"torch\.Generator, got a int"):
+        im.nn.JacobianFrobenius(0)
