@@ -5,6 +5,7 @@ from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
 from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
+from implicitly.nn.taylor_penalty import TaylorPenalty
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
 from implicitly.nn.warm_start import LastBatch, LastEpoch
@@ -25,6 +26,7 @@ __all__ = [
     "Regulariser",
     "SmoothnessWarning",
     "SpectralNorm",
+    "TaylorPenalty",
     "TimeSequential",
     "WeightNorm",
     "as_deq",
