@@ -14,19 +14,29 @@ from implicitly import tour
 @pytest.fixture(autouse=True)
 def shorter(monkeypatch):
     monkeypatch.setattr(tour, "MEMORY_STEPS", (1, 30, 60))
+    monkeypatch.setattr(tour, "FLOW_EPOCHS", 8)
+    monkeypatch.setattr(tour, "FLOW_ERROR", 0.5)
 
 
 def test_tour_leaves_what_its_summary_names(tmp_path, capsys):
     status = tour.main(tour.Config(out=tmp_path, epochs=1, accuracy=0.7))
     text = capsys.readouterr().out
     assert status == 0, text
-    for name in ("training.png", "digits.png", "solvers.png", "memory.png", "gradient.png"):
+    for name in (
+        "training.png",
+        "digits.png",
+        "solvers.png",
+        "memory.png",
+        "gradient.png",
+        "ode/circles.png",
+        "ode/square.png",
+    ):
         assert name in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 10_000
     assert (tmp_path / "deq" / "last.ckpt").is_file()
     assert list((tmp_path / "deq" / "logs").glob("events.out.tfevents.*"))
-    assert text.count(" ok ") == 4
+    assert text.count(" ok ") == 6
     unrolled = float(re.search(r"memory when unrolled\D+(\d+)", text)[1])
     implicit = float(re.search(r"memory when implicit\D+([\d.]+) x forward, flat", text)[1])
     assert unrolled > 15
@@ -52,6 +62,30 @@ def test_tour_fails_where_a_promise_is_broken(tmp_path, capsys, monkeypatch):
     journey = tour.Journey(Console(), tmp_path)
     tour.check(journey)
     assert [kept for _, _, kept in journey.findings] == [False]
+
+
+def test_tour_fails_where_trajectories_cross_or_do_not(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from implicitly.recipes import ode_circles
+
+    def kept(plain, augmented, accuracy):
+        losses = {"plain": plain, "augmented": augmented}
+        results = [
+            ode_circles.Result(task, name, None, 1, losses[name], accuracy, 1.0, 20, 19)
+            for task in ("circles", "square")
+            for name in losses
+        ]
+        monkeypatch.setattr(ode_circles, "run", lambda config: results)
+        monkeypatch.setattr(ode_circles, "results_table", lambda *_: "")
+        journey = tour.Journey(Console(), tmp_path)
+        tour.flow(journey)
+        return [kept for _, _, kept in journey.findings]
+
+    assert kept(1.4, 0.03, 1.0) == [True, True]
+    assert kept(1.4, 0.03, 0.96) == [False, True]
+    assert kept(1.4, 0.60, 1.0) == [True, False]
+    assert kept(0.8, 0.03, 1.0) == [True, False]  # below what an increasing map can reach
 
 
 def test_central_differences_of_a_known_function():

@@ -26,7 +26,8 @@ Implicit layers for PyTorch: say what the output must satisfy; any solver finds 
 differentiates it.
 
 commands:
-  tour                 two minutes of it: train a model, see the memory it saves, check its gradient
+  tour                 two minutes of it: train a model, see the memory it saves, check its gradient,
+                       watch what flows can and cannot do
   list                 the recipes: models that can be trained from here
   fit RECIPE [...]     train one; `implicitly fit RECIPE --help` lists its options
 
@@ -38,8 +39,8 @@ options:
 FIT_USAGE = """\
 usage: implicitly fit RECIPE [options]
 
-Train a model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists them, with --resume,
-which continues an interrupted run.
+Train a model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists them; where
+trainings are long, --resume continues an interrupted run.
 
 recipes:
 {recipes}

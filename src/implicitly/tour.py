@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 GRADIENT_TOLERANCE = 1e-7  # central differences in float64 are good for some ten digits
 MEMORY_STEPS = (1, 25, 50, 100, 150, 200)
+FLOW_EPOCHS = 10
+FLOW_ACCURACY = 0.97  # of the augmented flow on the circles
+FLOW_ERROR = 0.2  # of the augmented flow on the square
 
 
 @dataclass(frozen=True)
 class Config:
-    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient."""
+    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient, watch flows."""
 
     out: Path = Path("out/tour")
     """Folder for pictures, checkpoints and logs."""
@@ -92,13 +95,14 @@ def main(config: Config) -> int:
     journey = Journey(Console(), config.out)
     journey.say(
         "\n[bold]implicitly[/bold]: layers that say [italic]what[/italic] their output must satisfy, and "
-        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, and checks its gradient. "
-        "It takes about a minute."
+        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, checks its gradient, and "
+        "sends points along the flow of another. It takes less than two minutes."
     )
     with one_thread():
         train(journey, config)
         weigh(journey)
         check(journey)
+        flow(journey)
     return summarise(journey, time.perf_counter() - start)
 
 
@@ -325,6 +329,47 @@ def central_differences(loss: Callable[[], Tensor], parameter: Tensor, step: flo
         entries[index] = original
         slots[index] = (values[0] - values[1]) / (2 * step)
     return result.detach()
+
+
+# --- 4. Flow -----------------------------------------------------------------------------------------------
+
+
+def flow(journey: Journey) -> None:
+    """Show what the flow of a differential equation cannot do, and what one more dimension changes."""
+    from implicitly.recipes import ode_circles
+
+    journey.console.rule("[bold]4  What a flow cannot do", align="left")
+    journey.say(
+        "Let a network say where points go next, dy/dt = f(y), and a solver take them there: a neural ODE. Its "
+        "trajectories never cross. So on the line it keeps points in order, and can never learn x -> x²; in the "
+        "plane it cannot pull a disc out of a ring. A residual network, whose steps are finite, jumps over. Or "
+        "one more dimension, zero at the start, lets trajectories pass each other: an augmented neural ODE."
+    )
+    config = ode_circles.Config(epochs=FLOW_EPOCHS, out=journey.out / "ode")
+    results = ode_circles.run(config)
+    found = {(result.task, result.name): result for result in results}
+    journey.console.print()
+    journey.console.print(ode_circles.results_table(results, config))
+
+    least = ode_circles.least_loss_of_increasing(*ode_circles.held_out("square", config))
+    plain, augmented = found["square", "plain"].loss, found["square", "augmented"].loss
+    circles = found["circles", "augmented"]
+    assert circles.accuracy is not None  # the circles have one
+    journey.say(
+        f"\nOn the square, no map that keeps points in order has an error below {least:.2f}. The plain flow ends "
+        f"at [bold]{plain:.2f}[/bold], the augmented one at [bold]{augmented:.3f}[/bold]. The circles it tells "
+        f"apart in [bold]{100 * circles.accuracy:.1f} %[/bold] of cases, by {circles.forward_calls} calls of f."
+    )
+    journey.find(
+        "augmented flow on the circles", f"{100 * circles.accuracy:.1f} %", circles.accuracy >= FLOW_ACCURACY
+    )
+    journey.find(
+        "error of flows on x²",
+        f"plain {plain:.2f} (bound {least:.2f}), augmented {augmented:.3f}",
+        plain >= least and augmented <= FLOW_ERROR,
+    )
+    journey.files["ode/circles.png"] = "where three networks take a disc and the ring around it"
+    journey.files["ode/square.png"] = "trajectories of three networks that learn x²"
 
 
 # --- Summary -----------------------------------------------------------------------------------------------

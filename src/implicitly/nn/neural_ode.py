@@ -129,6 +129,8 @@ class NeuralODE(nn.Module):
             entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
             last, `(B,)` each, differentiable.
         """
+        if t is not None:
+            _check_times(t, self.batch_dims)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
         self._calls = calls = _Calls()
@@ -186,15 +188,16 @@ class NeuralODE(nn.Module):
 
     def _held(self, times: Times, y: Any, args: tuple[Any, ...], calls: _Calls) -> dict[str, Tensor]:
         """What f decides once, found by one call at the start, if anything."""
+        if not any(isinstance(m, PerSolve) for m in self.f.modules()):
+            return {}
         first = pytree.tree_leaves(y)[0]
         t0 = times[..., 0] if isinstance(times, Tensor) else torch.as_tensor(times[0])
         t0 = t0.to(device=first.device, dtype=_time_dtype(first))
         if self.batch_dims:
             t0 = t0.expand(len(first)).reshape(-1, *(1 for _ in first.shape[1:]))
         # Not detached, as the start of an equilibrium is: here the state at the start is the input.
-        held, _ = decide_once(self.f, t0, y, *args)
-        calls.total += any(isinstance(m, PerSolve) for m in self.f.modules())
-        return held
+        calls.total += 1
+        return decide_once(self.f, t0, y, *args)[0]
 
     def _remember(self, solution: Trajectory, value: Any) -> None:
         tensors = (value, solution.status, solution.residual, solution.steps)

@@ -1,4 +1,4 @@
-"""Pictures and measurements: memory, convergence, gradients, training.
+"""Pictures and measurements: memory, convergence, gradients, training, trajectories.
 
 Measuring needs nothing but PyTorch; drawing needs matplotlib (`pip install "implicitly[viz]"`).
 """
@@ -7,15 +7,19 @@ from implicitly.viz.convergence import ResidualRecorder, plot_convergence
 from implicitly.viz.gradients import plot_gradient_check, relative_difference
 from implicitly.viz.memory import peak_bytes, plot_memory, saved_bytes
 from implicitly.viz.training import plot_predictions, plot_training
+from implicitly.viz.trajectories import facing, plot_flows, plot_trajectories
 
 __all__ = [
     "ResidualRecorder",
+    "facing",
     "peak_bytes",
     "plot_convergence",
+    "plot_flows",
     "plot_gradient_check",
     "plot_memory",
     "plot_predictions",
     "plot_training",
+    "plot_trajectories",
     "relative_difference",
     "saved_bytes",
 ]
