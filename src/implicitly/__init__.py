@@ -14,6 +14,7 @@ from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
+from implicitly.jet import jet, trajectory_derivatives
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adams import Adams
@@ -72,8 +73,10 @@ __all__ = [
     "Yoshida4",
     "check_independence",
     "fixed_point",
+    "jet",
     "linear_solve",
     "nn",
     "odeint",
     "root",
+    "trajectory_derivatives",
 ]

@@ -6,6 +6,7 @@ from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Reg
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
 from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
+from implicitly.nn.taylor_penalty import TaylorPenalty
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
 from implicitly.nn.warm_start import LastBatch, LastEpoch
@@ -28,6 +29,7 @@ __all__ = [
     "Regulariser",
     "SmoothnessWarning",
     "SpectralNorm",
+    "TaylorPenalty",
     "TimeSequential",
     "WeightNorm",
     "as_deq",
