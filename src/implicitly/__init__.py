@@ -18,6 +18,7 @@ from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.events import Event
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.unrolled import UnrolledAdjoint
@@ -37,6 +38,7 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
     "FixedPointIteration",
     "Heun",
     "ImplicitAdjoint",
