@@ -21,6 +21,7 @@ from implicitly.ode.adams import Adams
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.events import Event
 from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
 from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
@@ -46,6 +47,7 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
     "FixedPointIteration",
     "Heun",
     "ImplicitAdjoint",

@@ -20,7 +20,7 @@ from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, swe
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import rms_norm
 from implicitly.ode.host import Array, library, on_host, some, to_host, to_tensor
-from implicitly.ode.integrate import Bound, Integrated, Stepper, finite_start, integrate
+from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, Taken
@@ -453,7 +453,8 @@ def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor)
     again = replace(work, report=lambda *_: None, record=Record())
     times, y0, *theta = (x.detach() for x in inputs)
     k0 = again.stepper(False, times, *theta).bound.F.at(times[:, 0], y0)
-    finished = again.run(times, y0, k0, *theta).status == int(Status.CONVERGED)
+    found = again.run(times, y0, k0, *theta)
+    ended = Ended(found.status, found.t)
     assert again.record is not None
     steps = again.record.stacked(times)
-    return sweep(again, steps, finished, tuple(inputs), wanted, torch.where(finished[:, None, None], g, 0.0))
+    return sweep(again, steps, ended, tuple(inputs), wanted, torch.where(ended.finished[:, None, None], g, 0.0))

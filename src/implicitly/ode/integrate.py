@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
+from implicitly.iterate import DROP_BELOW, Status, happens, is_running, is_success, repeat, where_rows
 from implicitly.ode.control import first_step
 from implicitly.ode.host import Array, library, some, to_host, to_tensor
 from implicitly.ode.method import Memory, Method, Step
@@ -49,10 +49,14 @@ class Carry(NamedTuple):
     steps: Array  # (B,) accepted
     tries: Array  # (B,)
     worst: Array  # (B,) the component with the largest error in the last step tried
+    watch: tuple[Array, ...] = ()  # what else a stepper must know
 
 
 class Integrated(NamedTuple):
-    """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`."""
+    """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`.
+
+    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did.
+    """
 
     values: Tensor
     status: Tensor
@@ -62,6 +66,8 @@ class Integrated(NamedTuple):
     t: Tensor
     length: Tensor
     worst: Tensor
+    event: Tensor
+    event_count: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,20 @@ class Stepper:
         """Whether a derivative may reach the times."""
         return not torch.compiler.is_compiling() and is_tracked(self.times)
 
-    def take(self, rows: Tensor) -> Stepper:
+    def clock(self, t: Array) -> Memory:
+        """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
+        first and the last time."""
+        return ()
+
+    @cached_property
+    def plain(self) -> Array:
+        """`Taken.ends` of a step that nothing special ends."""
+        xp = library(self.begin)
+        return xp.zeros_like(self.begin, dtype=xp.int8)
+
+    def take(self, rows: Tensor) -> Self:
         """What takes the steps of the samples `rows` alone."""
-        return Stepper(self.method, self.bound.take(rows), self.times.index_select(0, rows), self.host)
+        return replace(self, bound=self.bound.take(rows), times=self.times.index_select(0, rows))
 
     def located(self, t: Array, dt: Array, last: Array) -> tuple[Array, Array]:
         """Time and length of a step as its derivative sees them: they move with the first and the last time."""
@@ -167,7 +184,36 @@ class Stepper:
         accepted = error <= 1
         if c.status is not None:
             accepted = accepted & is_running(c.status)
-        return step, Taken(c.t, dt, last, accepted), error
+        return step, Taken(c.t, dt, last, accepted, self.plain), error
+
+    def after(self, t: Array) -> Array:
+        """The times `(B,)` at which f is asked for the slopes with which steps from t begin."""
+        return t
+
+    def reached(self, state: State) -> Tensor | None:
+        """The times `(B,)` at which a solve ended, with their derivative; None: where the times end."""
+        return None
+
+    def happened(self, c: Carry) -> tuple[Array, Array]:
+        """The event `(B,)` that happened last, -1 for none, and how many did."""
+        none = library(c.t).zeros_like(c.steps)
+        return none - 1, none
+
+    def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
+        """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        step, taken, error = self.try_step(c)
+        return step, taken, error, self.judge(c, step, taken, error)
+
+    def retaken(self, taken: Taken, y: Tensor, memory: Memory) -> tuple[Step, Tensor, Memory]:
+        """A noted step, and the state and memory from which the next one goes on."""
+        dt = library(taken.dt).where(taken.accepted, taken.dt, 0.0)
+        place = self.located(taken.t, dt, taken.last & taken.accepted)
+        step = self.method.step(self.bound.F, *place, y, memory)
+        return step, step.y1, step.memory
+
+    def resolved(self, t: Array) -> Array:
+        """The shortest length `(B,)` of a step from t, as times resolve it."""
+        return 4 * torch.finfo(self.times.dtype).eps * library(t).maximum(abs(t), abs(self.end))
 
     def _error(self, step: Step) -> Array:
         """The error `(B,)` of a step over the tolerance; inf where it met NaN or inf."""
@@ -191,9 +237,8 @@ class Stepper:
             factor = method.controller.factor(error, c.error, accepted, method.order)
             length = xp.clip(abs(taken.dt) * factor, None, method.dt_max)
         if c.status is None and not some(~accepted | last):  # the usual step: all go on
-            return Carry(
-                step.y1, step.memory, c.t + taken.dt, length, error, None, c.steps + 1, c.tries + 1, c.worst
-            )
+            t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
+            return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.worst, c.watch)
         status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         dead, length, reason = self._given_up(c, running & ~accepted, length, error)
@@ -206,7 +251,8 @@ class Stepper:
         t = xp.where(accepted, xp.where(last, self.end, c.t + taken.dt), c.t)
         y, memory = kept(accepted, (step.y1, step.memory), (c.y, c.memory))
         error = xp.where(accepted, error, c.error)
-        return Carry(y, memory, t, length, error, status, c.steps + accepted, c.tries + running, worst)
+        steps, tries = c.steps + accepted, c.tries + running
+        return Carry(y, memory, t, length, error, status, steps, tries, worst, c.watch)
 
     def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
         """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
@@ -214,8 +260,7 @@ class Stepper:
         reason = xp.full_like(c.steps, int(Status.NON_FINITE))
         if self.method.dt is not None:  # of constant steps, nothing can be made shorter
             return rejected, length, reason
-        resolved = 4 * torch.finfo(self.times.dtype).eps * xp.maximum(abs(c.t), abs(self.end))
-        shortest = xp.clip(resolved, self.method.dt_min, None)
+        shortest = xp.clip(self.resolved(c.t), self.method.dt_min, None)
         reason = xp.where(xp.isfinite(error), int(Status.STEP_UNDERFLOW), reason)
         return rejected & (length < shortest), xp.maximum(length, shortest), reason
 
@@ -289,13 +334,13 @@ class Run:
 
     def body(self, i: int | Tensor, c: Carry) -> Carry:
         """One step of the loop."""
-        step, taken, error = self.stepper.try_step(c)
-        new = self.stepper.judge(c, step, taken, error)
+        step, taken, error, new = self.stepper.advance(c)
         if not some(taken.accepted):
             return new
         self.pieces += [of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken)]
         if self.record is not None:
-            state = State(c.y.detach(), tuple(m.detach() for m in c.memory), self.rows)
+            memory = (*(m.detach() for m in c.memory), *self.stepper.clock(c.t))
+            state = State(c.y.detach(), memory, self.rows)
             self.record.note(taken.of_all(self.rows, self.batch), state)
             self.record.clean &= not some(~library(error).isfinite(error))
         if self.listen is not None:
@@ -345,8 +390,9 @@ def integrate(
     if ended.status is not None:
         status = xp.where(is_running(ended.status), status, ended.status)
     numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length, ended.worst)
+    numbers += stepper.happened(ended)
     status, *others = (to_tensor(x) for x in numbers)
-    values = assemble(stepper.times, y0, ended.y, status == int(Status.CONVERGED), run.pieces)
+    values = assemble(stepper.times, y0, ended.y, Ended(status, to_tensor(ended.t)), run.pieces)
     return Integrated(values, status, *others), run.calls + run.stepper.bound.F.calls
 
 
@@ -369,25 +415,48 @@ def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
     assert rows is not None
     if part.status is None:
         part = part._replace(status=np.full_like(part.steps, int(Status.RUNNING)))
-    y, rest = full.y.index_copy(0, rows, part.y), []
-    for whole, some_of_it in zip(full[2:], part[2:]):
+
+    def placed(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
         whole = np.array(whole)
-        whole[rows.numpy()] = some_of_it
-        rest.append(whole)
-    return Carry(y, (), *rest)
+        whole[rows.numpy()] = part
+        return whole
+
+    return Carry(full.y.index_copy(0, rows, part.y), (), *pytree.tree_map(placed, full[2:], part[2:]))
 
 
-def assemble(times: Tensor, y0: Tensor, y1: Tensor, finished: Tensor, pieces: list[Piece]) -> Tensor:
+class Ended(NamedTuple):
+    """How a solve ended: the codes `(B,)` of `Status`, and the times `(B,)` it got to."""
+
+    status: Tensor
+    t: Tensor
+
+    @property
+    def finished(self) -> Tensor:
+        """Which samples `(B,)` ended as they should."""
+        return is_success(self.status)
+
+    def late(self, times: Tensor) -> Tensor:
+        """Which outputs `(B, T - 2)` between the ends are after the event that ended a sample."""
+        times = times.detach()
+        sign = (times[:, -1:] - times[:, :1]).sign()
+        after = sign * (times[:, 1:-1] - self.t.detach().unsqueeze(1)) > 0
+        return after & (self.status == int(Status.EVENT)).unsqueeze(1)
+
+
+def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[Piece]) -> Tensor:
     """All outputs `(B, T, n)`; NaN where a solve did not get to."""
     inner = y0.new_full((y0.shape[0], times.shape[1] - 2, y0.shape[1]), float("nan"))
     if pieces:
         rows, columns, values = (torch.cat(parts) for parts in zip(*pieces))
         inner = inner.index_put((rows, columns - 1), values)
-    return _joined(y0, inner, y1, finished)
+    return _joined(times, y0, inner, y1, ended)
 
 
-def _joined(y0: Tensor, inner: Tensor, y1: Tensor, finished: Tensor) -> Tensor:
-    end = torch.where(finished.unsqueeze(1), y1, float("nan"))
+def _joined(times: Tensor, y0: Tensor, inner: Tensor, y1: Tensor, ended: Ended) -> Tensor:
+    late = ended.late(times) if times.shape[1] > 2 else None
+    if late is not None and happens(late):
+        inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
+    end = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
     return torch.cat([y0.unsqueeze(1), inner, end.unsqueeze(1)], dim=1)
 
 
@@ -406,15 +475,15 @@ def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True) ->
     """
     rows = _few(stepper, taken)
     if rows is None:
-        step = _retaken(stepper, taken, state.y, state.memory)
-        y, memory = kept(taken.accepted, (step.y1, step.memory), (state.y, state.memory))
+        step, y, memory = stepper.retaken(taken, state.y, state.memory)
+        y, memory = kept(taken.accepted, (y, memory), (state.y, state.memory))
         pieces = list(stepper.outputs(step, taken)) if outputs else []
         return Again(step, State(y, memory), pieces)
     part, mine = stepper.take(rows), Taken(*(x[rows.numpy()] for x in taken))
-    step = _retaken(part, mine, state.y[rows], tuple(m[rows] for m in state.memory))
+    step, y, memory = part.retaken(mine, state.y[rows], tuple(m[rows] for m in state.memory))
     pieces = [of_all(piece, rows) for piece in part.outputs(step, mine)] if outputs else []
-    memory = tuple(m.index_copy(0, rows, new) for m, new in zip(state.memory, step.memory))
-    return Again(step, State(state.y.index_copy(0, rows, step.y1), memory), pieces)
+    memory = tuple(m.index_copy(0, rows, new) for m, new in zip(state.memory, memory))
+    return Again(step, State(state.y.index_copy(0, rows, y), memory), pieces)
 
 
 def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
@@ -425,17 +494,12 @@ def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
     return None if len(rows) > DROP_BELOW * len(taken.accepted) else torch.from_numpy(rows)
 
 
-def _retaken(stepper: Stepper, taken: Taken, y: Tensor, memory: Memory) -> Step:
-    dt = library(taken.dt).where(taken.accepted, taken.dt, 0.0)
-    place = stepper.located(taken.t, dt, taken.last & taken.accepted)
-    return stepper.method.step(stepper.bound.F, *place, y, memory)
-
-
 def restart(stepper: Stepper, y0: Tensor) -> State:
     """The state before the first step, computed anew from `y0` `(B, n)`."""
     t = stepper.times[:, 0] if stepper.moving else stepper.begin
     F = stepper.bound.F
-    return State(y0, stepper.method.start(F, t, y0, F.at(t, y0)))
+    clock, t = stepper.clock(t), stepper.after(t)
+    return State(y0, (*stepper.method.start(F, t, y0, F.at(t, y0)), *clock))
 
 
 def finite_start(y: Tensor, finished: Tensor) -> Tensor:
@@ -446,21 +510,23 @@ def finite_start(y: Tensor, finished: Tensor) -> Tensor:
     return y.nan_to_num(0.0, 0.0, 0.0) if some(~finished) else y
 
 
-def replay(stepper: Stepper, steps: list[Taken], y: Tensor, finished: Tensor) -> Tensor:
-    """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program."""
-    y0 = finite_start(y, finished)
+def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tuple[Tensor, Tensor | None]:
+    """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program; also the times
+    `(B,)` they got to, where states carry theirs."""
+    y0 = finite_start(y, ended.finished)
     state = restart(stepper, y0)
     pieces: list[Piece] = []
     inner = torch.zeros_like(y0).unsqueeze(1).expand(-1, stepper.times.shape[1] - 2, -1)
-    mapped = any(is_batched(x) for x in (*state.memory, y0, stepper.times, finished))
+    mapped = any(is_batched(x) for x in (*state.memory, y0, stepper.times, *ended))
     for taken in steps:
         step, state, passed = again(stepper, taken, state, outputs=not mapped)
         pieces += passed
         if mapped:
             inner = stepper.fill(inner, step, taken)
+    t = stepper.reached(state)
     if mapped:
-        return _joined(y0, inner, state.y, finished)
-    return assemble(stepper.times, y0, state.y, finished, pieces)
+        return _joined(stepper.times, y0, inner, state.y, ended), t
+    return assemble(stepper.times, y0, state.y, ended, pieces), t
 
 
 def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[State]:

@@ -49,6 +49,8 @@ class Method(ABC):
         max_steps: attempted steps after which a sample ends as `Status.MAX_STEPS`.
         controller: how the next length follows from the error.
         norm: maps `(B, n)` to `(B,)`; the root mean square unless given.
+        tstops: times between the first and the last at which a step must end, because f jumps there. Steps up to
+            one ask for f before it only, those from one after it only.
     """
 
     rtol: float | Tensor = 1e-5
@@ -60,6 +62,7 @@ class Method(ABC):
     max_steps: int = 100_000
     controller: Controller = Controller()
     norm: Norm = rms_norm
+    tstops: tuple[float, ...] = ()
 
     def __post_init__(self):
         name = type(self).__name__
@@ -77,6 +80,8 @@ class Method(ABC):
             raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
         if self.max_steps < 1:
             raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
+        if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
+            raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for field in ("rtol", "atol"):
             value = torch.as_tensor(getattr(self, field))
             if not bool((value.isfinite() & (value >= 0)).all()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.ode.events import Event, check_number
 from implicitly.ode.host import Array, to_tensor
 from implicitly.problem import carries_of
 from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
@@ -27,6 +28,8 @@ class Field:
         calls: how often f was called.
         notes: what a method keeps that only saves work, such as a Jacobian.
         once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
+        watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
+        jump: the states `(B, n)` from which samples go on after an event.
     """
 
     show: Callable[[Tensor], Sequence[Tensor]]
@@ -36,6 +39,8 @@ class Field:
     calls: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     once: bool = False
+    watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
     def moments(self, times: Array) -> Sequence[Tensor]:
         """Times `(S, B)`, one row a call, as f sees them."""
@@ -63,6 +68,7 @@ class Problem:
         theta: the tensors that f depends on besides t and y.
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
         calls: the calls of f that checking took.
+        events: what is watched on the way; theta holds what their functions depend on, too.
     """
 
     opened: Opened
@@ -73,6 +79,7 @@ class Problem:
     theta: tuple[Tensor, ...]
     carries: tuple[int | None, ...] | None
     calls: int = 1
+    events: tuple[Event, ...] = ()
 
     @classmethod
     def of(
@@ -85,6 +92,7 @@ class Problem:
         batch_dims: int,
         in_dims: Any,
         recording: bool,
+        events: tuple[Event, ...] = (),
     ) -> Problem:
         """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError."""
         if not callable(f):
@@ -92,8 +100,14 @@ class Problem:
         layout = Layout.of(y0, batch_dims, "y0")
         times = times_of(t, layout)
 
-        def at_once(moment: tuple[Tensor, Any], *args: Any) -> Any:
-            return f(*moment, *args)
+        # As one function, so that modules which only an event uses are found too.
+        maps = (f, *(m for e in events for m in (e.g, e.restart)))
+
+        def at_once(call: tuple[int, Tensor, Any], *args: Any) -> Any:
+            which, *moment = call
+            call_of = maps[which]
+            assert call_of is not None
+            return call_of(*moment, *args)
 
         opened = open_function(at_once, args, layout.device)
         carries = carries_of(opened, args, layout, in_dims)
@@ -104,12 +118,13 @@ class Problem:
             theta = tuple(x.detach() for x in theta)
         show = _shown(layout)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
-            value = watched(lambda y: opened((show(moment[None])[0], layout.unpack(y)), *theta), probe)
+            value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *theta), probe)
         layout.check(value, "y0")
         k0 = layout.pack(value)
         if not recording:
             refuse_captured(k0, (probe, moment, *theta), opened.captured)
-        return cls(opened, layout, start, k0, times, opened.theta, carries)
+        _check_events(events, opened, layout, (probe, moment, *theta), recording)
+        return cls(opened, layout, start, k0, times, opened.theta, carries, events=events)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,11 +147,45 @@ class Problem:
     def field(self, *theta: Tensor) -> Field:
         """f at `theta`."""
         layout, call = self.layout, self.opened.at(*theta)
+        show = _shown(layout)
 
         def slope(moment: Tensor, y: Tensor) -> Tensor:
-            return layout.pack(call((moment, layout.unpack(y))))
+            return layout.pack(call((0, moment, layout.unpack(y))))
 
-        return Field(_shown(layout), slope, self.field, theta)
+        if not self.events:
+            return Field(show, slope, self.field, theta)
+
+        def watch(i: int, t: Tensor, y: Tensor) -> Tensor:
+            value = call((1 + 2 * i, show(t[None])[0], layout.unpack(y)))
+            return value.reshape(y.shape[0]).to(layout.work_dtype)
+
+        def jump(i: int, t: Tensor, y: Tensor) -> Tensor:
+            return layout.pack(call((2 + 2 * i, show(t[None])[0], layout.unpack(y))))
+
+        return Field(show, slope, self.field, theta, watch=watch, jump=jump)
+
+
+def _check_events(
+    events: tuple[Event, ...], opened: Opened, layout: Layout, known: tuple[Tensor, ...], recording: bool
+) -> None:
+    """Raise TypeError / ValueError for what g or restart returns at the start, or reaches in a wrong way."""
+    probe, moment, *theta = known
+    for i, event in enumerate(events):
+        for which, name in ((1 + 2 * i, "g"), (2 + 2 * i, "restart"))[: 1 if event.restart is None else 2]:
+            with torch.enable_grad():
+                call = (which, _shown(layout)(moment[None])[0])
+                value = watched(lambda y, call=call: opened((*call, layout.unpack(y)), *theta), probe)
+            try:
+                if name == "g":
+                    check_number(value, i, layout)
+                    rows = value
+                else:
+                    layout.check(value, "y0")
+                    rows = layout.pack(value)
+                if not recording:
+                    refuse_captured(rows, known, opened.captured)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name} of event {i}, in place of f: {error}") from error
 
 
 def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:

@@ -12,17 +12,24 @@ from torch import Tensor
 from implicitly.ode.host import Array, to_host
 from implicitly.ode.method import Memory
 
+# Of `Taken.ends`.
+STOP = -1
+
 # States kept at first; beyond twice as many as their spacing every other is forgotten.
 CHECKPOINTS = 32
 
 
 class Taken(NamedTuple):
-    """A step that some samples accepted, each `(B,)`: from t, dt long, or up to the end where `last`."""
+    """A step that some samples accepted, each `(B,)`: from t, dt long, or up to the end where `last`.
+
+    `ends` is int8: 0; `STOP` where the step ends at a time that must be hit; i + 1 where event i ends it.
+    """
 
     t: Array
     dt: Array
     last: Array
     accepted: Array
+    ends: Array
 
     def of_all(self, rows: Tensor | None, batch: int) -> Taken:
         """The step of the samples `rows` as one of all, which others did not accept."""
@@ -81,8 +88,8 @@ class Record:
         """The steps as the fields of `Taken`, tensors `(B, N)` beside `like` `(B, ...)`, and forgotten here."""
         if not self.steps:
             empty = like.new_zeros(like.shape[0], 0)
-            return empty, empty.clone(), empty.bool(), empty.bool()
-        steps, self.steps = self.steps, []  # as four tensors they take a hundredth of the memory
+            return empty, empty.clone(), empty.bool(), empty.bool(), empty.to(torch.int8)
+        steps, self.steps = self.steps, []  # as a few tensors they take a hundredth of the memory
         parts = zip(*steps)
         if isinstance(steps[0].t, Tensor):
             return tuple(torch.stack(part, dim=1) for part in parts)
