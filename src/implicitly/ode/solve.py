@@ -154,7 +154,7 @@ def _silent(method: Method, found: Integrated, calls: int) -> None:
 
 
 _REMEDY = {
-    Status.MAX_STEPS: "raise max_steps, loosen rtol and atol, or use a method for stiff systems",
+    Status.MAX_STEPS: "raise max_steps, or loosen rtol and atol; where the system is stiff, use im.Kvaerno5()",
     Status.STEP_UNDERFLOW: "the solution may blow up there, or f jump; loosen the tolerances or widen the dtype",
     Status.NON_FINITE: "f, or g of an event, gave NaN or inf there, however short the step: check it there",
 }
