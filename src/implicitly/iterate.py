@@ -387,16 +387,17 @@ def repeat(
 
         k, *flat = while_loop(go_on, step, (start, *(t.clone() for t in flat)))
         return k, pytree.tree_unflatten(flat, spec)
-    leaf = pytree.tree_leaves(carry)[0]
-    stride = 1 if leaf.device.type == "cpu" else ACCELERATOR_STRIDE
-    while k < limit and (k % stride != 0 or _is_true(going(carry))):
+    while k < limit and _may_go_on(k, going(carry)):
         carry = body(k, carry)
         k += 1
     return k, carry
 
 
-def _is_true(answer: bool | Tensor) -> bool:
-    return answer if isinstance(answer, bool) else bool(unwrapped(answer).any())
+def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
+    """The `answer`, or True before a step at which an accelerator is not to be waited for."""
+    if isinstance(answer, bool):
+        return answer
+    return bool(answer.device.type != "cpu" and k % ACCELERATOR_STRIDE) or bool(unwrapped(answer).any())
 
 
 def happens(mask: Tensor) -> bool:

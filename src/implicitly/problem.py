@@ -85,15 +85,7 @@ class Problem:
     @property
     def key(self) -> Hashable:
         """What a compiled solve depends on besides tensors; raises TypeError where it cannot be compared."""
-        key = (self.opened.f, self.layout, str(self.opened.args_spec), self.opened.static, self.opened.places)
-        try:
-            hash(key)
-        except TypeError as error:
-            raise TypeError(
-                "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
-                f"({error}); pass tuples instead of arrays or lists, or compile=False"
-            ) from error
-        return (*key, self.opened.autocast)
+        return self.opened.key(self.opened.f, self.layout)
 
     def solution(self, found: Found, attached: Tensor | None = None) -> Solution:
         """What the user gets: `attached` `(B, n)` is the found point with its derivative."""

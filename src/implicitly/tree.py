@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +190,18 @@ class Opened:
     device_type: str  # of the state
     autocast: torch.dtype | None
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
+
+    def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
+        """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
+        key = (f, layout, str(self.args_spec), self.static, self.places)
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(
+                "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
+                f"({error}); pass tuples instead of arrays or lists, or compile=False"
+            ) from error
+        return (*key, self.autocast)
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from implicitly.iterate import where_rows
 from implicitly.ode.combine import Length, as_length, stage_times
 from implicitly.ode.control import Controller
-from implicitly.ode.host import Array, library, to_host, to_tensor
+from implicitly.ode.host import Array, gauss, library, remembered, to_host, to_tensor
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import Bosh3, Dopri5, Dopri8, RungeKutta
@@ -47,6 +46,7 @@ class Adams(Method):
 
     order: int = 5  # pyright: ignore[reportIncompatibleMethodOverride] - here an option, elsewhere a property
     controller: Controller = Controller(grow=2.0)
+    starter: RungeKutta = field(init=False, repr=False, compare=False)  # the method of the first steps
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,16 +54,12 @@ class Adams(Method):
             raise TypeError(f"Adams: order must be an int, got {self.order!r}")
         if self.order not in STARTERS:
             raise ValueError(f"Adams: order must be from {min(STARTERS)} to {max(STARTERS)}, got {self.order}")
+        object.__setattr__(self, "starter", STARTERS[self.order](dt=self.dt))
 
     @property
     def adaptive(self) -> bool:
         """Whether it estimates its error: yes."""
         return True
-
-    @functools.cached_property
-    def starter(self) -> RungeKutta:
-        """The method of the first steps."""
-        return STARTERS[self.order](dt=self.dt)
 
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """Lengths of the steps before `(B, p - 2)`, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
@@ -177,7 +173,8 @@ def integrals(past: Array, dt: Array, part: Array) -> Integrals:
     sums with dt, so that steps of length 0 do no harm.
     """
     xp, count = library(dt), past.shape[1]
-    nodes, weights, own = _constants(count, dt.dtype, dt.device if isinstance(dt, Tensor) else None)
+    nodes, weights = _quadrature(count, dt.dtype, dt.device if isinstance(dt, Tensor) else None)
+    own = torch.eye(count, dtype=torch.bool, device=dt.device) if isinstance(dt, Tensor) else np.eye(count) > 0
     x = part[:, :, None] * nodes  # (B, W, m), as parts of the step
     shape, width, length = x.shape, part * dt[:, None], dt[:, None, None]
     x = x.reshape(shape[0], 1, shape[1] * shape[2])
@@ -186,7 +183,7 @@ def integrals(past: Array, dt: Array, part: Array) -> Integrals:
     apart = xp.prod(_safe(past[:, None, :] - past[:, :, None]), 2)
     bases = xp.ones_like(factors)
     for i in range(count):
-        bases = bases * xp.where(own[i], 1.0, factors[:, i : i + 1])
+        bases = bases * xp.where(own[i][:, None], 1.0, factors[:, i : i + 1])
     bases = (bases / apart[:, :, None]).reshape(shape[0], count, *shape[1:])
     # The defect counts as the product of the factors over its value at dt, that of the first slope being x.
     ratios = factors[:, 1:] / _safe(length + past[:, 1:, None])
@@ -202,17 +199,13 @@ def _safe(x: Array) -> Array:
     return library(x).where(x == 0, 1.0, x)
 
 
-@functools.lru_cache(maxsize=16)
-def _constants(count: int, dtype: Any, device: torch.device | None) -> tuple[Array, Array, Array]:
-    """For `count` past slopes: nodes `(m,)` of Gauss' quadrature on [0, 1] and 1, their weights, and `(k, k, 1)`
-    which slope is which. NumPy's where there is no device."""
-    nodes, weights = np.polynomial.legendre.leggauss(count // 2 + 1)
-    nodes, weights = np.append((nodes + 1) / 2, 1.0), np.append(weights / 2, 0.0)
-    own = np.eye(count, dtype=bool)[:, :, None]
-    if device is None:
-        return nodes.astype(dtype), weights.astype(dtype), own
-    nodes, weights = (torch.tensor(x, dtype=dtype, device=device) for x in (nodes, weights))
-    return nodes, weights, torch.tensor(own, device=device)
+@remembered(16)
+def _quadrature(count: int, dtype: Any, device: torch.device | None) -> Array:
+    """For `count` past slopes: nodes of Gauss' quadrature on [0, 1] and 1, and their weights, `(2, m)`. NumPy's
+    where there is no device."""
+    nodes, weights = gauss(count // 2 + 1)
+    both = ((*nodes, 1.0), (*weights, 0.0))
+    return np.array(both, dtype=dtype) if device is None else torch.tensor(both, dtype=dtype, device=device)
 
 
 def _plus(y: Tensor, weight: Length, slope: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch.func import vjp, vmap
 
 from implicitly.implicit import push
 from implicitly.ode.events import Event
+from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.host import on_host
 from implicitly.ode.hybrid import HybridStepper
 from implicitly.ode.integrate import (
@@ -72,7 +73,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         tracked = any(is_tracked(x) for x in (problem.times, problem.y0, *problem.theta))
         record = Record() if tracked else None
-        work = Work(method, problem.field, problem.carries, report, record, events=problem.events)
+        work = Work(method, problem.field, problem.carries, report, record, events=problem.events, key=problem.key)
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[: len(Integrated._fields)]), work.calls
@@ -80,7 +81,10 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
 @dataclass
 class Work:
-    """A solve to be differentiated: how it is done, and what it leaves."""
+    """A solve to be differentiated: how it is done, and what it leaves.
+
+    With a `key` it is one graph; see `Problem`.
+    """
 
     method: Method
     field: Callable[..., Field]
@@ -89,6 +93,7 @@ class Work:
     record: Record | None
     calls: int = 0
     events: tuple[Event, ...] = ()
+    key: Hashable | None = None
 
     @property
     def hybrid(self) -> bool:
@@ -97,8 +102,14 @@ class Work:
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
-        host = not torch.compiler.is_compiling() and times.device.type == "cpu"
-        found, self.calls = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
+        found = None
+        if self.key is not None:
+            key = (self.key, self.method)
+            found = integrate_as_graph(key, partial(self.stepper, False), times, y0, k0, theta, self.record)
+        if found is None:
+            host = not torch.compiler.is_compiling() and times.device.type == "cpu"
+            found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
+        found, self.calls = found
         self.report(self.method, found, self.calls)
         return found
 
@@ -208,7 +219,7 @@ class _Trajectory(torch.autograd.Function):
                 jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
             )
 
-        mapped = replace(work, field=field, carries=None)
+        mapped = replace(work, field=field, carries=None, key=None)  # a graph is of f, not of the mapped one
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls = mapped.calls
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)

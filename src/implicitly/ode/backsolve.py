@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -19,7 +17,7 @@ from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, sweep
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import rms_norm
-from implicitly.ode.host import Array, library, on_host, some, to_host, to_tensor
+from implicitly.ode.host import Array, gauss, library, on_host, some, to_host, to_tensor
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field, Problem
@@ -94,7 +92,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
                 "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so they cannot "
                 "have times of their own; pass t of shape (T,), or seminorm=True"
             )
-        work = Work(method, problem.field, problem.carries, report, None)
+        work = Work(method, problem.field, problem.carries, report, None, key=problem.key)
         return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
 
 
@@ -270,13 +268,6 @@ def augmented(
     return Augmented(show, slope, bind, theta, base=base)
 
 
-@functools.lru_cache(maxsize=64)
-def gauss(order: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Nodes and weights on [0, 1] of the shortest rule of Gauss that has at least this order."""
-    nodes, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
-    return tuple((nodes + 1) / 2), tuple(weights / 2)
-
-
 # -------------------------------------------------------------------------------------- the backward solve
 
 
@@ -402,7 +393,7 @@ class Backwards:
         """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
         F: Any = stepper.bound.F
         xp, n = library(taken.dt), self.packed.n
-        nodes, weights = gauss(self.method.order)
+        nodes, weights = gauss((self.method.order + 1) // 2)  # the shortest rule that has at least this order
         part = torch.tensor(nodes, dtype=step.y.dtype, device=step.y.device).expand(len(step.y), -1)
         z = self.method_of_z.between(F, step, part)
         if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0

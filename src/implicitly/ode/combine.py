@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
-from implicitly.ode.host import Array
+from implicitly.ode.host import Array, remembered
 
 # A length: a number where all samples have the same, else `(B, 1)`.
 Length = float | Tensor
@@ -24,7 +23,7 @@ def as_length(dt: Array) -> Length:
     return float(dt[0]) if len(dt) == 1 else torch.from_numpy(dt).unsqueeze(1)
 
 
-def advanced(y: Tensor, dt: Length, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def advanced(y: Tensor, dt: Length, weights: tuple[float, ...], slopes: Sequence[Tensor]) -> Tensor:
     """y + dt sum_i weights_i slopes_i `(B, n)`."""
     terms = nonzero(weights)
     if isinstance(dt, Tensor):
@@ -34,7 +33,7 @@ def advanced(y: Tensor, dt: Length, weights: Sequence[float], slopes: Sequence[T
     return _added(y, terms[1:], slopes, dt)
 
 
-def weighted(dt: Length, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def weighted(dt: Length, weights: tuple[float, ...], slopes: Sequence[Tensor]) -> Tensor:
     """dt sum_i weights_i slopes_i `(B, n)`, of at least one weight that is not 0."""
     terms = nonzero(weights)
     return dt * _sum(terms, slopes, 1.0) if isinstance(dt, Tensor) else _sum(terms, slopes, dt)
@@ -66,13 +65,13 @@ def records() -> bool:
     )
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def nonzero(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
     """The weights that are not 0, each with its place."""
     return tuple((i, w) for i, w in enumerate(weights) if w != 0)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _nodes(nodes: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
     return np.array(nodes, dtype=dtype)[:, None]
 

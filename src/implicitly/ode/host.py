@@ -7,8 +7,10 @@ have the same names there (`where`, `minimum`, `maximum`, `clip`, `sign`).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +21,39 @@ from implicitly.tree import is_wrapped, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function whose last `size` results are kept; a traced graph has them as constants, and calls it itself."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        kept = functools.lru_cache(maxsize=size)(function)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> R:
+            return function(*args) if torch.compiler.is_compiling() else kept(*args)  # pyright: ignore[reportCallIssue]
+
+        return cast(Callable[P, R], call)
+
+    return decorate
+
+
+@functools.lru_cache(maxsize=64)
+def _gauss(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return tuple(((nodes + 1) / 2).tolist()), tuple((weights / 2).tolist())
+
+
+def gauss(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights on [0, 1] of Gauss' rule with so many points."""
+    return _gauss(count)
+
+
+# What `torch.compiler.assume_constant_result` does; that imports the whole compiler.
+gauss._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def library(x: Array) -> ModuleType:
@@ -48,3 +83,8 @@ def to_tensor(x: Array) -> Tensor:
 def some(mask: Array) -> bool:
     """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
     return happens(mask) if isinstance(mask, Tensor) else bool(mask.any())
+
+
+def all_of(mask: Tensor) -> bool:
+    """Whether all entries are true where looking is cheap; False where it is not (tracing, an accelerator)."""
+    return not happens(~mask)

@@ -28,7 +28,7 @@ from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
 
 
-@dataclass(frozen=True)
+@dataclass
 class HybridStepper(Stepper):
     """Takes steps that events and the method's `tstops` end."""
 

@@ -10,9 +10,9 @@ Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from implicitly.implicit import Backward, Condition, Report, attach, find
-from implicitly.iterate import Solver, Status
+from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, records, stage_times, weighted
 from implicitly.ode.control import TINY, Controller
-from implicitly.ode.host import Array, library, some, to_host, to_tensor
+from implicitly.ode.host import Array, all_of, library, remembered, some, to_host, to_tensor
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import RungeKutta
@@ -79,6 +79,11 @@ class ImplicitRungeKutta(RungeKutta):
         """NaN in any stage shows in the state."""
         return True
 
+    @property
+    def differentiates(self) -> bool:
+        """Its stages take Jacobians."""
+        return True
+
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         newton = Newton.at(self, F, t, dt, y)
@@ -117,12 +122,12 @@ class ImplicitRungeKutta(RungeKutta):
                 )
                 k = (y1 - base) / _never_zero(own)
             slopes.append(k)
-            if newton.failed is not None and bool(newton.failed.all()):
+            if newton.failed is not None and all_of(newton.failed):
                 return y1, slopes + [k] * (tableau.stages - len(slopes))
         return (y1 if tableau.stiffly_accurate else advanced(y, length, tableau.b, slopes)), slopes
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def predictor(nodes: tuple[float, ...], i: int) -> tuple[float, ...]:
     """Weights of the slopes before stage `i` that guess its own: the polynomial through the nearest ones."""
     near: dict[float, int] = {}
@@ -133,7 +138,7 @@ def predictor(nodes: tuple[float, ...], i: int) -> tuple[float, ...]:
     if not near:
         return (1.0,)
     for c, j in near.items():
-        weights[j] = math.prod((nodes[i] - other) / (c - other) for other in near if other != c)
+        weights[j] = math.prod([(nodes[i] - other) / (c - other) for other in near if other != c])
     return tuple(weights)
 
 
@@ -141,6 +146,17 @@ def _never_zero(length: Length) -> Length:
     if isinstance(length, Tensor):
         return torch.where(length == 0, 1.0, length)
     return length or 1.0
+
+
+class Iterate(NamedTuple):
+    """An iterate of Newton's method, and for each sample `(B,)` what is known of it."""
+
+    z: Tensor
+    size: Array  # of the last change, over the tolerance
+    gain: Array  # the error that is left, relative to that
+    going: Array  # whether it has not converged and still may
+    slow: Array  # whether it has converged slower than a new Jacobian would
+    converged: Array
 
 
 @dataclass
@@ -152,7 +168,7 @@ class Newton:
         scale: the tolerance of each component `(B, n)`.
         least: `(B,)` the change, relative to that, which rounding may leave.
         fresh: whether J is that of this step.
-        gain: the error that is left, relative to the last change, as the stage before showed it.
+        gain: as of the last `Iterate` of the stage before.
         slow: whether it would profit from a new Jacobian.
         failed: `(B,)` the samples of which a stage was not found; None: none.
     """
@@ -197,10 +213,11 @@ class Newton:
         """The solution `(B, n)` of a stage, differentiable."""
         with torch.no_grad():
             if self.method.stage_solver is not None:
-                z = self._search(self.method.stage_solver, F, stage, guess)
+                z, failed = self._search(self.method.stage_solver, F, stage, guess)
             else:
-                z = self._iterate(F, stage, guess)
-        if not records():
+                z, failed = self._iterate(F, stage, guess)
+        if not _attaches(F):
+            self._note(failed)
             return z
         if F.once:
             return _attached_once(F, stage, z, self.method.limit_gib)
@@ -208,49 +225,74 @@ class Newton:
         solver = DenseLU(limit_gib=self.method.limit_gib) if self.method.stage_solver is None else GMRES()
         return attach(condition, z, theta, Backward(solver))
 
-    def _iterate(self, F: Field, stage: Stage, z: Tensor) -> Tensor:
-        last, converged, i = None, np.zeros(1, dtype=bool), 0
-        with np.errstate(all="ignore"):
-            for i in range(self.method.stage_steps):
-                if i >= PATIENT and self.method.dt is not None:  # a step that cannot be made shorter
-                    J = jacobian(F, stage.moment.detach(), z, self.method.limit_gib)
-                    self.inverse = inverse_of(J, stage.length)
-                d = _times(self.inverse, _residual(F, stage, z))
-                z = z + d
-                last, converged, hopeless = self._judge(to_host(self.method.norm(d / self.scale)), last)
-                if not some(~converged) or hopeless:
-                    break
-            if i >= PATIENT:  # what so many iterations showed says nothing about one matrix for the next stage
-                self.gain = 1.0
-        self._note(~converged)
-        return z
-
-    def _judge(self, size: Array, last: Array | None) -> tuple[Array, Array, bool]:
-        """After a change of `size` and one of `last` before: the size, who has converged, whether nobody will."""
-        xp = library(size)
-        if last is None:
-            # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
-            self.gain = xp.clip(self.gain * xp.ones_like(size), 1e-16, 1.0) ** 0.8
+    def _iterate(self, F: Field, stage: Stage, z: Tensor) -> tuple[Tensor, Array]:
+        """Newton's iterates from z, and which samples `(B,)` it did not find."""
+        xp, traced = library(self.least), torch.compiler.is_compiling()
+        ones = xp.ones_like(self.least)
+        # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
+        gain = xp.clip(self.gain * ones, 1e-16, 1.0) ** 0.8
+        begin = Iterate(z, ones, gain, ones > 0, ones < 0, ones < 0)
+        if traced:
+            found = self._traced(F, stage, begin)
         else:
-            rate = size / xp.clip(last, TINY, None)
-            self.slow |= some((rate > SLOW) & (size > self.least))
-            self.gain = xp.where(rate < TOO_SLOW, rate / (1 - rate), float("inf"))
-        # NaN has not converged. What rounding leaves says nothing about the rate.
-        converged = (self.gain * size <= self.method.stage_tolerance) | (size <= self.least)
-        hopeful = xp.isfinite(size) & xp.isfinite(self.gain)
-        return size, converged, not some(hopeful & ~converged)
+            with np.errstate(all="ignore"):
+                _, found = repeat(partial(self._change, F, stage), begin, _goes_on, self.method.stage_steps)
+        self.slow |= some(found.slow)
+        # Of matrices that change with the iterates, the rate says nothing about the next stage.
+        self.gain = found.gain if self.method.dt is None else 1.0
+        return found.z, ~found.converged
 
-    def _search(self, solver: Solver, F: Field, stage: Stage, guess: Tensor) -> Tensor:
+    def _traced(self, F: Field, stage: Stage, begin: Iterate) -> Iterate:
+        """The iterates in a traced graph, where the loop may change nothing outside of it."""
+
+        def change(i: int | Tensor, state: tuple[Iterate, Tensor]) -> tuple[Iterate, Tensor]:
+            G = F.bind(*F.theta)
+            return self._change(G, stage, i, state[0]), state[1] + G.calls
+
+        none = torch.zeros((), dtype=torch.int64, device=begin.z.device)
+        _, (found, calls) = repeat(change, (begin, none), lambda s: _goes_on(s[0]), self.method.stage_steps)
+        F.loops.append(calls)
+        return found
+
+    def _change(self, F: Field, stage: Stage, i: int | Tensor, it: Iterate) -> Iterate:
+        """Iterate number i + 1."""
+        inverse = self.inverse
+        # A step that cannot be made shorter has a matrix for each iteration at last; in a graph at once.
+        if self.method.dt is not None and (isinstance(i, Tensor) or i >= PATIENT):
+            inverse = inverse_of(jacobian(F, stage.moment.detach(), it.z, self.method.limit_gib), stage.length)
+            self.inverse = self.inverse if isinstance(i, Tensor) else inverse
+        d = _times(inverse, _residual(F, stage, it.z))
+        size, gain, slow = to_host(self.method.norm(d / self.scale)), it.gain, it.slow
+        xp = library(size)
+        if isinstance(i, Tensor) or i > 0:
+            rate = size / xp.clip(it.size, TINY, None)
+            shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), float("inf"))
+            gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
+            slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))
+        # NaN has not converged. What rounding leaves says nothing about the rate.
+        converged = (gain * size <= self.method.stage_tolerance) | (size <= self.least)
+        hopeful = xp.isfinite(size) & xp.isfinite(gain)
+        return Iterate(it.z + d, size, gain, hopeful & ~converged, slow, converged)
+
+    def _search(self, solver: Solver, F: Field, stage: Stage, guess: Tensor) -> tuple[Tensor, Array]:
         condition, theta = _condition(F, stage)
         found = find(solver, condition, guess, theta)
-        self._note(to_host(found.status != int(Status.CONVERGED)))
-        return found.z
+        return found.z, to_host(found.status != int(Status.CONVERGED))
 
     def _note(self, failed: Array) -> None:
-        if records() or not some(failed):  # a step that is taken again has converged before
-            return
-        failed = to_tensor(failed)
-        self.failed = failed if self.failed is None else self.failed | failed
+        if some(failed):
+            failed = to_tensor(failed)
+            self.failed = failed if self.failed is None else self.failed | failed
+
+
+def _attaches(F: Field) -> bool:
+    """Whether a step is taken for its derivative, and so has converged before; of a graph, `once` says it."""
+    return F.once or (records() and not torch.compiler.is_compiling())
+
+
+def _goes_on(it: Iterate) -> bool | Tensor:
+    going = it.going.any()
+    return going if isinstance(going, Tensor) else bool(going)
 
 
 # Up to so many columns, products one after the other are quicker than all at once.

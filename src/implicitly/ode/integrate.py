@@ -7,9 +7,9 @@ read off the dense output of the step that passes them; no step is shortened for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from dataclasses import field as given
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -70,7 +70,7 @@ class Integrated(NamedTuple):
     event_count: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bound:
     """The vector field at `theta`, for all samples or some of them.
 
@@ -78,6 +78,7 @@ class Bound:
         field: gives, for theta, the `Field`.
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
         once: see `Field`.
+        F: the field.
     """
 
     field: Callable[..., Field]
@@ -85,12 +86,11 @@ class Bound:
     carries: tuple[int | None, ...] | None = None
     once: bool = False
 
-    @cached_property
-    def F(self) -> Field:
-        """The field."""
-        F = self.field(*self.theta)
-        F.once = self.once
-        return F
+    F: Field = given(init=False)
+
+    def __post_init__(self):
+        self.F = self.field(*self.theta)
+        self.F.once = self.once
 
     def take(self, rows: Tensor) -> Bound:
         """The field of the samples `rows` alone."""
@@ -99,19 +99,30 @@ class Bound:
         return replace(self, theta=theta)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stepper:
-    """Takes the steps of one solve: `times` `(B, T)` by a `method` along a vector field."""
+    """Takes the steps of one solve: `times` `(B, T)` by a `method` along a vector field.
+
+    Attributes:
+        host: whether numbers of a sample are arrays of the host.
+        seen: the times as numbers.
+        moving: whether a derivative may reach the times.
+        plain: `Taken.ends` of a step that nothing special ends.
+    """
 
     method: Method
     bound: Bound
     times: Tensor
-    host: bool  # whether numbers of a sample are arrays of the host
+    host: bool
+    seen: Array = given(init=False)
+    moving: bool = given(init=False)
+    plain: Array = given(init=False)
 
-    @cached_property
-    def seen(self) -> Array:
-        """The times as numbers."""
-        return to_host(self.times) if self.host else self.times.detach()
+    def __post_init__(self):
+        self.seen = to_host(self.times) if self.host else self.times.detach()
+        self.moving = not torch.compiler.is_compiling() and is_tracked(self.times)
+        xp = library(self.seen)
+        self.plain = xp.zeros_like(self.begin, dtype=xp.int8)
 
     @property
     def begin(self) -> Array:
@@ -123,21 +134,10 @@ class Stepper:
         """The last time `(B,)`."""
         return self.seen[:, -1]
 
-    @cached_property
-    def moving(self) -> bool:
-        """Whether a derivative may reach the times."""
-        return not torch.compiler.is_compiling() and is_tracked(self.times)
-
     def clock(self, t: Array) -> Memory:
         """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
         first and the last time."""
         return ()
-
-    @cached_property
-    def plain(self) -> Array:
-        """`Taken.ends` of a step that nothing special ends."""
-        xp = library(self.begin)
-        return xp.zeros_like(self.begin, dtype=xp.int8)
 
     def take(self, rows: Tensor) -> Self:
         """What takes the steps of the samples `rows` alone."""
@@ -160,10 +160,7 @@ class Stepper:
         elif given is not None:
             length = xp.full_like(span, given)
         else:
-            quiet = nullcontext() if xp is torch else np.errstate(all="ignore")
-            with torch.no_grad(), quiet:
-                start, scale = y.detach(), method.tolerance(y.detach())
-                length = first_step(self.bound.F, t, start, k.detach(), span, method.order, scale, method.norm)
+            length = self.first_length(y.detach(), k.detach())
         length = xp.clip(length, None, method.dt_max)
         zeros = xp.zeros_like(span, dtype=xp.int64)
         finite = to_host(k.isfinite().all(1) & y.isfinite().all(1))
@@ -171,6 +168,16 @@ class Stepper:
         status = status if some(~finite) else None
         memory = method.start(self.bound.F, t, y, k)
         return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, zeros)
+
+    def first_length(self, y: Tensor, k: Tensor) -> Array:
+        """The length `(B,)` of the first step from y `(B, n)`, whose slope is k."""
+        method, t = self.method, self.begin
+        with torch.no_grad():
+            given = (self.bound.F, t, y, k, self.end - t, method.order, method.tolerance(y), method.norm)
+            if isinstance(t, Tensor):
+                return first_step(*given)
+            with np.errstate(all="ignore"):
+                return first_step(*given)
 
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
         """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
@@ -288,20 +295,19 @@ class Stepper:
         place = torch.arange(width, device=first.device)
         columns = (first.unsqueeze(1) + place).clamp(max=inside.shape[1] - 1)
         rows, at = (place < count.unsqueeze(1)).nonzero(as_tuple=True)
-        values = self.method.between(self.bound.F, step, self._part(step, columns + 1))
+        values = self.method.between(self.bound.F, step, self.part(step, columns + 1))
         yield Piece(rows, columns[rows, at] + 1, values[rows, at])
 
     def fill(self, inner: Tensor, step: Step, taken: Taken) -> Tensor:
         """`inner` `(B, T - 2, n)` with the outputs that a step passes, by operations that `vmap` maps."""
-        part = self._part(step, slice(1, -1)).clamp(0, 1)
-        values = self.method.between(self.bound.F, step, part)
+        columns = torch.arange(1, self.times.shape[1] - 1, device=self.times.device).expand(len(self.times), -1)
+        values = self.method.between(self.bound.F, step, self.part(step, columns).clamp(0, 1))
         return torch.where(to_tensor(self.passed(taken)).unsqueeze(2), values, inner)
 
-    def _part(self, step: Step, columns: Tensor | slice) -> Tensor:
-        """Where `(B, W)` in the step, from 0 to 1, the times in `columns` are."""
-        times = self.times[:, columns] if isinstance(columns, slice) else self.times.gather(1, columns)
+    def part(self, step: Step, columns: Tensor) -> Tensor:
+        """Where `(B, W)` in the step, from 0 to 1, the times in `columns` `(B, W)` are."""
         t, dt = to_tensor(step.t), to_tensor(step.dt)
-        return (times - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
+        return (self.times.gather(1, columns) - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
 
 
 def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) -> tuple[Tensor, Memory]:
@@ -328,7 +334,7 @@ class Run:
     record: Record | None
     batch: int
     listen: Listen | None = None
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Piece] = given(default_factory=list)
     rows: Tensor | None = None  # the samples that still take part; None: all
     calls: int = 0
 
@@ -531,7 +537,7 @@ def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tup
 
 def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[State]:
     """The state before each step from the last one kept before `stop` up to it."""
-    i = (stop - 1) // record.spacing * record.spacing
+    i = record.kept_before(stop)
     states = [record.states[i].full(len(stepper.times))]
     for taken in steps[i : stop - 1]:
         states.append(again(stepper, taken, states[-1], outputs=False).state)

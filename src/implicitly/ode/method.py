@@ -102,6 +102,11 @@ class Method(ABC):
         """Whether NaN in the slope at the end of a step shows in the error."""
         return False
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether a step asks for derivatives of f."""
+        return False
+
     def check(self, dtype: torch.dtype) -> None:
         """Raise ValueError for tolerances that `dtype` cannot resolve."""
         eps = torch.finfo(dtype).eps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ class Field:
         slope: f on a moment and `(B, n)`.
         bind: gives the field for other theta.
         theta: the tensors that it depends on.
-        calls: how often f was called.
+        calls: how often f was called, save by the loops of a traced graph,
+        loops: which know it as tensors.
         notes: what a method keeps that only saves work, such as a Jacobian.
         once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
         watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
@@ -37,6 +38,7 @@ class Field:
     bind: Callable[..., Field]
     theta: tuple[Tensor, ...]
     calls: int = 0
+    loops: list[Tensor] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     once: bool = False
     watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
@@ -48,8 +50,7 @@ class Field:
 
     def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
         """The slopes at a moment."""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
+        self.calls += 1
         return self.slope(moment, y)
 
     def at(self, t: Array, y: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class Problem:
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
         calls: the calls of f that checking took.
         events: what is watched on the way; theta holds what their functions depend on, too.
+        key: for a solve that is to be one graph, all that decides about it besides tensors and the method.
     """
 
     opened: Opened
@@ -80,6 +82,7 @@ class Problem:
     carries: tuple[int | None, ...] | None
     calls: int = 1
     events: tuple[Event, ...] = ()
+    key: Hashable | None = None
 
     @classmethod
     def of(
@@ -130,6 +133,10 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """The dtype that f computes in, which decides what errors can be resolved."""
         return self.opened.autocast or self.layout.dtype
+
+    def as_graph(self, f: Callable[..., Any]) -> Problem:
+        """This problem of `f`, to be solved as one graph; raises TypeError for args that cannot be compared."""
+        return replace(self, key=self.opened.key(f, self.layout))
 
     def rows(self, times: Tensor) -> Tensor:
         """`times` as `(B, T)`."""

@@ -66,26 +66,43 @@ class State(NamedTuple):
 class Record:
     """All steps, and states at O(sqrt(steps)) of them.
 
-    `states[i]` is the state before `steps[i]`, for every i that `spacing` divides.
+    `states[i]` is the state before step i, for every i that `spacing` divides. Steps noted many at a time, of each
+    of whose `blocks` only the first state is kept, count as one there.
     """
 
     steps: list[Taken] = field(default_factory=list)
+    blocks: list[Taken] = field(default_factory=list)
     states: dict[int, State] = field(default_factory=dict)
     spacing: int = 1
     clean: bool = True  # whether no sample met NaN or inf in a step that others accepted
 
     def note(self, taken: Taken, state: State) -> None:
         """Note a step from `state`."""
-        i = len(self.steps)
+        self._keep(len(self.steps), len(self.steps), state)
         self.steps.append(taken)
-        if i % self.spacing == 0:
-            self.states[i] = state
+
+    def note_many(self, taken: Taken, state: State) -> None:
+        """Note steps, each field `(N, B)`, the first of them from `state`."""
+        self._keep(len(self.blocks), sum(len(block.t) for block in self.blocks), state)
+        self.blocks.append(Taken(*(x.clone() for x in taken)))
+
+    def _keep(self, count: int, step: int, state: State) -> None:
+        """Keep the state before a `step`, after `count` calls of this."""
+        if count % self.spacing == 0:
+            self.states[step] = state
         if len(self.states) > max(CHECKPOINTS, 2 * self.spacing):
             self.spacing *= 2
-            self.states = {i: state for i, state in self.states.items() if i % self.spacing == 0}
+            self.states = dict(list(self.states.items())[::2])
+
+    def kept_before(self, stop: int) -> int:
+        """The last step before `stop` the state before which is kept."""
+        return max(i for i in self.states if i < stop)
 
     def stacked(self, like: Tensor) -> tuple[Tensor, ...]:
         """The steps as the fields of `Taken`, tensors `(B, N)` beside `like` `(B, ...)`, and forgotten here."""
+        if self.blocks:
+            blocks, self.blocks = self.blocks, []
+            return tuple(torch.cat(parts).T for parts in zip(*blocks))
         if not self.steps:
             empty = like.new_zeros(like.shape[0], 0)
             return empty, empty.clone(), empty.bool(), empty.bool(), empty.to(torch.int8)

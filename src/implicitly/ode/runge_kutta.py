@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from implicitly.ode import tableaus
 from implicitly.ode.combine import advanced, as_length, stage_times, weighted
-from implicitly.ode.host import Array, to_tensor
+from implicitly.ode.host import Array, remembered, to_tensor
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field
 from implicitly.ode.tableaus import Tableau
@@ -93,7 +92,7 @@ class ExplicitRungeKutta(RungeKutta):
         return high**2 / (high**2 + 0.01 * low**2).sqrt().clamp(min=torch.finfo(high.dtype).tiny)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def dense_matrix(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The coefficients `(s, p)` of the dense output."""
     return torch.tensor(tableau.dense, dtype=dtype, device=device)

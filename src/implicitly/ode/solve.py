@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitly.compiled import CompileWarning
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
@@ -56,6 +57,7 @@ def odeint(
     in_dims: Any = None,
     event: Event | tuple[Event, ...] | None = None,
     on_failure: str = "raise",
+    compile: bool = False,
 ) -> Trajectory:
     """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
 
@@ -72,10 +74,10 @@ def odeint(
         in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
             with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
         event: an `Event`, or several, which ends a sample or restarts it from another state. Outputs after the
-            event that ends a sample are its state there; one at the time of a restart, as rounding has
-            it, is the state before.
+            end are the state there; one at the time of a restart, as rounding has it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero.
+        compile: run the solve as one graph of `torch.compile`; a `CompileWarning` says where none can be had.
 
     Returns:
         `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
@@ -89,16 +91,15 @@ def odeint(
     Ordinary Differential Equations", NeurIPS 2018.
     """
     events = events_of(event)
-    _check_choices(solver, adjoint, on_failure, events)
+    _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
         f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording, events=events
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)
-
+    problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
-
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, calls: int) -> None:
@@ -139,7 +140,8 @@ def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Calla
         times = wanted.expand(order.shape[0], -1).gather(1, order)
         rows = max(len(times), len(begin))
         asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
-        values = solve(replace(problem, times=asked))[:, 1:-1]
+        # Eagerly: a graph would be made for each number of times.
+        values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
         # No step passes the start itself.
         at_start = (times == begin).unsqueeze(2)
         values = torch.where(at_start, problem.y0.unsqueeze(1), values)
@@ -189,7 +191,7 @@ def _tell(on_failure: str, method: Method, found: Integrated, solution: Callable
     warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
 
 
-def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...]) -> None:
+def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...], compile: bool) -> None:
     """Raise TypeError / ValueError for what is no choice."""
     if not isinstance(solver, Method):
         raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
@@ -201,5 +203,10 @@ def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Eve
         raise ValueError(
             f"{type(adjoint).__name__} knows of no events and no tstops; use im.RecursiveCheckpointAdjoint()"
         )
+    if compile and isinstance(adjoint, UnrolledAdjoint):
+        raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+    if compile and (events or solver.tstops):
+        message = "odeint: compile=True has no one graph for events and tstops; the eager loop runs instead"
+        warnings.warn(message, CompileWarning, stacklevel=users_line())
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
