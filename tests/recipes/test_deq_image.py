@@ -16,8 +16,9 @@ pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
 
 from implicitly.data import ImageData, digits
 from implicitly.recipes._checkpoints import BEST, LAST, CheckpointError, previous_of, read_checkpoint, run_folder
+from implicitly.recipes._classification import count_parameters
 from implicitly.recipes._training import AtomicCheckpointIO, Batches
-from implicitly.recipes.deq_image import Cell, Config, Training, build, count_parameters, fit, main
+from implicitly.recipes.deq_image import Cell, Config, Training, build, fit, main
 from tests.data.test_images import write_jpeg_archive
 
 SMALL = Config(
