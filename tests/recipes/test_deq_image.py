@@ -274,6 +274,7 @@ def test_run_stopped_within_an_epoch_resumes_with_the_next_batch(data, tmp_path,
     for steps in (2, batches + 1, 2 * batches):
         fit("resnet", dataclasses.replace(config, max_steps=steps, resume=True), data, tmp_path / "parts")
         assert len(seen) == steps
+        assert torch.load(tmp_path / "parts" / LAST, weights_only=True)["costs"]["steps"] == steps
     assert seen == whole
 
 

@@ -213,17 +213,18 @@ class ImageTraining(L.LightningModule, ABC):
                 self._wait_for_device()
                 self.costs.seconds += time.perf_counter() - start
                 self.costs.timed_steps += 1
+        # Not in on_train_batch_end, before which a run that stops within an epoch has written its checkpoint.
+        self.count_calls(*self.calls_of_f())
+
+    def count_calls(self, forward: int, backward: int) -> None:
+        """Take note of the calls of f in the step that has just been taken."""
+        self.costs.steps += 1
+        self.costs.forward_calls += forward
+        self.costs.backward_calls += backward
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the calls of f."""
-        forward, backward = self.calls_of_f()
-        self.costs.steps += 1
-        self.costs.forward_calls += forward
-        self.costs.backward_calls += backward
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what it has cost."""
