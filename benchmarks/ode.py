@@ -139,7 +139,7 @@ def memory(effort: Effort) -> list[Row]:
         while node is not None and not hasattr(node, "work"):
             node = node.next_functions[0][0]
         assert node is not None
-        states = sum(x.nbytes for state in node.work.record.states.values() for x in state)
+        states = sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))
         return saved_bytes(lambda: solve(steps)) + states
 
     sizes = {steps: kept(steps) for steps in counts}

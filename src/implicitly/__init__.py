@@ -14,20 +14,30 @@ from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
+from implicitly.jet import jet, trajectory_derivatives
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
+from implicitly.ode.adams import Adams
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
+from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.events import Event
+from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
+from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
+from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
     "CG",
     "GMRES",
     "RK4",
+    "Adams",
     "Anderson",
+    "BacksolveAdjoint",
     "BiCGStab",
+    "BlanesMoan4",
     "Bosh3",
     "Broyden",
     "CompileWarning",
@@ -37,10 +47,16 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
     "FixedPointIteration",
     "Heun",
     "ImplicitAdjoint",
+    "ImplicitEuler",
+    "ImplicitMidpoint",
     "JacobianFreeAdjoint",
+    "Kvaerno3",
+    "Kvaerno5",
+    "Leapfrog",
     "Midpoint",
     "Neumann",
     "Newton",
@@ -48,16 +64,21 @@ __all__ = [
     "PhantomAdjoint",
     "Ralston",
     "RecursiveCheckpointAdjoint",
+    "ReversibleHeun",
     "Solution",
     "SolverError",
     "Status",
     "Trajectory",
+    "Trapezoid",
     "Tsit5",
     "UnrolledAdjoint",
+    "Yoshida4",
     "check_independence",
     "fixed_point",
+    "jet",
     "linear_solve",
     "nn",
     "odeint",
     "root",
+    "trajectory_derivatives",
 ]

@@ -47,11 +47,17 @@ class Status(IntEnum):
     SINGULAR = 4
     NON_FINITE = 5
     STEP_UNDERFLOW = 6
+    EVENT = 7
 
 
-def is_running(status: Tensor) -> Tensor:
-    """Which of `(B,)` codes are still running: the only negative one."""
+def is_running(status: Any) -> Any:
+    """Which of `(B,)` codes, a tensor or an array, are still running: the only negative one."""
     return status < 0
+
+
+def is_success(status: Any) -> Any:
+    """Which of `(B,)` codes, a tensor or an array, ended as they should: converged, or at an event."""
+    return (status == int(Status.CONVERGED)) | (status == int(Status.EVENT))
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Solution:
 
     @property
     def converged(self) -> Tensor:
-        """`(B,)` bool, which samples converged."""
-        return self.status == Status.CONVERGED
+        """`(B,)` bool, which samples converged; of a trajectory, which reached the end or an event."""
+        return is_success(self.status)
 
 
 class SolverError(RuntimeError):

@@ -52,7 +52,7 @@ class Problem:
         `recording`: autograd is to see the solve itself, so nothing is detached.
         """
         opened = open_function(f, args, layout.device)
-        carries = _carries(opened, args, layout, in_dims)
+        carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(z0), opened.theta
         if not recording:
             start, theta = start.detach(), tuple(t.detach() for t in theta)
@@ -107,7 +107,13 @@ class Problem:
         )
 
 
-def _carries(opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any) -> tuple[int | None, ...] | None:
+def carries_of(
+    opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any
+) -> tuple[int | None, ...] | None:
+    """For each of theta the dimension that holds the samples, None where shared; None: not known.
+
+    Raises ValueError for `in_dims`, as of `torch.vmap`, that do not fit the args.
+    """
     shared = (None,) * opened.parameters
     count = len(opened.theta) - len(shared)
     if in_dims is None:

@@ -96,7 +96,7 @@ class Layout:
             flat = pytree.tree_leaves(state)
             rows = [self._pack_leaf(x, leaf) for x, leaf in zip(flat, self.leaves)]
             packed = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        return packed.to(self.work_dtype)
+        return packed if packed.dtype == self.work_dtype else packed.to(self.work_dtype)
 
     def unpack(self, matrix: Tensor) -> Any:
         """A matrix `(B, n)`, of any B, as a state of this layout."""
@@ -148,7 +148,7 @@ class Layout:
                 x if len(self.leaves) == 1 else x.clone(memory_format=torch.contiguous_format)
             )
         if leaf.in_order:
-            return x.reshape(shape).to(leaf.dtype)
+            return x.reshape(shape) if x.dtype == leaf.dtype else x.reshape(shape).to(leaf.dtype)
         inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
         return torch.permute(x.reshape(shape), (*range(self.batch_dims), *inverse)).to(leaf.dtype)
 

@@ -258,6 +258,29 @@ def test_a_sample_that_starts_at_nan_spoils_no_other(adjoint):
 
 
 @each_adjoint
+def test_dropped_samples_have_the_gradient_of_all(adjoint):
+    """Also where f cannot be asked for a failed sample at all: its gradient is NaN at the start already."""
+    rate = torch.tensor([[1.0], [40.0], [2.0], [3.0]], dtype=D, requires_grad=True)
+    y0 = torch.tensor([[1.0], [1.0], [-1.0], [0.5]], dtype=D, requires_grad=True)
+    shared = torch.tensor(0.5, dtype=D, requires_grad=True)
+
+    def f(t, y, rate, shared):
+        return -rate * (y - shared * torch.cos(t)) + 0 * torch.log(y + 0.6)
+
+    options = {"solver": im.Dopri5(rtol=1e-8, atol=1e-10), "adjoint": adjoint, "batch_dims": 1}
+    t = torch.linspace(0, 2, 4, dtype=D)
+    solution = im.odeint(f, y0, t, rate, shared, in_dims=(0, None), on_failure="ignore", **options)
+    assert solution.status.tolist() == [0, 0, im.Status.NON_FINITE, 0]
+    found = torch.autograd.grad(solution.value[1:, [0, 1, 3]].sin().sum(), (y0, rate, shared))
+    assert float(found[0][2]) == float(found[1][2]) == 0
+    few = [y0.detach()[[0, 1, 3]].requires_grad_(), rate.detach()[[0, 1, 3]].requires_grad_()]
+    alone = im.odeint(f, few[0], t, few[1], shared, **options).value[1:].sin().sum()
+    expected = torch.autograd.grad(alone, (*few, shared))
+    for x, y in zip((found[0][[0, 1, 3]], found[1][[0, 1, 3]], found[2]), expected):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@each_adjoint
 def test_a_rejected_step_into_nan_leaves_the_gradient_exact(adjoint):
     y0 = torch.ones(2, 1, dtype=D, requires_grad=True)
     rate = torch.tensor([[1.0], [0.1]], dtype=D)

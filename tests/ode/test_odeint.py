@@ -204,6 +204,29 @@ def test_every_sample_has_its_own_steps_times_and_answer():
         assert int(alone.steps) == int(together.steps[i])
 
 
+def test_finished_samples_cost_nothing_more():
+    """One of 64 samples is 100 times as stiff: only it goes on."""
+    rate = torch.ones(64, 1, dtype=D)
+    rate[17] = 100.0
+    rows = []
+
+    def f(t, y, rate):
+        rows.append(y.shape[0] if y.ndim > 1 else 64)
+        return -rate * (y - torch.cos(t))
+
+    y0, solver = torch.zeros(64, 1, dtype=D), im.Dopri5(rtol=1e-6, atol=1e-8)
+    t = torch.linspace(0, 5, 7, dtype=D)
+    each = im.odeint(f, y0, t, rate, solver=solver, batch_dims=1, in_dims=0)
+    weighted, rows[:] = sum(rows), []
+    whole = im.odeint(lambda t, y: f(t, y, rate), y0, t, solver=solver, batch_dims=0)
+    assert sum(rows) > 5 * weighted
+    assert int(each.steps.max()) > 10 * int(each.steps.median())
+    torch.testing.assert_close(each.value, whole.value, rtol=0, atol=1e-4)
+    never_dropped = im.odeint(f, y0, t, rate, solver=solver, batch_dims=1)
+    torch.testing.assert_close(each.value, never_dropped.value, rtol=0, atol=1e-12)
+    assert torch.equal(each.steps, never_dropped.steps)
+
+
 def test_one_system_shares_its_steps():
     y0 = torch.tensor([1.0, 2.0], dtype=D)
     solution = im.odeint(lambda t, y: -y, y0, (0.0, 1.0))

@@ -4,7 +4,9 @@ from implicitly.nn.deq import DEQ
 from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
 from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
+from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
+from implicitly.nn.taylor_penalty import TaylorPenalty
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
 from implicitly.nn.warm_start import LastBatch, LastEpoch
@@ -16,8 +18,10 @@ __all__ = [
     "ConcatTime",
     "Dropout",
     "GatedTime",
+    "HamiltonianField",
     "JacobianFrobenius",
     "KineticEnergy",
+    "LagrangianField",
     "LastBatch",
     "LastEpoch",
     "NeuralODE",
@@ -25,6 +29,7 @@ __all__ = [
     "Regulariser",
     "SmoothnessWarning",
     "SpectralNorm",
+    "TaylorPenalty",
     "TimeSequential",
     "WeightNorm",
     "as_deq",

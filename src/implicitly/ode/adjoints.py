@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,33 +15,41 @@ from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
 from implicitly.implicit import push
-from implicitly.iterate import Status
+from implicitly.ode.events import Event
+from implicitly.ode.host import on_host
+from implicitly.ode.hybrid import HybridStepper
 from implicitly.ode.integrate import (
+    Bound,
+    Ended,
     Integrated,
-    Record,
     Stepper,
-    Taken,
     again,
     finite_start,
     integrate,
     replay,
+    restart,
     states_before,
 )
+from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
-from implicitly.ode.runge_kutta import RungeKutta
+from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.tree import is_batched, is_plain, is_tracked, merge_rows, of_places, unwrapped
 
+# Where in `Integrated` the times are that samples got to.
+REACHED = Integrated._fields.index("t")
+
 # Announces how a solve ended: the method, what it found, the calls of f.
-Report = Callable[[RungeKutta, Integrated, int], None]
+Report = Callable[[Method, Integrated, int], None]
 
 
 class TrajectoryAdjoint(ABC):
     """Solves in the way its derivative needs, and attaches that derivative."""
 
     recording = False
+    hybrid = False  # whether it knows of events and of times to be hit
 
     @abstractmethod
-    def solve(self, method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+    def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
 
 
@@ -53,13 +62,17 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     pulled back through by itself. Step lengths are constants of the derivative; that of a time moves the ends of
     the first and the last step. Griewank and Walther, "Evaluating Derivatives", chapter 12.
 
-    The backward pass is differentiable again, and forward mode goes through the noted steps.
+    The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
+    moves with all that it depends on, by the implicit function theorem.
     """
 
-    def solve(self, method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+    hybrid = True
+
+    def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
         tracked = any(is_tracked(x) for x in (problem.times, problem.y0, *problem.theta))
-        work = Work(method, problem.field, report, Record() if tracked else None)
+        record = Record() if tracked else None
+        work = Work(method, problem.field, problem.carries, report, record, events=problem.events)
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[: len(Integrated._fields)]), work.calls
@@ -69,35 +82,46 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 class Work:
     """A solve to be differentiated: how it is done, and what it leaves."""
 
-    method: RungeKutta
+    method: Method
     field: Callable[..., Field]
+    carries: tuple[int | None, ...] | None
     report: Report
     record: Record | None
     calls: int = 0
+    events: tuple[Event, ...] = ()
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether something may end a step besides its length; the times got to are then differentiable."""
+        return bool(self.events or self.method.tstops)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
-        found, self.calls = integrate(self.method, self.field(*theta), times, y0, k0, self.record)
+        host = not torch.compiler.is_compiling() and times.device.type == "cpu"
+        found, self.calls = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
         self.report(self.method, found, self.calls)
         return found
 
-    def stepper(self, times: Tensor, *theta: Tensor) -> Stepper:
-        """What takes the steps again, at other inputs."""
-        return Stepper(self.method, self.field(*theta), times)
+    def stepper(self, host: bool, times: Tensor, *theta: Tensor, once: bool = False) -> Stepper:
+        """What takes the steps at these inputs; see `Field` for `once`."""
+        bound = Bound(self.field, theta, self.carries, once)
+        if self.hybrid:
+            return HybridStepper(self.method, bound, times, host, self.events)
+        return Stepper(self.method, bound, times, host)
 
-    def values(self, steps: list[Taken], finished: Tensor, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
-        """The outputs `(B, T, n)` of `steps`, by plain differentiable operations; 0 for failed samples."""
-        values = replay(self.stepper(times, *theta), steps, y0, finished)
-        return torch.where(finished[:, None, None], values, 0.0)
+    def outputs(
+        self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The values `(B, T, n)` of noted steps, by plain differentiable operations, and where `hybrid` the times
+        `(B,)` they got to; 0 for failed samples."""
+        host = on_host(times, *steps)
+        values, t = replay(self.stepper(host, times, *theta), unstacked(steps, host), y0, ended)
+        values = torch.where(ended.finished[:, None, None], values, 0.0)
+        return (values,) if t is None else (values, torch.where(ended.finished, t, 0.0))
 
-
-def _stacked(record: Record | None, like: Tensor) -> tuple[Tensor, ...]:
-    """The steps of a record as the fields of `Taken`, each `(B, N)`."""
-    if record is None or not record.steps:
-        empty = like.new_zeros(like.shape[0], 0)
-        return empty, empty.clone(), empty.bool(), empty.bool()
-    steps, record.steps = record.steps, []  # as four tensors they take a hundredth of the memory
-    return tuple(torch.stack(parts, dim=1) for parts in zip(*steps))
+    def joined(self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
+        """`outputs` as one tensor, each flattened, one behind the other."""
+        return torch.cat([x.flatten() for x in self.outputs(steps, ended, times, y0, *theta)])
 
 
 class _Trajectory(torch.autograd.Function):
@@ -108,16 +132,17 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
-        found = work.run(times, y0, k0, *theta)
-        return *found, *_stacked(work.record, times)
+        found = work.run(*(x.detach() for x in (times, y0, k0, *theta)))
+        return *found, *(work.record or Record()).stacked(times)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.work, times, y0, _, *theta = inputs
-        status, steps = output[1], output[len(Integrated._fields) :]
-        ctx.save_for_backward(status, *steps, times, y0, *theta)
-        ctx.save_for_forward(status, *steps, times, y0, *theta)
-        ctx.mark_non_differentiable(*output[1:])
+        status, t, steps = output[1], output[REACHED], output[len(Integrated._fields) :]
+        ctx.save_for_backward(status, *steps, t, times, y0, *theta)
+        ctx.save_for_forward(status, *steps, t, times, y0, *theta)
+        differentiable = (0, REACHED) if ctx.work.hybrid else (0,)
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in differentiable))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -125,15 +150,17 @@ class _Trajectory(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[4:]
         wanted = [i for i, needed in enumerate(needs) if needed]
         gradients: list[Tensor | None] = [None] * len(needs)
-        g, (finished, steps, inputs) = cotangents[0], _saved(ctx.saved_tensors)
-        if g is not None:
+        bars, (ended, steps, inputs) = [cotangents[0], cotangents[REACHED]], _saved(ctx.saved_tensors)
+        if any(g is not None for g in bars):
+            batch, count, n = len(inputs[1]), inputs[0].shape[1], inputs[1].shape[1]
+            shapes = ((batch, count, n), (batch,))[: 2 if ctx.work.hybrid else 1]
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
-            g = torch.where(finished[:, None, None], g, 0.0)
-            if is_plain(g, *inputs):
-                found = _sweep(ctx.work, steps, finished, inputs, wanted, g)
+            bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
+            if is_plain(*bars, *inputs):
+                found = sweep(ctx.work, steps, ended, inputs, wanted, *bars)
             else:
-                of_wanted = of_places(partial(ctx.work.values, steps, finished), inputs, wanted)
-                found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](g)
+                of_wanted = of_places(partial(ctx.work.outputs, steps, ended), inputs, wanted)
+                found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](bars)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
         times, y0, *theta = gradients
@@ -144,12 +171,17 @@ class _Trajectory(torch.autograd.Function):
         moves = tangents[1:3] + tangents[4:]
         moving = [i for i, d in enumerate(moves) if d is not None]
         saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
-        finished, steps, inputs = _saved(saved)
+        ended, steps, inputs = _saved(saved)
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
             directions = tuple(d for d in moves if d is not None)
-            of_moving = of_places(partial(ctx.work.values, steps, finished), inputs, moving)
-            dvalues = push(of_moving, tuple(inputs[i] for i in moving), directions)
-        return dvalues, *(None for _ in (*Integrated._fields[1:], *Taken._fields))
+            of_moving = of_places(partial(ctx.work.joined, steps, ended), inputs, moving)
+            moved = push(of_moving, tuple(inputs[i] for i in moving), directions)
+        out: list[Tensor | None] = [None] * (len(Integrated._fields) + len(Taken._fields))
+        shape = (len(inputs[1]), inputs[0].shape[1], inputs[1].shape[1])
+        out[0] = moved[: math.prod(shape)].reshape(shape)
+        if ctx.work.hybrid:
+            out[REACHED] = moved[math.prod(shape) :]
+        return tuple(out)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -158,81 +190,107 @@ class _Trajectory(torch.autograd.Function):
         start = (merge_rows(x, d, size) for x, d in zip(inputs[:3], dims))
 
         def field(*theta: Tensor) -> Field:
-            over = vmap(lambda t, y, *th: work.field(*th)(t, y), in_dims=(0, 0, *dims[3:]), randomness="different")
+            def over(call: Callable[..., Tensor], t: Tensor, y: Tensor) -> Tensor:
+                each = vmap(
+                    lambda t, y, *th: call(work.field(*th), t, y),
+                    in_dims=(0, 0, *dims[3:]),
+                    randomness="different",
+                )
+                found = each(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta)
+                return found.flatten(0, 1)
 
-            def F(t: Tensor, y: Tensor) -> Tensor:
-                return over(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta).reshape(y.shape)
+            return Field(
+                torch.unbind,
+                lambda t, y: over(lambda F, t, y: F.at(t, y), t, y),
+                field,
+                theta,
+                watch=lambda i, t, y: over(lambda F, t, y: F.watch(i, t, y), t, y),
+                jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
+            )
 
-            return F
-
-        mapped = replace(work, field=field)
+        mapped = replace(work, field=field, carries=None)
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls = mapped.calls
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
-def _saved(saved: tuple[Tensor, ...]) -> tuple[Tensor, list[Taken], tuple[Tensor, ...]]:
-    """Which samples finished, the steps, and the inputs (times, y0, theta)."""
+def _saved(saved: tuple[Tensor, ...]) -> tuple[Ended, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """How the samples ended, the steps as stacked, and the inputs (times, y0, theta)."""
     count = 1 + len(Taken._fields)
-    steps = [Taken(*parts) for parts in zip(*(x.unbind(1) for x in saved[1:count]))]
-    return saved[0] == int(Status.CONVERGED), steps, tuple(saved[count:])
+    return Ended(saved[0], saved[count]), tuple(saved[1:count]), tuple(saved[count + 1 :])
 
 
-def _sweep(
+def _bar(g: Tensor | None, shape: tuple[int, ...], finished: Tensor, like: Tensor) -> Tensor:
+    """A cotangent of the outputs, 0 for samples that failed."""
+    if g is None:
+        return like.new_zeros(shape)
+    return torch.where(finished.reshape(-1, *(1,) * (len(shape) - 1)), g, 0.0)
+
+
+def sweep(
     work: Work,
-    steps: list[Taken],
-    finished: Tensor,
+    stacked: tuple[Tensor, ...],
+    ended: Ended,
     inputs: tuple[Tensor, ...],
     wanted: list[int],
     g: Tensor,
+    *reached: Tensor,
 ) -> list[Tensor]:
-    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs."""
-    times, y0, *theta = inputs
+    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, and
+    `(B,)` of the times reached where states carry those."""
+    (times, y0, *theta), finished = inputs, ended.finished
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
+    # What was computed from others does not: autograd would go on to those.
     leaves = [
-        x if i > 1 and not x._backward_hooks else x.detach().requires_grad_(i in shared)
+        x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach().requires_grad_(i in shared)
         for i, x in enumerate(inputs)
     ]
     record = work.record
     assert record is not None
-    plain = work.stepper(times, *theta)
-    with torch.enable_grad():
-        stepper = work.stepper(leaves[0], *leaves[2:])
-    y_bar, k_bar = g[:, -1], torch.zeros_like(y0)
-    states: list[tuple[Tensor, Tensor]] = []
+    host = on_host(times)
+    steps, plain = unstacked(stacked, host), work.stepper(host, times, *theta)
+    stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
+    y_bar, memory_bar = g[:, -1], None
+    if reached and times.shape[1] > 2:  # outputs after the end of a sample are its last state
+        y_bar = y_bar + torch.where(ended.late(times).unsqueeze(2), g[:, 1:-1], 0.0).sum(1)
+    states: list[State] = []
     for i in reversed(range(len(steps))):
         if not states:
             states = states_before(plain, record, steps, i + 1)
-        y, k = (finite_start(x, finished).detach().requires_grad_() for x in states.pop())
-        taken = steps[i]
+        state = states.pop()
+        y, *memory = (finite_start(x, finished).detach().requires_grad_() for x in (state.y, *state.memory))
         with torch.enable_grad():
-            step, y1, k1 = again(stepper, taken, y, k)
-            pieces = list(stepper.outputs(step, taken.accepted))
-        outputs = [y1, k1, *(p.values for p in pieces)]
-        bars = [y_bar, k_bar, *(g[p.rows, p.columns] for p in pieces)]
-        y_bar, k_bar, *found = _pull(outputs, bars, [y, k, *(leaves[i] for i in shared)])
+            _, after, pieces = again(stepper, steps[i], State(y, tuple(memory)))
+        if memory_bar is None:
+            memory_bar = [torch.zeros_like(m) for m in after.memory]
+            memory_bar[len(memory_bar) - len(reached) :] = [x.unsqueeze(1) for x in reached]
+        outputs = [after.y, *after.memory, *(p.values for p in pieces)]
+        bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces)]
+        y_bar, *found = pulled(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
+        memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
             sums[j] += gradient
+    start = finite_start(y0, finished).detach().requires_grad_()
     with torch.enable_grad():
-        start = finite_start(y0, finished).detach().requires_grad_()
-        k = stepper.F(stepper.times[:, 0], start)
-    first, *found = _pull([k], [k_bar], [start, *(leaves[i] for i in shared)])
+        memory = restart(stepper, start).memory
+    first, *found = pulled(list(memory), memory_bar or [], [start, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
 
 
-def _pull(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The cotangents of `inputs` for those `bars` of `outputs`; 0 where no output depends on them."""
     pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad([o for o, _ in pairs], inputs, [b for _, b in pairs], materialize_grads=True)
 
 
-def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tuple[Integrated, int]:
+def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
     """The trajectory with autograd recording every operation of the accepted steps."""
     inputs = (problem.times, problem.y0, *problem.theta)
     if any(is_batched(x) for x in inputs):
@@ -240,13 +298,18 @@ def solve_unrolled(method: RungeKutta, problem: Problem, report: Report) -> tupl
             "UnrolledAdjoint cannot decide under torch.func.vmap when a sample has arrived; use "
             "RecursiveCheckpointAdjoint, or batch_dims=1 instead of vmap"
         )
-    work = Work(method, problem.field, report, Record())
+    work = Work(method, problem.field, problem.carries, report, Record(), events=problem.events)
     times = problem.rows(problem.times)
-    found = work.run(times, problem.y0, problem.k0, *problem.theta)
+    start = (times, problem.y0, problem.k0, *problem.theta)
+    # The search for an event is not to be recorded, only the steps that it leads to.
+    found = work.run(*(x.detach() for x in start) if work.hybrid else start)
     assert work.record is not None
-    finished = found.status == int(Status.CONVERGED)
-    if work.record.clean and bool(unwrapped(finished).all()):
+    ended = Ended(found.status, found.t.detach())
+    if work.record.clean and bool(unwrapped(ended.finished).all()) and not work.hybrid:
         return found, work.calls
     # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
-    values = work.values(work.record.steps, finished, times, problem.y0, *problem.theta)
-    return found._replace(values=torch.where(finished[:, None, None], values, found.values.detach())), work.calls
+    steps = work.record.stacked(times.detach())
+    values, *t = work.outputs(steps, ended, times, problem.y0, *problem.theta)
+    values = torch.where(ended.finished[:, None, None], values, found.values.detach())
+    reached = torch.where(ended.finished, t[0], ended.t) if t else found.t
+    return found._replace(values=values, t=reached), work.calls

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from implicitly.iterate import happens
+from implicitly.ode.combine import advanced, as_length
+from implicitly.ode.host import Array, library, some, to_host
 from implicitly.ode.problem import Field
 
 Norm = Callable[[Tensor], Tensor]
+
+# Within the range of float32.
+TINY, HUGE = 1e-30, 1e30
 
 
 def rms_norm(rows: Tensor) -> Tensor:
@@ -38,33 +43,44 @@ class Controller:
         if not (0 < self.safety <= 1 and 0 < self.shrink < 1 < self.grow):
             raise ValueError(f"Controller: 0 < safety <= 1 and 0 < shrink < 1 < grow, got {self}")
 
-    def factor(self, error: Tensor, last: Tensor, accepted: Tensor, order: int) -> Tensor:
+    def factor(self, error: Array, last: Array, accepted: Array, order: int) -> Array:
         """By how much `(B,)` the next step is longer, after a step with `error` and one before with `last`."""
+        xp = library(error)
+        error = xp.clip(error, TINY, None)
         factor = self.safety * error ** (-self.integral / order)
         if self.proportional:
-            factor = factor * last.clamp(min=1e-10) ** (self.proportional / order)
+            factor = factor * xp.clip(last, 1e-10, None) ** (self.proportional / order)
         # A rejected step says what its length should have been; the one before says nothing about that.
-        if happens(~accepted):
-            again = (self.safety * error ** (-1 / order)).clamp(max=self.safety)
-            factor = torch.where(accepted, factor, again)
-        return factor.clamp(self.shrink, self.grow)
+        if some(~accepted):
+            again = xp.clip(self.safety * error ** (-1 / order), None, self.safety)
+            factor = xp.where(accepted, factor, again)
+        return xp.clip(factor, self.shrink, self.grow)
 
 
 def first_step(
-    field: Field, t: Tensor, y: Tensor, k: Tensor, span: Tensor, order: int, scale: Tensor, norm: Norm
-) -> Tensor:
+    F: Field, t: Array, y: Tensor, k: Tensor, span: Array, order: int, scale: Tensor, norm: Norm
+) -> Array:
     """A length `(B,)` for the first step, for one more call of f.
 
-    Hairer, Norsett and Wanner, Solving ODEs I, section II.4. `span` `(B,)` is the signed length of the interval,
-    `scale` `(B, n)` the tolerance at y.
+    With d0, d1 and d2 the norms of the state, its slope and its second derivative over the tolerance, the slope
+    changes at the rate r = d2 / d1, so the k-th derivative is about d1 r^(k-1), and the local error of a step
+    about C d1 h (r h)^(q-1) with C = 1/q!. The length where that is 1 is tried, as long as the state changes by no
+    more than its own size. Hairer, Norsett and Wanner, Solving ODEs I, section II.4 has d1 in place of
+    d1 r^(q-1), which is longer by many orders where r is small; that length is the least we try.
+
+    `span` `(B,)` is the signed length of the interval, `scale` `(B, n)` the tolerance at y.
     """
-    d0, d1 = norm(y / scale), norm(k / scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1.clamp(min=1e-30))
-    h0 = torch.minimum(h0, span.abs())
-    h0 = torch.where(h0.isfinite(), h0, 1e-6 * span.abs())
-    dt = h0 * span.sign()
-    d2 = norm((field(t + dt, torch.addcmul(y, dt[:, None], k)) - k) / scale) / h0
-    steepest = torch.maximum(d1, d2)
-    h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / steepest) ** (1 / order))
-    h = torch.minimum(100 * h0, torch.where(h1.isfinite(), h1, h0))
-    return torch.minimum(h, span.abs())
+    d0, d1 = to_host(norm(y / scale)), to_host(norm(k / scale))
+    xp, whole = library(d0), abs(span)
+    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / xp.clip(d1, TINY, None))
+    h0 = xp.minimum(h0, whole)
+    h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, 1e-6 * whole)
+    dt = h0 * xp.sign(span)
+    d2 = to_host(norm((F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / scale)) / h0
+    d2 = xp.clip(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
+    d1 = xp.clip(d1, TINY, HUGE)
+    flat = xp.maximum(d1, d2) <= 1e-15
+    least = xp.where(flat, xp.clip(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
+    rate = xp.clip(d2 / d1, 1e-15, 1e15)
+    likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
+    return xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)

@@ -6,32 +6,27 @@ read off the dense output of the step that passes them; no step is shortened for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from implicitly.iterate import Status, happens, is_running, repeat, where_rows
+from implicitly.iterate import DROP_BELOW, Status, happens, is_running, is_success, repeat, where_rows
 from implicitly.ode.control import first_step
+from implicitly.ode.host import Array, library, some, to_host, to_tensor
+from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
-from implicitly.ode.runge_kutta import RungeKutta, Step
-from implicitly.tree import is_batched, unwrapped
+from implicitly.ode.record import Record, State, Taken
+from implicitly.tree import is_batched, is_tracked
 
 # A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.
 STRETCH = 1e-3
-# States kept at first; beyond twice as many as their spacing every other is forgotten.
-CHECKPOINTS = 32
-
-
-class Taken(NamedTuple):
-    """A step that some samples accepted, each `(B,)`: from t0 + offset, dt long, or up to the end where `last`."""
-
-    offset: Tensor
-    dt: Tensor
-    last: Tensor
-    accepted: Tensor
 
 
 class Piece(NamedTuple):
@@ -42,45 +37,26 @@ class Piece(NamedTuple):
     values: Tensor
 
 
-@dataclass
-class Record:
-    """What a solve leaves for its derivative: all steps, and states at O(sqrt(steps)) of them.
-
-    `states[i]` are y and its slope before `steps[i]`, for every i that `spacing` divides.
-    """
-
-    steps: list[Taken] = field(default_factory=list)
-    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    spacing: int = 1
-    clean: bool = True  # whether no sample met NaN or inf in a step that others accepted
-
-    def note(self, taken: Taken, y: Tensor, k: Tensor) -> None:
-        """Note a step from the state `y` with slope `k`."""
-        i = len(self.steps)
-        self.steps.append(taken)
-        if i % self.spacing == 0:
-            self.states[i] = y, k
-        if len(self.states) > max(CHECKPOINTS, 2 * self.spacing):
-            self.spacing *= 2
-            self.states = {i: state for i, state in self.states.items() if i % self.spacing == 0}
-
-
 class Carry(NamedTuple):
     """Where the samples are."""
 
-    t: Tensor  # (B,)
-    length: Tensor  # (B,) of the step to try
-    y: Tensor
-    k: Tensor  # the slope at y
-    error: Tensor  # (B,) of the last accepted step, over the tolerance
-    status: Tensor | None  # None: every sample is running (known only where looking is cheap)
-    steps: Tensor  # (B,) accepted
-    tries: Tensor  # (B,)
-    worst: Tensor  # (B,) the component with the largest error in the last step tried
+    y: Tensor  # (B, n)
+    memory: Memory
+    t: Array  # (B,)
+    length: Array  # (B,) of the step to try
+    error: Array  # (B,) of the last accepted step, over the tolerance
+    status: Array | None  # None: every sample is running (known only where looking is cheap)
+    steps: Array  # (B,) accepted
+    tries: Array  # (B,)
+    worst: Array  # (B,) the component with the largest error in the last step tried
+    watch: tuple[Array, ...] = ()  # what else a stepper must know
 
 
 class Integrated(NamedTuple):
-    """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`."""
+    """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`.
+
+    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did.
+    """
 
     values: Tensor
     status: Tensor
@@ -90,199 +66,440 @@ class Integrated(NamedTuple):
     t: Tensor
     length: Tensor
     worst: Tensor
+    event: Tensor
+    event_count: Tensor
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The vector field at `theta`, for all samples or some of them.
+
+    Attributes:
+        field: gives, for theta, the `Field`.
+        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        once: see `Field`.
+    """
+
+    field: Callable[..., Field]
+    theta: tuple[Tensor, ...]
+    carries: tuple[int | None, ...] | None = None
+    once: bool = False
+
+    @cached_property
+    def F(self) -> Field:
+        """The field."""
+        F = self.field(*self.theta)
+        F.once = self.once
+        return F
+
+    def take(self, rows: Tensor) -> Bound:
+        """The field of the samples `rows` alone."""
+        assert self.carries is not None
+        theta = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(self.theta, self.carries))
+        return replace(self, theta=theta)
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Takes the steps of one solve: `times` `(B, T)` by a `method` along the vector field `F`."""
+    """Takes the steps of one solve: `times` `(B, T)` by a `method` along a vector field."""
 
-    method: RungeKutta
-    F: Field
+    method: Method
+    bound: Bound
     times: Tensor
+    host: bool  # whether numbers of a sample are arrays of the host
+
+    @cached_property
+    def seen(self) -> Array:
+        """The times as numbers."""
+        return to_host(self.times) if self.host else self.times.detach()
 
     @property
-    def end(self) -> Tensor:
-        """The last output time `(B,)`."""
-        return self.times[:, -1]
+    def begin(self) -> Array:
+        """The first time `(B,)`."""
+        return self.seen[:, 0]
 
-    def start(self, y: Tensor, k: Tensor) -> tuple[Carry, int]:
-        """The state before the first step, and the calls of f that took."""
-        method, t = self.method, self.times[:, 0]
-        span = (self.end - t).detach()
-        calls = 0
+    @property
+    def end(self) -> Array:
+        """The last time `(B,)`."""
+        return self.seen[:, -1]
+
+    @cached_property
+    def moving(self) -> bool:
+        """Whether a derivative may reach the times."""
+        return not torch.compiler.is_compiling() and is_tracked(self.times)
+
+    def clock(self, t: Array) -> Memory:
+        """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
+        first and the last time."""
+        return ()
+
+    @cached_property
+    def plain(self) -> Array:
+        """`Taken.ends` of a step that nothing special ends."""
+        xp = library(self.begin)
+        return xp.zeros_like(self.begin, dtype=xp.int8)
+
+    def take(self, rows: Tensor) -> Self:
+        """What takes the steps of the samples `rows` alone."""
+        return replace(self, bound=self.bound.take(rows), times=self.times.index_select(0, rows))
+
+    def located(self, t: Array, dt: Array, last: Array) -> tuple[Array, Array]:
+        """Time and length of a step as its derivative sees them: they move with the first and the last time."""
+        if not self.moving:
+            return t, dt
+        t = self.times[:, 0] + to_tensor(t - self.begin)
+        return t, torch.where(to_tensor(last), self.times[:, -1] - t, to_tensor(dt))
+
+    def start(self, y: Tensor, k: Tensor, length: Array | None = None) -> Carry:
+        """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
+        method, t = self.method, self.begin
+        xp, span = library(t), self.end - self.begin
         given = method.dt if method.dt0 is None else method.dt0
-        if given is not None:
-            length = torch.full_like(span, given)
+        if length is not None:
+            pass
+        elif given is not None:
+            length = xp.full_like(span, given)
         else:
-            order = method.tableau.order  # all pairs here estimate an error of that order
-            with torch.no_grad():
-                scale = method.tolerance(y.detach())
-                length = first_step(self.F, t.detach(), y.detach(), k.detach(), span, order, scale, method.norm)
-            calls = 1
-        length = length.clamp(max=method.dt_max)
-        zeros = torch.zeros_like(span, dtype=torch.int64)
-        finite = k.detach().isfinite().all(1) & y.detach().isfinite().all(1)
-        status = torch.where(finite, int(Status.RUNNING), torch.full_like(zeros, int(Status.NON_FINITE)))
-        status = status if happens(~is_running(status)) else None
-        return Carry(t, length, y, k, torch.ones_like(length), status, zeros, zeros, zeros), calls
+            quiet = nullcontext() if xp is torch else np.errstate(all="ignore")
+            with torch.no_grad(), quiet:
+                start, scale = y.detach(), method.tolerance(y.detach())
+                length = first_step(self.bound.F, t, start, k.detach(), span, method.order, scale, method.norm)
+        length = xp.clip(length, None, method.dt_max)
+        zeros = xp.zeros_like(span, dtype=xp.int64)
+        finite = to_host(k.isfinite().all(1) & y.isfinite().all(1))
+        status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
+        status = status if some(~finite) else None
+        memory = method.start(self.bound.F, t, y, k)
+        return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, zeros)
 
-    def try_step(self, c: Carry) -> tuple[Step, Tensor, Tensor]:
-        """The step from `c`, where it is the last one, and `(B,)` the error over the tolerance."""
-        left = self.end - c.t
-        last = c.length * (1 + STRETCH) >= left.abs()
+    def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
+        """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
+        xp, left = library(c.t), self.end - c.t
+        last = c.length * (1 + STRETCH) >= abs(left)
         # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
-        t = c.t.detach()
-        dt = torch.where(last, left, (t + c.length * left.detach().sign()) - t)
-        step = self.method.step(self.F, c.t, dt, c.y, c.k)
-        if self.method.dt is not None:
-            ratio = torch.where(step.y1.detach().isfinite().all(1), 0.0, float("inf")).to(c.error)
-            return step, last, ratio
-        seen = step
-        if torch.is_grad_enabled():
-            seen = step._replace(**{n: v.detach() for n, v in zip(step._fields, step) if isinstance(v, Tensor)})
-        ratio = self.method.error_ratio(seen, self.method.tolerance(seen.y, seen.y1))
-        ratio = torch.where(ratio.isnan(), float("inf"), ratio)
-        error = self.method.tableau.error
-        if error is not None and error[-1] == 0:  # of the slope at the end the error knows nothing
-            ratio = torch.where(seen.k1.isfinite().all(1), ratio, float("inf"))
-        return step, last, ratio
-
-    def judge(self, c: Carry, step: Step, last: Tensor, ratio: Tensor) -> tuple[Tensor, Carry]:
-        """Which samples `(B,)` accept the step, and what follows for all."""
-        accepted, length = ratio <= 1, c.length
+        dt = xp.where(last, left, (c.t + c.length * xp.sign(left)) - c.t)
+        step = self.method.step(self.bound.F, *self.located(c.t, dt, last), c.y, c.memory)
+        with torch.no_grad():
+            error = self._error(step)
+        accepted = error <= 1
         if c.status is not None:
             accepted = accepted & is_running(c.status)
-        if self.method.dt is None:
-            factor = self.method.controller.factor(ratio, c.error, accepted, self.method.tableau.order)
-            length = (step.dt.detach().abs() * factor).clamp(max=self.method.dt_max)
-        if c.status is None and not happens(~accepted | last):  # the usual step: all go on
-            t, counts = c.t + step.dt, (c.steps + 1, c.tries + 1)
-            return accepted, Carry(t, length, step.y1, step.k1, ratio, None, *counts, c.worst)
-        status = torch.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
-        running = is_running(status)
-        dead, length, reason = self._given_up(c, running & ~accepted, length, ratio)
-        status = torch.where(dead, reason, status)
-        status = torch.where(accepted & last, int(Status.CONVERGED), status)
-        worst = c.worst
-        if step.error is not None and happens(dead):
-            largest = (step.error / self.method.tolerance(step.y)).abs().nan_to_num(nan=float("inf")).argmax(1)
-            worst = torch.where(dead, largest, worst)
-        t = torch.where(accepted, torch.where(last, self.end, c.t + step.dt), c.t)
-        y, k = where_rows(accepted, step.y1, c.y), where_rows(accepted, step.k1, c.k)
-        error = torch.where(accepted, ratio, c.error)
-        return accepted, Carry(t, length, y, k, error, status, c.steps + accepted, c.tries + running, worst)
+        return step, Taken(c.t, dt, last, accepted, self.plain), error
 
-    def _given_up(
-        self, c: Carry, rejected: Tensor, length: Tensor, ratio: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def after(self, t: Array) -> Array:
+        """The times `(B,)` at which f is asked for the slopes with which steps from t begin."""
+        return t
+
+    def reached(self, state: State) -> Tensor | None:
+        """The times `(B,)` at which a solve ended, with their derivative; None: where the times end."""
+        return None
+
+    def happened(self, c: Carry) -> tuple[Array, Array]:
+        """The event `(B,)` that happened last, -1 for none, and how many did."""
+        none = library(c.t).zeros_like(c.steps)
+        return none - 1, none
+
+    def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
+        """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        step, taken, error = self.try_step(c)
+        return step, taken, error, self.judge(c, step, taken, error)
+
+    def retaken(self, taken: Taken, y: Tensor, memory: Memory) -> tuple[Step, Tensor, Memory]:
+        """A noted step, and the state and memory from which the next one goes on."""
+        dt = library(taken.dt).where(taken.accepted, taken.dt, 0.0)
+        place = self.located(taken.t, dt, taken.last & taken.accepted)
+        step = self.method.step(self.bound.F, *place, y, memory)
+        return step, step.y1, step.memory
+
+    def resolved(self, t: Array) -> Array:
+        """The shortest length `(B,)` of a step from t, as times resolve it."""
+        return 4 * torch.finfo(self.times.dtype).eps * library(t).maximum(abs(t), abs(self.end))
+
+    def _error(self, step: Step) -> Array:
+        """The error `(B,)` of a step over the tolerance; inf where it met NaN or inf."""
+        method, y1 = self.method, step.y1.detach()
+        if method.dt is not None:
+            finite = to_host(y1.isfinite().all(1))
+            xp = library(finite)
+            return xp.where(finite, xp.zeros_like(self.begin), float("inf"))
+        error = to_host(method.error_ratio(step, method.tolerance(step.y.detach(), y1)))
+        xp = library(error)
+        bad = xp.isnan(error)
+        if not method.sees_end:
+            bad = bad | to_host(~step.k1.detach().isfinite().all(1))
+        return xp.where(bad, float("inf"), error)
+
+    def judge(self, c: Carry, step: Step, taken: Taken, error: Array) -> Carry:
+        """What follows for all samples from a step."""
+        accepted, last, method = taken.accepted, taken.last, self.method
+        xp, length = library(error), c.length
+        if method.dt is None:
+            factor = method.controller.factor(error, c.error, accepted, method.order)
+            length = xp.clip(abs(taken.dt) * factor, None, method.dt_max)
+        if c.status is None and not some(~accepted | last):  # the usual step: all go on
+            t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
+            return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.worst, c.watch)
+        status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
+        running = is_running(status)
+        dead, length, reason = self._given_up(c, running & ~accepted, length, error)
+        status = xp.where(dead, reason, status)
+        status = xp.where(accepted & last, int(Status.CONVERGED), status)
+        worst = c.worst
+        if step.error is not None and some(dead):
+            largest = (step.error / method.tolerance(step.y.detach())).abs().nan_to_num(nan=float("inf")).argmax(1)
+            worst = xp.where(dead, to_host(largest), worst)
+        t = xp.where(accepted, xp.where(last, self.end, c.t + taken.dt), c.t)
+        y, memory = kept(accepted, (step.y1, step.memory), (c.y, c.memory))
+        error = xp.where(accepted, error, c.error)
+        steps, tries = c.steps + accepted, c.tries + running
+        return Carry(y, memory, t, length, error, status, steps, tries, worst, c.watch)
+
+    def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
         """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
-        reason = torch.full_like(c.steps, int(Status.NON_FINITE))
+        xp = library(length)
+        reason = xp.full_like(c.steps, int(Status.NON_FINITE))
         if self.method.dt is not None:  # of constant steps, nothing can be made shorter
             return rejected, length, reason
-        eps = torch.finfo(length.dtype).eps
-        resolved = 4 * eps * torch.maximum(c.t.detach().abs(), self.end.detach().abs())
-        shortest = resolved.clamp(min=self.method.dt_min)
-        reason = torch.where(ratio.isfinite(), int(Status.STEP_UNDERFLOW), reason)
-        return rejected & (length < shortest), torch.maximum(length, shortest), reason
+        shortest = xp.clip(self.resolved(c.t), self.method.dt_min, None)
+        reason = xp.where(xp.isfinite(error), int(Status.STEP_UNDERFLOW), reason)
+        return rejected & (length < shortest), xp.maximum(length, shortest), reason
 
-    def passed(self, step: Step, accepted: Tensor) -> Tensor:
+    def passed(self, taken: Taken) -> Array:
         """Which outputs `(B, T - 2)` strictly between start and end a step passes."""
-        sign = step.dt.detach().sign().unsqueeze(1)
-        begin, end = step.t.detach().unsqueeze(1), (step.t + step.dt).detach().unsqueeze(1)
-        inner = self.times[:, 1:-1].detach()
-        return (sign * (inner - begin) > 0) & (sign * (inner - end) <= 0) & accepted.unsqueeze(1)
+        xp = library(taken.dt)
+        sign = xp.sign(taken.dt)[:, None]
+        begin, end = taken.t[:, None], (taken.t + taken.dt)[:, None]
+        inner = self.seen[:, 1:-1]
+        return (sign * (inner - begin) > 0) & (sign * (inner - end) <= 0) & taken.accepted[:, None]
 
-    def outputs(self, step: Step, accepted: Tensor) -> Iterator[Piece]:
+    def outputs(self, step: Step, taken: Taken) -> Iterator[Piece]:
         """The outputs that a step passes."""
-        inner = self.times[:, 1:-1]
-        if inner.shape[1] == 0:
+        if self.times.shape[1] == 2:
             return
-        inside = self.passed(step, accepted)
+        passed = self.passed(taken)
+        if not some(passed):
+            return
+        inside = to_tensor(passed)
         count = inside.sum(1)
-        width = int(unwrapped(count).max()) if len(count) else 0
+        width = int(count.max())
         if width == 0:
             return
         first = inside.to(torch.int8).argmax(1)
         place = torch.arange(width, device=first.device)
-        columns = (first.unsqueeze(1) + place).clamp(max=inner.shape[1] - 1)
-        rows, at = unwrapped(place < count.unsqueeze(1)).nonzero(as_tuple=True)
-        values = self.method.between(self.F, step, _part(step, inner.gather(1, columns)))
+        columns = (first.unsqueeze(1) + place).clamp(max=inside.shape[1] - 1)
+        rows, at = (place < count.unsqueeze(1)).nonzero(as_tuple=True)
+        values = self.method.between(self.bound.F, step, self._part(step, columns + 1))
         yield Piece(rows, columns[rows, at] + 1, values[rows, at])
 
-    def fill(self, inner: Tensor, step: Step, accepted: Tensor) -> Tensor:
+    def fill(self, inner: Tensor, step: Step, taken: Taken) -> Tensor:
         """`inner` `(B, T - 2, n)` with the outputs that a step passes, by operations that `vmap` maps."""
-        theta = _part(step, self.times[:, 1:-1]).clamp(0, 1)
-        values = self.method.between(self.F, step, theta)
-        return torch.where(self.passed(step, accepted).unsqueeze(2), values, inner)
+        part = self._part(step, slice(1, -1)).clamp(0, 1)
+        values = self.method.between(self.bound.F, step, part)
+        return torch.where(to_tensor(self.passed(taken)).unsqueeze(2), values, inner)
+
+    def _part(self, step: Step, columns: Tensor | slice) -> Tensor:
+        """Where `(B, W)` in the step, from 0 to 1, the times in `columns` are."""
+        times = self.times[:, columns] if isinstance(columns, slice) else self.times.gather(1, columns)
+        t, dt = to_tensor(step.t), to_tensor(step.dt)
+        return (times - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
 
 
-def _part(step: Step, times: Tensor) -> Tensor:
-    """Where `(B, W)` in the step, from 0 to 1, times `(B, W)` are."""
-    return (times - step.t.unsqueeze(1)) / torch.where(step.dt == 0, 1.0, step.dt).unsqueeze(1)
+def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) -> tuple[Tensor, Memory]:
+    """State and memory after a step where `mask` `(B,)`, else those before."""
+    if not isinstance(mask, Tensor):
+        if mask.all():
+            return new
+        if not mask.any():
+            return old
+    rows = to_tensor(mask)
+    (y, memory), (y_old, memory_old) = new, old
+    return where_rows(rows, y, y_old), tuple(where_rows(rows, m, o) for m, o in zip(memory, memory_old))
+
+
+# Is told of each step that any of the samples `rows` (None: all) accepted, and who took it.
+Listen = Callable[[Stepper, Step, Taken, Tensor | None], None]
+
+
+@dataclass
+class Run:
+    """A solve under way: what takes its steps, and what they leave."""
+
+    stepper: Stepper
+    record: Record | None
+    batch: int
+    listen: Listen | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    rows: Tensor | None = None  # the samples that still take part; None: all
+    calls: int = 0
+
+    def body(self, i: int | Tensor, c: Carry) -> Carry:
+        """One step of the loop."""
+        step, taken, error, new = self.stepper.advance(c)
+        if not some(taken.accepted):
+            return new
+        self.pieces += [of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken)]
+        if self.record is not None:
+            memory = (*(m.detach() for m in c.memory), *self.stepper.clock(c.t))
+            state = State(c.y.detach(), memory, self.rows)
+            self.record.note(taken.of_all(self.rows, self.batch), state)
+            self.record.clean &= not some(~library(error).isfinite(error))
+        if self.listen is not None:
+            self.listen(self.stepper, step, taken, self.rows)
+        return new
+
+    def drop(self, carry: Carry) -> Carry:
+        """Go on with the samples that are running, alone."""
+        assert carry.status is not None
+        keep = torch.from_numpy(is_running(carry.status).nonzero()[0])
+        self.calls += self.stepper.bound.F.calls
+        self.rows = keep if self.rows is None else self.rows[keep]
+        self.stepper = self.stepper.take(keep)
+        return Carry(*pytree.tree_map(lambda x: x[keep if isinstance(x, Tensor) else keep.numpy()], tuple(carry)))
+
+
+def of_all(piece: Piece, rows: Tensor | None) -> Piece:
+    """A piece of the samples `rows`, as one of all."""
+    return piece if rows is None else piece._replace(rows=rows[piece.rows])
 
 
 def integrate(
-    method: RungeKutta, F: Field, times: Tensor, y: Tensor, k: Tensor, record: Record | None = None
+    stepper: Stepper,
+    y0: Tensor,
+    k0: Tensor,
+    record: Record | None = None,
+    listen: Listen | None = None,
+    length: Array | None = None,
 ) -> tuple[Integrated, int]:
-    """Solve from `y` `(B, n)`, whose slope is `k`, through `times` `(B, T)`; also gives the calls of f it took.
+    """Solve from `y0` `(B, n)`, whose slope is `k0`; also gives the calls of f it took.
 
-    The steps that were accepted are noted in `record`.
+    The steps that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped
+    from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
     """
-    stepper = Stepper(method, F, times)
-    carry, calls = stepper.start(y, k)
-    pieces: list[Piece] = []
-    per_step = method.tableau.stages - 1 + (0 if method.tableau.fsal else 1)
-
-    def body(i: int | Tensor, c: Carry) -> Carry:
-        step, last, ratio = stepper.try_step(c)
-        accepted, new = stepper.judge(c, step, last, ratio)
-        if not happens(accepted):  # nothing of a step that nobody accepts stays
-            return new._replace(t=c.t, y=c.y, k=c.k)
-        pieces.extend(stepper.outputs(step, accepted))
-        if record is not None:
-            start = times[:, 0].detach()
-            taken = Taken(c.t.detach() - start, step.dt.detach(), last, accepted)
-            record.note(taken, c.y.detach(), c.k.detach())
-            record.clean &= not happens(~ratio.isfinite())
-        return new
-
-    tries, carry = repeat(body, carry, _any_running, method.max_steps)
-    status = torch.full_like(carry.steps, int(Status.MAX_STEPS))
-    if carry.status is not None:
-        status = torch.where(is_running(carry.status), status, carry.status)
-    values = assemble(times, y, carry.y, status == int(Status.CONVERGED), pieces)
-    extra = len(pieces) * len(method.tableau.extra)
-    found = Integrated(values, status, carry.error, carry.steps, carry.tries, carry.t, carry.length, carry.worst)
-    return found, calls + int(tries) * per_step + extra
+    carry = stepper.start(y0, k0, length)
+    run = Run(stepper, record, len(y0), listen)
+    droppable = stepper.bound.carries is not None and isinstance(carry.t, np.ndarray)
+    limit = stepper.method.max_steps
+    count, carry = repeat(run.body, carry, partial(_worth_a_step, droppable), limit)
+    ended = carry
+    while droppable and count < limit and _unfinished(carry):
+        carry = run.drop(carry)
+        count, carry = repeat(run.body, carry, partial(_worth_a_step, True), limit, count)
+        ended = _with_rows(ended, run.rows, carry)
+    xp = library(ended.t)
+    status = xp.full_like(ended.steps, int(Status.MAX_STEPS))
+    if ended.status is not None:
+        status = xp.where(is_running(ended.status), status, ended.status)
+    numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length, ended.worst)
+    numbers += stepper.happened(ended)
+    status, *others = (to_tensor(x) for x in numbers)
+    values = assemble(stepper.times, y0, ended.y, Ended(status, to_tensor(ended.t)), run.pieces)
+    return Integrated(values, status, *others), run.calls + run.stepper.bound.F.calls
 
 
-def _any_running(c: Carry) -> bool | Tensor:
-    return True if c.status is None else is_running(c.status).any()
+def _unfinished(c: Carry) -> bool:
+    return c.status is None or bool(is_running(c.status).any())
 
 
-def assemble(times: Tensor, y0: Tensor, y1: Tensor, finished: Tensor, pieces: list[Piece]) -> Tensor:
+def _worth_a_step(droppable: bool, c: Carry) -> bool | Tensor:
+    """Whether any sample is running, and, where others can be dropped, most are."""
+    if c.status is None:
+        return True
+    running = is_running(c.status)
+    if isinstance(running, Tensor):
+        return running.any()
+    return bool(running.sum() > DROP_BELOW * len(running)) if droppable else bool(running.any())
+
+
+def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
+    """`full` with `part` in its `rows`; what a method carries is of no use any more."""
+    assert rows is not None
+    if part.status is None:
+        part = part._replace(status=np.full_like(part.steps, int(Status.RUNNING)))
+
+    def placed(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+        whole = np.array(whole)
+        whole[rows.numpy()] = part
+        return whole
+
+    return Carry(full.y.index_copy(0, rows, part.y), (), *pytree.tree_map(placed, full[2:], part[2:]))
+
+
+class Ended(NamedTuple):
+    """How a solve ended: the codes `(B,)` of `Status`, and the times `(B,)` it got to."""
+
+    status: Tensor
+    t: Tensor
+
+    @property
+    def finished(self) -> Tensor:
+        """Which samples `(B,)` ended as they should."""
+        return is_success(self.status)
+
+    def late(self, times: Tensor) -> Tensor:
+        """Which outputs `(B, T - 2)` between the ends are after the event that ended a sample."""
+        times = times.detach()
+        sign = (times[:, -1:] - times[:, :1]).sign()
+        after = sign * (times[:, 1:-1] - self.t.detach().unsqueeze(1)) > 0
+        return after & (self.status == int(Status.EVENT)).unsqueeze(1)
+
+
+def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[Piece]) -> Tensor:
     """All outputs `(B, T, n)`; NaN where a solve did not get to."""
     inner = y0.new_full((y0.shape[0], times.shape[1] - 2, y0.shape[1]), float("nan"))
     if pieces:
         rows, columns, values = (torch.cat(parts) for parts in zip(*pieces))
         inner = inner.index_put((rows, columns - 1), values)
-    return _joined(y0, inner, y1, finished)
+    return _joined(times, y0, inner, y1, ended)
 
 
-def _joined(y0: Tensor, inner: Tensor, y1: Tensor, finished: Tensor) -> Tensor:
-    end = torch.where(finished.unsqueeze(1), y1, float("nan"))
+def _joined(times: Tensor, y0: Tensor, inner: Tensor, y1: Tensor, ended: Ended) -> Tensor:
+    late = ended.late(times) if times.shape[1] > 2 else None
+    if late is not None and happens(late):
+        inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
+    end = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
     return torch.cat([y0.unsqueeze(1), inner, end.unsqueeze(1)], dim=1)
 
 
-def again(stepper: Stepper, taken: Taken, y: Tensor, k: Tensor) -> tuple[Step, Tensor, Tensor]:
-    """A noted step once more, from `y` with slope `k`, and the state and slope after it.
+class Again(NamedTuple):
+    """A noted step, taken once more: what it passed, and where all samples are then."""
+
+    step: Step
+    state: State
+    pieces: list[Piece]
+
+
+def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True) -> Again:
+    """Take a noted step once more, from `state`, of the samples that accepted it where f can be asked for those.
 
     Lengths are constants; only the last step of a sample ends where its times end.
     """
-    t = stepper.times[:, 0] + taken.offset
-    dt = torch.where(taken.last, stepper.end - t, taken.dt)
-    step = stepper.method.step(stepper.F, t, torch.where(taken.accepted, dt, 0.0), y, k)
-    return step, where_rows(taken.accepted, step.y1, y), where_rows(taken.accepted, step.k1, k)
+    rows = _few(stepper, taken)
+    if rows is None:
+        step, y, memory = stepper.retaken(taken, state.y, state.memory)
+        y, memory = kept(taken.accepted, (y, memory), (state.y, state.memory))
+        pieces = list(stepper.outputs(step, taken)) if outputs else []
+        return Again(step, State(y, memory), pieces)
+    part, mine = stepper.take(rows), Taken(*(x[rows.numpy()] for x in taken))
+    step, y, memory = part.retaken(mine, state.y[rows], tuple(m[rows] for m in state.memory))
+    pieces = [of_all(piece, rows) for piece in part.outputs(step, mine)] if outputs else []
+    memory = tuple(m.index_copy(0, rows, new) for m, new in zip(state.memory, memory))
+    return Again(step, State(state.y.index_copy(0, rows, y), memory), pieces)
+
+
+def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
+    """The samples that accepted a step, where only those are to take it again; None: all."""
+    if stepper.bound.carries is None or isinstance(taken.accepted, Tensor):
+        return None
+    (rows,) = taken.accepted.nonzero()
+    return None if len(rows) > DROP_BELOW * len(taken.accepted) else torch.from_numpy(rows)
+
+
+def restart(stepper: Stepper, y0: Tensor) -> State:
+    """The state before the first step, computed anew from `y0` `(B, n)`."""
+    t = stepper.times[:, 0] if stepper.moving else stepper.begin
+    F = stepper.bound.F
+    clock, t = stepper.clock(t), stepper.after(t)
+    return State(y0, (*stepper.method.start(F, t, y0, F.at(t, y0)), *clock))
 
 
 def finite_start(y: Tensor, finished: Tensor) -> Tensor:
@@ -290,31 +507,32 @@ def finite_start(y: Tensor, finished: Tensor) -> Tensor:
 
     They are never stepped, and 0 times their derivative must be 0.
     """
-    return y.nan_to_num(0.0, 0.0, 0.0) if happens(~finished) else y
+    return y.nan_to_num(0.0, 0.0, 0.0) if some(~finished) else y
 
 
-def replay(stepper: Stepper, steps: list[Taken], y: Tensor, finished: Tensor) -> Tensor:
-    """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program."""
-    y = finite_start(y, finished)
-    y0, k = y, stepper.F(stepper.times[:, 0], y)
+def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tuple[Tensor, Tensor | None]:
+    """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program; also the times
+    `(B,)` they got to, where states carry theirs."""
+    y0 = finite_start(y, ended.finished)
+    state = restart(stepper, y0)
     pieces: list[Piece] = []
-    inner = torch.zeros_like(k).unsqueeze(1).expand(-1, stepper.times.shape[1] - 2, -1)
-    mapped = any(is_batched(x) for x in (k, stepper.times, finished))
+    inner = torch.zeros_like(y0).unsqueeze(1).expand(-1, stepper.times.shape[1] - 2, -1)
+    mapped = any(is_batched(x) for x in (*state.memory, y0, stepper.times, *ended))
     for taken in steps:
-        step, y, k = again(stepper, taken, y, k)
+        step, state, passed = again(stepper, taken, state, outputs=not mapped)
+        pieces += passed
         if mapped:
-            inner = stepper.fill(inner, step, taken.accepted)
-        else:
-            pieces.extend(stepper.outputs(step, taken.accepted))
+            inner = stepper.fill(inner, step, taken)
+    t = stepper.reached(state)
     if mapped:
-        return _joined(y0, inner, y, finished)
-    return assemble(stepper.times, y0, y, finished, pieces)
+        return _joined(stepper.times, y0, inner, state.y, ended), t
+    return assemble(stepper.times, y0, state.y, ended, pieces), t
 
 
-def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[tuple[Tensor, Tensor]]:
-    """y and its slope before each step from the last one kept before `stop` up to it."""
+def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[State]:
+    """The state before each step from the last one kept before `stop` up to it."""
     i = (stop - 1) // record.spacing * record.spacing
-    states = [record.states[i]]
+    states = [record.states[i].full(len(stepper.times))]
     for taken in steps[i : stop - 1]:
-        states.append(again(stepper, taken, *states[-1])[1:])
+        states.append(again(stepper, taken, states[-1], outputs=False).state)
     return states

@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.ode.events import Event, check_number
+from implicitly.ode.host import Array, to_tensor
+from implicitly.problem import carries_of
 from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
 
-# Slopes `(B, n)` of states `(B, n)` at times `(B,)`.
-Field = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass
+class Field:
+    """Slopes `(B, n)` of states `(B, n)`: `F(moment, y)`, where moments come from `F.moments(times)`.
+
+    Attributes:
+        show: times `(S, B)` as S moments, each as f is to see it.
+        slope: f on a moment and `(B, n)`.
+        bind: gives the field for other theta.
+        theta: the tensors that it depends on.
+        calls: how often f was called.
+        notes: what a method keeps that only saves work, such as a Jacobian.
+        once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
+        watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
+        jump: the states `(B, n)` from which samples go on after an event.
+    """
+
+    show: Callable[[Tensor], Sequence[Tensor]]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    bind: Callable[..., Field]
+    theta: tuple[Tensor, ...]
+    calls: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+    once: bool = False
+    watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
+
+    def moments(self, times: Array) -> Sequence[Tensor]:
+        """Times `(S, B)`, one row a call, as f sees them."""
+        return self.show(to_tensor(times))
+
+    def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
+        """The slopes at a moment."""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+        return self.slope(moment, y)
+
+    def at(self, t: Array, y: Tensor) -> Tensor:
+        """The slopes at times `(B,)`."""
+        return self(self.moments(t[None])[0], y)
 
 
 @dataclass(frozen=True)
@@ -25,6 +66,9 @@ class Problem:
         k0: its slope `(B, n)`, evaluated once to check what f returns.
         times: `(B, T)`, or `(1, T)` where all samples share them.
         theta: the tensors that f depends on besides t and y.
+        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        calls: the calls of f that checking took.
+        events: what is watched on the way; theta holds what their functions depend on, too.
     """
 
     opened: Opened
@@ -33,10 +77,22 @@ class Problem:
     k0: Tensor
     times: Tensor
     theta: tuple[Tensor, ...]
+    carries: tuple[int | None, ...] | None
+    calls: int = 1
+    events: tuple[Event, ...] = ()
 
     @classmethod
     def of(
-        cls, f: Callable[..., Any], y0: Any, t: Any, args: tuple[Any, ...], batch_dims: int, recording: bool
+        cls,
+        f: Callable[..., Any],
+        y0: Any,
+        t: Any,
+        args: tuple[Any, ...],
+        *,
+        batch_dims: int,
+        in_dims: Any,
+        recording: bool,
+        events: tuple[Event, ...] = (),
     ) -> Problem:
         """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError."""
         if not callable(f):
@@ -44,23 +100,31 @@ class Problem:
         layout = Layout.of(y0, batch_dims, "y0")
         times = times_of(t, layout)
 
-        def at_once(moment: tuple[Tensor, Any], *args: Any) -> Any:
-            return f(*moment, *args)
+        # As one function, so that modules which only an event uses are found too.
+        maps = (f, *(m for e in events for m in (e.g, e.restart)))
+
+        def at_once(call: tuple[int, Tensor, Any], *args: Any) -> Any:
+            which, *moment = call
+            call_of = maps[which]
+            assert call_of is not None
+            return call_of(*moment, *args)
 
         opened = open_function(at_once, args, layout.device)
+        carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(y0), opened.theta
         probe, moment = start, times[:, 0].expand(layout.batch)
         if not recording:
             probe, moment = start.detach().clone(), moment.detach()
             theta = tuple(x.detach() for x in theta)
-        problem = cls(opened, layout, start, start, times, opened.theta)
+        show = _shown(layout)
         with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
-            value = watched(lambda y: opened((problem.shown(moment), layout.unpack(y)), *theta), probe)
+            value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *theta), probe)
         layout.check(value, "y0")
         k0 = layout.pack(value)
         if not recording:
             refuse_captured(k0, (probe, moment, *theta), opened.captured)
-        return cls(opened, layout, start, k0, times, opened.theta)
+        _check_events(events, opened, layout, (probe, moment, *theta), recording)
+        return cls(opened, layout, start, k0, times, opened.theta, carries, events=events)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,16 +144,56 @@ class Problem:
             return value
         return pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
 
-    def shown(self, t: Tensor) -> Tensor:
-        """Times `(B,)` as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
-        if self.layout.batch_dims == 0:
-            return t[0]
-        return t.reshape(-1, *(1 for _ in self.layout.leaves[0].shape))
-
     def field(self, *theta: Tensor) -> Field:
-        """f as a map from `(B,)` and `(B, n)` to `(B, n)`."""
+        """f at `theta`."""
         layout, call = self.layout, self.opened.at(*theta)
-        return lambda t, y: layout.pack(call((self.shown(t), layout.unpack(y))))
+        show = _shown(layout)
+
+        def slope(moment: Tensor, y: Tensor) -> Tensor:
+            return layout.pack(call((0, moment, layout.unpack(y))))
+
+        if not self.events:
+            return Field(show, slope, self.field, theta)
+
+        def watch(i: int, t: Tensor, y: Tensor) -> Tensor:
+            value = call((1 + 2 * i, show(t[None])[0], layout.unpack(y)))
+            return value.reshape(y.shape[0]).to(layout.work_dtype)
+
+        def jump(i: int, t: Tensor, y: Tensor) -> Tensor:
+            return layout.pack(call((2 + 2 * i, show(t[None])[0], layout.unpack(y))))
+
+        return Field(show, slope, self.field, theta, watch=watch, jump=jump)
+
+
+def _check_events(
+    events: tuple[Event, ...], opened: Opened, layout: Layout, known: tuple[Tensor, ...], recording: bool
+) -> None:
+    """Raise TypeError / ValueError for what g or restart returns at the start, or reaches in a wrong way."""
+    probe, moment, *theta = known
+    for i, event in enumerate(events):
+        for which, name in ((1 + 2 * i, "g"), (2 + 2 * i, "restart"))[: 1 if event.restart is None else 2]:
+            with torch.enable_grad():
+                call = (which, _shown(layout)(moment[None])[0])
+                value = watched(lambda y, call=call: opened((*call, layout.unpack(y)), *theta), probe)
+            try:
+                if name == "g":
+                    check_number(value, i, layout)
+                    rows = value
+                else:
+                    layout.check(value, "y0")
+                    rows = layout.pack(value)
+                if not recording:
+                    refuse_captured(rows, known, opened.captured)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name} of event {i}, in place of f: {error}") from error
+
+
+def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Times as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
+    if layout.batch_dims == 0:
+        return lambda times: times[:, 0].unbind()
+    ones = (1,) * len(layout.leaves[0].shape)
+    return lambda times: times.reshape(len(times), -1, *ones).unbind()
 
 
 def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
@@ -112,9 +216,10 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
-    gaps = rows.detach().diff(dim=1)
-    if not bool(unwrapped(rows.detach().isfinite()).all()):
+    seen = rows.detach()
+    if not bool(unwrapped(seen.isfinite()).all()):
         raise ValueError("t holds NaN or inf")
+    gaps = seen.diff(dim=1)
     if ordered and not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows

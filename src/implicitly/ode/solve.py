@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from implicitly.implicit import users_line
-from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens
+from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
+from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated
+from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem, times_of
-from implicitly.ode.runge_kutta import Dopri5, RungeKutta
+from implicitly.ode.runge_kutta import Dopri5
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -27,16 +29,20 @@ class Trajectory(Solution):
     tolerance, and whose `steps` are the accepted ones.
 
     Attributes:
-        t: `(B,)` the time that each sample got to.
+        t: `(B,)` the time that each sample got to, differentiable: of the event that ended it, or the last.
         rejected: `(B,)` the steps that were tried and found too long.
         interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
             order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is
             differentiable like `value`, also in the times. Nothing is stored for it: the steps are taken again.
+        event: `(B,)` int64, which event happened last, by its index; -1: none.
+        event_count: `(B,)` int64, how many events happened.
     """
 
     t: Tensor
     rejected: Tensor
     interpolate: Callable[[Any], Any]
+    event: Tensor
+    event_count: Tensor
 
 
 def odeint(
@@ -44,9 +50,11 @@ def odeint(
     y0: Any,
     t: Any,
     *args: Any,
-    solver: RungeKutta = Dopri5(),
+    solver: Method = Dopri5(),
     adjoint: TrajectoryAdjoint | UnrolledAdjoint = RecursiveCheckpointAdjoint(),
     batch_dims: int = 0,
+    in_dims: Any = None,
+    event: Event | tuple[Event, ...] | None = None,
     on_failure: str = "raise",
 ) -> Trajectory:
     """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
@@ -58,15 +66,20 @@ def odeint(
         t: the output times, increasing or decreasing: a tensor `(T,)`, or a tuple of numbers; with `batch_dims=1`
             also `(B, T)`. `t[0]` is where y0 is.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
-        adjoint: `RecursiveCheckpointAdjoint` or `UnrolledAdjoint`.
+        adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
             samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
+        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
+        event: an `Event`, or several, which ends a sample or restarts it from another state. Outputs after the
+            event that ends a sample are its state there; one at the time of a restart, as rounding has
+            it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero.
 
     Returns:
         `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
-        `(B,)`, or 0-d for one system.
+        `(B,)`, or 0-d for one system. A sample that an event ended has `Status.EVENT`.
 
     Raises:
         TypeError, ValueError: for input that cannot be meant, before any step.
@@ -75,16 +88,20 @@ def odeint(
     Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993; Chen et al., "Neural
     Ordinary Differential Equations", NeurIPS 2018.
     """
-    _check_choices(solver, adjoint, on_failure)
-    problem = Problem.of(f, y0, t, args, batch_dims, recording=adjoint.recording)
+    events = events_of(event)
+    _check_choices(solver, adjoint, on_failure, events)
+    problem = Problem.of(
+        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording, events=events
+    )
     solver.check(problem.dtype)
+    problem = solver.checked(problem)
 
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
 
     solution = partial(_trajectory, problem, interpolate)
 
-    def report(method: RungeKutta, found: Integrated, calls: int) -> None:
+    def report(method: Method, found: Integrated, calls: int) -> None:
         _tell(on_failure, method, found, lambda: solution(found, calls))
 
     return solution(*solve(solver, problem, report))
@@ -92,15 +109,21 @@ def odeint(
 
 def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Integrated, calls: int) -> Trajectory:
     each = problem.layout.per_sample
+    reached = found.t
+    if not problem.events:  # it moves with the end, where that was reached
+        whole = found.status.detach() == int(Status.CONVERGED)
+        reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached.detach())
     return Trajectory(
         problem.stacked(found.values),
         each(found.status),
         each(found.error),
         each(found.steps),
-        calls + 1,
-        t=each(found.t.detach()),
+        calls + problem.calls,
+        t=each(reached),
         rejected=each(found.tries - found.steps),
         interpolate=interpolate,
+        event=each(found.event),
+        event_count=each(found.event_count),
     )
 
 
@@ -126,47 +149,57 @@ def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Calla
     return interpolate
 
 
-def _silent(method: RungeKutta, found: Integrated, calls: int) -> None:
+def _silent(method: Method, found: Integrated, calls: int) -> None:
     """Of a solve that has been reported on before."""
 
 
 _REMEDY = {
-    Status.MAX_STEPS: "raise max_steps, loosen rtol and atol, or use a method for stiff systems",
+    Status.MAX_STEPS: "raise max_steps, or loosen rtol and atol; where the system is stiff, use im.Kvaerno5()",
     Status.STEP_UNDERFLOW: "the solution may blow up there, or f jump; loosen the tolerances or widen the dtype",
-    Status.NON_FINITE: "f returned NaN or inf there, however short the step: check it at that t and y",
+    Status.NON_FINITE: "f, or g of an event, gave NaN or inf there, however short the step: check it there",
 }
 
 
-def _tell(on_failure: str, method: RungeKutta, found: Integrated, solution: Callable[[], Trajectory]) -> None:
+def _tell(on_failure: str, method: Method, found: Integrated, solution: Callable[[], Trajectory]) -> None:
     """Announce samples that did not reach the end: "raise" with the `solution`, "warn" or "ignore"."""
-    if on_failure == "ignore" or not happens(found.status != int(Status.CONVERGED)):
+    if on_failure == "ignore" or not happens(~is_success(found.status)):
         return
     found = Integrated(*(unwrapped(x.detach()) for x in found))
-    failed = (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
+    failed = (~is_success(found.status)).nonzero()[:, 0]
     if len(failed) == 0:
         return
     counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
     i = int(failed[0])
     status = Status(int(found.status[i]))
+    remedy, events = _REMEDY[status], int(found.event_count[i])
+    if events:
+        remedy = (
+            f"{events} events happened before, the last one event {int(found.event[i])}; where their times "
+            f"accumulate, end the sample by an event without restart. Or {remedy}"
+        )
     message = (
         f"odeint: {type(method).__name__} did not reach the end for {len(failed)} of {len(found.status)} samples "
         f"({', '.join(f'{count} {s.name}' for s, count in counts.items() if count)}). Sample {i}: {status.name} "
         f"at t = {float(found.t[i]):.6g} after {int(found.steps[i])} steps ({int(found.tries[i])} tried), next "
         f"step {float(found.length[i]):.3g}, largest error in component {int(found.worst[i])}. "
-        f"Try: {_REMEDY[status]}"
+        f"Try: {remedy}"
     )
     if on_failure == "raise":
         raise SolverError(message, solution())
     warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
 
 
-def _check_choices(solver: Any, adjoint: Any, on_failure: str) -> None:
+def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...]) -> None:
     """Raise TypeError / ValueError for what is no choice."""
-    if not isinstance(solver, RungeKutta):
+    if not isinstance(solver, Method):
         raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
     if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
         raise TypeError(
             f"adjoint must be one for trajectories, such as im.RecursiveCheckpointAdjoint(), got {adjoint!r}"
+        )
+    if (events or solver.tstops) and not (isinstance(adjoint, UnrolledAdjoint) or adjoint.hybrid):
+        raise ValueError(
+            f"{type(adjoint).__name__} knows of no events and no tstops; use im.RecursiveCheckpointAdjoint()"
         )
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')

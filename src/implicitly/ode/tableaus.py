@@ -7,6 +7,7 @@ error estimates, dense outputs and stability are what the tests prove of these n
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,12 +54,17 @@ class Tableau:
         """How many stages a step has, those of the dense output not counted."""
         return len(self.b)
 
+    @functools.cached_property
+    def moments(self) -> tuple[float, ...]:
+        """The nodes at which a step of an explicit method calls f: all but the first, and the end."""
+        return self.c[1:] if self.fsal else (*self.c[1:], 1.0)
+
     @property
     def implicit(self) -> bool:
         """Whether stages depend on themselves."""
         return len(self.a[0]) == 1
 
-    @property
+    @functools.cached_property
     def fsal(self) -> bool:
         """Whether the last stage of an explicit method is f at the new state, and so the first stage of the next
         step."""

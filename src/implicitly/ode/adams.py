@@ -1,0 +1,222 @@
+"""Adams' methods: a polynomial through past slopes predicts, the slope it leads to corrects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.iterate import where_rows
+from implicitly.ode.combine import Length, as_length, stage_times
+from implicitly.ode.control import Controller
+from implicitly.ode.host import Array, library, to_host, to_tensor
+from implicitly.ode.method import Memory, Method, Step
+from implicitly.ode.problem import Field
+from implicitly.ode.runge_kutta import Bosh3, Dopri5, Dopri8, RungeKutta
+from implicitly.tree import unwrapped
+
+# What takes the first steps; its order may be one less, as these are few.
+STARTERS: dict[int, type[RungeKutta]] = {2: Bosh3, 3: Bosh3, 4: Dopri5, 5: Dopri5, 6: Dopri8, 7: Dopri8, 8: Dopri8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adams(Method):
+    """The predictor-corrector method of Adams, Bashforth and Moulton, of the given order; two calls of f a step.
+
+    The polynomial through the slopes at the state and at the p - 2 states before is integrated to predict the next
+    state, f is called there, and the polynomial through that slope too is integrated to correct it (PECE, with
+    local extrapolation). The error estimate is the difference to the corrector of order p - 1. Steps may be of any
+    length: the coefficients of each sample follow from the lengths it took. The first p - 2 steps are those of a
+    Runge-Kutta method.
+
+    It pays where f is costly, the tolerance is tight and the solution smooth; where steps are rejected often, or
+    a solve takes few of them, a Runge-Kutta method needs fewer calls.
+
+    Args:
+        order: order p of the method, from 2 (which is Heun's method) to 8.
+        controller: as of every method, but lengths at most double: the past reaches only so far ahead.
+
+    Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, section III.5; Shampine
+    and Gordon, "Computer Solution of Ordinary Differential Equations", 1975.
+    """
+
+    order: int = 5  # pyright: ignore[reportIncompatibleMethodOverride] - here an option, elsewhere a property
+    controller: Controller = Controller(grow=2.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.order, int) or isinstance(self.order, bool):
+            raise TypeError(f"Adams: order must be an int, got {self.order!r}")
+        if self.order not in STARTERS:
+            raise ValueError(f"Adams: order must be from {min(STARTERS)} to {max(STARTERS)}, got {self.order}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it estimates its error: yes."""
+        return True
+
+    @functools.cached_property
+    def starter(self) -> RungeKutta:
+        """The method of the first steps."""
+        return STARTERS[self.order](dt=self.dt)
+
+    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
+        """Lengths of the steps before `(B, p - 2)`, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
+        unknown = self.order - 2
+        return (y.new_zeros(y.shape[0], unknown), k, *(torch.zeros_like(k) for _ in range(unknown)))
+
+    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+        lengths, *slopes = memory
+        fresh = _fresh(lengths, dt)
+        first, later = _shares(fresh, dt)
+        steps = []
+        if later is not None:
+            steps.append(self._corrected(F, t, later, y, lengths, slopes))
+        if first is not None:
+            steps.append(self.starter.step(F, t, first, y, (slopes[0],)))
+        one, *other = steps
+        y1, k1, error = one.y1, one.k1, one.error
+        if other:
+            rows = to_tensor(fresh)
+            y1, k1 = where_rows(rows, other[0].y1, y1), where_rows(rows, other[0].k1, k1)
+            error = None if error is None else where_rows(rows, other[0].error, error)
+        lengths1 = torch.cat([to_tensor(dt).unsqueeze(1), lengths], dim=1)[:, :-1]
+        stages = (lengths, *(k for step in steps for k in step.stages))
+        return Step(t, dt, y, y1, (lengths1, k1, *slopes[:-1]), slopes[0], k1, error, stages)
+
+    def _corrected(
+        self, F: Field, t: Array, dt: Array, y: Tensor, lengths: Tensor, slopes: Sequence[Tensor]
+    ) -> Step:
+        """A step by the past `slopes`; its stages are those, and the defect of what they foretold."""
+        found = integrals(_past(lengths, dt), dt, library(dt).ones_like(dt)[:, None])
+        (moment,) = F.moments(stage_times(t, dt, (1.0,)))
+        predicted = y
+        for i, slope in enumerate(slopes):
+            predicted = _plus(predicted, as_length(found.slopes[:, i, 0]), slope)
+        defect = F(moment, predicted)
+        for i, slope in enumerate(slopes):
+            defect = _plus(defect, as_length(-found.end[:, i, 0]), slope)
+        y1 = _plus(predicted, as_length(found.defect[:, 0]), defect)
+        k1 = F(moment, y1)
+        error = None
+        if self.dt is None:
+            with torch.no_grad():  # step-size control is not differentiated
+                error = defect * as_length((found.defect - found.lower)[:, 0])
+        return Step(t, dt, y, y1, (), slopes[0], k1, error, (*slopes, defect))
+
+    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output.
+
+        The integral of the corrector's polynomial, for no call of f; that of the Runge-Kutta method at first.
+        """
+        lengths, *stages = step.stages
+        fresh = _fresh(lengths, step.dt)
+        first, later = _shares(fresh, step.dt)
+        values = []
+        if later is not None:
+            *slopes, defect = stages[: self.order]
+            stages = stages[self.order :]
+            dt = to_tensor(later)
+            found = integrals(_past(lengths, dt), dt, part)
+            weights = torch.cat([found.slopes, found.defect.unsqueeze(1)], dim=1).transpose(1, 2)
+            values.append(torch.baddbmm(step.y.unsqueeze(1), weights, torch.stack([*slopes, defect], dim=1)))
+        if first is not None:
+            values.append(self.starter.between(F, step._replace(dt=first, stages=tuple(stages)), part))
+        if len(values) == 1:
+            return values[0]
+        return torch.where(to_tensor(fresh)[:, None, None], values[1], values[0])
+
+
+def _fresh(lengths: Tensor, dt: Array) -> Array:
+    """Which samples `(B,)` have too few steps behind them; of those that do not move, none."""
+    if lengths.shape[1] == 0:
+        return library(dt).zeros_like(dt, dtype=library(dt).bool)
+    oldest = lengths[:, -1].detach() if isinstance(dt, Tensor) else to_host(lengths)[:, -1]
+    return (oldest == 0) & (dt != 0)
+
+
+def _shares(fresh: Array, dt: Array) -> tuple[Array | None, Array | None]:
+    """The lengths of the `fresh` samples' steps and of the others', each 0 for the rest; None: there are none."""
+    # On an accelerator this waits, which takes less time than the calls of f that the other kind of step makes.
+    seen = unwrapped(fresh) if isinstance(fresh, Tensor) else fresh
+    looks = not torch.compiler.is_compiling()
+    if looks and not bool(seen.any()):
+        return None, dt
+    if looks and bool(seen.all()):
+        return dt, None
+    xp = library(dt)
+    return xp.where(fresh, dt, 0.0), xp.where(fresh, 0.0, dt)
+
+
+def _past(lengths: Tensor, dt: Array) -> Array:
+    """How long before the state each slope was `(B, k)`, with the sign of dt; an array of the kind of `dt`."""
+    xp = library(dt)
+    before = lengths.detach() if isinstance(dt, Tensor) else to_host(lengths)
+    return xp.concatenate((xp.zeros_like(dt)[:, None], xp.cumsum(before, 1)), 1)
+
+
+class Integrals(NamedTuple):
+    """What slopes are multiplied with, to integrate polynomials over the first `part` `(B, W)` of a step."""
+
+    slopes: Array  # (B, k, W) the polynomial through the past slopes
+    end: Array  # (B, k, W) the same polynomial, not integrated, where `part` ends
+    defect: Array  # (B, W) what the one through the new slope too adds, for each unit by which the first missed it
+    lower: Array  # (B, W) the same without the oldest slope
+
+
+def integrals(past: Array, dt: Array, part: Array) -> Integrals:
+    """The integrals over `part` `(B, W)` of steps dt `(B,)`, with slopes at times -`past` `(B, k)`, and at dt.
+
+    By Gauss' quadrature, which is exact for polynomials. No length is divided by but those in the past and their
+    sums with dt, so that steps of length 0 do no harm.
+    """
+    xp, count = library(dt), past.shape[1]
+    nodes, weights, own = _constants(count, dt.dtype, dt.device if isinstance(dt, Tensor) else None)
+    x = part[:, :, None] * nodes  # (B, W, m), as parts of the step
+    shape, width, length = x.shape, part * dt[:, None], dt[:, None, None]
+    x = x.reshape(shape[0], 1, shape[1] * shape[2])
+    factors = x * length + past[:, :, None]  # (B, k, W m)
+    # Lagrange's polynomial of a slope is the product of the factors of the others, over its own value there.
+    apart = xp.prod(_safe(past[:, None, :] - past[:, :, None]), 2)
+    bases = xp.ones_like(factors)
+    for i in range(count):
+        bases = bases * xp.where(own[i], 1.0, factors[:, i : i + 1])
+    bases = (bases / apart[:, :, None]).reshape(shape[0], count, *shape[1:])
+    # The defect counts as the product of the factors over its value at dt, that of the first slope being x.
+    ratios = factors[:, 1:] / _safe(length + past[:, 1:, None])
+    lower, product = xp.ones_like(x), x
+    for i in range(count - 1):
+        lower, product = product, product * ratios[:, i : i + 1]
+    defect, lower = ((v.reshape(shape) @ weights) * width for v in (product, lower))
+    return Integrals((bases @ weights) * width[:, None], bases[..., -1], defect, lower)
+
+
+def _safe(x: Array) -> Array:
+    """`x`, or 1 where that is 0: of samples whose past is not known, which do not use it."""
+    return library(x).where(x == 0, 1.0, x)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(count: int, dtype: Any, device: torch.device | None) -> tuple[Array, Array, Array]:
+    """For `count` past slopes: nodes `(m,)` of Gauss' quadrature on [0, 1] and 1, their weights, and `(k, k, 1)`
+    which slope is which. NumPy's where there is no device."""
+    nodes, weights = np.polynomial.legendre.leggauss(count // 2 + 1)
+    nodes, weights = np.append((nodes + 1) / 2, 1.0), np.append(weights / 2, 0.0)
+    own = np.eye(count, dtype=bool)[:, :, None]
+    if device is None:
+        return nodes.astype(dtype), weights.astype(dtype), own
+    nodes, weights = (torch.tensor(x, dtype=dtype, device=device) for x in (nodes, weights))
+    return nodes, weights, torch.tensor(own, device=device)
+
+
+def _plus(y: Tensor, weight: Length, slope: Tensor) -> Tensor:
+    """y + weight slope."""
+    if isinstance(weight, Tensor):
+        return torch.addcmul(y, weight, slope)
+    return torch.add(y, slope, alpha=weight)

@@ -1,0 +1,460 @@
+"""The continuous adjoint: the derivative of a trajectory from a second trajectory, solved backwards."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+from implicitly.implicit import users_line
+from implicitly.iterate import ConvergenceWarning, Status
+from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, sweep
+from implicitly.ode.combine import stage_times
+from implicitly.ode.control import rms_norm
+from implicitly.ode.host import Array, library, on_host, some, to_host, to_tensor
+from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
+from implicitly.ode.method import Method, Step
+from implicitly.ode.problem import Field, Problem
+from implicitly.ode.record import Record, Taken
+from implicitly.tree import is_plain, is_wrapped, of_places, pullback
+
+# A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
+# beyond that the reverse system is stiff, and taking the forward steps again costs less.
+LEAST_TRIES, TRIES = 100, 10
+
+
+@dataclass(frozen=True)
+class BacksolveAdjoint(TrajectoryAdjoint):
+    """The continuous adjoint: memory does not grow with the steps, and the gradient is as exact as the tolerances.
+
+    With a = dL/dy, the system (y, a)' = (f, -a df/dy) is solved backwards, from the last output time to the
+    first; the gradient of what f depends on is the integral of a df/dtheta. At every output time the cotangent of
+    that output is added to a, and y starts again from the output that the forward solve found. That costs no
+    memory beyond the outputs, and is what keeps the error of y from growing. a is solved for as a multiple of its
+    largest entry, so the tolerances mean the same whatever the scale of the loss.
+
+    Backwards, what decays becomes what grows. So y is compared, at each output time but the last, with the output
+    there: where only the ends are asked for, that is the whole trajectory against y0. Where it is too far off, or
+    the backward solve fails or takes many times the steps of the forward one, a `ConvergenceWarning` says so, and
+    the gradient is that of `RecursiveCheckpointAdjoint`, from a second forward solve.
+
+    First order, in reverse mode: second derivatives, forward mode and the transforms of `torch.func` raise
+    NotImplementedError.
+
+    Args:
+        solver: the method, with its tolerances, of the backward solve; None: that of the forward one.
+        seminorm: True: the gradients by args and parameters take no part in the control of the error. They are
+            integrals, and no other component depends on them. They are found by Gauss' rule on the dense output
+            of every accepted step. False: they do take part, as components of the state, so that all samples
+            take the same backward steps; samples then cannot have times of their own.
+        check: by how many tolerances (of the root mean square, or the `norm` of the solver) the y solved
+            backwards may be off at an output time; inf: any. With constant steps too, `rtol` and `atol` of the
+            solver are meant.
+
+    Raises:
+        TypeError, ValueError: for options that cannot be meant.
+
+    Source: Pontryagin et al., "The Mathematical Theory of Optimal Processes", 1962; Chen et al., "Neural Ordinary
+    Differential Equations", NeurIPS 2018, algorithms 1 and 2; Kidger, Chen and Lyons, "Hey, that's not an ODE",
+    ICML 2021, for the seminorm.
+    """
+
+    solver: Method | None = None
+    seminorm: bool = True
+    check: float = 1e3
+
+    def __post_init__(self):
+        if self.solver is not None and not isinstance(self.solver, Method):
+            raise TypeError(
+                f"BacksolveAdjoint: solver must be a method such as im.Dopri5(), or None, got {self.solver!r}"
+            )
+        if not isinstance(self.seminorm, bool):
+            raise TypeError(f"BacksolveAdjoint: seminorm must be True or False, got {self.seminorm!r}")
+        if not self.check > 0:
+            raise ValueError(f"BacksolveAdjoint: check must be > 0 (inf: no check), got {self.check}")
+
+    def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
+        """The trajectory, its `values` differentiable, and the calls of f."""
+        if self.solver is not None:
+            self.solver.check(problem.dtype)
+        times = problem.rows(problem.times)
+        inputs = (times, problem.y0, problem.k0.detach(), *problem.theta)
+        if any(is_wrapped(x) for x in inputs):
+            _refuse("a transform of torch.func")
+        if not self.seminorm and not bool((times == times[:1]).all()):
+            raise ValueError(
+                "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so they cannot "
+                "have times of their own; pass t of shape (T,), or seminorm=True"
+            )
+        work = Work(method, problem.field, problem.carries, report, None)
+        return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"BacksolveAdjoint gives first derivatives in reverse mode only, not {what}; use "
+        "RecursiveCheckpointAdjoint, which has derivatives of any order in both modes"
+    )
+
+
+class _Backsolve(torch.autograd.Function):
+    """A solve that keeps its outputs, and its derivative."""
+
+    @staticmethod
+    def forward(adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor):
+        return tuple(work.run(*(x.detach() for x in (times, y0, k0, *theta))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.adjoint, ctx.work, times, y0, _, *theta = inputs
+        ctx.save_for_backward(*output, times, y0, *theta)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[5:]
+        wanted = [i for i, needed in enumerate(needs) if needed]
+        gradients: list[Tensor | None] = [None] * len(needs)
+        g = cotangents[0]
+        if g is not None:
+            count = len(Integrated._fields)
+            found, inputs = Integrated(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+            if any(is_wrapped(x) for x in (g, *inputs)):
+                _refuse("a transform of torch.func")
+            if functorch.is_legacy_batchedtensor(g):
+                _refuse("of several cotangents at once")
+            with torch.no_grad():
+                computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
+            if torch.is_grad_enabled():
+                computed = _FirstOrder.apply(len(computed), *computed, g, *inputs)
+            for i, gradient in zip(wanted, computed):
+                gradients[i] = gradient
+        times, y0, *theta = gradients
+        return None, None, times, y0, None, *theta
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        _refuse("forward mode")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        _refuse("a transform of torch.func")
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The first `count` tensors, tied to the others so that nobody differentiates them unnoticed."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor):
+        return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        _refuse("second derivatives")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        _refuse("second derivatives")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        _refuse("a transform of torch.func")
+
+
+# ------------------------------------------------------------------------------------ the augmented system
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How y and a, both `(B, n)`, lie in the state z of a method.
+
+    Attributes:
+        batch, n: of y.
+        columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
+            all of y, all of a, and P = `columns` further numbers, the gradients by theta.
+    """
+
+    batch: int
+    n: int
+    columns: int | None = None
+
+    def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+        """z, or its slope."""
+        if self.columns is None:
+            return torch.cat([y, a], dim=1)
+        return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, a, and the further columns."""
+        size = self.n if self.columns is None else self.batch * self.n
+        y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
+        return y.reshape(-1, self.n), a.reshape(-1, self.n), others
+
+    def method(self, method: Method) -> Method:
+        """`method` for z: each of y and a keeps to the norm and the tolerances that it has for y."""
+
+        def norm(rows: Tensor) -> Tensor:
+            y, a, others = self.split(rows)
+            larger = torch.maximum(method.norm(y), method.norm(a))
+            return larger if self.columns is None else torch.maximum(larger.amax(), rms_norm(others))
+
+        return replace(method, norm=norm, rtol=self._spread(method.rtol), atol=self._spread(method.atol))
+
+    def _spread(self, tolerance: float | Tensor) -> float | Tensor:
+        if not isinstance(tolerance, Tensor) or tolerance.ndim == 0:
+            return tolerance
+        one = tolerance.reshape(-1).expand(self.n)
+        rows = 1 if self.columns is None else self.batch
+        return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
+
+
+def real(x: Tensor) -> Tensor:
+    """`x` with complex numbers as pairs."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+@dataclass
+class Augmented(Field):
+    """The slopes of z.
+
+    Attributes:
+        base: f itself.
+    """
+
+    base: Field = field(kw_only=True)
+
+
+def augmented(
+    plain: Callable[..., Field], packed: Packed, wanted: Sequence[int], finished: Tensor, *theta: Tensor
+) -> Augmented:
+    """The field of z for f = `plain(*theta)`, where gradients are wanted of `theta[i]` for i in `wanted`."""
+    for i in wanted:
+        theta[i].requires_grad_()
+    base, joint = plain(*theta), packed.columns is not None
+    places = list(wanted) if joint else []
+    failed = not bool(finished.all())
+
+    def show(times: Tensor) -> Sequence[Tensor]:
+        return base.show(times.expand(-1, packed.batch) if joint else times)
+
+    def slope(moment: Tensor, z: Tensor) -> Tensor:
+        y, a, _ = packed.split(z)
+        if is_plain(z):
+            y = y.detach().requires_grad_()
+            with torch.enable_grad():
+                k = base(moment, y)
+            da, *others = pulled([k], [-a], [y, *(theta[i] for i in places)])
+            k = k.detach()
+        else:  # an implicit method asks for the derivative of this
+            of_chosen = of_places(lambda y, *th: plain(*th)(moment, y), (y, *theta), [0, *(i + 1 for i in places)])
+            k, pull = pullback(of_chosen, y, *(theta[i] for i in places))
+            da, *others = pull(-a)
+        if joint and failed:
+            k, da = (torch.where(finished.unsqueeze(1), x, 0.0) for x in (k, da))
+        return packed.pack(k, da, others)
+
+    bind = partial(augmented, plain, packed, wanted, finished)
+    return Augmented(show, slope, bind, theta, base=base)
+
+
+@functools.lru_cache(maxsize=64)
+def gauss(order: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights on [0, 1] of the shortest rule of Gauss that has at least this order."""
+    nodes, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
+    return tuple((nodes + 1) / 2), tuple(weights / 2)
+
+
+# -------------------------------------------------------------------------------------- the backward solve
+
+
+class _Unstable(Exception):
+    """The backward solve is not to be trusted, and why."""
+
+
+def _of_finished(
+    adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int], g: Tensor
+) -> list[Tensor]:
+    """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
+    finished = found.status == int(Status.CONVERGED)
+    if work.carries is None or bool(finished.all()):
+        return _gradients(adjoint, work, found, inputs, wanted, torch.where(finished[:, None, None], g, 0.0))
+    # f may have no derivative where samples failed, and can be asked for the others alone.
+    (rows,) = finished.nonzero(as_tuple=True)
+    dims = (0, 0, *work.carries)
+    part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
+    alone = _gradients(adjoint, work, Integrated(*(x[rows] for x in found)), part, wanted, g[rows])
+    for place, i in enumerate(wanted):
+        if (d := dims[i]) is not None:
+            alone[place] = torch.zeros_like(inputs[i]).index_copy(d, rows, alone[place])
+    return alone
+
+
+def _gradients(
+    adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int], g: Tensor
+) -> list[Tensor]:
+    if not bool(g.any()):
+        return [torch.zeros_like(inputs[i]) for i in wanted]
+    # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
+    inputs = [x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach() for i, x in enumerate(inputs)]
+    try:
+        return Backwards(adjoint, work, found, inputs, wanted).gradients(g)
+    except _Unstable as reason:
+        message = (
+            f"odeint: BacksolveAdjoint stopped, {reason}. The gradient is that of RecursiveCheckpointAdjoint, "
+            "from a second forward solve. Try: adjoint=RecursiveCheckpointAdjoint(), which spares this attempt; "
+            "tighter tolerances or BacksolveAdjoint(solver=...); more output times, at each of which y starts anew"
+        )
+        warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+    return checkpointed(work, inputs, wanted, g)
+
+
+class Backwards:
+    """A backward solve: from one output time to the one before, and so on to the first."""
+
+    def __init__(
+        self, adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int]
+    ):
+        self.adjoint, self.work, self.inputs, self.wanted = adjoint, work, inputs, wanted
+        self.times, y0, *theta = inputs
+        self.finished = found.status == int(Status.CONVERGED)
+        # A failed sample takes steps of length 0 from where it began, which count for nothing.
+        values = torch.where(self.finished[:, None, None], found.values.detach(), y0.unsqueeze(1))
+        self.values = finite_start(values, self.finished)
+        shared = [i - 2 for i in wanted if i > 1]
+        self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
+        joint = bool(shared) and not adjoint.seminorm
+        columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
+        self.packed = Packed(len(y0), y0.shape[1], columns)
+        self.method = work.method if adjoint.solver is None else adjoint.solver
+        if adjoint.solver is None:
+            tries = LEAST_TRIES + TRIES * int(found.tries.max())
+            self.method = replace(self.method, max_steps=min(self.method.max_steps, tries))
+        of = partial(augmented, work.field, self.packed, shared, self.finished)
+        self.bound = Bound(of, tuple(theta), None if joint else work.carries)
+        self.method_of_z = self.packed.method(self.method)
+
+    def gradients(self, g: Tensor) -> list[Tensor]:
+        """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""
+        a, length = torch.zeros_like(g[:, 0]), None
+        times_bar = torch.zeros_like(self.times)
+        for i in reversed(range(1, self.times.shape[1])):
+            a = a + g[:, i]
+            if bool(a.any()):
+                a, slope, length = self._to_output_before(i, a, length)
+                times_bar[:, i] = (g[:, i] * slope).sum(1)
+        if 0 in self.wanted:
+            F: Any = self.bound.F
+            times_bar[:, 0] = -(a * self._known(F.base.at(self.times[:, 0], self.values[:, 0]).detach())).sum(1)
+        return [(times_bar, a + g[:, 0])[i] if i < 2 else self.sums[i - 2] for i in self.wanted]
+
+    def _known(self, slope: Tensor) -> Tensor:
+        """`slope` `(B, n)`, 0 for failed samples."""
+        return torch.where(self.finished.unsqueeze(1), slope, 0.0)
+
+    def _to_output_before(self, i: int, a: Tensor, length: Array | None) -> tuple[Tensor, Tensor, Array]:
+        """From a at output i to that at the output before, the slope of y at output i, the length of a next step.
+
+        The gradients by theta are added up on the way.
+        """
+        joint = self.packed.columns is not None
+        ends = torch.stack([self.times[:, i], self.times[:, i - 1]], dim=1)
+        ends = torch.where(self.finished.unsqueeze(1), ends, self.times[:, :1])
+        if joint:
+            ends = ends[self.finished][:1]
+        # What is solved for is a over its largest entry: tolerances are none of the scale of the loss.
+        scale = a.abs().amax() if joint else a.abs().amax(1, keepdim=True)
+        scale = torch.where(scale == 0, 1.0, scale)
+        others = [torch.zeros_like(x) for x in self.sums.values()] if joint else []
+        z = self.packed.pack(self.values[:, i], a / scale, others)
+        stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
+        k = self.bound.F.at(stepper.begin, z)
+        listen = partial(self._integrate_theta, scale) if self.sums and not joint else None
+        found, _ = integrate(stepper, z, k, listen=listen, length=length)
+        self._check_status(i, found)
+        y, a, others = self.packed.split(found.values[:, 1])
+        self._check_state(i - 1, y)
+        if joint:
+            self._add_columns(others[0] * scale)
+        length = to_host(found.length) if stepper.host else found.length
+        return self._known(a * scale), self._known(self.packed.split(k)[0]), length
+
+    def _add_columns(self, columns: Tensor) -> None:
+        parts = columns.split([real(x).numel() for x in self.sums.values()])
+        for total, part in zip(self.sums.values(), parts):
+            real(total).add_(part.view_as(real(total)))
+
+    def _integrate_theta(
+        self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None
+    ) -> None:
+        """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
+        F: Any = stepper.bound.F
+        xp, n = library(taken.dt), self.packed.n
+        nodes, weights = gauss(self.method.order)
+        part = torch.tensor(nodes, dtype=step.y.dtype, device=step.y.device).expand(len(step.y), -1)
+        z = self.method_of_z.between(F, step, part)
+        if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
+            z = torch.where(to_tensor(taken.accepted)[:, None, None], z, step.y.unsqueeze(1))
+        length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1)
+        length = length * (scale if rows is None else scale[rows])
+        with torch.enable_grad():
+            k = [F.base(m, z[:, j, :n]) for j, m in enumerate(F.moments(stage_times(taken.t, taken.dt, nodes)))]
+        cotangents = [z[:, j, n:] * (length * w) for j, w in enumerate(weights)]
+        found = pulled(k, cotangents, [F.theta[i] for i in self.sums])
+        for (i, total), gradient in zip(self.sums.items(), found):
+            if rows is None or self.work.carries is None or (d := self.work.carries[i]) is None:
+                total += gradient
+            else:
+                total.index_add_(d, rows, gradient)
+
+    def _check_status(self, i: int, found: Integrated) -> None:
+        failed = found.status != int(Status.CONVERGED)
+        failed = (failed & self.finished) if self.packed.columns is None else failed
+        if not bool(failed.any()):
+            return
+        j = int(failed.nonzero()[0, 0])
+        raise _Unstable(
+            f"as it did not get from output {i} to {i - 1} for {int(failed.sum())} of {len(failed)} samples. "
+            f"Sample {j}: {Status(int(found.status[j])).name} at t = {float(found.t[j]):.6g} after "
+            f"{int(found.tries[j])} steps tried (at most {self.method.max_steps}): the reverse system is stiff or "
+            "blows up"
+        )
+
+    def _check_state(self, i: int, y: Tensor) -> None:
+        """Compare y `(B, n)` with output i."""
+        truth = self.values[:, i]
+        tolerance = torch.maximum(self.method.tolerance(truth), self.work.method.tolerance(truth))
+        off = self.work.method.norm((y - truth) / tolerance)
+        wrong = self.finished & ~(off <= self.adjoint.check)
+        if not bool(wrong.any()):
+            return
+        j = int(torch.where(wrong, off.nan_to_num(nan=float("inf")), -1.0).argmax())
+        raise _Unstable(
+            f"as y solved backwards misses output {i} for {int(wrong.sum())} of {len(wrong)} samples. Sample {j} "
+            f"misses it by {float(off[j]):.3g} times its tolerance at t = {float(self.times[j, i]):.6g} "
+            f"(check={self.adjoint.check:g}): the reverse system is unstable"
+        )
+
+
+def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor) -> list[Tensor]:
+    """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint` has them, from a new forward solve."""
+    again = replace(work, report=lambda *_: None, record=Record())
+    times, y0, *theta = (x.detach() for x in inputs)
+    k0 = again.stepper(False, times, *theta).bound.F.at(times[:, 0], y0)
+    found = again.run(times, y0, k0, *theta)
+    ended = Ended(found.status, found.t)
+    assert again.record is not None
+    steps = again.record.stacked(times)
+    return sweep(again, steps, ended, tuple(inputs), wanted, torch.where(ended.finished[:, None, None], g, 0.0))

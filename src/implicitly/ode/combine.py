@@ -1,0 +1,84 @@
+"""Sums of slopes: what a step adds to a state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+
+from implicitly.ode.host import Array
+
+# A length: a number where all samples have the same, else `(B, 1)`.
+Length = float | Tensor
+
+
+def as_length(dt: Array) -> Length:
+    """Lengths `(B,)` of a step, to be multiplied with slopes `(B, n)`."""
+    if isinstance(dt, Tensor):
+        return dt.unsqueeze(1)
+    return float(dt[0]) if len(dt) == 1 else torch.from_numpy(dt).unsqueeze(1)
+
+
+def advanced(y: Tensor, dt: Length, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """y + dt sum_i weights_i slopes_i `(B, n)`."""
+    terms = nonzero(weights)
+    if isinstance(dt, Tensor):
+        return torch.addcmul(y, dt, _sum(terms, slopes, 1.0)) if terms else y
+    for i, w in terms[:1]:
+        y = torch.add(y, slopes[i], alpha=dt * w)
+    return _added(y, terms[1:], slopes, dt)
+
+
+def weighted(dt: Length, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """dt sum_i weights_i slopes_i `(B, n)`, of at least one weight that is not 0."""
+    terms = nonzero(weights)
+    return dt * _sum(terms, slopes, 1.0) if isinstance(dt, Tensor) else _sum(terms, slopes, dt)
+
+
+def _sum(terms: tuple[tuple[int, float], ...], slopes: Sequence[Tensor], factor: float) -> Tensor:
+    (i, w), *others = terms
+    first = slopes[i] if w * factor == 1 and not others else slopes[i] * (w * factor)
+    return _added(first, others, slopes, factor)
+
+
+def _added(total: Tensor, terms: Sequence[tuple[int, float]], slopes: Sequence[Tensor], factor: float) -> Tensor:
+    """`total`, which is ours to write into, and terms `factor * w * slopes[i]`."""
+    if records():
+        for i, w in terms:
+            total = torch.add(total, slopes[i], alpha=factor * w)
+        return total
+    for i, w in terms:  # fresh memory costs more than the addition
+        total.add_(slopes[i], alpha=factor * w)
+    return total
+
+
+def records() -> bool:
+    """Whether a derivative or a transform may follow what is computed now."""
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def nonzero(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    """The weights that are not 0, each with its place."""
+    return tuple((i, w) for i, w in enumerate(weights) if w != 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _nodes(nodes: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
+    return np.array(nodes, dtype=dtype)[:, None]
+
+
+def stage_times(t: Array, dt: Array, nodes: tuple[float, ...]) -> Array:
+    """t + c dt `(S, B)` for the S nodes c."""
+    if isinstance(t, Tensor):
+        return torch.stack([torch.add(t, dt, alpha=c) for c in nodes])
+    return t + _nodes(nodes, dt.dtype) * dt

@@ -1,0 +1,76 @@
+"""Events: what a user watches along a trajectory, and what follows when it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.tree import Layout
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens where a number changes its sign along a trajectory.
+
+    An event happens where g reaches 0 or passes it, after the first time. Where g is 0 at the start, or after a
+    restart, the sign just after counts: a ball that leaves the floor does not hit it. It is looked for at the ends
+    of every accepted step and at a few points between, so two changes of sign much closer than a step can be
+    missed; `dt_max` of the method shortens the steps.
+
+    Args:
+        g: `g(t, y, *args)` is one number a sample: 0-d for one system, `(B,)` with `batch_dims=1`, in the dtype of
+            y. It must be differentiable at the event for the event's time to be.
+        direction: +1: g changes from negative to positive as the solve goes on; -1: from positive to negative;
+            0: both.
+        restart: None: the sample ends there. Else `restart(t, y, *args)` is the state, like y, from which it goes
+            on.
+
+    Raises:
+        TypeError, ValueError: for what cannot be an event.
+    """
+
+    g: Callable[..., Any]
+    direction: int = 0
+    restart: Callable[..., Any] | None = None
+
+    def __post_init__(self):
+        if not callable(self.g):
+            raise TypeError(f"Event: g must be callable, got a {type(self.g).__name__}")
+        if self.direction not in (-1, 0, 1):
+            raise ValueError(f"Event: direction must be -1, 0 or 1, got {self.direction!r}")
+        if self.restart is not None and not callable(self.restart):
+            raise TypeError(f"Event: restart must be None or callable, got a {type(self.restart).__name__}")
+
+
+def events_of(event: Any) -> tuple[Event, ...]:
+    """`event`, None, an `Event` or a sequence of them, as a tuple; raises TypeError for anything else."""
+    events = () if event is None else (event,) if isinstance(event, Event) else event
+    if not isinstance(events, tuple | list) or not all(isinstance(e, Event) for e in events):
+        raise TypeError(f"event must be an im.Event or a tuple of them, got {event!r}")
+    if len(events) > 100:
+        raise ValueError(f"at most 100 events can be told apart, got {len(events)}")
+    return tuple(events)
+
+
+def check_number(value: Any, i: int, layout: Layout) -> None:
+    """Raise TypeError / ValueError unless `value`, which g of event `i` returned, is one number a sample."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"g of event {i} must return a tensor, got a {type(value).__name__}")
+    lead = (layout.batch,) if layout.batch_dims else ()
+    if value.shape[: len(lead)] != lead or any(d != 1 for d in value.shape[len(lead) :]):
+        raise ValueError(
+            f"g of event {i} must return one number a sample, of shape {lead}, got {tuple(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(
+            f"g of event {i} must return a real number that changes its sign where the event is, got "
+            f"{value.dtype}: not y > 1 but y - 1"
+        )
+    if value.dtype != layout.dtype and not torch.is_autocast_enabled(layout.device.type):
+        raise ValueError(f"g of event {i} must return the dtype of y0: expected {layout.dtype}, got {value.dtype}")
+    if value.device != layout.device:
+        raise ValueError(f"g of event {i} must return the device of y0, {layout.device}, got {value.device}")

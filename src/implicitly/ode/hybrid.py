@@ -1,0 +1,328 @@
+"""Steps that end where something happens: at an event, or at a time that must be hit.
+
+A step in which an event happens is taken anew, up to the event. Taken once more for a derivative, its length is
+again what makes g vanish at its end, by the implicit function theorem. So states carry their time.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.implicit import Backward, Condition, Map, Report, attach
+from implicitly.iterate import Status, is_running, where_rows
+from implicitly.linear import DenseLU
+from implicitly.ode.crossings import ROUNDING, Scan, Watch, any_of, chosen, correct, first_root, scan, values
+from implicitly.ode.events import Event
+from implicitly.ode.host import Array, library, to_host, to_tensor
+from implicitly.ode.integrate import STRETCH, Carry, Stepper
+from implicitly.ode.method import Memory, Step
+from implicitly.ode.problem import Field
+from implicitly.ode.record import STOP, State, Taken
+
+
+@dataclass(frozen=True)
+class HybridStepper(Stepper):
+    """Takes steps that events and the method's `tstops` end."""
+
+    events: tuple[Event, ...] = ()
+
+    # ------------------------------------------------------------------------------------ times to be hit
+
+    @cached_property
+    def stops(self) -> Array:
+        """The times `(K,)` to be hit."""
+        stops = self.method.tstops
+        return np.array(stops, dtype=self.seen.dtype) if self.host else self.seen.new_tensor(stops)
+
+    @cached_property
+    def sign(self) -> Array:
+        """In which direction `(B,)` time goes."""
+        return library(self.end).sign(self.end - self.begin)
+
+    def ahead(self, t: Array) -> tuple[Array, Array]:
+        """Where `(B,)` the next step from t must end at the latest, and whether that is before the end."""
+        xp, sign = library(t), self.sign[:, None]
+        ordered = sign * self.stops
+        passed = (ordered <= sign * t[:, None]) | (ordered >= sign * self.end[:, None])
+        ordered = xp.where(passed, float("inf"), ordered)
+        nearest = ordered.min(1) if xp is np else ordered.amin(1)
+        stop = xp.isfinite(nearest)
+        return xp.where(stop, self.sign * nearest, self.end), stop
+
+    def bounds(self, t: Array) -> tuple[Tensor, Tensor] | None:
+        """Between which times `(B,)` a step from t may ask for f, which may jump at both of its ends."""
+        if not self.method.tstops:
+            return None
+        xp, far, limit = library(t), self.sign * float("inf"), self.ahead(t)[0]
+        begin = xp.where(self._jumps(t), xp.nextafter(t, far), -far)
+        end = xp.where(self._jumps(limit), xp.nextafter(limit, -far), far)
+        return to_tensor(xp.minimum(begin, end)), to_tensor(xp.maximum(begin, end))
+
+    def _jumps(self, t: Array) -> Array:
+        """Where `(B,)` f may jump."""
+        return (self.stops == t[:, None]).any(1)
+
+    def after(self, t: Array) -> Array:
+        """The times `(B,)` at which f is asked for the slopes with which steps from t begin: behind its jumps."""
+        if not self.method.tstops:
+            return t
+        seen = to_host(t) if self.host and isinstance(t, Tensor) else t
+        xp = library(seen)
+        now = seen.detach() if isinstance(seen, Tensor) else seen
+        jumps = self._jumps(now)
+        if not any_of(jumps):
+            return t
+        behind = xp.nextafter(now, self.sign * float("inf"))
+        return torch.where(to_tensor(jumps), to_tensor(behind), to_tensor(t))
+
+    def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
+        """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
+        if not self.method.tstops:
+            return super().try_step(c)
+        xp, (limit, stop) = library(c.t), self.ahead(c.t)
+        left = limit - c.t
+        reach = c.length * (1 + STRETCH) >= abs(left)
+        dt = xp.where(reach, left, (c.t + c.length * self.sign) - c.t)
+        ends = xp.where(reach & stop, self.plain + STOP, self.plain)
+        F = within(self.bound.F, self.bounds(c.t))
+        step = self.method.step(F, c.t, dt, c.y, c.memory)
+        error = self._error(step)
+        accepted = error <= 1
+        if c.status is not None:
+            accepted = accepted & is_running(c.status)
+        return step, Taken(c.t, dt, reach & ~stop, accepted, ends), error
+
+    # --------------------------------------------------------------------------------------- the way there
+
+    def clock(self, t: Array) -> Memory:
+        """The time `(B, 1)`."""
+        return (to_tensor(t).unsqueeze(1),)
+
+    def reached(self, state: State) -> Tensor:
+        """The times `(B,)` at which a solve ended, with their derivative."""
+        return state.memory[-1][:, 0]
+
+    def happened(self, c: Carry) -> tuple[Array, Array]:
+        """The event `(B,)` that happened last, -1 for none, and how many did."""
+        return (c.watch[3], c.watch[4]) if self.events else super().happened(c)
+
+    def start(self, y: Tensor, k: Tensor, length: Array | None = None) -> Carry:
+        """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
+        begin = self.begin
+        t = self.after(begin)
+        if t is not begin:  # f jumps right there
+            k = self.bound.F.at(t, y)
+        c = super().start(y, k, length)
+        if not self.events:
+            return c
+        with torch.no_grad():
+            value = to_host(values(self.bound.F, to_tensor(c.t), y, len(self.events)))
+        xp = library(value)
+        status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
+        status = xp.where(xp.isfinite(value).all(1), status, int(Status.NON_FINITE))
+        fresh = xp.ones_like(value, dtype=bool if xp is np else torch.bool)
+        with np.errstate(invalid="ignore"):
+            watch = Watch(value, xp.sign(value), fresh, c.steps - 1, c.steps, c.steps)
+        return c._replace(watch=watch, status=status if any_of(~is_running(status)) else None)
+
+    def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
+        """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        with torch.no_grad(), np.errstate(all="ignore") if self.host else nullcontext():
+            step, taken, error = self.try_step(c)
+            watch = c.watch
+            if self.events and any_of(taken.accepted):
+                step, taken, error, watch = self._cut(c, step, taken, error)
+            taken = taken._replace(ends=library(error).where(taken.accepted, taken.ends, self.plain))
+            new = self.judge(c, step, taken, error)._replace(watch=watch)
+            return step, taken, error, self._settled(c, new, taken) if any_of(taken.ends != 0) else new
+
+    def _cut(self, c: Carry, step: Step, taken: Taken, error: Array) -> tuple[Step, Taken, Array, Watch]:
+        """The step tried from `c` up to the first event in it, and what is known of events then."""
+        old = Watch(*c.watch)
+        xp, found = library(error), scan(self.method, self.bound.F, step, old, self.events)
+        error = xp.where(found.sick & taken.accepted, float("inf"), error)
+        taken = taken._replace(accepted=taken.accepted & ~found.sick)
+        first, part, seen = xp.full_like(c.steps, -1), xp.full_like(error, float("inf")), found.numbers[:, -1]
+        hits = (found.hit > 0).any(1) & taken.accepted
+        if any_of(hits):
+            first, part, dt = self._first_event(step, c.memory, found, hits)
+            ends = xp.where(first >= 0, self.plain + first, taken.ends - 1) + 1
+            ends = ends.astype(np.int8) if xp is np else ends.to(torch.int8)
+            dt = xp.where(first >= 0, dt, taken.dt)
+            taken = taken._replace(dt=dt, last=taken.last & (first < 0), ends=ends)
+            step = self.method.step(within(self.bound.F, self.bounds(c.t)), c.t, dt, c.y, c.memory)
+            there = to_host(values(self.bound.F, to_tensor(c.t + dt), step.y1, len(self.events)))
+            seen = xp.where((first >= 0)[:, None], there, seen)
+        happens = first >= 0
+        stays = happens & (abs(taken.dt) <= self.resolved(c.t))
+        new = Watch(
+            seen,
+            found.sign_before(part),
+            old.fresh & False,
+            xp.where(happens, first, old.event),
+            old.event_count + happens,
+            xp.where(stays, old.stuck + 1, 0),
+        )
+        rows = taken.accepted
+        pairs = ((rows[:, None] if n.ndim == 2 else rows, n, o) for n, o in zip(new, old))
+        return step, taken, error, Watch(*(xp.where(*pair) for pair in pairs))
+
+    def _first_event(self, step: Step, memory: Memory, found: Scan, hits: Array) -> tuple[Array, Array, Array]:
+        """Which event `(B,)` is first in a step, taken with `memory`, -1: none; where from 0 to 1; and how long
+        the step to it is."""
+        stepper, mask, rows = self, to_tensor(hits), None
+        if self.bound.carries is not None and self.host:  # of those samples alone
+            rows = mask.nonzero()[:, 0]
+
+            def some_of(x: Any) -> Any:
+                return x[rows] if isinstance(x, Tensor) else x if x is None else x[rows.numpy()]
+
+            stepper, mask = self.take(rows), mask[rows]
+            step, memory = Step(*pytree.tree_map(some_of, tuple(step))), tuple(m[rows] for m in memory)
+            found = Scan(*map(some_of, found))
+        method, t, dt = self.method, to_tensor(step.t), to_tensor(step.dt)
+        F = stepper.bound.F
+        first, part = first_root(method, F, step, found)
+        first = torch.where(mask, first, -1)
+        inside = within(F, stepper.bounds(step.t))
+
+        def retake(length: Tensor) -> tuple[Tensor, Tensor]:
+            again = method.step(inside, t, length, step.y, memory)
+            return again.y1, again.k1
+
+        resolved = to_tensor(stepper.resolved(step.t))
+        length = correct(retake, F, first, t, dt, torch.where(first >= 0, part * dt, dt), resolved / 2)
+        # Who starts anew at the last time has arrived.
+        arrived = (t + length - to_tensor(stepper.end)).abs() <= resolved
+        for i, event in enumerate(self.events):
+            if event.restart is not None:
+                first = torch.where((first == i) & arrived, -1, first)
+        answer = to_host(first), to_host(torch.where(first >= 0, part, float("inf"))), to_host(length)
+        if rows is None:
+            return answer
+        self.bound.F.calls += F.calls
+        spread = np.full(hits.shape, -1), np.full(hits.shape, np.inf, length.numpy().dtype), self.seen[:, 0] * 0
+        for whole, x in zip(spread, answer):
+            whole[rows.numpy()] = x
+        return spread
+
+    def _settled(self, c: Carry, new: Carry, taken: Taken) -> Carry:
+        """What follows for the samples whose step something ended."""
+        xp, ends, t = library(taken.dt), taken.ends, new.t
+        if self.method.tstops:
+            t = xp.where(ends == STOP, self.ahead(c.t)[0], t)
+        over = ends > 127
+        for i, event in enumerate(self.events):
+            if event.restart is None:
+                over = over | (ends == i + 1)
+        status = xp.full_like(c.steps, int(Status.RUNNING)) if new.status is None else new.status
+        status = xp.where(over, int(Status.EVENT), status)
+        y, memory = self._begun(to_tensor(ends), to_tensor(t), new.y, new.memory)
+        watch, restarted = new.watch, (ends > 0) & ~over
+        if any_of(restarted):
+            watch = self._watch_anew(Watch(*c.watch), Watch(*watch), restarted, ends, to_tensor(t), y)
+            status = xp.where(restarted & (watch.stuck > len(self.events)), int(Status.STEP_UNDERFLOW), status)
+        # A step that was cut says nothing against the length that had been meant.
+        length = xp.where(ends != 0, c.length, new.length)
+        return new._replace(y=y, memory=memory, t=t, length=length, status=status, watch=watch)
+
+    def _watch_anew(self, c: Watch, new: Watch, restarted: Array, ends: Array, t: Tensor, y: Tensor) -> Watch:
+        """What is known of events after restarts."""
+        after = to_host(values(self.bound.F, t, y, len(self.events)))
+        xp, before = library(after), new.value
+        index = np.arange(len(self.events)) if xp is np else torch.arange(len(self.events), device=t.device)
+        fired = ends[:, None] == index + 1
+        # What a restart leaves as it was keeps its sign: two events may happen at once.
+        same = abs(after - before) <= ROUNDING * torch.finfo(t.dtype).eps * abs(c.value)
+        after = xp.where(fired & (abs(after) <= 4 * abs(before)), 0.0, after)
+        fresh = (fired | ~same) & restarted[:, None]
+        return new._replace(
+            value=xp.where(restarted[:, None], after, new.value),
+            sign=xp.where(fresh, xp.sign(after), new.sign),
+            fresh=new.fresh | fresh,
+        )
+
+    def _begun(self, ends: Tensor, t: Tensor, y: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """State and memory from which samples go on at t `(B,)` after steps that `ends` `(B,)` ended."""
+        F, anew = self.bound.F, ends == STOP
+        for i, event in enumerate(self.events):
+            mask = ends == i + 1
+            if event.restart is not None and any_of(mask):
+                assert F.jump is not None
+                y, anew = where_rows(mask, F.jump(i, t, y), y), anew | mask
+        if not any_of(anew):
+            return y, memory
+        t = to_tensor(self.after(t))
+        fresh = self.method.start(F, t, y, F.at(t, y))
+        return y, tuple(where_rows(anew, m, o) for m, o in zip(fresh, memory))
+
+    # -------------------------------------------------------------------------------------- and once more
+
+    def retaken(self, taken: Taken, y: Tensor, memory: Memory) -> tuple[Step, Tensor, Memory]:
+        """A noted step, and the state and memory from which the next one goes on."""
+        *carried, clock = memory
+        carried, t, accepted = tuple(carried), clock[:, 0], to_tensor(taken.accepted)
+        ends = torch.where(accepted, to_tensor(taken.ends), 0)
+        last = accepted & to_tensor(taken.last)
+        dt = torch.where(accepted, to_tensor(taken.dt), 0.0)
+        dt = torch.where(last, self.times[:, -1] - t, dt)
+        bounds = self.bounds(taken.t)
+        if self.method.tstops:
+            dt = torch.where(ends == STOP, to_tensor(self.ahead(taken.t)[0]) - t, dt)
+        if any_of(ends > 0):
+            known = to_tensor(taken.t + taken.dt)
+            dt = torch.where(ends > 0, self._event_time(ends, known, bounds, t, y, carried) - t, dt)
+        step = self.method.step(within(self.bound.F, bounds), t, dt, y, carried)
+        t = torch.where(last, self.times[:, -1], t + dt)
+        y, carried = self._begun(ends, t, step.y1, step.memory)
+        return step, y, (*carried, t.unsqueeze(1))
+
+    def _event_time(
+        self,
+        ends: Tensor,
+        known: Tensor,
+        bounds: tuple[Tensor, Tensor] | None,
+        t: Tensor,
+        y: Tensor,
+        memory: Memory,
+    ) -> Tensor:
+        """The times `(B,)` `known` at which events end a step, with the derivative by where the step began."""
+        method, field, count = self.method, self.bound.field, len(memory)
+        limits = bounds or ()
+
+        def bind(*theta: Tensor) -> Map:
+            y, t, code, known, *rest = theta
+            low_high, memory = rest[: len(limits)], rest[len(limits) :][:count]
+            F = within(field(*rest[len(limits) + count :]), (low_high[0], low_high[1]) if low_high else None)
+
+            def g(z: Tensor) -> Tensor:
+                end = z[:, 0]
+                y1 = method.step(F, t, end - t, y, tuple(memory)).y1
+                return torch.where(code > 0, chosen(F, code.long() - 1, end, y1), end - known).unsqueeze(1)
+
+            return g
+
+        condition = Condition(bind, "the time of an event", y.dtype, Report("warn"))
+        theta = (y, t, ends.to(y.dtype), known, *limits, *memory, *self.bound.theta)
+        return attach(condition, known.unsqueeze(1), theta, Backward(DenseLU()))[:, 0]
+
+
+def within(F: Field, bounds: tuple[Tensor, Tensor] | None) -> Field:
+    """F that sees no times outside of `bounds`, each `(B,)`."""
+    if bounds is None:
+        return F
+    return replace(
+        F,
+        show=lambda times: F.show(torch.clamp(times, *bounds)),
+        slope=F,
+        bind=lambda *theta: within(F.bind(*theta), bounds),
+        calls=0,
+    )

@@ -1,0 +1,352 @@
+"""Diagonally implicit Runge-Kutta methods, for stiff systems: each stage solves an equation.
+
+A stage Y of a step with length dt satisfies Y = base + g dt f(t, Y), where base is known from the stages before.
+Newton's method finds it, with one matrix I - g dt J for all stages and, while that converges, for several steps;
+the implicit function theorem differentiates it, whatever Newton's path.
+
+Hairer and Wanner, "Solving Ordinary Differential Equations II", section IV.8; Kvaerno, "Singly diagonally implicit
+Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.implicit import Backward, Condition, Report, attach, find
+from implicitly.iterate import Solver, Status
+from implicitly.linear import GMRES, DenseLU, dense
+from implicitly.ode import tableaus
+from implicitly.ode.combine import Length, advanced, as_length, records, stage_times, weighted
+from implicitly.ode.control import TINY, Controller
+from implicitly.ode.host import Array, library, some, to_host, to_tensor
+from implicitly.ode.method import Memory, Step
+from implicitly.ode.problem import Field
+from implicitly.ode.runge_kutta import RungeKutta
+from implicitly.ode.tableaus import Tableau
+from implicitly.tree import is_plain, pullback
+
+# Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
+TOO_SLOW, SLOW = 0.9, 0.03
+# Iterations with one Jacobian before constant steps have one for each.
+PATIENT = 4
+# Slopes that a stage's own is guessed from.
+PREDICT = 3
+
+
+class Stage(NamedTuple):
+    """The equation Y = base + length f(moment, Y) of a stage."""
+
+    moment: Tensor
+    base: Tensor
+    length: Length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitRungeKutta(RungeKutta):
+    """A diagonally implicit Runge-Kutta method. With `dt`, the tolerances hold for its stages.
+
+    Args:
+        stage_solver: a solver that finds the stages, such as `NewtonKrylov()` where Jacobians are too large to be
+            stored; None: Newton's method with a Jacobian `(n, n)` a sample that is used as long as it converges.
+        stage_tolerance: how accurate a stage is, relative to the tolerance of the step.
+        limit_gib: what the Jacobians of all samples may take.
+    """
+
+    stage_solver: Solver | None = None
+    stage_tolerance: float = 3e-2
+    limit_gib: float = 4.0
+    # A rejected step is often only one that Newton's method dislikes.
+    controller: Controller = Controller(shrink=0.5)
+
+    stage_steps: ClassVar[int] = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.stage_tolerance < 1:
+            raise ValueError(
+                f"{type(self).__name__}: stage_tolerance must be between 0 and 1, got {self.stage_tolerance}"
+            )
+
+    @property
+    def sees_end(self) -> bool:
+        """NaN in any stage shows in the state."""
+        return True
+
+    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+        newton = Newton.at(self, F, t, dt, y)
+        y1, slopes = self._stages(F, t, dt, y, memory, newton)
+        if newton.failed is not None and not newton.fresh:  # by a Jacobian from an earlier step
+            newton = Newton.at(self, F, t, dt, y, fresh=True)
+            y1, slopes = self._stages(F, t, dt, y, memory, newton)
+        newton.keep(F)
+        error = None
+        if self.tableau.error is not None and self.dt is None:
+            with torch.no_grad():
+                error = newton.filtered(weighted(as_length(dt), self.tableau.error, slopes))
+        if newton.failed is not None:
+            y1 = torch.where(newton.failed.unsqueeze(1), float("nan"), y1)
+        if self.tableau.stiffly_accurate:
+            k1 = slopes[-1]
+        else:
+            k1 = F(F.moments((t + dt)[None])[0], y1)
+        return Step(t, dt, y, y1, (k1,), memory[0], k1, error, tuple(slopes))
+
+    def _stages(
+        self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory, newton: Newton
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The new state and the slopes of the stages."""
+        tableau, length = self.tableau, as_length(dt)
+        y1, slopes = y, []
+        for row, moment in zip(tableau.a, F.moments(stage_times(t, dt, tableau.c))):
+            base = advanced(y, length, row[:-1], slopes)
+            if row[-1] == 0:
+                y1, k = base, memory[0] if not slopes else F(moment, base)
+            else:
+                own = length * row[-1]
+                stage = Stage(moment, base, own)
+                y1 = newton.solve(
+                    F, stage, advanced(base, own, predictor(tableau.c, len(slopes)), slopes or memory)
+                )
+                k = (y1 - base) / _never_zero(own)
+            slopes.append(k)
+            if newton.failed is not None and bool(newton.failed.all()):
+                return y1, slopes + [k] * (tableau.stages - len(slopes))
+        return (y1 if tableau.stiffly_accurate else advanced(y, length, tableau.b, slopes)), slopes
+
+
+@functools.lru_cache(maxsize=256)
+def predictor(nodes: tuple[float, ...], i: int) -> tuple[float, ...]:
+    """Weights of the slopes before stage `i` that guess its own: the polynomial through the nearest ones."""
+    near: dict[float, int] = {}
+    for j in sorted(range(i), key=lambda j: abs(nodes[j] - nodes[i])):
+        if nodes[j] not in near and len(near) < PREDICT:
+            near[nodes[j]] = j
+    weights = [0.0] * max(i, 1)
+    if not near:
+        return (1.0,)
+    for c, j in near.items():
+        weights[j] = math.prod((nodes[i] - other) / (c - other) for other in near if other != c)
+    return tuple(weights)
+
+
+def _never_zero(length: Length) -> Length:
+    if isinstance(length, Tensor):
+        return torch.where(length == 0, 1.0, length)
+    return length or 1.0
+
+
+@dataclass
+class Newton:
+    """Finds the stages of one step: Newton's method with one matrix, or the user's solver.
+
+    Attributes:
+        inverse: of I - g dt J, `(B, n, n)`; None where the user's solver finds the stages.
+        scale: the tolerance of each component `(B, n)`.
+        least: `(B,)` the change, relative to that, which rounding may leave.
+        fresh: whether J is that of this step.
+        gain: the error that is left, relative to the last change, as the stage before showed it.
+        slow: whether it would profit from a new Jacobian.
+        failed: `(B,)` the samples of which a stage was not found; None: none.
+    """
+
+    method: ImplicitRungeKutta
+    inverse: Tensor | None
+    scale: Tensor
+    least: Array
+    fresh: bool
+    gain: Any = 1.0
+    slow: bool = False
+    failed: Tensor | None = None
+
+    @classmethod
+    def at(
+        cls, method: ImplicitRungeKutta, F: Field, t: Array, dt: Array, y: Tensor, fresh: bool = False
+    ) -> Newton:
+        """For a step from y `(B, n)` at t; with the Jacobian of an earlier step unless `fresh`."""
+        with torch.no_grad():
+            y = y.detach()
+            scale = method.tolerance(y)
+            least = to_host(8 * torch.finfo(y.dtype).eps * method.norm(y / scale))
+            if method.stage_solver is not None:
+                return cls(method, None, scale, least, True)
+            J = None if fresh or torch.compiler.is_compiling() else F.notes.get("jacobian")
+            if fresh := J is None:
+                J = jacobian(F, F.moments(t[None])[0], y, method.limit_gib)
+                F.notes["jacobian"] = J
+            own = as_length(dt.detach() if isinstance(dt, Tensor) else dt)
+            return cls(method, inverse_of(J, own * method.tableau.a[-1][-1]), scale, least, fresh)
+
+    def keep(self, F: Field) -> None:
+        """Have the next step compute its own Jacobian, where this one has served its time."""
+        if self.slow or self.failed is not None:
+            F.notes.pop("jacobian", None)
+
+    def filtered(self, error: Tensor) -> Tensor:
+        """An error estimate that does not overrate what is stiff (Hairer and Wanner, equation IV.8.19)."""
+        return error if self.inverse is None else _times(self.inverse, error)
+
+    def solve(self, F: Field, stage: Stage, guess: Tensor) -> Tensor:
+        """The solution `(B, n)` of a stage, differentiable."""
+        with torch.no_grad():
+            if self.method.stage_solver is not None:
+                z = self._search(self.method.stage_solver, F, stage, guess)
+            else:
+                z = self._iterate(F, stage, guess)
+        if not records():
+            return z
+        if F.once:
+            return _attached_once(F, stage, z, self.method.limit_gib)
+        condition, theta = _condition(F, stage)
+        solver = DenseLU(limit_gib=self.method.limit_gib) if self.method.stage_solver is None else GMRES()
+        return attach(condition, z, theta, Backward(solver))
+
+    def _iterate(self, F: Field, stage: Stage, z: Tensor) -> Tensor:
+        last, converged, i = None, np.zeros(1, dtype=bool), 0
+        with np.errstate(all="ignore"):
+            for i in range(self.method.stage_steps):
+                if i >= PATIENT and self.method.dt is not None:  # a step that cannot be made shorter
+                    J = jacobian(F, stage.moment.detach(), z, self.method.limit_gib)
+                    self.inverse = inverse_of(J, stage.length)
+                d = _times(self.inverse, _residual(F, stage, z))
+                z = z + d
+                last, converged, hopeless = self._judge(to_host(self.method.norm(d / self.scale)), last)
+                if not some(~converged) or hopeless:
+                    break
+            if i >= PATIENT:  # what so many iterations showed says nothing about one matrix for the next stage
+                self.gain = 1.0
+        self._note(~converged)
+        return z
+
+    def _judge(self, size: Array, last: Array | None) -> tuple[Array, Array, bool]:
+        """After a change of `size` and one of `last` before: the size, who has converged, whether nobody will."""
+        xp = library(size)
+        if last is None:
+            # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
+            self.gain = xp.clip(self.gain * xp.ones_like(size), 1e-16, 1.0) ** 0.8
+        else:
+            rate = size / xp.clip(last, TINY, None)
+            self.slow |= some((rate > SLOW) & (size > self.least))
+            self.gain = xp.where(rate < TOO_SLOW, rate / (1 - rate), float("inf"))
+        # NaN has not converged. What rounding leaves says nothing about the rate.
+        converged = (self.gain * size <= self.method.stage_tolerance) | (size <= self.least)
+        hopeful = xp.isfinite(size) & xp.isfinite(self.gain)
+        return size, converged, not some(hopeful & ~converged)
+
+    def _search(self, solver: Solver, F: Field, stage: Stage, guess: Tensor) -> Tensor:
+        condition, theta = _condition(F, stage)
+        found = find(solver, condition, guess, theta)
+        self._note(to_host(found.status != int(Status.CONVERGED)))
+        return found.z
+
+    def _note(self, failed: Array) -> None:
+        if records() or not some(failed):  # a step that is taken again has converged before
+            return
+        failed = to_tensor(failed)
+        self.failed = failed if self.failed is None else self.failed | failed
+
+
+# Up to so many columns, products one after the other are quicker than all at once.
+FEW = 16
+
+
+def jacobian(F: Field, moment: Tensor, y: Tensor, limit_gib: float) -> Tensor:
+    """df/dy `(B, n, n)`, one matrix a sample."""
+    if y.shape[1] <= FEW and not torch.compiler.is_compiling() and is_plain(y, moment, *F.theta):
+        leaf = y.detach().requires_grad_()
+        with torch.enable_grad():
+            return _rows(F(moment, leaf), leaf)
+    _, pull = pullback(lambda y: F(moment, y), y)
+    return dense(lambda u: pull(u)[0], y, limit_gib).mT
+
+
+def _rows(slope: Tensor, y: Tensor) -> Tensor:
+    """dslope/dy `(B, n, n)` of what autograd recorded."""
+    if not slope.requires_grad:
+        return slope.new_zeros(*slope.shape, slope.shape[1])
+    units = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device)
+    rows = [
+        torch.autograd.grad(slope, y, unit.expand_as(slope), retain_graph=True, materialize_grads=True)[0]
+        for unit in units
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def inverse_of(J: Tensor, length: Length) -> Tensor:
+    """(I - length J)^-1 `(B, n, n)`."""
+    length = length.unsqueeze(2) if isinstance(length, Tensor) else length
+    eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
+    return torch.linalg.inv_ex(eye - length * J)[0]
+
+
+def _times(matrices: Tensor | None, rows: Tensor) -> Tensor:
+    assert matrices is not None
+    return torch.bmm(matrices, rows.unsqueeze(2)).squeeze(2)
+
+
+def _residual(F: Field, stage: Stage, z: Tensor) -> Tensor:
+    return stage.base + stage.length * F(stage.moment, z) - z
+
+
+def _condition(F: Field, stage: Stage) -> tuple[Condition, tuple[Tensor, ...]]:
+    """The equation of a stage as the kernel sees it, and all that it depends on."""
+    length = (stage.length,) if isinstance(stage.length, Tensor) else ()
+
+    def bind(moment: Tensor, base: Tensor, *rest: Tensor) -> Any:
+        own, theta = (rest[0], rest[1:]) if length else (stage.length, rest)
+        G = F.bind(*theta)
+        return lambda z: _residual(G, Stage(moment, base, own), z)
+
+    theta = (stage.moment, stage.base, *length, *F.theta)
+    return Condition(bind, "a stage", stage.base.dtype, Report("warn"), relative_to_iterate=True), theta
+
+
+def _attached_once(F: Field, stage: Stage, z: Tensor, limit_gib: float) -> Tensor:
+    """`z` `(B, n)` with its first derivative: one more Newton step, with the Jacobian there held fixed."""
+    leaf = z.requires_grad_()
+    slope = F(stage.moment, leaf)
+    length = stage.length.detach() if isinstance(stage.length, Tensor) else stage.length
+    J = _rows(slope, leaf) if z.shape[1] <= FEW else jacobian(F, stage.moment.detach(), z.detach(), limit_gib)
+    return z.detach() + _times(inverse_of(J, length), stage.base + stage.length * slope - z.detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitEuler(ImplicitRungeKutta):
+    """The implicit Euler method, of order 1, L-stable; constant steps."""
+
+    tableau: ClassVar[Tableau] = tableaus.IMPLICIT_EULER
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitMidpoint(ImplicitRungeKutta):
+    """The implicit midpoint method, of order 2, symplectic; constant steps."""
+
+    tableau: ClassVar[Tableau] = tableaus.IMPLICIT_MIDPOINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trapezoid(ImplicitRungeKutta):
+    """The trapezoid rule (Crank and Nicolson), of order 2, A-stable."""
+
+    tableau: ClassVar[Tableau] = tableaus.TRAPEZOID
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kvaerno3(ImplicitRungeKutta):
+    """Kvaerno's pair 3(2), L-stable."""
+
+    tableau: ClassVar[Tableau] = tableaus.KVAERNO3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kvaerno5(ImplicitRungeKutta):
+    """Kvaerno's pair 5(4), L-stable: for stiff systems, and the one to try first."""
+
+    tableau: ClassVar[Tableau] = tableaus.KVAERNO5

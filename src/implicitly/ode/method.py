@@ -1,0 +1,155 @@
+"""What a method for trajectories is: tolerances, one step, and what is known between its ends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.ode.control import Controller, Norm, rms_norm
+from implicitly.ode.host import Array, to_tensor
+from implicitly.ode.problem import Field, Problem
+
+# What a method carries from one step to the next besides the state: tensors with one row a sample.
+Memory = tuple[Tensor, ...]
+
+
+class Step(NamedTuple):
+    """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+
+    t: Array
+    dt: Array
+    y: Tensor
+    y1: Tensor  # the state it ends with
+    memory: Memory  # what the next step needs
+    k: Tensor  # the slope at y
+    k1: Tensor  # the slope at y1
+    error: Tensor | None  # the local error estimate `(B, n)`
+    stages: tuple[Tensor, ...] = ()  # slopes `(B, n)`
+    error_low: Tensor | None = None  # a second estimate, of lower order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method for trajectories, with its tolerances.
+
+    A step is accepted where the norm of (error / (atol + rtol * max(|y|, |y1|))) is at most 1, sample by sample.
+
+    Args:
+        rtol, atol: relative and absolute tolerance of the local error; numbers, or tensors that broadcast over one
+            flattened sample.
+        dt: a length makes all steps that long but the last, and tolerances count for nothing.
+        dt0: the length of the first step; None: found from f, for one more call.
+        dt_min: a sample whose steps would have to be shorter ends as `Status.STEP_UNDERFLOW`; 0: as short as the
+            dtype resolves.
+        dt_max: steps are at most that long.
+        max_steps: attempted steps after which a sample ends as `Status.MAX_STEPS`.
+        controller: how the next length follows from the error.
+        norm: maps `(B, n)` to `(B,)`; the root mean square unless given.
+        tstops: times between the first and the last at which a step must end, because f jumps there. Steps up to
+            one ask for f before it only, those from one after it only.
+    """
+
+    rtol: float | Tensor = 1e-5
+    atol: float | Tensor = 1e-7
+    dt: float | None = None
+    dt0: float | None = None
+    dt_min: float = 0.0
+    dt_max: float = float("inf")
+    max_steps: int = 100_000
+    controller: Controller = Controller()
+    norm: Norm = rms_norm
+    tstops: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if self.dt is None and not self.adaptive:
+            raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
+        for field in ("dt", "dt0"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(
+                    f"{name}: {field} must be a finite number > 0 (t says the direction), got {value}"
+                )
+        if self.dt is not None and self.dt0 is not None:
+            raise ValueError(f"{name}: dt makes all steps equally long, so dt0 would count for nothing; pass one")
+        if not 0 <= self.dt_min <= self.dt_max:
+            raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+        if self.max_steps < 1:
+            raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
+        if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
+            raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
+        for field in ("rtol", "atol"):
+            value = torch.as_tensor(getattr(self, field))
+            if not bool((value.isfinite() & (value >= 0)).all()):
+                raise ValueError(f"{name}: {field} must be finite and >= 0, got {getattr(self, field)}")
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """The order p of the method; its error estimate is O(dt^p)."""
+
+    @property
+    @abstractmethod
+    def adaptive(self) -> bool:
+        """Whether it estimates its error."""
+
+    @property
+    def sees_end(self) -> bool:
+        """Whether NaN in the slope at the end of a step shows in the error."""
+        return False
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise ValueError for tolerances that `dtype` cannot resolve."""
+        eps = torch.finfo(dtype).eps
+        if self.dt is not None:
+            return
+        if isinstance(self.rtol, float) and self.rtol >= 2 * eps:
+            return
+        rtol, atol = torch.as_tensor(self.rtol), torch.as_tensor(self.atol)
+        if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol == 0))).any()):
+            raise ValueError(
+                f"{type(self).__name__}: {dtype} cannot resolve rtol={float(rtol.min()):g}; the smallest it can "
+                f"is {2 * eps:.2g}. Loosen rtol, or pass y0, t and the arguments in a wider dtype"
+            )
+
+    def checked(self, problem: Problem) -> Problem:
+        """`problem`, with the calls of f that it took to see that the method applies to it.
+
+        Raises TypeError / ValueError where it does not; called before any step.
+        """
+        return problem
+
+    @abstractmethod
+    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
+        """What to carry from y `(B, n)`, whose slope is k, at t `(B,)`."""
+
+    @abstractmethod
+    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+
+    @abstractmethod
+    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
+
+    def error_ratio(self, step: Step, tolerance: Tensor) -> Tensor:
+        """The local error of a step over the tolerance `(B, n)`, as a norm `(B,)`."""
+        assert step.error is not None
+        return self.norm(step.error / tolerance)
+
+    def tolerance(self, y: Tensor, y1: Tensor | None = None) -> Tensor:
+        """What the error of each component may be, `(B, n)`."""
+        size = y.abs() if y1 is None else torch.maximum(y.abs(), y1.abs())
+        # Where both are 0, so is the error: 0 / tiny is 0.
+        return torch.clamp(size * self.rtol + self.atol, min=torch.finfo(size.dtype).tiny)
+
+
+def hermite(step: Step, part: Tensor) -> Tensor:
+    """The cubic through both ends and both slopes, `(B, W, n)`."""
+    x, dt = part.unsqueeze(2), to_tensor(step.dt)[:, None, None]
+    y, y1, k, k1 = (v.unsqueeze(1) for v in (step.y, step.y1, step.k, step.k1))
+    bend = (1 - 2 * x) * (y1 - y) + (x - 1) * dt * k + x * dt * k1
+    return (1 - x) * y + x * y1 + x * (x - 1) * bend

@@ -1,0 +1,103 @@
+"""What a solve leaves for its derivative: its steps, and its state before some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.ode.host import Array, to_host
+from implicitly.ode.method import Memory
+
+# Of `Taken.ends`.
+STOP = -1
+
+# States kept at first; beyond twice as many as their spacing every other is forgotten.
+CHECKPOINTS = 32
+
+
+class Taken(NamedTuple):
+    """A step that some samples accepted, each `(B,)`: from t, dt long, or up to the end where `last`.
+
+    `ends` is int8: 0; `STOP` where the step ends at a time that must be hit; i + 1 where event i ends it.
+    """
+
+    t: Array
+    dt: Array
+    last: Array
+    accepted: Array
+    ends: Array
+
+    def of_all(self, rows: Tensor | None, batch: int) -> Taken:
+        """The step of the samples `rows` as one of all, which others did not accept."""
+        if rows is None:
+            return self
+
+        def spread(x: np.ndarray) -> np.ndarray:
+            full = np.zeros(batch, dtype=x.dtype)
+            full[rows.numpy()] = x
+            return full
+
+        return Taken(*(spread(x) for x in self))
+
+
+class State(NamedTuple):
+    """Where the samples `rows` are (None: all)."""
+
+    y: Tensor
+    memory: Memory
+    rows: Tensor | None = None
+
+    def full(self, batch: int) -> State:
+        """With a row for each of `batch` samples; 0 for those that take no further step."""
+        if (rows := self.rows) is None:
+            return self
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows, x)
+
+        return State(spread(self.y), tuple(spread(x) for x in self.memory))
+
+
+@dataclass
+class Record:
+    """All steps, and states at O(sqrt(steps)) of them.
+
+    `states[i]` is the state before `steps[i]`, for every i that `spacing` divides.
+    """
+
+    steps: list[Taken] = field(default_factory=list)
+    states: dict[int, State] = field(default_factory=dict)
+    spacing: int = 1
+    clean: bool = True  # whether no sample met NaN or inf in a step that others accepted
+
+    def note(self, taken: Taken, state: State) -> None:
+        """Note a step from `state`."""
+        i = len(self.steps)
+        self.steps.append(taken)
+        if i % self.spacing == 0:
+            self.states[i] = state
+        if len(self.states) > max(CHECKPOINTS, 2 * self.spacing):
+            self.spacing *= 2
+            self.states = {i: state for i, state in self.states.items() if i % self.spacing == 0}
+
+    def stacked(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The steps as the fields of `Taken`, tensors `(B, N)` beside `like` `(B, ...)`, and forgotten here."""
+        if not self.steps:
+            empty = like.new_zeros(like.shape[0], 0)
+            return empty, empty.clone(), empty.bool(), empty.bool(), empty.to(torch.int8)
+        steps, self.steps = self.steps, []  # as a few tensors they take a hundredth of the memory
+        parts = zip(*steps)
+        if isinstance(steps[0].t, Tensor):
+            return tuple(torch.stack(part, dim=1) for part in parts)
+        return tuple(torch.from_numpy(np.stack(part, axis=1)) for part in parts)
+
+
+def unstacked(parts: tuple[Tensor, ...], host: bool) -> list[Taken]:
+    """The steps that `Record.stacked` gave; for the `host` where they may be looked at."""
+    if host:
+        return [Taken(*step) for step in zip(*(np.ascontiguousarray(to_host(x).T) for x in parts))]
+    return [Taken(*step) for step in zip(*(x.unbind(1) for x in parts))]

@@ -1,0 +1,69 @@
+"""The reversible Heun method: one call of f a step, and each step can be undone exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicitly.ode.combine import advanced, as_length, stage_times, weighted
+from implicitly.ode.host import Array
+from implicitly.ode.method import Memory, Method, Step, hermite
+from implicitly.ode.problem import Field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversibleHeun(Method):
+    """The reversible Heun method, of order 2; one call of f a step.
+
+    It carries a second state, which f is asked for, and the slope there. The same step of length -dt, from the end
+    of a step and what is carried then, leads back to its start but for rounding. Steps adapt by the difference to
+    an embedded method of order 1.
+
+    What parts the two states is not damped, and where solutions attract each other (dy/dt = -r y) it grows like
+    exp(r t), so that constant steps lose their accuracy there, and adaptive ones grow ever shorter: the method is
+    for spans of a few 1 / r, and for systems that oscillate. (In the plane of dt times eigenvalues it is stable on
+    the imaginary axis between -i and i, and nowhere else.)
+
+    Kidger, Foster, Li and Lyons, "Efficient and Accurate Gradients for Neural SDEs", NeurIPS 2021, algorithm 1,
+    without noise; arXiv:2105.13493.
+    """
+
+    @property
+    def order(self) -> int:
+        """The order 2; the error estimate is O(dt^2)."""
+        return 2
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it estimates its error: yes."""
+        return True
+
+    @property
+    def sees_end(self) -> bool:
+        """Whether the error estimate uses the slope at the end: yes."""
+        return True
+
+    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
+        """The second state and its slope, `(B, n)` each."""
+        return (y, k)
+
+    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+        (other, k), length = memory, as_length(dt)
+        other = advanced(2 * y - other, length, (1.0,), (k,))
+        k1 = F(F.moments(stage_times(t, dt, (1.0,)))[0], other)
+        y1 = advanced(y, length, (0.5, 0.5), (k, k1))
+        error = None
+        if self.dt is None:
+            with torch.no_grad():  # step-size control is not differentiated
+                error = weighted(length, (-0.5, 0.5), (k, k1))
+        return Step(t, dt, y, y1, (other, k1), k, k1, error)
+
+    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output.
+
+        Its slopes are those of the second state, which is O(dt^2) away: the cubic through them is O(dt^3) off.
+        """
+        return hermite(step, part)

@@ -1,0 +1,203 @@
+"""Symplectic methods for separable Hamiltonian systems: kicks and drifts in turn."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.iterate import happens
+from implicitly.ode.combine import advanced, as_length, stage_times
+from implicitly.ode.host import Array
+from implicitly.ode.method import Memory, Method, Step, hermite
+from implicitly.ode.problem import Field, Problem
+from implicitly.tree import unwrapped
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """The coefficients of a symmetric composition of kicks (of p, by a force) and drifts (of q, by a velocity).
+
+    A step is kick, drift, kick, ..., kick, of the lengths `kicks[0] dt`, `drifts[0] dt`, `kicks[1] dt`, ...
+    Where the velocity or the force depends on time too, a kick is at the time the drifts before it got to, a drift
+    at that of the kicks: each half then has the time of the other as one more variable, and the order holds.
+
+    Args:
+        order: order p of the method.
+        kicks: `(s + 1,)`, of sum 1.
+        drifts: `(s,)`, of sum 1.
+    """
+
+    order: int
+    kicks: tuple[float, ...]
+    drifts: tuple[float, ...]
+
+    @property
+    def moments(self) -> tuple[float, ...]:
+        """The nodes at which a step calls f: for a drift, for the kick after it, and so on."""
+        drifts, kicks = tuple(accumulate(self.kicks)), tuple(accumulate(self.drifts))
+        pairs = zip(drifts, (*kicks[:-1], 1.0))
+        return tuple(node for pair in pairs for node in pair)
+
+
+def _symmetric(order: int, kicks: tuple[float, ...], drifts: tuple[float, ...], odd: str) -> Splitting:
+    """From the first halves; the sequence with a coefficient in the middle, "kicks" or "drifts", gets that too."""
+    middle = (1 - 2 * sum(kicks if odd == "kicks" else drifts),)
+    whole = {"kicks": kicks + kicks[::-1], "drifts": drifts + drifts[::-1]}
+    half = {"kicks": kicks, "drifts": drifts}[odd]
+    whole[odd] = half + middle + half[::-1]
+    return Splitting(order, **whole)
+
+
+LEAPFROG = Splitting(2, (0.5, 0.5), (1.0,))
+_W = 1 / (2 - 2 ** (1 / 3))
+YOSHIDA4 = _symmetric(4, (_W / 2, (1 - _W) / 2), (_W,), "drifts")
+BLANES_MOAN4 = _symmetric(
+    4,
+    (0.0792036964311957, 0.353172906049774, -0.0420650803577195),
+    (0.209515106613362, -0.143851773179818, 0.434336666566456),
+    "kicks",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symplectic(Method):
+    """Kicks and drifts by a `Splitting`, of constant length; it carries the force at the state.
+
+    The state is a pair (q, p) of tensors of equal shape, and f(t, (q, p)) returns (dq/dt, dp/dt): dq/dt may depend
+    on p (and t) alone, dp/dt on q (and t) alone, as where a Hamiltonian is T(p) + V(q). A step calls f twice for
+    each drift. One that passes output times calls it twice more, for the slopes at its ends: outputs are read off
+    the cubic through them.
+
+    `odeint` raises TypeError / ValueError where the state is no such pair, or where, at the start, one half of
+    the field moves with what it must not depend on (two calls of f see to that).
+    """
+
+    splitting: ClassVar[Splitting]
+
+    @property
+    def order(self) -> int:
+        """The order p of the method."""
+        return self.splitting.order
+
+    @property
+    def adaptive(self) -> bool:
+        """Never: steps of varying length would lose what the method is for."""
+        return False
+
+    def checked(self, problem: Problem) -> Problem:
+        """`problem`, a separable one."""
+        name, layout = type(self).__name__, problem.layout
+        kind, count = layout.spec.type, len(layout.leaves)
+        if kind not in (tuple, list, namedtuple) or layout.spec.num_children != 2 or count != 2:
+            held = f"a {getattr(kind, '__name__', 'tensor')} of {count} tensors" if kind else "a tensor"
+            raise TypeError(
+                f"{name}: the state must be a pair (q, p) of tensors, got {held}; pass y0 = (q, p), and let f "
+                "return (dq/dt, dp/dt)"
+            )
+        q, p = (leaf.shape for leaf in layout.leaves)
+        if q != p or layout.leaves[0].width != layout.leaves[1].width:
+            raise ValueError(f"{name}: q and p must have the same shape and dtype, got {q} and {p} in a sample")
+        _refuse_coupled(name, problem)
+        return replace(problem, calls=problem.calls + 2)
+
+    def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
+        """The force `(B, n / 2)`."""
+        return (halves(k)[1],)
+
+    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+        (q, p), (force,), length = halves(y), memory, as_length(dt)
+        kicks, drifts, nodes = self.splitting.kicks, self.splitting.drifts, self.splitting.moments
+        moments = iter(F.moments(stage_times(t, dt, nodes)))
+        p, k = advanced(p, length, kicks[:1], (force,)), None
+        for drift, kick in zip(drifts, kicks[1:]):
+            velocity, _ = halves(F(next(moments), torch.cat([q, p], dim=1)))
+            q = advanced(q, length, (drift,), (velocity,))
+            k = F(next(moments), torch.cat([q, p], dim=1))
+            force = halves(k)[1]
+            p = advanced(p, length, (kick,), (force,))
+        assert k is not None
+        # `between` asks for the slopes at the ends, which a step does without.
+        return Step(t, dt, y, torch.cat([q, p], dim=1), (force,), k, k, None)
+
+    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+        """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
+        begin, end = F.moments(stage_times(step.t, step.dt, (0.0, 1.0)))
+        return hermite(step._replace(k=F(begin, step.y), k1=F(end, step.y1)), part)
+
+
+def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns `(B, n / 2)` of q and of p."""
+    q, p = rows.chunk(2, dim=1)
+    return q, p
+
+
+def _refuse_coupled(name: str, problem: Problem) -> None:
+    """Raise ValueError where, at the start, dq/dt moves with q or dp/dt with p.
+
+    A field that is not separable would be solved with order 1 at best, and nothing would show it.
+    """
+    with torch.no_grad():
+        F, y, k = problem.field(*problem.theta), problem.y0.detach(), problem.k0.detach()
+        (moment,) = F.moments(problem.rows(problem.times)[:, 0].detach()[None])
+        (q, p), (velocity, force) = halves(y), halves(k)
+        for half, before, moved, place in (
+            ("dq/dt", velocity, torch.cat([_elsewhere(q), p], dim=1), 0),
+            ("dp/dt", force, torch.cat([q, _elsewhere(p)], dim=1), 1),
+        ):
+            change = (halves(F(moment, moved))[place] - before).abs()
+            # Where f is undefined, at the start or beside it, nothing can be said.
+            rounding = 100 * torch.finfo(problem.dtype).eps * before.abs().amax(1, keepdim=True).clamp(min=1e-30)
+            wrong = (change > rounding) & change.isfinite()
+            if happens(wrong) and bool(unwrapped(wrong).any()):
+                raise ValueError(
+                    f"{name} needs a separable field: dq/dt of p and t alone, dp/dt of q and t alone, but {half} "
+                    f"changed by {float(unwrapped(change.nan_to_num(0, 0, 0)).max()):.3g} when {half[1]} did. "
+                    "Use a method for any field, such as im.Dopri5()"
+                )
+
+
+def _elsewhere(x: Tensor) -> Tensor:
+    """`x` `(B, m)` moved by about a tenth of its size, each column by another part."""
+    size = x.square().mean(1, keepdim=True).sqrt()
+    bend = torch.arange(x.shape[1], dtype=x.dtype, device=x.device).add(0.5).cos()
+    return x + 0.1 * torch.where(size > 0, size, 1.0) * bend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leapfrog(Symplectic):
+    """The leapfrog of Störmer and Verlet (kick, drift, kick), of order 2; constant steps.
+
+    For separable Hamiltonians: see `Symplectic` for what the state and f must be. Two calls of f a step.
+    Verlet, "Computer 'Experiments' on Classical Fluids", Phys. Rev. 159 (1967), equation 4.
+    """
+
+    splitting: ClassVar[Splitting] = LEAPFROG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yoshida4(Symplectic):
+    """Three leapfrogs, the middle one backwards, of order 4; constant steps.
+
+    For separable Hamiltonians: see `Symplectic` for what the state and f must be. Six calls of f a step.
+    Yoshida, "Construction of higher order symplectic integrators", Phys. Lett. A 150 (1990), equation 2.11.
+    """
+
+    splitting: ClassVar[Splitting] = YOSHIDA4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlanesMoan4(Symplectic):
+    """Six drifts between seven kicks, of order 4 with a small error constant; constant steps.
+
+    For separable Hamiltonians: see `Symplectic` for what the state and f must be. Twelve calls of f a step, which
+    may be several times as long as those of `Yoshida4` at equal error. Blanes and Moan, "Practical symplectic
+    partitioned Runge-Kutta and Runge-Kutta-Nyström methods", J. Comput. Appl. Math. 142 (2002), table 2 (S6).
+    """
+
+    splitting: ClassVar[Splitting] = BLANES_MOAN4
