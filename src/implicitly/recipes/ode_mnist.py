@@ -10,6 +10,13 @@ networks with the same stem and head are trained side by side:
 
 The table and the pictures say how often either reads wrongly, how many calls of f the flow takes in training,
 whether it may be solved less exactly once it is trained, and what a step of training keeps in memory.
+
+Measured with seed 0 on a CPU. On the digits, by default (75 s on one core): 9 of 360 test images wrong for the
+odenet with 36,458 parameters, 8 for the resnet with 128,938. On MNIST, `--dataset mnist --max-steps 600`, not one
+pass over the images: 2.89 % wrong with 208,266 parameters, 2.19 % with 577,546; the calls of f in a forward pass
+rise from 14 to 26. Solved afterwards at a tolerance of 0.1 or 1 rather than 1e-3, the flow takes 14 calls rather
+than 26, and the error stays: 2.86 %. That is two steps of Dopri5, the fewest here, as the rule for the first step
+chooses a short one at any tolerance: on the digits a tolerance of 1000 changes nothing more.
 """
 
 from __future__ import annotations
@@ -302,7 +309,7 @@ def draw(
         config.depths,
         measured,
         forward,
-        "a forward pass alone",
+        "a forward pass of the ODE alone",
         f"{DEPTH_IMAGES} images; a step of Dopri5 calls f six times, a block once",
         "steps of the solver, or residual blocks",
     )
