@@ -16,8 +16,9 @@ pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
 
 from implicitly.data import ImageData, digits
 from implicitly.recipes._checkpoints import BEST, LAST, CheckpointError, previous_of, read_checkpoint, run_folder
+from implicitly.recipes._classification import count_parameters
 from implicitly.recipes._training import AtomicCheckpointIO, Batches
-from implicitly.recipes.deq_image import Cell, Config, Training, build, count_parameters, fit, main
+from implicitly.recipes.deq_image import Cell, Config, Training, build, fit, main
 from tests.data.test_images import write_jpeg_archive
 
 SMALL = Config(
@@ -273,6 +274,7 @@ def test_run_stopped_within_an_epoch_resumes_with_the_next_batch(data, tmp_path,
     for steps in (2, batches + 1, 2 * batches):
         fit("resnet", dataclasses.replace(config, max_steps=steps, resume=True), data, tmp_path / "parts")
         assert len(seen) == steps
+        assert torch.load(tmp_path / "parts" / LAST, weights_only=True)["costs"]["steps"] == steps
     assert seen == whole
 
 

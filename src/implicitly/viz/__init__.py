@@ -1,8 +1,9 @@
-"""Pictures and measurements: memory, convergence, gradients, training, trajectories.
+"""Pictures and measurements: memory, convergence, gradients, training, calls of f, trajectories.
 
 Measuring needs nothing but PyTorch; drawing needs matplotlib (`pip install "implicitly[viz]"`).
 """
 
+from implicitly.viz.calls import plot_calls, plot_tolerances
 from implicitly.viz.convergence import ResidualRecorder, plot_convergence
 from implicitly.viz.gradients import plot_gradient_check, relative_difference
 from implicitly.viz.memory import peak_bytes, plot_memory, saved_bytes
@@ -13,11 +14,13 @@ __all__ = [
     "ResidualRecorder",
     "facing",
     "peak_bytes",
+    "plot_calls",
     "plot_convergence",
     "plot_flows",
     "plot_gradient_check",
     "plot_memory",
     "plot_predictions",
+    "plot_tolerances",
     "plot_training",
     "plot_trajectories",
     "relative_difference",

@@ -111,15 +111,22 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def plot_memory(
-    steps: Sequence[int], measured: Mapping[str, Sequence[float]], unit: float, unit_name: str
+    steps: Sequence[int],
+    measured: Mapping[str, Sequence[float]],
+    unit: float,
+    unit_name: str,
+    subtitle: str = "the same layer, differentiated in two ways",
+    label: str = "solver steps",
 ) -> Figure:
-    """Draw the memory of a training step against the number of solver steps, one line an adjoint.
+    """Draw the memory of a training step against the number of solver steps, one line an adjoint or a network.
 
     Args:
         steps: numbers of solver steps, ascending.
         measured: for each name, the bytes at each of `steps`. The first is drawn as the one to beat.
         unit: bytes that make one unit of the vertical axis, for instance those of one call of f.
         unit_name: what the unit is, for the axis label.
+        subtitle: a line of grey text.
+        label: of the horizontal axis.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
@@ -140,7 +147,7 @@ def plot_memory(
     axes.set_xlim(0, steps[-1])
     axes.set_ylim(bottom=0)
     label_ends(figure, axes, ends, gap=30)
-    axes.set_xlabel("solver steps")
+    axes.set_xlabel(label)
     axes.set_ylabel(f"peak memory, in units of\n{unit_name}")
-    title(axes, "Memory of one training step", "the same layer, differentiated in two ways")
+    title(axes, "Memory of one training step", subtitle)
     return figure

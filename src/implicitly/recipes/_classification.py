@@ -1,0 +1,362 @@
+"""Image classifiers that are trained side by side: the options, training, costs and table of such recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from implicitly.data import ImageData, ImageSet, load_images
+from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, run_folder
+from implicitly.recipes._training import AtomicCheckpointIO, Batches, LastAndBest, TrainingBar, quiet_lightning
+from implicitly.viz import peak_bytes
+
+Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The options that all such recipes have."""
+
+    dataset: ImageSet = "digits"
+    """What to classify. The digits come with scikit-learn; the others from a folder or the hub."""
+    data: Path | None = None
+    """Folder that holds mnist/ or cifar10/. Default: what IMPLICITLY_DATA names, else the hub."""
+    cache: Path = Path("runs/cache")
+    """Folder for decoded images."""
+    out: Path | None = None
+    """Folder of the run: checkpoints and logs. Default: runs/RECIPE/DATASET-N, the next N."""
+    resume: bool = False
+    """Continue the run in --out, or else the newest one, from its last checkpoints."""
+    models: tuple[str, ...] = ()
+    """Which networks to train."""
+
+    epochs: int = 12
+    """Passes over the training set."""
+    max_steps: int | None = None
+    """Stop each training after so many steps, even within an epoch."""
+    batch_size: int = 64
+    """Images in a training step."""
+    learning_rate: float = 1e-3
+    """Of Adam at the start; it falls to 0 along a cosine."""
+    validation: float = 0.1
+    """Share of the training set that is held out to choose the best checkpoint."""
+    seed: int = 0
+    """Fixes the weights, the held-out images and the order of the batches (exactly so on a CPU)."""
+    precision: Precision = "32-true"
+    """Of Lightning's Trainer."""
+    accelerator: str = "auto"
+    """Of Lightning's Trainer: auto, cpu, gpu, ..."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        self._at_least_1("epochs", "batch_size")
+        if self.max_steps is not None:
+            self._at_least_1("max_steps")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation must lie between 0 and 1; got {self.validation}")
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models must name at least one, and each once; got {self.models}")
+
+    def _at_least_1(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+class Classifier(nn.Module):
+    """Stem, body, head: images `(batch, channels, height, width)` to logits `(batch, classes)`."""
+
+    def __init__(self, stem: nn.Module, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.body = body
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits."""
+        x = self.stem(images)
+        # Under mixed precision the convolutions run in 16 bits; the solver measures its errors in 32.
+        return self.head(self.body(x.to(next(self.head.parameters()).dtype)))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Trained numbers in `module`."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass
+class Costs:
+    """What training one network has cost so far; checkpoints keep it, so that a resumed run knows it all."""
+
+    steps: int = 0
+    forward_calls: int = 0  # of f: the body's cell, vector field or block
+    backward_calls: int = 0
+    seconds: float = 0.0
+    timed_steps: int = 0
+    peak_bytes: int = 0  # of one training step, beyond weights and optimiser state
+
+
+class ImageTraining(L.LightningModule, ABC):
+    """Trains one classifier, and takes note of the costs.
+
+    Args:
+        name: of the network, among the recipe's.
+        model: the network, with fresh weights.
+    """
+
+    recipe: ClassVar[str]
+    # Options that a resumed run may change: where, how long and on what it runs, and what is measured later.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"data", "cache", "out", "resume", "models", "epochs", "max_steps", "accelerator", "progress"}
+    )
+
+    def __init__(self, name: str, config: ImageConfig, data: ImageData, model: Classifier) -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.data = data
+        self.model = model
+        self.costs = Costs()
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.seed))
+        held_out = max(1, round(config.validation * len(order)))
+        self.validation_rows, self.training_rows = order[:held_out], order[held_out:]
+        self.batches_per_epoch = -(-len(self.training_rows) // config.batch_size)
+
+    @abstractmethod
+    def calls_of_f(self) -> tuple[int, int]:
+        """Calls of f in the last training step: forward, and backward."""
+
+    def log_body(self, split: str, samples: int) -> None:
+        """Log more of the batch that the network has just seen."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed."""
+        fields = dataclasses.asdict(self.config).items()
+        return {"recipe": self.recipe, "model": self.name} | {k: v for k, v in fields if k not in self.free}
+
+    def train_dataloader(self) -> Batches:
+        """Made anew for each epoch: its order depends on seed and epoch alone, in a resumed run too."""
+        seed = 1_000_003 * self.config.seed + self.current_epoch
+        return Batches(self.data.train, self.training_rows, self.config.batch_size, seed)
+
+    def val_dataloader(self) -> Batches:
+        """The images that were held out of the training set."""
+        return Batches(self.data.train, self.validation_rows, 4 * self.config.batch_size)
+
+    def test_dataloader(self) -> Batches:
+        """The test set."""
+        return Batches(self.data.test, torch.arange(len(self.data.test)), 4 * self.config.batch_size)
+
+    def configure_optimizers(self) -> Any:
+        """Adam, its learning rate falling to zero along a cosine."""
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
+        steps = self.config.epochs * self.batches_per_epoch
+        steps = min(steps, self.config.max_steps or steps)
+        cosine = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        return self._evaluate(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log how the held-out images fare."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log how the test images fare."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
+        images, labels = batch
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train")
+        self.log(f"{split}/accuracy", accuracy, batch_size=len(labels), prog_bar=split == "val")
+        self.log_body(split, len(labels))
+        return loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """One training step (the closure runs forward and backward), timed; of the second, the memory."""
+        step = functools.partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
+        match self.costs.steps:
+            case 0:  # allocates Adam's state and warms up: tells nothing about the others
+                step()
+            case 1:
+                self.costs.peak_bytes = peak_bytes(step, self.device)
+            case _:
+                self._wait_for_device()
+                start = time.perf_counter()
+                step()
+                self._wait_for_device()
+                self.costs.seconds += time.perf_counter() - start
+                self.costs.timed_steps += 1
+        # Not in on_train_batch_end, before which a run that stops within an epoch has written its checkpoint.
+        self.count_calls(*self.calls_of_f())
+
+    def count_calls(self, forward: int, backward: int) -> None:
+        """Take note of the calls of f in the step that has just been taken."""
+        self.costs.steps += 1
+        self.costs.forward_calls += forward
+        self.costs.backward_calls += backward
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is, and what it has cost."""
+        checkpoint["identity"] = self.identity
+        checkpoint["costs"] = dataclasses.asdict(self.costs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what it has cost."""
+        self.costs = Costs(**checkpoint["costs"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table, and the trained network."""
+
+    name: str
+    training: ImageTraining
+    folder: Path
+    test_accuracy: float  # of the last weights, so that no choice was made on the test set
+    parameters: int
+    costs: Costs
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Of training alone, without validation; NaN for a run of fewer than three steps."""
+        if self.costs.timed_steps == 0:
+            return math.nan
+        return self.costs.seconds / self.costs.timed_steps * self.training.batches_per_epoch
+
+
+def seeded(config: ImageConfig) -> None:
+    """Seed torch, for each network anew, so that none depends on the others."""
+    L.seed_everything(config.seed, verbose=False)
+
+
+def finish(training: ImageTraining, folder: Path) -> Result:
+    """Train, or go on where `config.resume` and a checkpoint say so; then test.
+
+    `folder` receives `last.ckpt`, `best.ckpt` (by accuracy on the held-out images) and TensorBoard's logs.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from is damaged, or was made with other options.
+    """
+    config = training.config
+    last = folder / LAST
+    resume = config.resume and (last.exists() or previous_of(last).exists())
+    if resume:
+        read_checkpoint(last, training.identity)
+    callbacks: list[L.Callback] = [LastAndBest(folder, monitor="val/accuracy")]
+    if config.progress:
+        callbacks.append(TrainingBar(training.name))
+    with quiet_lightning():
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=1,
+            precision=config.precision,
+            max_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            log_every_n_steps=max(1, min(50, training.batches_per_epoch // 10)),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=TensorBoardLogger(folder, name="", version="logs"),
+            default_root_dir=folder,
+            enable_progress_bar=config.progress,
+            enable_model_summary=False,
+        )
+        trainer.fit(training, ckpt_path=last if resume else None, weights_only=True)
+        accuracy = trainer.test(training, verbose=False)[0]["test/accuracy"]
+    model = training.model
+    return Result(training.name, training, folder, accuracy, count_parameters(model), training.costs)
+
+
+def evaluate(training: ImageTraining) -> dict[str, float]:
+    """Test what has been trained once more, and return what it logs; files stay as they are."""
+    config = training.config
+    with quiet_lightning():
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=1,
+            precision=config.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        return dict(trainer.test(training, verbose=False)[0])
+
+
+def begin(recipe: str, config: ImageConfig, console: Console) -> tuple[ImageData, Path]:
+    """The images, and the folder of the run.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or checkpoints would be overwritten.
+        FileNotFoundError, DataError: of the images.
+    """
+    data = load_images(config.dataset, config.data, config.cache)
+    run = run_folder(Path("runs") / recipe, config.dataset, config.out, config.resume)
+    console.print(f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}")
+    return data, run
+
+
+def results_table(
+    results: Sequence[Result], quality: Literal["accuracy", "error"], notes: Iterable[str] = ()
+) -> Table:
+    """The comparison, for `rich` to print; `notes` stand under it."""
+    training = results[0].training
+    config, data = training.config, training.data
+    settings = [f"epochs: {config.epochs}", f"batch: {config.batch_size}", f"seed: {config.seed}"]
+    if config.max_steps is not None:
+        settings.append(f"stopped after {config.max_steps} steps")
+    settings.append(f"on {training.device}")
+    lines = [", ".join(settings), *notes, *([f"Note: {data.note}"] if data.note else [])]
+    table = Table(title=f"{training.recipe} on {data.name}", caption="\n".join(lines))
+    table.add_column("network\n", no_wrap=True)
+    headings = "\nparameters", "peak memory\nof a step", "calls of f\na step", "seconds\nan epoch"
+    for heading in (f"test\n{quality}", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        costs, right = result.costs, result.test_accuracy
+        table.add_row(
+            result.name,
+            percent(right if quality == "accuracy" else 1 - right),
+            f"{result.parameters:,}",
+            f"{costs.peak_bytes / 2**20:.1f} MiB",
+            f"{costs.forward_calls / costs.steps:.1f} + {costs.backward_calls / costs.steps:.1f}",
+            f"{result.seconds_per_epoch:.1f}",
+        )
+    return table
+
+
+def percent(share: float) -> str:
+    """0.5 as "50.00 %"."""
+    return f"{100 * share:.2f} %"
