@@ -102,6 +102,11 @@ class Method(ABC):
         """Whether NaN in the slope at the end of a step shows in the error."""
         return False
 
+    @property
+    def splits(self) -> bool:
+        """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
+        return False
+
     def check(self, dtype: torch.dtype) -> None:
         """Raise ValueError for tolerances that `dtype` cannot resolve."""
         eps = torch.finfo(dtype).eps
