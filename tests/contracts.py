@@ -219,9 +219,8 @@ class Transform:
     apply: Callable[[Function], Callable[[Tensor], Any]]
     mapped: tuple[int, ...] = ()  # leading dimensions of the vectors that it maps over
 
-    def point(self, problem: Problem) -> Tensor:
-        """Where to evaluate it."""
-        v = as_vector(problem)
+    def point(self, v: Tensor) -> Tensor:
+        """Where to evaluate it, near `v`."""
         return v + draw(*self.mapped, v.numel(), seed=97, scale=0.01) if self.mapped else v
 
 
@@ -262,12 +261,47 @@ TRANSFORMS = (
 RECORDABLE = ("vjp", "grad", "jvp")
 
 
+def compare_transform(
+    transform: Transform, f: Function, exact: Function, v: Tensor, relative: float = 1e-8
+) -> None:
+    """A transform of f is that of the exact function."""
+    point = transform.point(v)
+    assert_close(transform.apply(f)(point), transform.apply(exact)(point), relative)
+
+
+def compare_third_order(f: Function, exact: Function, v: Tensor, relative: float = 1e-8) -> None:
+    """Three reverse passes by `torch.autograd.grad`, along a direction each time."""
+
+    def third(f: Function) -> list[Tensor]:
+        x = v.clone().requires_grad_()
+        derivatives = [scalar(f)(x)]
+        for order in range(3):
+            direction = draw(x.numel(), seed=order)
+            along = derivatives[-1] if order == 0 else derivatives[-1] @ direction
+            derivatives += torch.autograd.grad(along, x, create_graph=True)
+        return derivatives
+
+    for actual, expected in zip(third(f), third(exact)):
+        assert_close(actual, expected, relative)
+
+
+def compare_dual_numbers(f: Function, exact: Function, v: Tensor, relative: float = 1e-8) -> None:
+    """Forward mode by dual numbers, and reverse mode over it."""
+
+    def forward_then_reverse(f: Function) -> list[Tensor]:
+        x = v.clone().requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, draw(x.numel(), seed=94))
+            tangent = forward_ad.unpack_dual(f(dual)).tangent
+        return [tangent, *torch.autograd.grad(tangent.sin().sum(), x)]
+
+    for actual, expected in zip(forward_then_reverse(f), forward_then_reverse(exact)):
+        assert_close(actual, expected, relative)
+
+
 def check_transform(problem: Problem, solver: SolverRow, adjoint: AdjointRow, transform: Transform) -> None:
     """A transform of the library's answer is that transform of the exact answer."""
-    point = transform.point(problem)
-    actual = transform.apply(library(problem, solver, adjoint))(point)
-    expected = transform.apply(truth(problem))(point)
-    assert_close(actual, expected, 1e-8)
+    compare_transform(transform, library(problem, solver, adjoint), truth(problem), as_vector(problem))
 
 
 def check_by_differences(problem: Problem, solver: SolverRow, adjoint: AdjointRow) -> None:
@@ -278,34 +312,13 @@ def check_by_differences(problem: Problem, solver: SolverRow, adjoint: AdjointRo
 
 
 def check_third_order(problem: Problem, solver: SolverRow, adjoint: AdjointRow) -> None:
-    """Three reverse passes by `torch.autograd.grad`, along a direction each time."""
-
-    def third(f: Function) -> list[Tensor]:
-        v = as_vector(problem).requires_grad_()
-        derivatives = [scalar(f)(v)]
-        for order in range(3):
-            direction = draw(v.numel(), seed=order)
-            along = derivatives[-1] if order == 0 else derivatives[-1] @ direction
-            derivatives += torch.autograd.grad(along, v, create_graph=True)
-        return derivatives
-
-    for actual, expected in zip(third(library(problem, solver, adjoint)), third(truth(problem))):
-        assert_close(actual, expected, 1e-8)
+    """Third derivatives are those of the exact answer."""
+    compare_third_order(library(problem, solver, adjoint), truth(problem), as_vector(problem))
 
 
 def check_dual_numbers(problem: Problem, solver: SolverRow, adjoint: AdjointRow) -> None:
-    """Forward mode by dual numbers, and reverse mode over it."""
-    v = as_vector(problem).requires_grad_()
-
-    def forward_then_reverse(f: Function) -> list[Tensor]:
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(v, draw(v.numel(), seed=94))
-            tangent = forward_ad.unpack_dual(f(dual)).tangent
-        return [tangent, *torch.autograd.grad(tangent.sin().sum(), v)]
-
-    actual = forward_then_reverse(library(problem, solver, adjoint))
-    for a, e in zip(actual, forward_then_reverse(truth(problem))):
-        assert_close(a, e, 1e-8)
+    """Dual numbers, and reverse mode over them, are those of the exact answer."""
+    compare_dual_numbers(library(problem, solver, adjoint), truth(problem), as_vector(problem))
 
 
 # ------------------------------------------------------------------------------------ samples on their own

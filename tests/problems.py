@@ -80,7 +80,10 @@ def unflat(vector: Tensor, like: Any) -> Any:
     leaves, spec = pytree.tree_flatten(like)
     parts = vector.split([t.numel() * (2 if t.is_complex() else 1) for t in leaves])
     shaped = [
-        torch.view_as_complex(p.reshape(*t.shape, 2)) if t.is_complex() else p.reshape(t.shape)
+        # A part of a vector may begin at an odd place, where no complex number can.
+        torch.view_as_complex(p.reshape(*t.shape, 2).clone(memory_format=torch.contiguous_format))
+        if t.is_complex()
+        else p.reshape(t.shape)
         for p, t in zip(parts, leaves)
     ]
     return pytree.tree_unflatten(shaped, spec)

@@ -8,53 +8,29 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
 
 import implicitly as im
 from tests.contracts import ADJOINTS, SOLVERS
+from tests.leaks import bytes_of, living_tensors, saved_tensors
 from tests.problems import Cell, draw
 
 D = torch.float64
 X = draw(16, 32, seed=61)
 Z0 = torch.zeros(16, 32, dtype=D)
-
-
-@pytest.fixture(autouse=True)
-def _only_what_the_test_makes():
-    """Everything older is none of the collector's business, which makes it quick, and the counts exact."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("only_what_the_test_makes")
 
 
 def wide_cell() -> Cell:
     return Cell(32, norm=0.9)
 
 
-def bytes_of(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
 def saved_for_backward(iterations: int, adjoint, solver=im.FixedPointIteration) -> int:
     """Bytes that autograd keeps after a solve of exactly so many iterations."""
-    saved: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
     cell = wide_cell()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with saved_tensors() as saved:
         value = im.fixed_point(cell, Z0, X, solver=solver(rtol=0, max_steps=iterations), adjoint=adjoint).value
     assert value.requires_grad
     return bytes_of(saved)
-
-
-def living_tensors() -> list[Tensor]:
-    return [o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter)]
 
 
 def kept_alive(iterations: int, adjoint, solver=im.FixedPointIteration) -> int:
@@ -99,8 +75,7 @@ def test_unrolling_stores_every_iteration():
 
 
 def test_nothing_is_stored_where_nothing_requires_a_gradient():
-    saved = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.no_grad(), saved_tensors() as saved:
         im.fixed_point(wide_cell(), Z0, X)
     assert not saved
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call, grad
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import implicitly as im
@@ -289,27 +287,6 @@ def test_under_func_grad():
     loss(dict(layer.named_parameters())).backward()
     for name, p in layer.named_parameters():
         assert_close(got[name], p.grad, atol=1e-5, rtol=1e-4)
-
-
-def test_distributed_data_parallel_gets_every_gradient(tmp_path):
-    layer, x = (
-        im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.KineticEnergy()]),
-        torch.randn(3, WIDTH),
-    )
-
-    def gradients(call):
-        layer.zero_grad()
-        value, (energy,) = call(x)
-        (value.sin().sum() + energy.sum()).backward()
-        return [p.grad.clone() for p in layer.parameters()]
-
-    expected = gradients(layer)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        parallel = DistributedDataParallel(layer)
-        assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(gradients(parallel), expected))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_failures_are_reported_as_asked():

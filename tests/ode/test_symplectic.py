@@ -273,3 +273,27 @@ def test_a_sample_that_meets_nan_ends_alone():
     assert solution.status.tolist() == [im.Status.NON_FINITE, im.Status.CONVERGED]
     (gradient,) = torch.autograd.grad(solution.value[0][-1].sum(), q)
     torch.testing.assert_close(gradient, torch.tensor([[0.0], [math.cos(1)]], dtype=D), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+def test_the_continuous_adjoint_keeps_the_order(method):
+    """The pair that is solved backwards, (q, dL/dp) and (p, dL/dq), is separable, too."""
+    order = method(dt=1.0).order
+    q = torch.tensor([0.7], dtype=D, requires_grad=True)
+
+    def error(steps):
+        adjoint = im.BacksolveAdjoint(check=float("inf"))
+        options = {"solver": method(dt=1 / steps), "adjoint": adjoint}
+        value = im.odeint(lambda t, y: (y[1], -y[0]), (q, torch.zeros_like(q)), (0.0, 1.0), **options).value
+        return abs(float(torch.autograd.grad(value[1][-1], q)[0]) + math.sin(1.0))
+
+    assert math.log2(error(4) / error(16)) / 2 > order - 0.3
+
+
+def test_the_continuous_adjoint_by_a_symplectic_method_needs_a_pair_too():
+    y0 = torch.ones(2, 2, dtype=D, requires_grad=True)
+    with pytest.raises(TypeError, match="must be a pair"):
+        im.odeint(lambda t, y: -y, y0, (0.0, 1.0), adjoint=im.BacksolveAdjoint(solver=im.Leapfrog(dt=0.1)))
+    adjoint = im.BacksolveAdjoint(seminorm=False)
+    with pytest.raises(ValueError, match="seminorm=True"):
+        im.odeint(lambda t, y: (y[1], -y[0]), (y0, y0), (0.0, 1.0), solver=im.Leapfrog(dt=0.1), adjoint=adjoint)

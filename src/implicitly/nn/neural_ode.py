@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,10 +64,12 @@ class NeuralODE(nn.Module):
             own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`.
         regularisers: rates to integrate along the trajectory, such as `(KineticEnergy(),)`. They take no part in
             the error control: steps and states are those without them. May be exchanged at any time, too.
+        compile: solve as one graph of `torch.compile`, as in `implicitly.odeint`.
 
     Attributes:
         solution: the `Solution` of the last forward pass, detached; `value` has all times, `(T, *y.shape)`.
-        evaluations: calls of f in the last forward pass, those of regularisers and of deciding once included.
+        evaluations: calls of f in the last forward pass, those of regularisers and of deciding once included; of
+            a graph, those of its steps.
         backward_evaluations: calls of f in backward passes through the last forward pass, 0 before the first.
 
     Raises:
@@ -88,6 +90,7 @@ class NeuralODE(nn.Module):
         batch_dims: int = 0,
         on_failure: str = "raise",
         regularisers: Sequence[Regulariser] = (),
+        compile: bool = False,
     ):
         super().__init__()
         if not isinstance(f, nn.Module):
@@ -113,6 +116,7 @@ class NeuralODE(nn.Module):
         self.batch_dims = batch_dims
         self.on_failure = on_failure
         self.regularisers = tuple(regularisers)
+        self.compile_solve = compile
         self.solution: Solution | None = None
         self._calls = _Calls()
         _warn_of_kinks(f)
@@ -135,15 +139,15 @@ class NeuralODE(nn.Module):
         y = self._start(x)
         self._calls = calls = _Calls()
         held = self._held(times, y, args, calls)
-        field = _Field(self.f, calls, tuple(self.regularisers))
-        drawn = tuple(r.draw(y) for r in field.regularisers)
+        rates = _Field(self.f, tuple(self.regularisers), calls)
+        drawn = tuple(r.draw(y) for r in rates.regularisers)
         start, solver = y, self.solver
-        if field.regularisers:
+        if rates.regularisers:
             none = torch.zeros(len(y), dtype=y.dtype.to_real(), device=y.device)
-            start = (y, *(none for _ in field.regularisers))
+            start = (y, *(none for _ in rates.regularisers))
             solver = _controlled_by(y, self.batch_dims, solver)
         solution = odeint(
-            field,
+            rates,
             start,
             times,
             held,
@@ -153,13 +157,14 @@ class NeuralODE(nn.Module):
             adjoint=self.adjoint,
             batch_dims=self.batch_dims,
             on_failure=self.on_failure,
+            compile=self.compile_solve,
         )
-        calls.forward = calls.total
-        value, integrals = (solution.value[0], solution.value[1:]) if field.regularisers else (solution.value, ())
+        calls.after_forward(solution.evaluations)
+        value, integrals = (solution.value[0], solution.value[1:]) if rates.regularisers else (solution.value, ())
         self._remember(solution, value)
         if _count(times) == 2:
             value = pytree.tree_map(lambda v: v[-1], value)
-        return (value, tuple(p[-1] for p in integrals)) if field.regularisers else value
+        return (value, tuple(p[-1] for p in integrals)) if rates.regularisers else value
 
     @property
     def evaluations(self) -> int:
@@ -169,7 +174,7 @@ class NeuralODE(nn.Module):
     @property
     def backward_evaluations(self) -> int:
         """Calls of f since then, by backward passes through it."""
-        return self._calls.total - self._calls.forward
+        return self._calls.total - self._calls.before
 
     def extra_repr(self) -> str:
         """What it is solved with."""
@@ -207,10 +212,15 @@ class NeuralODE(nn.Module):
 
 @dataclass
 class _Calls:
-    """Calls of f: in all, and those of them in the forward pass."""
+    """Calls of f: seen so far, of them before the backward pass, and in the forward pass."""
 
     total: int = 0
+    before: int = 0
     forward: int = 0
+
+    def after_forward(self, evaluations: int) -> None:
+        """The solve is done; it counted `evaluations`, which is all there is to know of those in a graph."""
+        self.before, self.forward = self.total, max(self.total, evaluations)
 
 
 @dataclass(frozen=True)
@@ -218,12 +228,13 @@ class _Field:
     """f with the rates of the regularisers, as a function of all that it depends on; counts the calls of f."""
 
     f: nn.Module
-    calls: _Calls
     regularisers: tuple[Regulariser, ...]
+    calls: _Calls = field(compare=False)  # a graph made for one forward pass serves the next
 
     def __call__(self, t: Tensor, state: Any, held: dict[str, Tensor], drawn: tuple[Any, ...], *args: Any) -> Any:
         def f(t: Tensor, y: Any) -> Any:
-            self.calls.total += 1
+            if not torch.compiler.is_compiling():
+                self.calls.total += 1
             if not held:
                 return self.f(t, y, *args)
             # As for an equilibrium: each name is of one module, and torch would not restore tied ones.

@@ -83,6 +83,12 @@ class BacksolveAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         if self.solver is not None:
             self.solver.check(problem.dtype)
+            problem = self.solver.checked(problem)
+        if (self.solver or method).splits and not self.seminorm:
+            raise ValueError(
+                f"BacksolveAdjoint(seminorm=False) has gradients in its state, which is no pair (q, p) then, as "
+                f"{type(self.solver or method).__name__} needs it; pass seminorm=True, or another solver"
+            )
         times = problem.rows(problem.times)
         inputs = (times, problem.y0, problem.k0.detach(), *problem.theta)
         if any(is_wrapped(x) for x in inputs):
@@ -183,20 +189,29 @@ class Packed:
         batch, n: of y.
         columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
             all of y, all of a, and P = `columns` further numbers, the gradients by theta.
+        pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
+            p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
     """
 
     batch: int
     n: int
     columns: int | None = None
+    pairs: bool = False
 
     def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
         """z, or its slope."""
+        if self.pairs:
+            (q, p), (u, v) = y.chunk(2, dim=1), a.chunk(2, dim=1)
+            return torch.cat([q, v, p, u], dim=1)
         if self.columns is None:
             return torch.cat([y, a], dim=1)
         return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, a, and the further columns."""
+        if self.pairs:
+            q, v, p, u = z.chunk(4, dim=1)
+            return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), z[:, :0]
         size = self.n if self.columns is None else self.batch * self.n
         y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
         return y.reshape(-1, self.n), a.reshape(-1, self.n), others
@@ -215,6 +230,8 @@ class Packed:
         if not isinstance(tolerance, Tensor) or tolerance.ndim == 0:
             return tolerance
         one = tolerance.reshape(-1).expand(self.n)
+        if self.pairs:
+            return self.pack(one[None], one[None])[0]
         rows = 1 if self.columns is None else self.batch
         return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
 
@@ -328,8 +345,8 @@ class Backwards:
         self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
         joint = bool(shared) and not adjoint.seminorm
         columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
-        self.packed = Packed(len(y0), y0.shape[1], columns)
         self.method = work.method if adjoint.solver is None else adjoint.solver
+        self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits)
         if adjoint.solver is None:
             tries = LEAST_TRIES + TRIES * int(found.tries.max())
             self.method = replace(self.method, max_steps=min(self.method.max_steps, tries))
@@ -392,7 +409,7 @@ class Backwards:
     ) -> None:
         """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
         F: Any = stepper.bound.F
-        xp, n = library(taken.dt), self.packed.n
+        xp = library(taken.dt)
         nodes, weights = gauss((self.method.order + 1) // 2)  # the shortest rule that has at least this order
         part = torch.tensor(nodes, dtype=step.y.dtype, device=step.y.device).expand(len(step.y), -1)
         z = self.method_of_z.between(F, step, part)
@@ -400,9 +417,11 @@ class Backwards:
             z = torch.where(to_tensor(taken.accepted)[:, None, None], z, step.y.unsqueeze(1))
         length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1)
         length = length * (scale if rows is None else scale[rows])
+        states = [self.packed.split(x)[:2] for x in z.unbind(1)]
         with torch.enable_grad():
-            k = [F.base(m, z[:, j, :n]) for j, m in enumerate(F.moments(stage_times(taken.t, taken.dt, nodes)))]
-        cotangents = [z[:, j, n:] * (length * w) for j, w in enumerate(weights)]
+            moments = F.moments(stage_times(taken.t, taken.dt, nodes))
+            k = [F.base(m, y) for m, (y, _) in zip(moments, states)]
+        cotangents = [a * (length * w) for (_, a), w in zip(states, weights)]
         found = pulled(k, cotangents, [F.theta[i] for i in self.sums])
         for (i, total), gradient in zip(self.sums.items(), found):
             if rows is None or self.work.carries is None or (d := self.work.carries[i]) is None:

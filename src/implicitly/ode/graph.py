@@ -149,7 +149,8 @@ def integrate_as_graph(
     """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
     times = times.contiguous()
     taker = stepper(times, *theta)
-    looping = _begin(taker, y0, k0)
+    # Contiguous, as a graph returns them: other strides would make a second graph for the second run.
+    looping = pytree.tree_map(torch.Tensor.contiguous, _begin(taker, y0, k0))
     buffers = Buffers.empty(times, y0)
     flat, spec = pytree.tree_flatten(looping)
     method = taker.method

@@ -260,7 +260,8 @@ class Newton:
         # A step that cannot be made shorter has a matrix for each iteration at last; in a graph at once.
         if self.method.dt is not None and (isinstance(i, Tensor) or i >= PATIENT):
             inverse = inverse_of(jacobian(F, stage.moment.detach(), it.z, self.method.limit_gib), stage.length)
-            self.inverse = self.inverse if isinstance(i, Tensor) else inverse
+            if not isinstance(i, Tensor):  # a loop of a graph may change nothing outside of it
+                self.inverse = inverse
         d = _times(inverse, _residual(F, stage, it.z))
         size, gain, slow = to_host(self.method.norm(d / self.scale)), it.gain, it.slow
         xp = library(size)

@@ -107,6 +107,11 @@ class Method(ABC):
         """Whether a step asks for derivatives of f."""
         return False
 
+    @property
+    def splits(self) -> bool:
+        """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
+        return False
+
     def check(self, dtype: torch.dtype) -> None:
         """Raise ValueError for tolerances that `dtype` cannot resolve."""
         eps = torch.finfo(dtype).eps

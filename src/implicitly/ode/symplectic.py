@@ -89,6 +89,11 @@ class Symplectic(Method):
         """Never: steps of varying length would lose what the method is for."""
         return False
 
+    @property
+    def splits(self) -> bool:
+        """Always."""
+        return True
+
     def checked(self, problem: Problem) -> Problem:
         """`problem`, a separable one."""
         name, layout = type(self).__name__, problem.layout

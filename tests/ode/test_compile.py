@@ -1,0 +1,227 @@
+"""A trajectory as one graph: the same steps, values and derivatives as eagerly, traced once.
+
+Most of these trace the graph and run it by PyTorch's own operations, which takes a tenth of the time that generating
+code for it takes; what the loop computes is the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import implicitly as im
+from implicitly import compiled
+
+D = torch.float64
+# PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced but not generated; a list of the graphs made."""
+    made = []
+
+    def without_code(function):
+        made.append(function)
+        return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(compiled, "_compile", without_code)
+    monkeypatch.setattr(compiled, "_graphs", type(compiled._graphs)())
+    torch._dynamo.reset()
+    # A graph that cannot be had would make every comparison here one of the eager loop with itself.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        yield made
+    torch._dynamo.reset()
+
+
+def turning(t, y, w):
+    A = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=y.dtype)
+    return (y**3) @ A * w + 0.1 * torch.sin(t)
+
+
+def squared(t, y, w):
+    return y**2 * w
+
+
+def assert_same(f, y0, t, loose=1e-11, **options):
+    """Values, gradients and the course of the solve are those of the eager loop."""
+    y0, w = y0.clone().requires_grad_(), torch.tensor(1.0, dtype=D, requires_grad=True)
+    graph, eager = (im.odeint(f, y0, t, w, compile=c, on_failure="ignore", **options) for c in (True, False))
+    torch.testing.assert_close(graph.value, eager.value, rtol=loose, atol=loose, equal_nan=True)
+    for field in ("status", "steps", "rejected"):
+        assert torch.equal(getattr(graph, field), getattr(eager, field)), field
+    torch.testing.assert_close(graph.t, eager.t)
+    bar = torch.randn_like(eager.value)
+    found, right = (torch.autograd.grad((s.value.nan_to_num() * bar).sum(), (y0, w)) for s in (graph, eager))
+    torch.testing.assert_close(found, right, rtol=loose, atol=loose)
+    return graph, eager
+
+
+METHODS = [
+    im.Dopri5(),
+    im.Dopri8(),
+    im.Heun(rtol=1e-3),
+    im.RK4(dt=0.1),
+    im.ReversibleHeun(rtol=1e-3),
+    im.Adams(rtol=1e-4),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_takes_the_steps_of_the_eager_loop(traced, method):
+    assert_same(turning, torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D), solver=method, batch_dims=1)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "method", [im.Kvaerno3(rtol=1e-6), im.ImplicitEuler(dt=0.1)], ids=lambda m: type(m).__name__
+)
+def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method):
+    # The graph computes the Jacobian anew where the eager loop keeps one, so Newton ends elsewhere in its tolerance.
+    y0, t = torch.randn(4, 2, dtype=D), torch.linspace(0, 1, 3, dtype=D)
+    w = torch.tensor(1.0, dtype=D, requires_grad=True)
+    graph, eager = (im.odeint(turning, y0, t, w, solver=method, batch_dims=1, compile=c) for c in (True, False))
+    torch.testing.assert_close(graph.value, eager.value, rtol=1e-4, atol=1e-5)
+    found, right = (torch.autograd.grad(s.value.sum(), w)[0] for s in (graph, eager))
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
+
+
+def test_many_outputs_long_solves_and_times_of_each_sample(traced):
+    y0 = torch.randn(3, 2, dtype=D)
+    # More outputs than a step writes at once; more steps than one run of the graph takes, backwards in time.
+    assert_same(turning, y0, torch.linspace(0, 5, 200, dtype=D), batch_dims=0)
+    tight = im.Dopri5(rtol=1e-10, atol=1e-12)
+    graph, _ = assert_same(turning, y0, torch.linspace(0, -5, 6, dtype=D), solver=tight, batch_dims=1)
+    assert graph.steps.max() > 128
+    t = torch.tensor([[0.0, 1, 2], [3, 2, 1], [0, 0.1, 4]], dtype=D)
+    assert_same(turning, y0, t, batch_dims=1)
+
+
+def test_ends_of_samples_are_those_of_the_eager_loop(traced):
+    t = torch.linspace(0, 5, 4, dtype=D)
+    graph, _ = assert_same(squared, torch.tensor([[0.1], [1.0]], dtype=D), t, batch_dims=1)
+    assert graph.status.tolist() == [im.Status.CONVERGED, im.Status.STEP_UNDERFLOW]
+    y0 = 2 * torch.randn(3, 2, dtype=D)
+    graph, _ = assert_same(turning, y0, t, solver=im.Dopri5(max_steps=40), batch_dims=1)
+    assert (graph.status == im.Status.MAX_STEPS).any()
+    with pytest.raises(im.SolverError, match="MAX_STEPS"):
+        im.odeint(turning, y0, t, 1.0, solver=im.Dopri5(max_steps=40), batch_dims=1, compile=True)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.factor = 1.0
+
+    def forward(self, t, y):
+        return self.net(y) * (self.factor if self.training else 2.0)
+
+
+def test_one_graph_serves_a_training_run(traced):
+    net, y0 = Net(), torch.randn(6, 2)
+    compiled_layer, eager = im.nn.NeuralODE(net, compile=True), im.nn.NeuralODE(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):  # the parameters change, the graph does not
+        torch.testing.assert_close(compiled_layer(y0), eager(y0))
+        assert compiled_layer.evaluations == eager.evaluations
+        optimizer.zero_grad()
+        compiled_layer(y0).square().sum().backward()
+        optimizer.step()
+    assert compiled_layer.backward_evaluations > 0
+    assert len(traced) == 1
+    net.eval()  # what f is made of decides about the graph, too
+    torch.testing.assert_close(compiled_layer(y0), eager(y0))
+    torch.testing.assert_close(compiled_layer(y0[:4]), eager(y0[:4]))
+    assert len(traced) == 2
+
+
+def test_a_layer_that_decides_once_and_regularises(traced):
+    f = im.nn.TimeSequential(nn.Linear(2, 8), nn.Tanh(), im.nn.Dropout(0.5), nn.Linear(8, 2))
+    layer = im.nn.NeuralODE(f, regularisers=(im.nn.KineticEnergy(),))
+    graph = im.nn.NeuralODE(f, regularisers=(im.nn.KineticEnergy(),), compile=True)
+    y0, found = torch.randn(5, 2), []
+    for which in (layer, graph):
+        torch.manual_seed(3)
+        value, (energy,) = which(y0)
+        found.append((value, energy, *torch.autograd.grad(value.sum() + energy.sum(), tuple(f.parameters()))))
+    torch.testing.assert_close(*found)
+
+
+def test_pytrees_and_complex_states(traced):
+    def f(t, y, w):
+        return {"a": 1j * y["a"] * w, "b": y["a"].real - y["b"]}
+
+    y0 = {"a": torch.randn(3, dtype=torch.complex64), "b": torch.randn(3)}
+    graph, eager = (im.odeint(f, y0, (0.0, 0.5, 1.0), 2.0, compile=c).value for c in (True, False))
+    torch.testing.assert_close(graph, eager)
+
+
+def test_backsolve_follows_a_compiled_solve(traced):
+    net, y0 = Net(), torch.randn(4, 2)
+    grads = []
+    for c in (True, False):
+        value = im.odeint(net, y0, (0.0, 1.0), adjoint=im.BacksolveAdjoint(), compile=c).value
+        grads.append(torch.autograd.grad(value[-1].square().sum(), tuple(net.parameters())))
+    torch.testing.assert_close(*grads)
+
+
+def test_forward_mode_and_second_derivatives(traced):
+    y0 = torch.randn(2, 2, dtype=D)
+
+    def end(w, c):
+        return im.odeint(turning, y0, (0.0, 1.0), w, compile=c).value[-1].sum()
+
+    w = torch.tensor(0.7, dtype=D)
+    for derivative in (torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
+        found, right = (derivative(end)(w, c) for c in (True, False))
+        torch.testing.assert_close(found, right)
+
+
+# --------------------------------------------------------------------------------------------- where none is had
+
+
+def test_code_is_generated_for_a_network():
+    net, y0 = Net(), torch.randn(6, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        graph = im.odeint(net, y0, (0.0, 1.0), compile=True)
+    eager = im.odeint(net, y0, (0.0, 1.0))
+    torch.testing.assert_close(graph.value, eager.value)
+    assert torch.equal(graph.steps, eager.steps) and graph.evaluations == eager.evaluations
+
+
+def test_events_run_eagerly_and_say_so():
+    event = im.Event(lambda t, y, w: y.sum() - 1)
+    with pytest.warns(im.CompileWarning, match="events"):
+        graph = im.odeint(squared, torch.tensor([0.5]), (0.0, 3.0), 1.0, event=event, compile=True)
+    assert graph.status == im.Status.EVENT
+
+
+def test_what_cannot_be_traced_runs_eagerly_and_says_so_once():
+    def f(t, y):
+        return -y if y.sum() > 0.5 else -2 * y
+
+    y0 = torch.ones(2)
+    with pytest.warns(im.CompileWarning, match="odeint with Dopri5"):
+        graph = im.odeint(f, y0, (0.0, 1.0), compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        again = im.odeint(f, y0, (0.0, 1.0), compile=True)
+    torch.testing.assert_close(graph.value, im.odeint(f, y0, (0.0, 1.0)).value)
+    assert torch.equal(graph.value, again.value)
+
+
+def test_unrolling_a_graph_is_refused():
+    with pytest.raises(ValueError, match="UnrolledAdjoint"):
+        im.odeint(squared, torch.ones(1), (0.0, 0.5), 1.0, adjoint=im.UnrolledAdjoint(), compile=True)
+
+
+def test_args_that_cannot_be_compared_are_refused():
+    with pytest.raises(TypeError, match="hashable"):
+        im.odeint(lambda t, y, s: -y, torch.ones(1), (0.0, 0.5), {1, 2}, compile=True)
