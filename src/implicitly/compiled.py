@@ -70,7 +70,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    return torch.compile(solve, fullgraph=True, options={"cpp_wrapper": True})
+    return torch.compile(solve, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
 
 
 def compiled_search(key: Hashable) -> Callable[..., Found]:

@@ -1,7 +1,7 @@
 """A trajectory as one graph: the same steps, values and derivatives as eagerly, traced once.
 
-Most of these trace the graph and run it by PyTorch's own operations, which takes a tenth of the time that generating
-code for it takes; what the loop computes is the same.
+Most of these trace the graph and run it by PyTorch's own operations, which takes a tenth of the time that making
+code of it takes; what the loop computes is the same.
 """
 
 from __future__ import annotations
@@ -22,20 +22,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs are traced but not generated; a list of the graphs made."""
-    made = []
-
-    def without_code(function):
-        made.append(function)
-        return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, backend="eager")
-
-    monkeypatch.setattr(compiled, "_compile", without_code)
-    monkeypatch.setattr(compiled, "_graphs", type(compiled._graphs)())
+    """Graphs are traced but not generated; those that are kept."""
+    kept, made = type(compiled._graphs)(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
+    monkeypatch.setattr(compiled, "_graphs", kept)
     torch._dynamo.reset()
     # A graph that cannot be had would make every comparison here one of the eager loop with itself.
     with warnings.catch_warnings():
         warnings.simplefilter("error", im.CompileWarning)
-        yield made
+        yield kept
     torch._dynamo.reset()
 
 
@@ -74,7 +69,8 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_takes_the_steps_of_the_eager_loop(traced, method):
-    assert_same(turning, torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D), solver=method, batch_dims=1)
+    y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
+    assert_same(turning, y0, t, solver=method, batch_dims=1)
     assert len(traced) == 1
 
 
@@ -82,7 +78,7 @@ def test_takes_the_steps_of_the_eager_loop(traced, method):
     "method", [im.Kvaerno3(rtol=1e-6), im.ImplicitEuler(dt=0.1)], ids=lambda m: type(m).__name__
 )
 def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method):
-    # The graph computes the Jacobian anew where the eager loop keeps one, so Newton ends elsewhere in its tolerance.
+    # The graph computes the Jacobian anew where the eager loop keeps one, so Newton ends at another point in tolerance.
     y0, t = torch.randn(4, 2, dtype=D), torch.linspace(0, 1, 3, dtype=D)
     w = torch.tensor(1.0, dtype=D, requires_grad=True)
     graph, eager = (im.odeint(turning, y0, t, w, solver=method, batch_dims=1, compile=c) for c in (True, False))
@@ -193,7 +189,8 @@ def test_code_is_generated_for_a_network():
         graph = im.odeint(net, y0, (0.0, 1.0), compile=True)
     eager = im.odeint(net, y0, (0.0, 1.0))
     torch.testing.assert_close(graph.value, eager.value)
-    assert torch.equal(graph.steps, eager.steps) and graph.evaluations == eager.evaluations
+    assert torch.equal(graph.steps, eager.steps)
+    assert graph.evaluations == eager.evaluations
 
 
 def test_events_run_eagerly_and_say_so():
