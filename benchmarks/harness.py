@@ -6,6 +6,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,10 @@ import torch
 from tabulate import tabulate
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+# Seconds that a timing lasts at least.
+LEAST = 0.03
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,15 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
     """Seconds that each of `runs` takes, `rounds` times each, in alternation.
 
     Whatever else the machine does then falls on all of them alike, so ratios within a round mean more than
-    times. Every other round goes backwards. Each runs once beforehand, unmeasured.
+    times. Every other round goes backwards. Each runs once beforehand, unmeasured; what takes less than `LEAST`
+    is run several times in a row, as it would be in a program, and the mean of these counts.
     """
-    for run in runs.values():
+    repeats = {}
+    for name, run in runs.items():
         run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, math.ceil(LEAST / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
@@ -79,8 +89,9 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
             gc.disable()
             try:
                 start = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - start)
+                for _ in range(repeats[name]):
+                    runs[name]()
+                times[name].append((time.perf_counter() - start) / repeats[name])
             finally:
                 gc.enable()
     return times

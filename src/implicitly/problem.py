@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, open_function, refuse_captured, watched
+from implicitly.tree import Layout, Opened, open_function, records, refuse_captured, watched
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ class Problem:
         opened = open_function(f, args, layout.device)
         carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(z0), opened.theta
-        if not recording:
-            start, theta = start.detach(), tuple(t.detach() for t in theta)
-        with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
+        checking = records() and not recording  # else no gradient is wanted that could be lost
+        start = start if recording else start.detach()
+        theta = tuple(t.detach() for t in theta) if checking else theta
+        # Where that is checked nothing requires a gradient, so neither may the result.
+        with torch.set_grad_enabled(checking or torch.is_grad_enabled()):
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
             value = watched(lambda z: opened(layout.unpack(z), *theta), probe)
         layout.check(value, "z0")
         f0 = layout.pack(value)
-        if not recording:
+        if checking:
             refuse_captured(f0, (probe, *theta), opened.captured)
         return cls(opened, layout, displacement, start, displacement(start, f0), opened.theta, carries)
 

@@ -466,6 +466,20 @@ def is_tracked(x: Tensor) -> bool:
     return x.requires_grad or is_wrapped(x) or _has_tangent(x)
 
 
+def records() -> bool:
+    """Whether a derivative or a transform may follow what is computed now."""
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+    )
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether a derivative by `x` may be asked for of what is computed from it now."""
+    return (x.requires_grad and torch.is_grad_enabled()) or is_wrapped(x) or _has_tangent(x)
+
+
 def _has_tangent(x: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False

@@ -34,7 +34,7 @@ from implicitly.ode.integrate import (
 from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
-from implicitly.tree import is_batched, is_plain, is_tracked, merge_rows, of_places, unwrapped
+from implicitly.tree import is_batched, is_plain, is_recorded, merge_rows, of_places, unwrapped
 
 # Where in `Integrated` the times are that samples got to.
 REACHED = Integrated._fields.index("t")
@@ -71,10 +71,12 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
-        tracked = any(is_tracked(x) for x in (problem.times, problem.y0, *problem.theta))
-        record = Record() if tracked else None
-        work = Work(method, problem.field, problem.carries, report, record, events=problem.events, key=problem.key)
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
+        record = Record() if any(is_recorded(x) for x in inputs) else None
+        work = Work(method, problem.field, problem.carries, report, record, events=problem.events, key=problem.key)
+        if record is None:
+            with torch.no_grad():
+                return work.run(*inputs), work.calls
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[: len(Integrated._fields)]), work.calls
 
@@ -143,7 +145,7 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
-        found = work.run(*(x.detach() for x in (times, y0, k0, *theta)))
+        found = work.run(*(x.detach() for x in (times, y0, k0)), *theta)
         return *found, *(work.record or Record()).stacked(times)
 
     @staticmethod

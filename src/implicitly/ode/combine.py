@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 
 from implicitly.ode.host import Array, remembered
+from implicitly.tree import records
 
 # A length: a number where all samples have the same, else `(B, 1)`.
 Length = float | Tensor
@@ -54,15 +53,6 @@ def _added(total: Tensor, terms: Sequence[tuple[int, float]], slopes: Sequence[T
     for i, w in terms:  # fresh memory costs more than the addition
         total.add_(slopes[i], alpha=factor * w)
     return total
-
-
-def records() -> bool:
-    """Whether a derivative or a transform may follow what is computed now."""
-    if torch.compiler.is_compiling():
-        return True
-    return (
-        torch.is_grad_enabled() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
-    )
 
 
 @remembered(256)

@@ -75,6 +75,16 @@ def to_host(x: Tensor) -> Array:
         return x.detach().numpy()
 
 
+def finite_rows(x: Tensor) -> Array:
+    """Which rows `(B,)` of `(B, n)` hold finite numbers only."""
+    sums = to_host(x.sum(1))
+    if isinstance(sums, np.ndarray):
+        finite = np.isfinite(sums)
+        if finite.all():
+            return finite
+    return to_host(x.isfinite().all(1))  # finite numbers may add up to inf, too
+
+
 def to_tensor(x: Array) -> Tensor:
     """`x` as a tensor."""
     return x if isinstance(x, Tensor) else torch.from_numpy(x)

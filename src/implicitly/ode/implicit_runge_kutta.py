@@ -23,14 +23,14 @@ from implicitly.implicit import Backward, Condition, Report, attach, find
 from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
-from implicitly.ode.combine import Length, advanced, as_length, records, stage_times, weighted
+from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
 from implicitly.ode.control import TINY, Controller
 from implicitly.ode.host import Array, all_of, library, remembered, some, to_host, to_tensor
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.ode.tableaus import Tableau
-from implicitly.tree import is_plain, pullback
+from implicitly.tree import is_plain, pullback, records
 
 # Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
 TOO_SLOW, SLOW = 0.9, 0.03

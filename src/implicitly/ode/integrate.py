@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.iterate import DROP_BELOW, Status, happens, is_running, is_success, repeat, where_rows
 from implicitly.ode.control import first_step
-from implicitly.ode.host import Array, library, some, to_host, to_tensor
+from implicitly.ode.host import Array, finite_rows, library, some, to_host, to_tensor
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
@@ -163,7 +163,7 @@ class Stepper:
             length = self.first_length(y.detach(), k.detach())
         length = xp.clip(length, None, method.dt_max)
         zeros = xp.zeros_like(span, dtype=xp.int64)
-        finite = to_host(k.isfinite().all(1) & y.isfinite().all(1))
+        finite = finite_rows(y.detach()) & finite_rows(k.detach())
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
         status = status if some(~finite) else None
         memory = method.start(self.bound.F, t, y, k)
@@ -226,14 +226,14 @@ class Stepper:
         """The error `(B,)` of a step over the tolerance; inf where it met NaN or inf."""
         method, y1 = self.method, step.y1.detach()
         if method.dt is not None:
-            finite = to_host(y1.isfinite().all(1))
+            finite = finite_rows(y1)
             xp = library(finite)
             return xp.where(finite, xp.zeros_like(self.begin), float("inf"))
         error = to_host(method.error_ratio(step, method.tolerance(step.y.detach(), y1)))
         xp = library(error)
         bad = xp.isnan(error)
         if not method.sees_end:
-            bad = bad | to_host(~step.k1.detach().isfinite().all(1))
+            bad = bad | ~finite_rows(step.k1.detach())
         return xp.where(bad, float("inf"), error)
 
     def judge(self, c: Carry, step: Step, taken: Taken, error: Array) -> Carry:
@@ -451,6 +451,8 @@ class Ended(NamedTuple):
 
 def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[Piece]) -> Tensor:
     """All outputs `(B, T, n)`; NaN where a solve did not get to."""
+    if times.shape[1] == 2:
+        return _joined(times, y0, y0.unsqueeze(1)[:, :0], y1, ended)
     inner = y0.new_full((y0.shape[0], times.shape[1] - 2, y0.shape[1]), float("nan"))
     if pieces:
         rows, columns, values = (torch.cat(parts) for parts in zip(*pieces))

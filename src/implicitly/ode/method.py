@@ -83,8 +83,13 @@ class Method(ABC):
         if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for field in ("rtol", "atol"):
-            value = torch.as_tensor(getattr(self, field))
-            if not bool((value.isfinite() & (value >= 0)).all()):
+            value = getattr(self, field)
+            if isinstance(value, float | int):  # the usual case; a tensor of it takes longer to make
+                right = 0 <= value < float("inf")
+            else:
+                value = torch.as_tensor(value)
+                right = bool((value.isfinite() & (value >= 0)).all())
+            if not right:
                 raise ValueError(f"{name}: {field} must be finite and >= 0, got {getattr(self, field)}")
 
     @property
@@ -153,8 +158,10 @@ class Method(ABC):
     def tolerance(self, y: Tensor, y1: Tensor | None = None) -> Tensor:
         """What the error of each component may be, `(B, n)`."""
         size = y.abs() if y1 is None else torch.maximum(y.abs(), y1.abs())
-        # Where both are 0, so is the error: 0 / tiny is 0.
-        return torch.clamp(size * self.rtol + self.atol, min=torch.finfo(size.dtype).tiny)
+        allowed, tiny = size * self.rtol + self.atol, torch.finfo(size.dtype).tiny
+        if isinstance(self.atol, float) and self.atol >= tiny:
+            return allowed
+        return torch.clamp(allowed, min=tiny)  # where both are 0, so is the error: 0 / tiny is 0
 
 
 def hermite(step: Step, part: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.ode.events import Event, check_number
-from implicitly.ode.host import Array, to_tensor
+from implicitly.ode.host import Array, library, on_host, to_host, to_tensor
 from implicitly.problem import carries_of
-from implicitly.tree import Layout, Opened, open_function, refuse_captured, unwrapped, watched
+from implicitly.tree import Layout, Opened, open_function, records, refuse_captured, unwrapped, watched
 
 
 @dataclass
@@ -116,17 +116,19 @@ class Problem:
         carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(y0), opened.theta
         probe, moment = start, times[:, 0].expand(layout.batch)
+        checking = records() and not recording  # else no gradient is wanted that could be lost
         if not recording:
             probe, moment = start.detach().clone(), moment.detach()
-            theta = tuple(x.detach() for x in theta)
+        theta = tuple(x.detach() for x in theta) if checking else theta
         show = _shown(layout)
-        with torch.enable_grad():  # unless recording nothing requires a gradient, so neither may the result
+        # Where that is checked nothing requires a gradient, so neither may the result.
+        with torch.set_grad_enabled(checking or torch.is_grad_enabled()):
             value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *theta), probe)
         layout.check(value, "y0")
         k0 = layout.pack(value)
-        if not recording:
+        if checking:
             refuse_captured(k0, (probe, moment, *theta), opened.captured)
-        _check_events(events, opened, layout, (probe, moment, *theta), recording)
+        _check_events(events, opened, layout, (probe, moment, *theta), checking)
         return cls(opened, layout, start, k0, times, opened.theta, carries, events=events)
 
     @property
@@ -173,7 +175,7 @@ class Problem:
 
 
 def _check_events(
-    events: tuple[Event, ...], opened: Opened, layout: Layout, known: tuple[Tensor, ...], recording: bool
+    events: tuple[Event, ...], opened: Opened, layout: Layout, known: tuple[Tensor, ...], checking: bool
 ) -> None:
     """Raise TypeError / ValueError for what g or restart returns at the start, or reaches in a wrong way."""
     probe, moment, *theta = known
@@ -189,7 +191,7 @@ def _check_events(
                 else:
                     layout.check(value, "y0")
                     rows = layout.pack(value)
-                if not recording:
+                if checking:
                     refuse_captured(rows, known, opened.captured)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name} of event {i}, in place of f: {error}") from error
@@ -201,6 +203,10 @@ def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
         return lambda times: times[:, 0].unbind()
     ones = (1,) * len(layout.leaves[0].shape)
     return lambda times: times.reshape(len(times), -1, *ones).unbind()
+
+
+def _all(mask: Array) -> bool:
+    return bool((unwrapped(mask) if isinstance(mask, Tensor) else mask).all())
 
 
 def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
@@ -223,10 +229,10 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
-    seen = rows.detach()
-    if not bool(unwrapped(seen.isfinite()).all()):
+    seen = to_host(rows) if on_host(rows) else rows.detach()
+    if not _all(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
-    gaps = seen.diff(dim=1)
-    if ordered and not bool(unwrapped((gaps > 0).all(1) | (gaps < 0).all(1)).all()):
+    gaps = seen[:, 1:] - seen[:, :-1]
+    if ordered and not _all((gaps > 0).all(1) | (gaps < 0).all(1)):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows
