@@ -149,6 +149,29 @@ def test_a_layer_that_decides_once_and_regularises(traced):
     torch.testing.assert_close(*found)
 
 
+class Rates(nn.Module):
+    """Robertson's reaction, whose parameters and state f takes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor([0.04, 3e7, 1e4], dtype=D))
+
+    def forward(self, t, y):
+        (a, b, c), (k1, k2, k3) = y.unbind(-1), self.k
+        slow, fast, back = k1 * a, k2 * b * b, k3 * b * c
+        return torch.stack([back - slow, slow - fast - back, fast], dim=-1)
+
+
+@pytest.mark.parametrize("method", [im.Kvaerno5, im.Dopri5])
+def test_a_field_that_takes_its_parameters_apart(traced, method):
+    method = method(rtol=1e-6, atol=1e-12)
+    f, y0 = Rates(), torch.tensor([1.0, 0, 0], dtype=D)
+    graph, eager = (im.odeint(f, y0, (0.0, 1e-2), solver=method, compile=c).value[-1] for c in (True, False))
+    torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-12)
+    found, right = (torch.autograd.grad(value[1], f.k)[0] for value in (graph, eager))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=0)
+
+
 def test_pytrees_and_complex_states(traced):
     def f(t, y, w):
         return {"a": 1j * y["a"] * w, "b": y["a"].real - y["b"]}

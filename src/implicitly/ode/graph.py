@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import run_as_graph
 from implicitly.iterate import Status, is_running, is_success, repeat
+from implicitly.ode.host import views
 from implicitly.ode.integrate import Carry, Integrated, Stepper
 from implicitly.ode.record import Record, State, Taken
 
@@ -103,7 +104,8 @@ class Loop:
         self, times: Tensor, theta: tuple[Tensor, ...], L: Looping, buffers: Buffers
     ) -> tuple[Looping, Buffers]:
         """One step of the loop."""
-        stepper = self.stepper(times, *theta)  # here: a loop may change nothing that lies outside of it
+        # Made here, as a loop may change nothing that lies outside of it.
+        stepper = self.stepper(times, *views(*theta))
         step, taken, _, new = stepper.advance(L.carry)
         accepted, column, inner = taken.accepted, L.column, buffers.inner
         if width := window_of(times):

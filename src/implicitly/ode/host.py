@@ -56,6 +56,15 @@ def gauss(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 gauss._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def views(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors for the body of a loop.
+
+    Of a tensor that was taken apart before, the tracer would hand the parts to the loop, and then refuse them as
+    they share memory.
+    """
+    return tuple(x.view_as(x) for x in tensors)
+
+
 def library(x: Array) -> ModuleType:
     """The module, numpy or torch, whose functions work on `x`."""
     return torch if isinstance(x, Tensor) else np

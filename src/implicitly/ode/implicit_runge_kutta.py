@@ -25,7 +25,7 @@ from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
 from implicitly.ode.control import TINY, Controller
-from implicitly.ode.host import Array, all_of, library, remembered, some, to_host, to_tensor
+from implicitly.ode.host import Array, all_of, library, remembered, some, to_host, to_tensor, views
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import RungeKutta
@@ -246,7 +246,7 @@ class Newton:
         """The iterates in a traced graph, where the loop may change nothing outside of it."""
 
         def change(i: int | Tensor, state: tuple[Iterate, Tensor]) -> tuple[Iterate, Tensor]:
-            G = F.bind(*F.theta)
+            G = F.bind(*views(*F.theta))
             return self._change(G, stage, i, state[0]), state[1] + G.calls
 
         none = torch.zeros((), dtype=torch.int64, device=begin.z.device)
