@@ -78,7 +78,7 @@ def test_takes_the_steps_of_the_eager_loop(traced, method):
     "method", [im.Kvaerno3(rtol=1e-6), im.ImplicitEuler(dt=0.1)], ids=lambda m: type(m).__name__
 )
 def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method):
-    # The graph computes the Jacobian anew where the eager loop keeps one, so Newton ends at another point in tolerance.
+    # The graph computes the Jacobian anew where the eager loop keeps one: Newton ends elsewhere in its tolerance.
     y0, t = torch.randn(4, 2, dtype=D), torch.linspace(0, 1, 3, dtype=D)
     w = torch.tensor(1.0, dtype=D, requires_grad=True)
     graph, eager = (im.odeint(turning, y0, t, w, solver=method, batch_dims=1, compile=c) for c in (True, False))

@@ -11,7 +11,7 @@ Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +34,8 @@ from implicitly.tree import is_plain, pullback, records
 
 # Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
 TOO_SLOW, SLOW = 0.9, 0.03
+# Full Newton steps may lead away at first; by how much the error may then exceed the last change.
+FAR = 1e3
 # Iterations with one Jacobian before constant steps have one for each.
 PATIENT = 4
 # Slopes that a stage's own is guessed from.
@@ -88,8 +90,8 @@ class ImplicitRungeKutta(RungeKutta):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         newton = Newton.at(self, F, t, dt, y)
         y1, slopes = self._stages(F, t, dt, y, memory, newton)
-        if newton.failed is not None and not newton.fresh:  # by a Jacobian from an earlier step
-            newton = Newton.at(self, F, t, dt, y, fresh=True)
+        while newton.failed is not None and (harder := newton.harder(F, t, dt, y)):
+            newton = harder
             y1, slopes = self._stages(F, t, dt, y, memory, newton)
         newton.keep(F)
         error = None
@@ -168,6 +170,7 @@ class Newton:
         scale: the tolerance of each component `(B, n)`.
         least: `(B,)` the change, relative to that, which rounding may leave.
         fresh: whether J is that of this step.
+        full: whether every iteration has a Jacobian of its own.
         gain: as of the last `Iterate` of the stage before.
         slow: whether it would profit from a new Jacobian.
         failed: `(B,)` the samples of which a stage was not found; None: none.
@@ -178,6 +181,7 @@ class Newton:
     scale: Tensor
     least: Array
     fresh: bool
+    full: bool = False
     gain: Any = 1.0
     slow: bool = False
     failed: Tensor | None = None
@@ -199,6 +203,16 @@ class Newton:
                 F.notes["jacobian"] = J
             own = as_length(dt.detach() if isinstance(dt, Tensor) else dt)
             return cls(method, inverse_of(J, own * method.tableau.a[-1][-1]), scale, least, fresh)
+
+    def harder(self, F: Field, t: Array, dt: Array, y: Tensor) -> Newton | None:
+        """What may find stages that this did not; None: nothing, or a shorter step does it with less work."""
+        if not self.fresh:
+            return Newton.at(self.method, F, t, dt, y, fresh=True)
+        # A step is taken again from where a state was kept, so not always with that Jacobian of an earlier step
+        # which led to its stages at first; and the one at its start may not lead there.
+        if self.full or not F.again or self.method.stage_solver is not None:
+            return None
+        return replace(Newton.at(self.method, F, t, dt, y, fresh=True), full=True)
 
     def keep(self, F: Field) -> None:
         """Have the next step compute its own Jacobian, where this one has served its time."""
@@ -239,7 +253,7 @@ class Newton:
                 _, found = repeat(partial(self._change, F, stage), begin, _goes_on, self.method.stage_steps)
         self.slow |= some(found.slow)
         # Of matrices that change with the iterates, the rate says nothing about the next stage.
-        self.gain = found.gain if self.method.dt is None else 1.0
+        self.gain = found.gain if self.method.dt is None and not self.full else 1.0
         return found.z, ~found.converged
 
     def _traced(self, F: Field, stage: Stage, begin: Iterate) -> Iterate:
@@ -258,7 +272,7 @@ class Newton:
         """Iterate number i + 1."""
         inverse = self.inverse
         # A step that cannot be made shorter has a matrix for each iteration at last; in a graph at once.
-        if self.method.dt is not None and (isinstance(i, Tensor) or i >= PATIENT):
+        if self.full or (self.method.dt is not None and (isinstance(i, Tensor) or i >= PATIENT)):
             inverse = inverse_of(jacobian(F, stage.moment.detach(), it.z, self.method.limit_gib), stage.length)
             if not isinstance(i, Tensor):  # a loop of a graph may change nothing outside of it
                 self.inverse = inverse
@@ -267,7 +281,7 @@ class Newton:
         xp = library(size)
         if isinstance(i, Tensor) or i > 0:
             rate = size / xp.clip(it.size, TINY, None)
-            shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), float("inf"))
+            shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), FAR if self.full else float("inf"))
             gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
             slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))
         # NaN has not converged. What rounding leaves says nothing about the rate.

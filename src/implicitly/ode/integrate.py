@@ -215,6 +215,7 @@ class Stepper:
         """A noted step, and the state and memory from which the next one goes on."""
         dt = library(taken.dt).where(taken.accepted, taken.dt, 0.0)
         place = self.located(taken.t, dt, taken.last & taken.accepted)
+        self.bound.F.again = True
         step = self.method.step(self.bound.F, *place, y, memory)
         return step, step.y1, step.memory
 

@@ -29,6 +29,7 @@ class Field:
         loops: which know it as tensors.
         notes: what a method keeps that only saves work, such as a Jacobian.
         once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
+        again: whether steps are taken again that were accepted before, and cannot be made shorter.
         watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
         jump: the states `(B, n)` from which samples go on after an event.
     """
@@ -41,6 +42,7 @@ class Field:
     loops: list[Tensor] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     once: bool = False
+    again: bool = False
     watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
     jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
