@@ -11,6 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+# Peers on JAX live apart: no version of theirs is to decide one of ours.
+JAX_VENV := .venv-jax
+JAX_INSTALLED := $(JAX_VENV)/.installed
 # The build backend is pinned and installed beforehand, so that no build fetches another one.
 PIP_INSTALL := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input -c constraints.txt
 EDITABLE := --no-build-isolation --editable
@@ -46,14 +49,14 @@ format: $(INSTALLED)  ## Format, and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(BENCH_INSTALLED)  ## Measure side by side with peers (some minutes; ARGS=--write-readme keeps the table)
+bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (some minutes; ARGS=--write-readme keeps the table)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing
 	@$(BIN)/python -m benchmarks --smoke $(ARGS)
 
 clean:  ## Remove .venv, caches and builds (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(JAX_VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Setting up -------------------------------------------------------------------------------------------
@@ -83,4 +86,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "==> Installing the peers to compare with into $(VENV)"
 	@$(PIP_INSTALL) $(EDITABLE) '.[bench]' >$(LOG) 2>&1 || { $(SAY_FAILED); }
+	@touch $@
+
+$(JAX_INSTALLED): $(INSTALLED) benchmarks/jax-requirements.txt
+	@echo "==> Installing the peers on JAX into $(JAX_VENV)"
+	@rm -rf $(JAX_VENV)
+	@{ $(PYTHON) -m venv --without-pip $(JAX_VENV) && \
+		$(BIN)/python -m pip --python $(JAX_VENV)/bin/python install --progress-bar off --disable-pip-version-check \
+			--no-input -r benchmarks/jax-requirements.txt; } >$(LOG) 2>&1 || { $(SAY_FAILED); }
 	@touch $@

@@ -145,6 +145,7 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
+        # Parameters as they are, not detached: they would have to be exchanged in every call.
         found = work.run(*(x.detach() for x in (times, y0, k0)), *theta)
         return *found, *(work.record or Record()).stacked(times)
 

@@ -114,7 +114,8 @@ class _Backsolve(torch.autograd.Function):
 
     @staticmethod
     def forward(adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor):
-        return tuple(work.run(*(x.detach() for x in (times, y0, k0, *theta))))
+        # Parameters as they are, not detached: they would have to be exchanged in every call.
+        return tuple(work.run(*(x.detach() for x in (times, y0, k0)), *theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -337,7 +338,7 @@ class Backwards:
     ):
         self.adjoint, self.work, self.inputs, self.wanted = adjoint, work, inputs, wanted
         self.times, y0, *theta = inputs
-        self.finished = found.status == int(Status.CONVERGED)
+        self.finished, self.start = found.status == int(Status.CONVERGED), found.length
         # A failed sample takes steps of length 0 from where it began, which count for nothing.
         values = torch.where(self.finished[:, None, None], found.values.detach(), y0.unsqueeze(1))
         self.values = finite_start(values, self.finished)
@@ -356,7 +357,10 @@ class Backwards:
 
     def gradients(self, g: Tensor) -> list[Tensor]:
         """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""
-        a, length = torch.zeros_like(g[:, 0]), None
+        # What the forward solve would have gone on with is as good a guess for the way back.
+        own, joint = self.adjoint.solver is None, self.packed.columns is not None
+        length = self._host(self.start) if own and not joint else None
+        a = torch.zeros_like(g[:, 0])
         times_bar = torch.zeros_like(self.times)
         for i in reversed(range(1, self.times.shape[1])):
             a = a + g[:, i]
@@ -367,6 +371,10 @@ class Backwards:
             F: Any = self.bound.F
             times_bar[:, 0] = -(a * self._known(F.base.at(self.times[:, 0], self.values[:, 0]).detach())).sum(1)
         return [(times_bar, a + g[:, 0])[i] if i < 2 else self.sums[i - 2] for i in self.wanted]
+
+    def _host(self, length: Tensor) -> Array:
+        """`length` `(B,)` where steps are decided."""
+        return to_host(length) if on_host(self.times) else length
 
     def _known(self, slope: Tensor) -> Tensor:
         """`slope` `(B, n)`, 0 for failed samples."""
@@ -396,8 +404,7 @@ class Backwards:
         self._check_state(i - 1, y)
         if joint:
             self._add_columns(others[0] * scale)
-        length = to_host(found.length) if stepper.host else found.length
-        return self._known(a * scale), self._known(self.packed.split(k)[0]), length
+        return self._known(a * scale), self._known(self.packed.split(k)[0]), self._host(found.length)
 
     def _add_columns(self, columns: Tensor) -> None:
         parts = columns.split([real(x).numel() for x in self.sums.values()])

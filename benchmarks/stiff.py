@@ -1,0 +1,193 @@
+"""Stiff differential equations: solutions and gradients beside torchdiffeq's bridge to SciPy, and diffrax."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import implicitly as im
+from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torchdiffeq
+
+PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')} with SciPy {importlib.metadata.version('scipy')}"
+PACKAGES = ("implicitly", "torch", "torchdiffeq", "scipy")
+HERE = Path(__file__).parent
+# An environment of its own for JAX; `make bench` sets it up.
+JAX_PYTHON = HERE.parent / ".venv-jax" / "bin" / "python"
+D = torch.float64
+
+CAPTION = """\
+One system, float64, Kvaerno5. Robertson: three reactions to t = 1e5, relative tolerance 1e-6, absolute 1e-11;
+errors relative to 1, 1e-5 and 1. Van der Pol: mu = 1000 to t = 2000, both tolerances 1e-6. Against 1e-11; errors
+of gradients against central differences of that. Medians of {rounds} rounds in alternation (least to greatest)."""
+
+
+class Robertson(nn.Module):
+    """Three reactions, `(3,)`, with rates from 0.04 to 3e7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor([0.04, 3e7, 1e4], dtype=D))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        (a, b, c), (k1, k2, k3) = y.unbind(-1), self.k
+        slow, fast, back = k1 * a, k2 * b * b, k3 * b * c
+        return torch.stack([back - slow, slow - fast - back, fast], dim=-1)
+
+
+class VanDerPol(nn.Module):
+    """An oscillator `(2,)` that relaxes slowly and jumps fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor([1000.0], dtype=D))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        x, v = y.unbind(-1)
+        return torch.stack([v, self.k[0] * (1 - x * x) * v - x], dim=-1)
+
+
+def run(effort: Effort) -> list[Row]:
+    """All of it."""
+    full = effort.iterations > 100
+    one = torch.ones((), dtype=D)
+    reactions = Case("Robertson", Robertson(), (1.0, 0.0, 0.0), 1e5 if full else 1.0, 1e-6, 1e-11, (1, 1e-5, 1), 2)
+    jumps = Case("Van der Pol", VanDerPol(), (2.0, 0.0), 2000.0 if full else 1.0, 1e-6, 1e-6, (one, 1e3), 0)
+    return [
+        *reactions.forward(effort),
+        *reactions.gradient(effort),
+        *beside_diffrax(reactions, effort),
+        *jumps.forward(effort),
+        *jumps.gradient(effort),
+    ]
+
+
+class Case:
+    """A system to be solved to `end`, of whose component `watched` gradients are taken."""
+
+    def __init__(
+        self,
+        name: str,
+        f: nn.Module,
+        y0: tuple[float, ...],
+        end: float,
+        rtol: float,
+        atol: float,
+        scale: Any,
+        watched: int,
+    ):
+        self.name, self.f, self.watched = name, f, watched
+        self.rtol, self.atol = rtol, atol
+        self.y0, self.t = torch.tensor(y0, dtype=D), torch.tensor([0.0, end], dtype=D)
+        self.scale = torch.tensor([float(s) for s in scale], dtype=D)
+        with torch.no_grad():
+            self.exact = self.tight()
+
+    def tight(self) -> Tensor:
+        """The state at the end, nearly exact."""
+        return im.odeint(self.f, self.y0, self.t, solver=im.Kvaerno5(rtol=1e-11, atol=1e-15)).value[-1]
+
+    def ours(self, compile: bool = False) -> Tensor:
+        """The state at the end."""
+        solver = im.Kvaerno5(rtol=self.rtol, atol=self.atol)
+        return im.odeint(self.f, self.y0, self.t, solver=solver, compile=compile).value[-1]
+
+    def theirs(self, name: str, solve: Any = torchdiffeq.odeint) -> Tensor:
+        """The state at the end, by a solver of SciPy."""
+        how = {"method": "scipy_solver", "options": {"solver": name}}
+        return solve(self.f, self.y0, self.t, rtol=self.rtol, atol=self.atol, **how)[-1]
+
+    def error(self, y: Tensor) -> float:
+        """Of a state at the end."""
+        return float(((y - self.exact) / self.scale).abs().max())
+
+    @torch.no_grad()
+    def forward(self, effort: Effort) -> list[Row]:
+        """Solves without gradients."""
+        start = time.perf_counter()
+        self.ours(compile=True)
+        cold = time.perf_counter() - start
+        runs = {
+            "eager": self.ours,
+            "compile=True": lambda: self.ours(compile=True),
+            "LSODA": lambda: self.theirs("LSODA"),
+            "Radau": lambda: self.theirs("Radau"),
+        }
+        errors = {who: self.error(solve()) for who, solve in runs.items()}
+        times = alternate(runs, effort.rounds)
+        shown = {who: f"{Spread.of(times[who]).show(1e3, 0)}, error {errors[who]:.0e}" for who in runs}
+        peers = "; ".join(f"{who} {shown[who]}" for who in ("LSODA", "Radau"))
+        rows = []
+        for who in ("eager", "compile=True"):
+            faster = {peer: ratios(times[peer], times[who]) for peer in ("LSODA", "Radau")}
+            text = f"{shown[who]}; {faster['LSODA'].median:.2f} and {faster['Radau'].median:.2f} times faster"
+            text += f"; first call {cold:.0f} s" if who == "compile=True" else ""
+            numbers = {name: {"error": errors[name], "seconds": times[name]} for name in (who, "LSODA", "Radau")}
+            met = min(ratio.median for ratio in faster.values()) >= 1
+            rows.append(Row(f"{self.name}, {who}, ms", text, peers, "faster", met, numbers))
+        return rows
+
+    def gradient(self, effort: Effort) -> list[Row]:
+        """Solves and the gradient of one component by the parameters."""
+        k = self.f.k
+
+        def grad(solve: Any) -> Tensor:
+            return torch.autograd.grad(solve()[self.watched], k)[0]
+
+        exact = self.differences()
+        start = time.perf_counter()
+        found = grad(self.ours)
+        seconds = time.perf_counter() - start
+        error = float(((found - exact) / exact).abs().max())
+        theirs = []
+        for name in ("LSODA", "Radau"):
+            start = time.perf_counter()
+            try:
+                found = grad(lambda name=name: self.theirs(name, torchdiffeq.odeint_adjoint))
+                off = f"error {float(((found - exact) / exact).abs().max()):.0e}"
+            except (ValueError, RuntimeError) as failure:
+                off = f"{type(failure).__name__}"
+            theirs.append(f"{name} {time.perf_counter() - start:.1f}, {off}")
+        text = f"{seconds:.1f}, error {error:.0e}"
+        return [Row(f"{self.name}, gradient, s", text, "continuous adjoint: " + "; ".join(theirs))]
+
+    @torch.no_grad()
+    def differences(self) -> Tensor:
+        """The gradient, by central differences."""
+        k, found = self.f.k, []
+        for i, value in enumerate(k.tolist()):
+            ends = []
+            for factor in (1 + 1e-4, 1 - 1e-4):
+                k[i] = value * factor
+                ends.append(self.tight()[self.watched])
+            k[i] = value
+            found.append((ends[0] - ends[1]) / (2e-4 * value))
+        return torch.stack(found)
+
+
+@torch.no_grad()
+def beside_diffrax(case: Case, effort: Effort) -> list[Row]:
+    """The same method as a compiled program of JAX, each in a process of its own."""
+    if not JAX_PYTHON.exists() or effort.iterations <= 100:
+        return []
+    command = [str(JAX_PYTHON), str(HERE / "jax_stiff.py"), str(case.rtol)]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    theirs = told["found"][str(case.rtol)]
+    own = alternate({"ours": lambda: case.ours(compile=True)}, effort.rounds)["ours"]
+    slower = Spread.of(own).median / theirs["seconds"]
+    error = case.error(torch.tensor(theirs["y"], dtype=D))
+    peer = f"diffrax {told['versions']['diffrax']}: {theirs['seconds'] * 1e3:.0f}, error {error:.0e}"
+    text = f"{Spread.of(own).show(1e3, 0)}; {slower:.2f} times their time"
+    numbers = {"ours": own, "theirs": theirs}
+    return [Row(f"{case.name}, compile=True, ms", text, peer, "5 times their time", slower <= 5, numbers)]
