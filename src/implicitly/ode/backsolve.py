@@ -338,7 +338,8 @@ class Backwards:
     ):
         self.adjoint, self.work, self.inputs, self.wanted = adjoint, work, inputs, wanted
         self.times, y0, *theta = inputs
-        self.finished, self.start = found.status == int(Status.CONVERGED), found.length
+        self.finished = found.status == int(Status.CONVERGED)
+        self.start = torch.where(self.finished, found.length, 1.0)  # a failed sample's may be NaN
         # A failed sample takes steps of length 0 from where it began, which count for nothing.
         values = torch.where(self.finished[:, None, None], found.values.detach(), y0.unsqueeze(1))
         self.values = finite_start(values, self.finished)
