@@ -34,13 +34,14 @@ from implicitly.ode.integrate import (
 from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
+from implicitly.ode.stiffness import Halt
 from implicitly.tree import is_batched, is_plain, is_recorded, merge_rows, of_places, unwrapped
 
 # Where in `Integrated` the times are that samples got to.
 REACHED = Integrated._fields.index("t")
 
 # Announces how a solve ended: the method, what it found, the calls of f.
-Report = Callable[[Method, Integrated, int], None]
+Report = Callable[[Method, Integrated, Halt, int], None]
 
 
 class TrajectoryAdjoint(ABC):
@@ -111,8 +112,8 @@ class Work:
         if found is None:
             host = not torch.compiler.is_compiling() and times.device.type == "cpu"
             found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
-        found, self.calls = found
-        self.report(self.method, found, self.calls)
+        found, y, self.calls = found
+        self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
         return found
 
     def stepper(self, host: bool, times: Tensor, *theta: Tensor, once: bool = False) -> Stepper:

@@ -399,7 +399,7 @@ class Backwards:
         stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
         k = self.bound.F.at(stepper.begin, z)
         listen = partial(self._integrate_theta, scale) if self.sums and not joint else None
-        found, _ = integrate(stepper, z, k, listen=listen, length=length)
+        found, *_ = integrate(stepper, z, k, listen=listen, length=length)
         self._check_status(i, found)
         y, a, others = self.packed.split(found.values[:, 1])
         self._check_state(i - 1, y)

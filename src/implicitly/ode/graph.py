@@ -147,7 +147,7 @@ def integrate_as_graph(
     k0: Tensor,
     theta: tuple[Tensor, ...],
     record: Record | None,
-) -> tuple[Integrated, int] | None:
+) -> tuple[Integrated, Tensor, int] | None:
     """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
     times = times.contiguous()
     taker = stepper(times, *theta)
@@ -170,7 +170,7 @@ def integrate_as_graph(
             record.note_many(buffers.steps(int(looping.noted)), State(before.y, before.memory))
         running = bool(is_running(looping.carry.status).any())
         first = torch.zeros_like(first)
-    return _result(times, y0, looping, buffers), int(looping.calls)
+    return _result(times, y0, looping, buffers), looping.carry.y, int(looping.calls)
 
 
 def _begin(stepper: Stepper, y0: Tensor, k0: Tensor) -> Looping:

@@ -69,6 +69,11 @@ class ImplicitRungeKutta(RungeKutta):
 
     stage_steps: ClassVar[int] = 10
 
+    @property
+    def stability(self) -> float:
+        """Any: what decays does so in steps of every length."""
+        return float("inf")
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.stage_tolerance < 1:

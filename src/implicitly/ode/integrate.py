@@ -376,8 +376,8 @@ def integrate(
     record: Record | None = None,
     listen: Listen | None = None,
     length: Array | None = None,
-) -> tuple[Integrated, int]:
-    """Solve from `y0` `(B, n)`, whose slope is `k0`; also gives the calls of f it took.
+) -> tuple[Integrated, Tensor, int]:
+    """Solve from `y0` `(B, n)`, whose slope is `k0`; also gives the states `(B, n)` got to and the calls of f.
 
     The steps that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped
     from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
@@ -400,7 +400,7 @@ def integrate(
     numbers += stepper.happened(ended)
     status, *others = (to_tensor(x) for x in numbers)
     values = assemble(stepper.times, y0, ended.y, Ended(status, to_tensor(ended.t)), run.pieces)
-    return Integrated(values, status, *others), run.calls + run.stepper.bound.F.calls
+    return Integrated(values, status, *others), ended.y, run.calls + run.stepper.bound.F.calls
 
 
 def _unfinished(c: Carry) -> bool:

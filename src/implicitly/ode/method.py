@@ -117,6 +117,12 @@ class Method(ABC):
         """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
         return False
 
+    @property
+    def stability(self) -> float | None:
+        """The largest step times rate with which what decays at that rate does so in the method too; inf: any;
+        None: not known."""
+        return None
+
     def check(self, dtype: torch.dtype) -> None:
         """Raise ValueError for tolerances that `dtype` cannot resolve."""
         eps = torch.finfo(dtype).eps

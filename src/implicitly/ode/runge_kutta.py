@@ -13,6 +13,7 @@ from implicitly.ode.combine import advanced, as_length, stage_times, weighted
 from implicitly.ode.host import Array, remembered, to_tensor
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field
+from implicitly.ode.stiffness import real_limit
 from implicitly.ode.tableaus import Tableau
 
 
@@ -61,6 +62,11 @@ class ExplicitRungeKutta(RungeKutta):
     def sees_end(self) -> bool:
         """Whether the error estimate uses the slope at the end."""
         return self.tableau.fsal and self.tableau.error is not None and self.tableau.error[-1] != 0
+
+    @property
+    def stability(self) -> float:
+        """The largest step times rate with which what decays at that rate does so in the method too."""
+        return real_limit(self.tableau)
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""

@@ -20,6 +20,7 @@ from implicitly.ode.integrate import Integrated
 from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
+from implicitly.ode.stiffness import Halt
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -102,8 +103,8 @@ def odeint(
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)
 
-    def report(method: Method, found: Integrated, calls: int) -> None:
-        _tell(on_failure, method, found, lambda: solution(found, calls))
+    def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
+        _tell(on_failure, method, found, halt, lambda: solution(found, calls))
 
     return solution(*solve(solver, problem, report))
 
@@ -151,18 +152,44 @@ def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Calla
     return interpolate
 
 
-def _silent(method: Method, found: Integrated, calls: int) -> None:
+def _silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
     """Of a solve that has been reported on before."""
 
 
 _REMEDY = {
-    Status.MAX_STEPS: "raise max_steps, or loosen rtol and atol; where the system is stiff, use im.Kvaerno5()",
+    Status.MAX_STEPS: "raise max_steps, or loosen rtol and atol",
     Status.STEP_UNDERFLOW: "the solution may blow up there, or f jump; loosen the tolerances or widen the dtype",
     Status.NON_FINITE: "f, or g of an event, gave NaN or inf there, however short the step: check it there",
 }
 
 
-def _tell(on_failure: str, method: Method, found: Integrated, solution: Callable[[], Trajectory]) -> None:
+# From this part of what is stable on, it is stability that keeps steps short.
+NEAR = 0.5
+
+
+def _remedy(method: Method, status: Status, length: float, halt: Halt, row: int) -> str:
+    """What to try where sample `row` ended."""
+    remedy, limit = _REMEDY[status], method.stability
+    constant = status is Status.NON_FINITE and method.dt is not None
+    if constant:
+        remedy = "a shorter dt, or none where the method adapts its steps; f may also be NaN or inf there"
+    if not (status is Status.MAX_STEPS or constant) or limit == float("inf"):
+        return remedy
+    rate = None if limit is None else halt.rate(row)
+    if limit is None or rate is None:
+        return f"{remedy}; where the system is stiff, use im.Kvaerno5()"
+    if length * rate < NEAR * limit:
+        return remedy
+    shorter = f", or dt below {limit / rate:.2g}" if constant else ""
+    return (
+        f"im.Kvaerno5(){shorter}. The system is stiff there: its fastest rate times the step is "
+        f"{length * rate:.3g}, and {type(method).__name__} is stable up to {limit:.3g} only. Else: {remedy}"
+    )
+
+
+def _tell(
+    on_failure: str, method: Method, found: Integrated, halt: Halt, solution: Callable[[], Trajectory]
+) -> None:
     """Announce samples that did not reach the end: "raise" with the `solution`, "warn" or "ignore"."""
     if on_failure == "ignore" or not happens(~is_success(found.status)):
         return
@@ -173,7 +200,7 @@ def _tell(on_failure: str, method: Method, found: Integrated, solution: Callable
     counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
     i = int(failed[0])
     status = Status(int(found.status[i]))
-    remedy, events = _REMEDY[status], int(found.event_count[i])
+    remedy, events = _remedy(method, status, float(found.length[i]), halt, i), int(found.event_count[i])
     if events:
         remedy = (
             f"{events} events happened before, the last one event {int(found.event[i])}; where their times "

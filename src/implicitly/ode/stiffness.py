@@ -1,0 +1,70 @@
+"""Whether stability, rather than accuracy, is what keeps the steps of a solve short."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.ode.problem import Field
+from implicitly.ode.tableaus import Tableau
+from implicitly.tree import recorded, records
+
+# No explicit method of these orders is stable for longer; and how finely its limit is found.
+FURTHEST, FINENESS = 100.0, 1e-3
+
+
+@functools.lru_cache(maxsize=64)
+def real_limit(tableau: Tableau) -> float:
+    """The largest x such that an explicit method is stable for y' = lambda y wherever -x <= dt lambda <= 0.
+
+    One step multiplies y by R(z) = 1 + z b' (I - z A)^-1 1, a polynomial of z = dt lambda, and |R| must be <= 1.
+
+    Source: Hairer and Wanner, "Solving Ordinary Differential Equations II", section IV.2.
+    """
+    k, last = np.ones(tableau.stages), np.asarray(tableau.b)
+    a = np.zeros((tableau.stages, tableau.stages))
+    for i, row in enumerate(tableau.a):
+        a[i, : len(row)] = row
+    z, grown = -np.arange(FINENESS, FURTHEST, FINENESS), 1.0
+    for power in range(tableau.stages):
+        grown = grown + (last @ k) * z ** (power + 1)
+        k = a @ k
+    beyond = np.abs(grown) > 1 + 1e-9
+    return float(-z[max(int(beyond.argmax()) - 1, 0)]) if beyond.any() else FURTHEST
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Where a solve ended: states `(B, n)` at times `(B,)` along a `field` at `theta`."""
+
+    field: Callable[..., Field]
+    theta: tuple[Tensor, ...]
+    t: Tensor
+    y: Tensor
+
+    def rate(self, row: int, steps: int = 40) -> float | None:
+        """The largest modulus of an eigenvalue of df/dy of a sample there, by power iteration with the transposed
+        Jacobian; the mean growth over the second half of the steps, as complex pairs make it fluctuate.
+
+        None where it cannot be had: under transforms of torch.func, or where df/dy is NaN.
+        """
+        with torch.no_grad():
+            if records():
+                return None
+        field = self.field(*(x.detach() for x in self.theta))
+        pull = recorded(partial(field.at, self.t.detach()), (self.y.detach(),), [0])
+        generator = torch.Generator().manual_seed(0)  # not the user's draws
+        v, logs = torch.zeros_like(self.y), []
+        v[row] = torch.randn(self.y.shape[1:], generator=generator, dtype=torch.float64).to(v)
+        for _ in range(steps):
+            (v,) = pull(v / v.norm().clamp(min=torch.finfo(v.real.dtype).tiny), [0])
+            logs.append(float(v.norm().log()))
+        rate = math.exp(sum(logs[steps // 2 :]) / (steps - steps // 2))
+        return None if math.isnan(rate) else rate
