@@ -25,7 +25,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="measure each timing so often")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the numbers, as JSON")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write-readme", action="store_true", help="put the tables into README.md")
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.families if name not in FAMILIES]:
         parser.error(f"there is no family {unknown[0]!r}; there are: {', '.join(FAMILIES)}")
@@ -43,7 +43,6 @@ def main() -> None:
     effort = SMOKE if chosen.smoke else FULL
     if chosen.rounds is not None:
         effort = type(effort)(**{**vars(effort), "rounds": chosen.rounds})
-    tables = []
     for name in chosen.families or FAMILIES:
         start = time.perf_counter()
         family = importlib.import_module(f"benchmarks.{name}")
@@ -52,14 +51,14 @@ def main() -> None:
         versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
         caption = family.CAPTION.format(rounds=effort.rounds)
         caption += f" {where['cpu']}, {where['threads']} threads; {versions}; {where['date'][:10]}."
-        tables.append(markdown(rows, family.PEER, caption))
-        print(f"\n{tables[-1]}\n\n{time.perf_counter() - start:.0f} s")
+        table = markdown(rows, family.PEER, caption)
+        print(f"\n{table}\n\n{time.perf_counter() - start:.0f} s")
         if not chosen.smoke:
             write_json(chosen.results / f"{name}.json", rows, where, effort)
             print(f"Numbers: {chosen.results / name}.json")
-    if chosen.write_readme:
-        write_between_markers(README, "\n\n".join(tables))
-        print(f"Table: {README}")
+        if chosen.write_readme:
+            write_between_markers(README, name, table)
+            print(f"Table: {README}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-
-
 # Seconds that a timing lasts at least.
 LEAST = 0.03
 
@@ -149,11 +146,12 @@ def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, Any],
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the two markers in a file."""
+def write_between_markers(path: Path, family: str, text: str) -> None:
+    """Replace what stands between the two markers of a family in a file."""
+    begin, end = f"<!-- bench:begin {family} -->", f"<!-- bench:end {family} -->"
     content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"{path} must hold {begin} and, after it, {end}, once each")
+    before, _, rest = content.partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
