@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # they import each other as they like, without cycles; what shares a line does not import each other.
 LAYERS = (
     ("tree", "unrolled", "jet"),
-    ("history", "independence"),
+    ("host", "history", "independence"),
     ("iterate",),
     ("linear",),
     ("implicit",),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +13,12 @@ from torch import Tensor
 
 from implicitly.tree import is_wrapped
 
-# Slots there is room for at first. Many solves need no more, and the C library keeps a block of this size for the
-# next solve; fresh pages cost more than everything else a solver does.
+# Slots there is room for at first. Many solves need no more.
 ROOM = 10
+# Bytes of memory that a thread keeps for its next solve, at most.
+KEPT = 2**28
+# Bytes of the largest block that glibc learns from (its DEFAULT_MMAP_THRESHOLD_MAX is 2**25).
+MAPPED = 2**25 - 2**16
 
 
 def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -31,8 +37,32 @@ def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 def _empty(like: Tensor, *shape: int) -> Tensor:
     if like.device.type != "cpu":
         return like.new_empty(shape)
-    # NumPy asks the system for huge pages, in which long vectors are read faster.
-    return torch.from_numpy(np.empty(shape, dtype=torch.empty(0, dtype=like.dtype).numpy().dtype))
+    dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+    return torch.from_numpy(_workspace.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape))
+
+
+class _Workspace(threading.local):
+    """The memory of a thread's last solve, for its next: fresh pages cost more than all else a solver does."""
+
+    def __init__(self):
+        # Released at once. From then on glibc keeps memory of up to twice this size that f and the solver free,
+        # where by itself it gives that back to the system after every call, and fetches it again page by page.
+        self.block = np.empty(MAPPED, dtype=np.uint8)
+        self.block = np.empty(0, dtype=np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes that nobody else uses, for as long as the caller holds them."""
+        # What was handed out refers to the block; two references are the attribute and the argument.
+        if self.block.nbytes < size or sys.getrefcount(self.block) > 2:
+            # NumPy asks the system for huge pages, in which long vectors are read faster.
+            block = np.empty(size, dtype=np.uint8)
+            if size > KEPT:
+                return block
+            self.block = block
+        return self.block[:size]
+
+
+_workspace = _Workspace()
 
 
 def with_room(buffer: Tensor, slot: int | Tensor, slots: int) -> Tensor:

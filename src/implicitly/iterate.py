@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
+from implicitly.host import happens, on_host, to_host
 from implicitly.tree import row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
@@ -290,16 +291,17 @@ class _Loop:
             r = new.residual if running is None else where_rows(running, new.residual, c.r)
         calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
+        scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
+        if running is None and new.singular is None and self._uneventful(c, norm, scale):
+            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.stale * 0, calls=calls, memory=new.memory)
         better = norm < c.best_norm
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
         stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
-        converged = self._converged(c, z, norm)
+        converged = self._converged(c, z, norm, scale)
         if converged is not None:
             better, stop = better | converged, stop | converged
         if new.singular is not None:
             stop = stop | new.singular
-        if running is None and not happens(stop | ~better):  # the usual step: nothing to take note of
-            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.stale * 0, calls=calls, memory=new.memory)
         stale = (c.stale + 1).masked_fill(better, 0)
         if not self.budget_only:
             stop = stop | (stale >= PATIENCE)
@@ -313,15 +315,23 @@ class _Loop:
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
-    def _converged(self, c: _Carry, z: Tensor, norm: Tensor) -> Tensor | None:
+    def _uneventful(self, c: _Carry, norm: Tensor, scale: Tensor) -> bool:
+        """Whether it is plain to see that every sample came closer and none has arrived: the usual step."""
+        if not on_host(norm):
+            return False
+        size, best = to_host(norm), to_host(c.best_norm)
+        going_on = size < best
+        if not self.budget_only:
+            rtol = to_host(self.rtol) if isinstance(self.rtol, Tensor) else self.rtol
+            going_on &= size > self.atol + rtol * to_host(scale)
+        return bool(going_on.all())
+
+    def _converged(self, c: _Carry, z: Tensor, norm: Tensor, scale: Tensor) -> Tensor | None:
         """Which samples have arrived at `z`, whose residual norm is `norm`, with the step from `c`."""
         if self.budget_only:
             return None
-        if not self.relative_to_iterate:
-            return norm <= self.atol + self.rtol * c.scale
-        scale = row_norm(z)
         converged = norm <= self.atol + self.rtol * scale
-        if not happens(converged):
+        if not self.relative_to_iterate or not happens(converged):
             return converged
         assert not isinstance(self.rtol, Tensor)
         # The step was the solver's estimate of the error of `c.z`; the residual there was only so long.
@@ -398,14 +408,6 @@ def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
     if isinstance(answer, bool):
         return answer
     return bool(answer.device.type != "cpu" and k % ACCELERATOR_STRIDE) or bool(unwrapped(answer).any())
-
-
-def happens(mask: Tensor) -> bool:
-    """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
-    if torch.compiler.is_compiling():
-        return True
-    mask = unwrapped(mask)
-    return mask.device.type != "cpu" or bool(mask.any())
 
 
 def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

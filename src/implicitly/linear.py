@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write_result
-from implicitly.iterate import Proposal, Solver, happens
+from implicitly.host import happens
+from implicitly.iterate import Proposal, Solver
 from implicitly.tree import row_norm
 
 

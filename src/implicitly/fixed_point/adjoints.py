@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
 from implicitly.history import add_combined, combine, products
+from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, attach, find, is_usable, search, users_line
-from implicitly.iterate import ConvergenceWarning, Found, Solver, happens
+from implicitly.iterate import ConvergenceWarning, Found, Solver
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
 from implicitly.tree import is_wrapped, unwrapped

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from implicitly.history import combine, empty_slots, filled, products, with_room, write, write_cross, write_result
-from implicitly.iterate import Proposal, Residual, Solver, happens, where_rows
+from implicitly.host import happens
+from implicitly.iterate import Proposal, Residual, Solver, where_rows
 
 LARGEST_WEIGHTS = 1e4
 
@@ -97,8 +98,7 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
     if isinstance(count, Tensor):
         right = right * (torch.arange(gram.shape[1], device=gram.device) < count)[:, None]
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    weights = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, :, 0]
+    weights = torch.cholesky_solve(right, factor)[:, :, 0]
     weights = weights / weights.sum(1, keepdim=True)
     # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
     # contracts by q needs weights of about 1 / (1 - q).) NaN compares false.

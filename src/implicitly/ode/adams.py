@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, gauss, library, remembered, to_host, to_tensor
 from implicitly.iterate import where_rows
 from implicitly.ode.combine import Length, as_length, stage_times
 from implicitly.ode.control import Controller
-from implicitly.ode.host import Array, gauss, library, remembered, to_host, to_tensor
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import Bosh3, Dopri5, Dopri8, RungeKutta

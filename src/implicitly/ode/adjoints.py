@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
+from implicitly.host import on_host
 from implicitly.implicit import push
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
-from implicitly.ode.host import on_host
 from implicitly.ode.hybrid import HybridStepper
 from implicitly.ode.integrate import (
     Bound,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from implicitly.host import Array, gauss, library, on_host, some, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, sweep
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import rms_norm
-from implicitly.ode.host import Array, gauss, library, on_host, some, to_host, to_tensor
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field, Problem

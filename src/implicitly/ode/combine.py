@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.ode.host import Array, remembered
+from implicitly.host import Array, remembered
 from implicitly.tree import records
 
 # A length: a number where all samples have the same, else `(B, 1)`.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, library, some, to_host
 from implicitly.ode.combine import advanced, as_length
-from implicitly.ode.host import Array, library, some, to_host
 from implicitly.ode.problem import Field
 
 Norm = Callable[[Tensor], Tensor]

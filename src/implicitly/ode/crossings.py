@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, library, to_host, to_tensor
 from implicitly.implicit import push
 from implicitly.ode.events import Event
-from implicitly.ode.host import Array, library, to_host, to_tensor
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.tree import is_plain, recorded, unwrapped

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.compiled import run_as_graph
+from implicitly.host import views
 from implicitly.iterate import Status, is_running, is_success, repeat
-from implicitly.ode.host import views
 from implicitly.ode.integrate import Carry, Integrated, Stepper
 from implicitly.ode.record import Record, State, Taken
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.host import Array, library, to_host, to_tensor
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Status, is_running, where_rows
 from implicitly.linear import DenseLU
 from implicitly.ode.crossings import ROUNDING, Scan, Watch, any_of, chosen, correct, first_root, scan, values
 from implicitly.ode.events import Event
-from implicitly.ode.host import Array, library, to_host, to_tensor
 from implicitly.ode.integrate import STRETCH, Carry, Stepper
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, all_of, library, remembered, some, to_host, to_tensor, views
 from implicitly.implicit import Backward, Condition, Report, attach, find
 from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
 from implicitly.ode.control import TINY, Controller
-from implicitly.ode.host import Array, all_of, library, remembered, some, to_host, to_tensor, views
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import RungeKutta

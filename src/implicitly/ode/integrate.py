@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.iterate import DROP_BELOW, Status, happens, is_running, is_success, repeat, where_rows
+from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor
+from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, where_rows
 from implicitly.ode.control import first_step
-from implicitly.ode.host import Array, finite_rows, library, some, to_host, to_tensor
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken

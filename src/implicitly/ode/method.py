@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, to_tensor
 from implicitly.ode.control import Controller, Norm, rms_norm
-from implicitly.ode.host import Array, to_tensor
 from implicitly.ode.problem import Field, Problem
 
 # What a method carries from one step to the next besides the state: tensors with one row a sample.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.host import Array, library, on_host, to_host, to_tensor
 from implicitly.ode.events import Event, check_number
-from implicitly.ode.host import Array, library, on_host, to_host, to_tensor
 from implicitly.problem import carries_of
 from implicitly.tree import Layout, Opened, open_function, records, refuse_captured, unwrapped, watched
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.ode.host import Array, to_host
+from implicitly.host import Array, to_host
 from implicitly.ode.method import Memory
 
 # Of `Taken.ends`.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitly.host import Array
 from implicitly.ode.combine import advanced, as_length, stage_times, weighted
-from implicitly.ode.host import Array
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.host import Array, remembered, to_tensor
 from implicitly.ode import tableaus
 from implicitly.ode.combine import advanced, as_length, stage_times, weighted
-from implicitly.ode.host import Array, remembered, to_tensor
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field
 from implicitly.ode.stiffness import real_limit

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from implicitly.compiled import CompileWarning
+from implicitly.host import happens
 from implicitly.implicit import users_line
-from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, happens, is_success
+from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
 from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated

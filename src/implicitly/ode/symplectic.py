@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.iterate import happens
+from implicitly.host import Array, happens
 from implicitly.ode.combine import advanced, as_length, stage_times
-from implicitly.ode.host import Array
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field, Problem
 from implicitly.tree import unwrapped

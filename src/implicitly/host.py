@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.iterate import happens
 from implicitly.tree import is_wrapped, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
@@ -97,6 +96,14 @@ def finite_rows(x: Tensor) -> Array:
 def to_tensor(x: Array) -> Tensor:
     """`x` as a tensor."""
     return x if isinstance(x, Tensor) else torch.from_numpy(x)
+
+
+def happens(mask: Tensor) -> bool:
+    """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
+    if torch.compiler.is_compiling():
+        return True
+    mask = unwrapped(mask)
+    return mask.device.type != "cpu" or bool(mask.any())
 
 
 def some(mask: Array) -> bool:
