@@ -2,7 +2,7 @@
 
 Times, lengths and errors are arrays `(B,)`. On a CPU they are NumPy's, whose operations take a fifth of the time
 of torch's; on an accelerator, under transforms and in a traced graph they are tensors. The functions used on both
-have the same names there (`where`, `minimum`, `maximum`, `clip`, `sign`).
+have the same names there (`where`, `minimum`, `maximum`, `sign`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.tree import is_wrapped, unwrapped
+from implicitly.tree import is_wrapped, under_transform, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any
@@ -78,9 +78,20 @@ def to_host(x: Tensor) -> Array:
     """`x`, detached, as an array of the kind to be used where it lies."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x.detach()
+    if not under_transform():
+        return x.detach().numpy()
     x = unwrapped(x)
     with torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage] - else a transform wraps it again
         return x.detach().numpy()
+
+
+def within(x: Array, least: float | None, most: float | None) -> Array:
+    """`x`, but no less than `least` and no more than `most`."""
+    if isinstance(x, Tensor):
+        return x.clamp(least, most)
+    if least is not None:  # NumPy's own clip takes four times as long
+        x = np.maximum(x, least)
+    return x if most is None else np.minimum(x, most)
 
 
 def finite_rows(x: Tensor) -> Array:

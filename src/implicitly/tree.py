@@ -230,7 +230,7 @@ class Opened:
         return call
 
     def _call(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
-        transformed = not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None
+        transformed = not torch.compiler.is_compiling() and under_transform()
         if own and not transformed:
             return self.f(state, *args)
         if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
@@ -440,6 +440,11 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def under_transform() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return functorch.peek_interpreter_stack() is not None
+
+
 def is_wrapped(x: Tensor) -> bool:
     """Whether `x` belongs to a `torch.func` transform."""
     return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x)
@@ -470,9 +475,7 @@ def records() -> bool:
     """Whether a derivative or a transform may follow what is computed now."""
     if torch.compiler.is_compiling():
         return True
-    return (
-        torch.is_grad_enabled() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
-    )
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_transform()
 
 
 def is_recorded(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, library, some, to_host
+from implicitly.host import Array, library, some, to_host, within
 from implicitly.ode.combine import advanced, as_length
 from implicitly.ode.problem import Field
 
@@ -46,15 +46,15 @@ class Controller:
     def factor(self, error: Array, last: Array, accepted: Array, order: int) -> Array:
         """By how much `(B,)` the next step is longer, after a step with `error` and one before with `last`."""
         xp = library(error)
-        error = xp.clip(error, TINY, None)
+        error = within(error, TINY, None)
         factor = self.safety * error ** (-self.integral / order)
         if self.proportional:
-            factor = factor * xp.clip(last, 1e-10, None) ** (self.proportional / order)
+            factor = factor * within(last, 1e-10, None) ** (self.proportional / order)
         # A rejected step says what its length should have been; the one before says nothing about that.
         if some(~accepted):
-            again = xp.clip(self.safety * error ** (-1 / order), None, self.safety)
+            again = within(self.safety * error ** (-1 / order), None, self.safety)
             factor = xp.where(accepted, factor, again)
-        return xp.clip(factor, self.shrink, self.grow)
+        return within(factor, self.shrink, self.grow)
 
 
 def first_step(
@@ -72,15 +72,15 @@ def first_step(
     """
     d0, d1 = to_host(norm(y / scale)), to_host(norm(k / scale))
     xp, whole = library(d0), abs(span)
-    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / xp.clip(d1, TINY, None))
+    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / within(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
     h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, 1e-6 * whole)
     dt = h0 * xp.sign(span)
     d2 = to_host(norm((F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / scale)) / h0
-    d2 = xp.clip(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
-    d1 = xp.clip(d1, TINY, HUGE)
+    d2 = within(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
+    d1 = within(d1, TINY, HUGE)
     flat = xp.maximum(d1, d2) <= 1e-15
-    least = xp.where(flat, xp.clip(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
-    rate = xp.clip(d2 / d1, 1e-15, 1e15)
+    least = xp.where(flat, within(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
+    rate = within(d2 / d1, 1e-15, 1e15)
     likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
     return xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)

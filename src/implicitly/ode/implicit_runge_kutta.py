@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, all_of, library, remembered, some, to_host, to_tensor, views
+from implicitly.host import Array, all_of, library, remembered, some, to_host, to_tensor, views, within
 from implicitly.implicit import Backward, Condition, Report, attach, find
 from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
@@ -249,7 +249,7 @@ class Newton:
         xp, traced = library(self.least), torch.compiler.is_compiling()
         ones = xp.ones_like(self.least)
         # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
-        gain = xp.clip(self.gain * ones, 1e-16, 1.0) ** 0.8
+        gain = within(self.gain * ones, 1e-16, 1.0) ** 0.8
         begin = Iterate(z, ones, gain, ones > 0, ones < 0, ones < 0)
         if traced:
             found = self._traced(F, stage, begin)
@@ -285,7 +285,7 @@ class Newton:
         size, gain, slow = to_host(self.method.norm(d / self.scale)), it.gain, it.slow
         xp = library(size)
         if isinstance(i, Tensor) or i > 0:
-            rate = size / xp.clip(it.size, TINY, None)
+            rate = size / within(it.size, TINY, None)
             shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), FAR if self.full else float("inf"))
             gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
             slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor
+from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor, within
 from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, where_rows
 from implicitly.ode.control import first_step
 from implicitly.ode.method import Memory, Method, Step
@@ -161,7 +161,7 @@ class Stepper:
             length = xp.full_like(span, given)
         else:
             length = self.first_length(y.detach(), k.detach())
-        length = xp.clip(length, None, method.dt_max)
+        length = within(length, None, method.dt_max)
         zeros = xp.zeros_like(span, dtype=xp.int64)
         finite = finite_rows(y.detach()) & finite_rows(k.detach())
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
@@ -243,7 +243,7 @@ class Stepper:
         xp, length = library(error), c.length
         if method.dt is None:
             factor = method.controller.factor(error, c.error, accepted, method.order)
-            length = xp.clip(abs(taken.dt) * factor, None, method.dt_max)
+            length = within(abs(taken.dt) * factor, None, method.dt_max)
         if c.status is None and not some(~accepted | last):  # the usual step: all go on
             t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
             return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.worst, c.watch)
@@ -268,7 +268,7 @@ class Stepper:
         reason = xp.full_like(c.steps, int(Status.NON_FINITE))
         if self.method.dt is not None:  # of constant steps, nothing can be made shorter
             return rejected, length, reason
-        shortest = xp.clip(self.resolved(c.t), self.method.dt_min, None)
+        shortest = within(self.resolved(c.t), self.method.dt_min, None)
         reason = xp.where(xp.isfinite(error), int(Status.STEP_UNDERFLOW), reason)
         return rejected & (length < shortest), xp.maximum(length, shortest), reason
 
