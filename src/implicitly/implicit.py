@@ -28,7 +28,16 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
-from implicitly.iterate import ConvergenceWarning, Found, Solution, Solver, SolverError, Status, iterate
+from implicitly.iterate import (
+    ConvergenceWarning,
+    Found,
+    Solution,
+    Solver,
+    SolverError,
+    Status,
+    is_success,
+    iterate,
+)
 from implicitly.linear import Affine
 from implicitly.tree import (
     full_precision,
@@ -94,7 +103,7 @@ class Report:
         """Announce the samples of `found` that did not converge."""
         if self.on_failure == "ignore":
             return
-        short = found.status != Status.CONVERGED
+        short = ~is_success(found.status)
         if solver.budget_only:  # steps were asked for, not convergence
             short = short & (found.status != Status.MAX_STEPS)
         failed = short.nonzero()[:, 0]
@@ -128,6 +137,9 @@ _REMEDY = {
     Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
     Status.SINGULAR: "the Jacobian is singular there: the solution is not locally unique, or does not exist",
     Status.NON_FINITE: "f returned NaN or inf: check its inputs, or start closer (z0)",
+    Status.INFEASIBLE: "no point satisfies the constraints: check their signs, or relax them",
+    Status.UNBOUNDED: "the objective falls for ever along a feasible direction: constrain it",
+    Status.NOT_MINIMUM: "a stationary point that is no local minimum: start elsewhere (z0)",
 }
 
 
@@ -281,7 +293,7 @@ class Backward:
 
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
-    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+    return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
 
 
 def _preconditioned(condition: Condition, inverse: Map) -> Condition:

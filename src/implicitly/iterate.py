@@ -49,6 +49,10 @@ class Status(IntEnum):
     NON_FINITE = 5
     STEP_UNDERFLOW = 6
     EVENT = 7
+    INFEASIBLE = 8
+    UNBOUNDED = 9
+    NOT_MINIMUM = 10
+    DEGENERATE = 11
 
 
 def is_running(status: Any) -> Any:
@@ -57,8 +61,10 @@ def is_running(status: Any) -> Any:
 
 
 def is_success(status: Any) -> Any:
-    """Which of `(B,)` codes, a tensor or an array, ended as they should: converged, or at an event."""
-    return (status == int(Status.CONVERGED)) | (status == int(Status.EVENT))
+    """Which of `(B,)` codes, a tensor or an array, ended as they should: converged (to a solution that may have no
+    unique derivative, `DEGENERATE`), or at an event."""
+    good = (status == int(Status.CONVERGED)) | (status == int(Status.EVENT))
+    return good | (status == int(Status.DEGENERATE))
 
 
 @dataclass(frozen=True)
