@@ -1,6 +1,8 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.argmin import project, prox
+from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import (
     ImplicitAdjoint,
@@ -79,6 +81,11 @@ __all__ = [
     "linear_solve",
     "nn",
     "odeint",
+    "project",
+    "prox",
     "root",
+    "soft_rank",
+    "soft_sort",
+    "sparsemax",
     "trajectory_derivatives",
 ]
