@@ -2,6 +2,9 @@
 
 from implicitly import nn
 from implicitly.argmin import project, prox
+from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import (
@@ -55,7 +58,9 @@ __all__ = [
     "ImplicitAdjoint",
     "ImplicitEuler",
     "ImplicitMidpoint",
+    "InteriorPoint",
     "JacobianFreeAdjoint",
+    "KKTAdjoint",
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
@@ -64,6 +69,7 @@ __all__ = [
     "Newton",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ProgramSolution",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -83,6 +89,7 @@ __all__ = [
     "odeint",
     "project",
     "prox",
+    "qp",
     "root",
     "soft_rank",
     "soft_sort",
