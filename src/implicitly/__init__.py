@@ -2,6 +2,7 @@
 
 from implicitly import nn
 from implicitly.argmin import project, prox
+from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.qp import ProgramSolution, qp
@@ -45,6 +46,7 @@ __all__ = [
     "BlanesMoan4",
     "Bosh3",
     "Broyden",
+    "Clarabel",
     "CompileWarning",
     "Controller",
     "ConvergenceWarning",
