@@ -4,9 +4,9 @@ cvxpy turns a problem that follows its rules of disciplined parametrised program
 
     minimise 1/2 x'Px + q'x  subject to  Ax + s = b,  s in K
 
-where every entry of P, q, A and b is an affine function of the parameters (Agrawal, Amos, Barratt, Boyd, Diamond and
-Kolter, "Differentiable Convex Optimization Layers", NeurIPS 2019). Those functions are found once; then values of
-parameters become a program by one sparse product, without cvxpy.
+where every entry of P, q, A and b is an affine function of the parameters (Agrawal, Amos, Barratt, Boyd, Diamond
+and Kolter, "Differentiable Convex Optimization Layers", NeurIPS 2019). Those functions are found once; then values
+of parameters become a program by one sparse product, without cvxpy.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class CanonicalProgram:
     _moved: dict[tuple[torch.dtype, torch.device], tuple[AffineMap, ...]] = field(default_factory=dict)
 
     def numbers(self, values: list[Tensor], batch: int) -> tuple[Tensor, ...]:
-        """P, q, A and b, each `(B, ·)`, or `(1, ·)` where the batch shares it, for one value a parameter: `(B, ...)`,
-        or without B where shared."""
+        """P, q, A and b, each `(B, ·)`, or `(1, ·)` where the batch shares it, for one value a parameter,
+        `(B, ...)` or without B where shared."""
         flat: list[tuple[int, Tensor]] = []
         for value, slot in zip(values, self.parameters):
             rows = slot.rows(value)
@@ -159,6 +159,13 @@ class CanonicalProgram:
         varying = torch.cat([torch.full(rows.shape[1:], len(rows) > 1) for rows in parts])
         return tuple(f(own if f.depends_on(varying) else shared) for f in self._maps(own))
 
+    def wanted(self) -> Tensor:
+        """`(n + m,)`, 1 for those entries of (x, multipliers) on which the variables depend, else 0."""
+        entries = torch.zeros(self.pattern.n + self.pattern.m, dtype=torch.float64)
+        for v in self.variables:
+            entries[v.source + (self.pattern.n if v.dual else 0)] = 1.0
+        return entries
+
     def _maps(self, like: Tensor) -> tuple[AffineMap, ...]:
         key = (like.dtype, like.device)
         if key not in self._moved:
@@ -170,7 +177,7 @@ class CanonicalProgram:
 
 
 def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], gp: bool) -> CanonicalProgram:
-    """The canonical form of a cvxpy `problem`; raises TypeError, ValueError or NotImplementedError for what has none.
+    """The canonical form of a cvxpy `problem`; raises TypeError, ValueError or NotImplementedError.
 
     Args:
         parameters: all of the problem's, in the order of the values to come.
@@ -220,7 +227,7 @@ class _Names:
         return self.form.var_id_to_col[_latest(self.chain.compose_var_id_map(), key)]
 
     def places(self, parameter: Any) -> tuple[tuple[int, bool], ...]:
-        """The first entry of the vector of parameters that is `parameter`'s, and whether its logarithm's; or both."""
+        """The first entry of the vector of parameters that is `parameter`'s, and whether that is its logarithm."""
         renamed, columns = self.chain.compose_param_id_map(), self.form.param_id_to_col
         keys = [(parameter.id, False)]
         if parameter.id in self.logs:
@@ -239,7 +246,7 @@ class _Names:
         raise ValueError(f"cvxpy's canonical form has no constraint {constraint}")
 
 
-def _latest(renamed: Any, key: int) -> int:
+def _latest(renamed: Any, key: Any) -> int:
     new = renamed.get(key, key)
     return new[0] if isinstance(new, list | tuple) else new
 
@@ -286,8 +293,8 @@ def _check(cp: Any, problem: Any, parameters: Sequence[Any], variables: Sequence
             raise TypeError(f"{name} must be a list or tuple of cvxpy objects, got a {type(given).__name__}")
     if problem.is_mixed_integer():
         raise ValueError(
-            "the problem has boolean or integer variables: its solution is piecewise constant in the parameters, and "
-            "has no derivative. Relax them: a continuous variable with bounds"
+            "the problem has boolean or integer variables: its solution is piecewise constant in the parameters, "
+            "and has no derivative. Relax them: a continuous variable with bounds"
         )
     if not (problem.is_dpp("dgp") if gp else problem.is_dpp(quad_form_dpp="qp")):
         raise ValueError(_why_not_dpp(problem, gp))
@@ -328,7 +335,7 @@ def _why_not_dpp(problem: Any, gp: bool) -> str:
     else:
         reason = (
             "the problem is convex, but not in the way that cvxpy can canonicalise once for all values of the "
-            "parameters (DPP): products of parameters, or other functions of them, have to be parameters of their own"
+            "parameters (DPP): products of parameters, or other functions of them, must be parameters of their own"
         )
     parts = [problem.objective, *problem.constraints]
     good = [(x.is_dgp(dpp=True) if gp else x.is_dcp(dpp=True)) for x in parts]
@@ -355,7 +362,7 @@ def _parameter_slot(parameter: Any, names: _Names) -> ParameterSlot:
 
 
 def _entries(leaf: Any) -> Any:
-    """Row-major positions of those entries of a parameter or variable that the canonical form has, in its order."""
+    """Row-major positions of those entries of a parameter or variable that the canonical form has, in order."""
     positions = np.arange(leaf.size).reshape(leaf.shape)
     if any(leaf.attributes[kind] for kind in ("symmetric", "PSD", "NSD")):
         if leaf.ndim != 2:
@@ -396,7 +403,7 @@ def _dual_slot(variable: Any, constraint: Any, names: _Names) -> VariableSlot:
     kind = type(constraint).__name__
     if kind not in ("Equality", "Inequality", "Zero", "NonNeg", "NonPos"):
         raise NotImplementedError(
-            f"the dual variable of a constraint of type {kind}; ConvexLayer returns those of equalities and inequalities"
+            f"the dual variable of a constraint of type {kind}: only equalities and inequalities have theirs here"
         )
     places = names.row(constraint) + np.arange(variable.size).reshape(variable.shape, order="F").reshape(-1)
     return VariableSlot(

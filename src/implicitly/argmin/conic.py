@@ -2,14 +2,15 @@
 
     minimise 1/2 x'Px + q'x  subject to  Ax + s = b,  s in K
 
-With y the multiplier of the equality, x and v = y - s say all: y is the projection of v onto the dual cone K*, and s
-is y - v (Moreau). So the condition is, for z = (x, v),
+With y the multiplier of the equality, x and v = y - s say all: y is the projection of v onto the dual cone K*, and
+s is y - v (Moreau). So the condition is, for z = (x, v),
 
     Px + q + A'y = 0,      Ax + y - v - b = 0,      y = proj_K*(v),
 
-which has no inequality left in it. Busseti, Moursi and Boyd, "Solution refinement at regular points of conic problems",
-2019, have it for linear objectives, in homogeneous form; here the solution is known to exist, so that the scale of
-the homogeneous form is not wanted, and P is as easy as none. Its Jacobian is, with D that of the projection,
+which has no inequality left in it. Busseti, Moursi and Boyd, "Solution refinement at regular points of conic
+problems", 2019, have it for linear objectives, in homogeneous form; here the solution is known to exist, so that
+the scale of the homogeneous form is not wanted, and P is as easy as none. Its Jacobian is, with D that of the
+projection,
 
     [ P   A'D   ]
     [ A   D - I ].
@@ -36,8 +37,8 @@ from implicitly.tree import row_norm
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Cones of one kind and size: the rows of A that each takes, `(count, d)`, and the projection of `(..., d)` onto
-    their dual."""
+    """Cones of one kind and size: the rows of A that each takes `(count, d)`, and the projection of
+    `(..., d)` onto their dual."""
 
     rows: Tensor
     project_dual: Callable[[Tensor], Tensor]
@@ -126,7 +127,7 @@ class Cones:
         return torch.cat(rows).argsort()
 
     def jacobians(self, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The derivative of the dual projection at `v` `(B, m)`: its diagonal `(B, linear)` on the linear rows, and
+        """The derivative of the dual projection at `v` `(B, m)`: the diagonal `(B, linear)` of linear rows, and
         `(B, count, d, d)` of each block."""
         diagonal = torch.ones_like(v[:, : self.linear])
         diagonal[:, self.zero :] = (v[:, self.zero : self.linear] > 0).to(v.dtype)
@@ -179,7 +180,7 @@ def _matrix(v: Tensor) -> Tensor:
 
 @remembered(64)
 def _triangle(width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a triangle of so many entries: for each of the matrix its place there, the weights, the flat positions."""
+    """Of a triangle of so many entries: for each of the matrix its place there, weights, flat positions."""
     k = int((2 * width + 0.25) ** 0.5)
     columns, rows = np.tril_indices(k)  # the upper triangle, column by column
     index = np.zeros((k, k), dtype=np.int64)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.conic_solver import Clarabel, Numbers, Workers
@@ -23,6 +24,8 @@ from implicitly.tree import merge_rows, row_norm
 DENSE_UP_TO = 150
 # Numbers of a batch of dense matrices, at most.
 DENSE_LIMIT = 2**27
+# How much a Jacobian is regularised before it is factorised; refinement takes that out of what is solved with it.
+PROXIMAL = 1e-10
 # A move so much shorter than z leaves the Jacobian as it is, for an inverse to refine with.
 NEAR = 1e-5
 # An eigenvalue of v so much smaller than v is zero: which face of the cone counts is then not determined.
@@ -31,17 +34,13 @@ WEAK = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class ConicFamily:
-    """Programs of one pattern and cone, and the solvers that wait for the next of them."""
+    """Programs of one pattern and cone, how they are solved, and the solvers that wait for the next of them."""
 
     pattern: Pattern
     cones: Cones
     solver: Clarabel
     workers: Workers
-
-    @classmethod
-    def of(cls, pattern: Pattern, cones: Cones, solver: Clarabel) -> ConicFamily:
-        """Raises ImportError where Clarabel is missing."""
-        return cls(pattern, cones, solver, Workers(pattern, cones, solver))
+    wanted: Tensor  # `(n + m,)`, 1 for the entries of z on which what the user wants depends, else 0
 
     def bind(self, *theta: Tensor) -> Map:
         """The residual of the optimality condition."""
@@ -93,7 +92,7 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
     z, norm = polished(residual, jacobian, z, family.solver.polish)
     weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + z.abs().amax(1))
-    known.append(jacobian.near(z, happens(weak)))
+    known.append(jacobian.near(z, happens(weak) or happens(jacobian.singular)))
     limit = family.solver.rtol * (1 + row_norm(theta[1]) + row_norm(theta[3]))
     status = torch.where((norm <= limit) & ~bad, int(Status.CONVERGED), status)
     if family.solver.polish:
@@ -106,7 +105,7 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
 
 
 def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """`z` after Newton steps with the inverse of one Jacobian, for as long as they help, and its residual norms."""
+    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms."""
     r = residual(z)
     norm = row_norm(r)
     for _ in range(steps):
@@ -149,7 +148,8 @@ class _Find(torch.autograd.Function):
         return (None,) * 5
 
     @staticmethod
-    def vmap(info, in_dims, family, known, report, *theta):
+    def vmap(info, in_dims, *args):
+        family, known, report, *theta = args
         size = info.batch_size
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(theta, in_dims[3:])]
         rows = max(t.shape[0 if d is None else 1] for t, d in zip(moved, in_dims[3:]))
@@ -172,6 +172,10 @@ class _Find(torch.autograd.Function):
 class Jacobian:
     """J of the optimality condition at `z` `(B, n + m)`, factorised when it is first needed.
 
+    What is factorised has P + cI for P, and D - cD for the D of the second row, with a small c. That is regular
+    whatever J is: where it maps (dx, dv) to zero, dx'(P + cI)dx + dv'D(I - D + cD)dv = 0, so that dx, D dv and dv
+    vanish.
+
     Samples that are `left_out` `(B,)` have the identity instead.
     """
 
@@ -193,19 +197,36 @@ class Jacobian:
             return self
         return Jacobian(self.family, z, self.theta, self.left_out)
 
-    @property
+    @cached_property
     def degenerate(self) -> Tensor:
-        """`(B,)`, where J is singular, as far as can be told in floating point."""
-        return self._factors.singular
+        """`(B,)`, where what is `wanted` is not unique near the solution, as far as can be told.
+
+        Auxiliary variables of cvxpy often are not, and do no harm: then the system for a gradient by the others
+        has many solutions, and all of them give the same gradient.
+        """
+        return self._misses(self.family.wanted)
+
+    @cached_property
+    def singular(self) -> Tensor:
+        """`(B,)`, where anything is not unique near the solution."""
+        return self._misses(torch.ones_like(self.family.wanted))
+
+    def _misses(self, entries: Tensor) -> Tensor:
+        """Which samples' inverse leaves much of a meaningless gradient by some `entries`: what no solution has."""
+        g = torch.cos(torch.arange(1.0, self.z.shape[1] + 1, dtype=self.z.dtype) ** 2) * entries
+        g = torch.where(self.left_out.unsqueeze(1), 0.0, g)
+        u = self.solve(g, transposed=True)
+        left = g - vjp(self.family.bind(*self.theta), self.z)[1](u)[0]
+        return row_norm(left) > 0.01 * row_norm(g)
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
-        """w with J w = r, or J' w = r, for `r` `(k * B, n + m)` of which row i belongs to sample i % B."""
+        """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + m)` of which row i belongs to sample i % B."""
         batch, size = self.z.shape
         right = r.reshape(-1, batch, size).permute(1, 2, 0)
         return self._factors.solve(right, transposed).permute(2, 0, 1).reshape(-1, size)
 
-    def dense(self, rows: Tensor) -> Tensor:
-        """The matrices `(len(rows), n + m, n + m)` of some samples."""
+    def dense(self, rows: Tensor, proximal: float = 0.0) -> Tensor:
+        """The matrices `(len(rows), n + m, n + m)` of some samples; `proximal` times (I, -D) on the diagonal."""
         P, A, z = (t if len(t) == 1 else t[rows] for t in (self.theta[0], self.theta[2], self.z))
         z = z.expand(len(rows), -1)
         pattern, n, m = self.family.pattern, self.family.pattern.n, self.family.pattern.m
@@ -214,7 +235,8 @@ class Jacobian:
         J = z.new_zeros(len(rows), n + m, n + m)
         J[:, :n, :n], J[:, n:, :n] = P, A
         J[:, :n, n:] = A.mT @ D
-        J[:, n:, n:] = D
+        J[:, n:, n:] = (1 - proximal) * D
+        J[:, :n, :n].diagonal(dim1=1, dim2=2).add_(proximal)
         J[:, n:, n:].diagonal(dim1=1, dim2=2).sub_(1.0)
         left_out = self.left_out[rows]
         if happens(left_out):
@@ -228,19 +250,12 @@ class DenseFactors:
 
     lu: Tensor
     pivots: Tensor
-    singular: Tensor
 
     @classmethod
     def of(cls, jacobian: Jacobian) -> DenseFactors:
         """Factorise."""
-        J = jacobian.dense(torch.arange(len(jacobian.z)))
-        lu, pivots, info = torch.linalg.lu_factor_ex(J)
-        sizes = lu.diagonal(dim1=1, dim2=2).abs()
-        singular = (info != 0) | (sizes.amin(1) <= J.shape[1] * torch.finfo(J.dtype).eps * sizes.amax(1))
-        if happens(singular):
-            J[singular] = torch.eye(J.shape[1], dtype=J.dtype)
-            lu, pivots, _ = torch.linalg.lu_factor_ex(J)
-        return cls(lu, pivots, singular)
+        J = jacobian.dense(torch.arange(len(jacobian.z)), PROXIMAL)
+        return cls(*torch.linalg.lu_factor_ex(J)[:2])
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
         """For right-hand sides `(B, N, k)`."""
@@ -259,28 +274,20 @@ class SparseFactors:
     factors: list[Any]
     n: int
     m: int
-    singular: Tensor
 
     @classmethod
     def of(cls, jacobian: Jacobian) -> SparseFactors:
         """Factorise."""
         pattern, batch = jacobian.family.pattern, len(jacobian.z)
         layout, numbers = _sparse_numbers(jacobian)
-        sparse = require("scipy.sparse.linalg")
-        factors: list[Any] = []
-        for i in range(batch):
-            try:
-                factors.append(None if jacobian.left_out[i] else sparse.splu(layout.matrix(numbers[i])))
-            except RuntimeError as error:  # "Factor is exactly singular"
-                if "singular" not in str(error):
-                    raise
-                factors.append(None)
-        singular = torch.tensor([f is None or _is_singular(f) for f in factors]) & ~jacobian.left_out
-        factors = [None if s else f for s, f in zip(singular, factors)]
-        return cls(factors, pattern.n, pattern.m, singular)
+        splu = require("scipy.sparse.linalg").splu
+        out = jacobian.left_out.tolist()
+        return cls(
+            [None if out[i] else splu(layout.matrix(numbers[i])) for i in range(batch)], pattern.n, pattern.m
+        )
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
-        """For right-hand sides `(B, N, k)`; those of singular and left out samples stay as they are."""
+        """For right-hand sides `(B, N, k)`; those of left out samples stay as they are."""
         n, m = self.n, self.m
         found = right.clone()
         for i, factor in enumerate(self.factors):
@@ -295,31 +302,31 @@ class SparseFactors:
         return found
 
 
-def _is_singular(factor: Any) -> bool:
-    sizes = np.abs(factor.U.diagonal())
-    return bool(sizes.min() <= len(sizes) * np.finfo(np.float64).eps * sizes.max())
-
-
 @dataclass(frozen=True, eq=False)
 class SparseLayout:
-    """A compressed sparse matrix whose numbers come in another order."""
+    """A compressed sparse matrix whose numbers come in another order; those at one place are added."""
 
     order: Any
+    first: Any
     rows: Any
     starts: Any
     size: int
 
     @classmethod
     def of(cls, rows: Any, columns: Any, size: int) -> SparseLayout:
-        """From the places of the numbers, all different."""
+        """From the places of the numbers."""
         order = np.lexsort((rows, columns))
+        rows, columns = rows[order], columns[order]
+        new = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(columns) != 0)])
+        rows, columns = rows[new], columns[new]
         starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=size))])
-        return cls(order, rows[order].astype(np.int32), starts.astype(np.int32), size)
+        return cls(order, np.flatnonzero(new), rows.astype(np.int32), starts.astype(np.int32), size)
 
     def matrix(self, numbers: Any) -> Any:
         """The matrix with those numbers."""
         shape = (self.size, self.size)
-        return require("scipy.sparse").csc_matrix((numbers[self.order], self.rows, self.starts), shape=shape)
+        entries = np.add.reduceat(numbers[self.order], self.first)
+        return require("scipy.sparse").csc_matrix((entries, self.rows, self.starts), shape=shape)
 
 
 def _sparse_numbers(jacobian: Jacobian) -> tuple[SparseLayout, Any]:
@@ -336,10 +343,11 @@ def _sparse_numbers(jacobian: Jacobian) -> tuple[SparseLayout, Any]:
         D_rows.append(np.repeat(rows, rows.shape[1], axis=1).reshape(-1))
         D_columns.append(np.tile(rows, (1, rows.shape[1])).reshape(-1))
         D_numbers.append(D.flatten(1))
-    rows = [P_rows, A_columns, n + A_rows, n + own, n + own, n + m + own, *(n + m + r for r in D_rows)]
-    columns = [P_columns, n + A_rows, A_columns, n + own, n + m + own, n + own, *(n + m + c for c in D_columns)]
-    one = torch.ones(1, m, dtype=torch.float64)
+    x = np.arange(n)
+    rows = [P_rows, x, A_columns, n + A_rows, n + own, n + own, n + m + own, *(n + m + r for r in D_rows)]
+    columns = [P_columns, x, n + A_rows, A_columns, n + own, n + m + own, n + own, *(n + m + c for c in D_columns)]
+    one, little = torch.ones(1, m, dtype=torch.float64), torch.full((1, n), PROXIMAL, dtype=torch.float64)
     P, A = jacobian.theta[0][:, index], jacobian.theta[2]
-    numbers = [P, A, A, one, -one, one, *(-D for D in D_numbers)]
+    numbers = [P, little, A, A, (1 - PROXIMAL) * one, -one, one, *(-D for D in D_numbers)]
     layout = SparseLayout.of(np.concatenate(rows), np.concatenate(columns), n + 2 * m)
     return layout, torch.cat([t.expand(batch, -1) for t in numbers], dim=1).numpy()

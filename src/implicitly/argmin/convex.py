@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicitly.argmin.canonical import CanonicalProgram, ParameterSlot, canonicalise
 from implicitly.argmin.conic_program import ConicFamily, solve_conic
-from implicitly.argmin.conic_solver import Clarabel
+from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.qp import qp
 from implicitly.argmin.solver import ProgramSolver
@@ -39,15 +39,17 @@ class ConvexProgram:
         """Canonicalise `problem`; raises ImportError, TypeError, ValueError, NotImplementedError."""
         if solver is not None and not isinstance(solver, ProgramSolver | Clarabel):
             raise TypeError(
-                f"solver must be im.InteriorPoint() or im.ADMM(), for quadratic and linear programs, or im.Clarabel(), "
-                f"got {solver!r}"
+                "solver must be im.InteriorPoint() or im.ADMM(), for quadratic and linear programs, or "
+                f"im.Clarabel(); got {solver!r}"
             )
         program = canonicalise(problem, parameters, variables, gp)
         quadratic = program.cones.size == program.cones.linear
         if solver is None:
             solver = InteriorPoint() if quadratic else Clarabel()
         if isinstance(solver, Clarabel):
-            return cls(program, solver, ConicFamily.of(program.pattern, program.cones, solver))
+            workers = Workers(program.pattern, program.cones, solver)
+            family = ConicFamily(program.pattern, program.cones, solver, workers, program.wanted())
+            return cls(program, solver, family)
         if not quadratic:
             raise ValueError(
                 f"{type(solver).__name__} solves quadratic and linear programs; this problem has other cones "
@@ -56,17 +58,17 @@ class ConvexProgram:
         return cls(program, solver, None)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
-        """The solution at `values`, one tensor a parameter, each of the parameter's shape or with one entry a sample
-        in front; its `value` is a tuple of the variables' values."""
+        """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
+        front; its `value` is a tuple of the variables' values."""
         batch = checked_batch(values, self.program.parameters)
         solve = self._by_qp if self.family is None else self._by_clarabel
         solution = solve(self.program.numbers(list(values), batch or 1), values[0], on_failure)
         x, y = solution.value
         found = tuple(v.take(y if v.dual else x) for v in self.program.variables)
-        results = (solution.status, solution.residual, solution.steps)
-        if batch is None:
-            found, results = tuple(v[0] for v in found), tuple(r[0] for r in results)
-        return Solution(found, *results, solution.evaluations)
+        if batch is not None:
+            return replace(solution, value=found)
+        first = {name: getattr(solution, name)[0] for name in ("status", "residual", "steps")}
+        return replace(solution, value=tuple(v[0] for v in found), **first)
 
     def _by_clarabel(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
         assert self.family is not None
@@ -74,8 +76,8 @@ class ConvexProgram:
         found = solve_conic(self.family, theta, on_failure)
         x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
         value = x.to(like), self.program.cones.project_dual(v).to(like)
-        info = (t.to(like.device) for t in (found.status, found.residual, found.steps))
-        return Solution(value, *info, int(found.evaluations))
+        status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
+        return Solution(value, status, residual, steps, int(found.evaluations))
 
     def _by_qp(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
         assert isinstance(self.solver, ProgramSolver)
@@ -87,10 +89,11 @@ class ConvexProgram:
         Q, q, G, h, M, b = (t[0] if len(t) == 1 else t for t in tensors)
         found = qp(Q, q, G, h, M, b, solver=self.solver, on_failure=on_failure)
         value = found.value, torch.cat([found.dual_equality, found.dual_inequality], dim=-1)
-        info = (found.status, found.residual, found.steps)
+        status, residual, steps = found.status, found.residual, found.steps
         if single:
-            value, info = tuple(t.unsqueeze(0) for t in value), tuple(t.unsqueeze(0) for t in info)
-        return Solution(value, *info, found.evaluations)
+            value = tuple(t.unsqueeze(0) for t in value)
+            status, residual, steps = (t.unsqueeze(0) for t in (status, residual, steps))
+        return Solution(value, status, residual, steps, found.evaluations)
 
 
 def _described(program: CanonicalProgram) -> str:
@@ -108,7 +111,7 @@ def _described(program: CanonicalProgram) -> str:
 
 
 def checked_batch(values: Sequence[Any], slots: Sequence[ParameterSlot]) -> int | None:
-    """The number of samples, None where no value has a batch; raises TypeError / ValueError for what does not fit."""
+    """The number of samples, None where no value has a batch; raises TypeError / ValueError for misfits."""
     if len(values) != len(slots):
         names = ", ".join(s.name for s in slots)
         raise ValueError(
@@ -155,7 +158,7 @@ def _check_attributes(value: Tensor, slot: ParameterSlot) -> None:
         raise ValueError(f"parameter {slot.name} is declared not to be {kind}; its value has {float(extreme):.3g}")
     if slot.is_log and bool((value <= 0).any()):
         raise ValueError(
-            f"parameter {slot.name} of a geometric program must be positive; its value has {float(value.min()):.3g}"
+            f"parameter {slot.name} of a geometric program must be positive; it has {float(value.min()):.3g}"
         )
     if wrapped or not slot.symmetric:  # which dimensions are the matrix's is known outside of transforms only
         return
@@ -163,7 +166,7 @@ def _check_attributes(value: Tensor, slot: ParameterSlot) -> None:
     gap = (value - value.mT).abs().amax()
     if bool(gap > 1e-4 * size):
         raise ValueError(
-            f"parameter {slot.name} is declared symmetric; its value differs from its transpose by {float(gap):.3g}"
+            f"parameter {slot.name} is declared symmetric; it differs from its transpose by {float(gap):.3g}"
         )
     if slot.definite:
         shifted = slot.definite * (value + value.mT) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -62,13 +63,12 @@ class Jacobian:
 
 
 class Linearised(Protocol):
-    """The Jacobian J of an optimality condition, factorised; `Jacobian` is one.
-
-    `degenerate` `(B,)` says where it is singular.
-    """
+    """The Jacobian J of an optimality condition, factorised; `Jacobian` is one."""
 
     @property
-    def degenerate(self) -> Tensor: ...
+    def degenerate(self) -> Tensor:
+        """`(B,)`, where it is singular, in a way that matters."""
+        ...
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, N)` of which row i belongs to sample i % B."""
@@ -83,14 +83,15 @@ class Linearised(Protocol):
 class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
-    `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its transpose,
-    which the first step tells, are solved by dense LU. At degenerate samples the answer is that of least squares
-    and, of all of them, the one of minimal norm; what no answer can reduce does not count as residual.
+    `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
+    transpose, which the first step tells, are solved by dense LU. At degenerate samples the answer is that of
+    least squares and, of all of them, the one of minimal norm; what no answer can reduce does not count as
+    residual.
     """
 
     recurrent: ClassVar[bool] = False
     max_steps: int = 10
-    known: list[Linearised] = field(default_factory=list)
+    known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
         """The inverse to apply, and the first step and its residual."""
@@ -115,6 +116,12 @@ class StructuredSolver(LinearSolver):
             return DenseLU().propose(F, k, z, r, memory)
         inverse, *first = memory
         step, left = first or inverse(F, r)
+        if not first and happens(slow := row_norm(left) > CLOSE_ENOUGH * row_norm(r)):
+            # For some right-hand sides J and J' have one solution, but for rounding errors: it was the other.
+            again = _Inverse.of(inverse.jacobian, not inverse.transposed, len(r))
+            other_step, other_left = again(F, r)
+            better = (slow & (row_norm(other_left) < row_norm(left))).unsqueeze(1)
+            step, left = torch.where(better, other_step, step), torch.where(better, other_left, left)
         return Proposal(z + step, (inverse,), left, calls=1)
 
 

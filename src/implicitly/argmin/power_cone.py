@@ -20,7 +20,7 @@ def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
     Outside of the cone and its polar the answer is x_i = (z_i + sqrt(z_i^2 + 4 a_i r (|t| - r))) / 2, where r, its
     last entry but for the sign, solves one equation in one unknown (Hien, "Differential properties of Euclidean
     projection onto power cone", Mathematical Methods of Operations Research 82, 2015, proposition 2.2). A search
-    finds r in double precision; three Newton steps there, recorded by autograd, carry its derivatives up to order 7.
+    finds r in double precision; three Newton steps there, recorded by autograd, carry derivatives up to order 7.
 
     Args:
         z: `(..., k + 1)`, the bounded entry last.

@@ -19,10 +19,10 @@ class ConvexLayer(nn.Module):
     """The solution of a convex program as a differentiable function of its parameters.
 
     The program is written in cvxpy, which canonicalises it once, here. Calls then take values of the parameters to
-    the program's numbers by a sparse product, solve all samples, and give the solution its derivative, of any order
-    and in both modes, from the optimality condition. Quadratic and linear programs are solved in PyTorch, by `qp`,
-    where the values are; conic ones (second-order, semidefinite, exponential, power) by Clarabel in float64 on the
-    CPU. Constructor and call are those of `cvxpylayers.torch.CvxpyLayer`.
+    the program's numbers by a sparse product, solve all samples, and give the solution its derivative, of any
+    order and both modes, from the optimality condition. Quadratic and linear programs are solved in PyTorch, by
+    `qp`, where the values are; conic ones (second-order, semidefinite, exponential, power) by Clarabel in float64
+    on the CPU. Constructor and call are those of `cvxpylayers.torch.CvxpyLayer`.
 
     Args:
         problem: a `cvxpy.Problem` that is DPP: convex, and affine in the parameters where it matters. With a
@@ -32,8 +32,8 @@ class ConvexLayer(nn.Module):
         solver: `InteriorPoint` or `ADMM` (quadratic and linear programs) or `Clarabel` (any); None: the
             first for quadratic and linear programs, else the last.
         gp: whether it is a geometric program (log-log convex, `problem.is_dgp()`).
-        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their values are NaN, their gradients
-            zero; the others are solved.
+        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their values are NaN, their
+            gradients zero; the others are solved.
 
     Attributes:
         solution: the `Solution` of the last call, detached: `value` (the tuple), `status`, `residual`, `steps`.
