@@ -19,6 +19,7 @@ has a structure, which also the Newton steps of an interior point and the relaxe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def _plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
     return torch.baddbmm(base.expand(len(d), -1, -1), G.mT, d.unsqueeze(2) * G)
 
 
-def is_singular(factors: Factors, beta: Tensor) -> Tensor:
+def is_singular(factors: Any, beta: Tensor) -> Tensor:
     """`(B,)`, whether the Jacobian has no inverse, as far as can be told; `beta` is what the factors approximate.
 
     Its regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
