@@ -6,12 +6,13 @@ solution without inequalities, z = z0 - P G'λ, and the slack is
     s = M λ + c,    M = G P G',  c = h - G z0,    λ >= 0, s >= 0, λs = 0,
 
 a linear complementarity problem with one matrix `(m, m)`, made once. A step of an interior-point method there
-takes one Cholesky factorisation of M plus a diagonal and no other product of matrices, and so do the linear systems
-of derivatives.
+takes one Cholesky factorisation of M plus a diagonal and no other product of matrices, and so do the linear
+systems of derivatives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,21 +27,23 @@ from implicitly.tree import row_norm
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.
 LEAST_PIVOT = 1e-8
 
+Inner = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Condensed:
     """A program and what its multipliers decide: matrices `(B, ·, ·)`, or without B where the batch shares them.
 
-    L and S are the Cholesky factors of Q and of A Q^-1 A'; V = Q^-1 A' `(n, q)`; T = P G' `(n, m)`; X `(q, m)`
-    gives ν = ν0 - X λ.
+    With Q = L L', Y_A = L^-1 A' `(n, q)`, S the Cholesky factor of Y_A'Y_A, and X `(q, m)` with ν = ν0 - X λ,
+    Y_G = L^-1 G' - Y_A X `(n, m)` is orthogonal to Y_A, and M = Y_G'Y_G.
     """
 
     program: QuadraticProgram
     L: Tensor
     S: Tensor
-    V: Tensor
-    T: Tensor
     X: Tensor
+    Y_A: Tensor
+    Y_G: Tensor
     M: Tensor
 
     @classmethod
@@ -53,32 +56,38 @@ class Condensed:
         Y = torch.linalg.solve_triangular(L, torch.cat([program.A, program.G], dim=-2).mT, upper=False)
         Y_A, Y_G = Y[..., :q], Y[..., q:]
         S, info = torch.linalg.cholesky_ex(Y_A.mT @ Y_A)
-        if q and not bool(_safe(S, info)):
+        if not bool(_safe(S, info)):
             return None
-        X = torch.cholesky_solve(Y_A.mT @ Y_G, S)
+        X = torch.cholesky_inverse(S) @ (Y_A.mT @ Y_G)  # S is small
         Y_G = Y_G - Y_A @ X if q else Y_G
-        back = torch.linalg.solve_triangular(L.mT, torch.cat([Y_A, Y_G], dim=-1), upper=True)
-        return cls(program, L, S, back[..., :q], back[..., q:], X, Y_G.mT @ Y_G)
+        return cls(program, L, S, X, Y_A, Y_G, Y_G.mT @ Y_G)
 
-    def without_inequalities(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """z `(B, k, n)` and ν `(B, k, q)` with Qz + A'ν = r1, Az = r2."""
-        z = _solve(self.L, r1)
-        if r2.shape[2] == 0:
-            return z, r2
-        nu = _solve(self.S, times(self.program.A, z) - r2)
-        return z - times(self.V, nu), nu
+    def solve(self, r1: Tensor, r2: Tensor, inner: Inner | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """z `(B, k, n)`, ν `(B, k, q)` and v `(B, k, m)` with Qz + A'ν + G'v = r1 and Az = r2.
+
+        `inner` gives v for the Gz that there is without it; None: v = 0.
+        """
+        t = triangular(self.L, r1)
+        nu = _solve(self.S, times_transposed(self.Y_A, t) - r2) if r2.shape[2] else r2
+        y = t - times(self.Y_A, nu) if r2.shape[2] else t
+        v = r1.new_zeros(*r1.shape[:2], self.X.shape[-1])
+        if inner is not None:
+            v = inner(times_transposed(self.Y_G, t) + times_transposed(self.X, r2))
+            y, nu = y - times(self.Y_G, v), nu - times(self.X, v)
+        return triangular(self.L, y, transposed=True), nu, v
 
     def factorise(self, alpha: Tensor, beta: Tensor) -> CondensedFactors:
         """The factors of the Jacobian with those `(B, m)`."""
         on = alpha != 0
-        M = torch.where(on.unsqueeze(1) & on.unsqueeze(2), self.M, 0.0) if bool((~on).any()) else self.M
-        diagonal = torch.where(on, -beta / torch.where(on, alpha, 1.0), 1.0)
-        N, info = torch.linalg.cholesky_ex(M + torch.diag_embed(diagonal))
+        part = on.to(alpha.dtype)
+        N = part.unsqueeze(2) * self.M * part.unsqueeze(1)
+        N.diagonal(dim1=1, dim2=2).add_(torch.where(on, -beta / torch.where(on, alpha, 1.0), 1.0))
+        N, info = torch.linalg.cholesky_ex(N)
         return CondensedFactors(self, alpha, beta, N, info == 0)
 
     def take_rows(self, rows: Tensor) -> Condensed:
         """Those of some samples."""
-        own = (self.L, self.S, self.V, self.T, self.X, self.M)
+        own = (self.L, self.S, self.X, self.Y_A, self.Y_G, self.M)
         return Condensed(self.program.take_rows(rows), *(t[rows] if t.ndim == 3 else t for t in own))
 
 
@@ -90,11 +99,16 @@ def _safe(L: Tensor, info: Tensor) -> Tensor:
     return (info == 0).all() & (pivots.amin(-1) >= LEAST_PIVOT * pivots.amax(-1)).all()
 
 
+def triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
+    """x `(B, k, n)` with L x = r, or L'x = r, for lower triangular L, `(B, n, n)` or `(n, n)`."""
+    matrix = L.mT if transposed else L
+    columns = r.mT if L.ndim == 3 else r.reshape(-1, r.shape[2]).mT
+    return torch.linalg.solve_triangular(matrix, columns, upper=transposed).mT.reshape(r.shape)
+
+
 def _solve(L: Tensor, r: Tensor) -> Tensor:
-    """x `(B, k, n)` with L L' x = r, for L `(B, n, n)` or `(n, n)`."""
-    if L.ndim == 3:
-        return torch.cholesky_solve(r.mT, L).mT
-    return torch.cholesky_solve(r.reshape(-1, r.shape[2]).mT, L).mT.reshape(r.shape)
+    """x `(B, k, n)` with L L' x = r."""
+    return triangular(L, triangular(L, r), transposed=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +132,17 @@ class CondensedFactors:
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w = r, or J' w = r, for `r` `(B, k, n + q + m)`: k right-hand sides a sample."""
-        G, whole = self.program.G, self.condensed
+        G = self.program.G
         r1, r2, r3 = r.split(self.program.sizes, dim=2)
         alpha, beta = self.alpha.unsqueeze(1), self.beta.unsqueeze(1)
         on = alpha != 0
-        fixed = torch.where(on, 0.0, r3 / beta)  # those that are no part of the system
+        safe = torch.where(on, alpha, 1.0)
+        fixed = torch.where(on, 0.0, r3 / torch.where(on, 1.0, beta))  # those that are no part of the system
         if not transposed:
-            r1, r3 = r1 - times_transposed(G, fixed), r3 / torch.where(on, alpha, 1.0)
-        z, nu = whole.without_inequalities(r1, r2)
-        v = _solve(self.N, torch.where(on, times(G, z) - r3, 0.0))
-        z, nu = z - times(whole.T, v), nu - times(whole.X, v)
+            r1, r3 = r1 - times_transposed(G, fixed), r3 / safe
+        z, nu, v = self.condensed.solve(r1, r2, lambda Gz: _solve(self.N, torch.where(on, Gz - r3, 0.0)))
         if transposed:
-            lam = torch.where(on, v / torch.where(on, alpha, 1.0), (r3 - times(G, z)) / beta)
+            lam = torch.where(on, v / safe, fixed - times(G, z) / torch.where(on, 1.0, beta))
         else:
             lam = torch.where(on, v, fixed)
         return torch.cat([z, nu, lam], dim=2)
@@ -137,6 +150,20 @@ class CondensedFactors:
     def product(self, w: Tensor, transposed: bool = False) -> Tensor:
         """J w or J' w for `w` `(B, k, n + q + m)`."""
         return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
+
+    def is_singular(self, beta: Tensor) -> Tensor:
+        """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
+
+        A pivot is the squared distance of a row of G, in the metric of P, from the span of those before it.
+        """
+        pivots = self.N.diagonal(dim1=1, dim2=2) ** 2
+        least = torch.finfo(beta.dtype).eps ** 0.5 * self.condensed.M.diagonal(dim1=-2, dim2=-1)
+        return ((self.alpha != 0) & ~(pivots > least)).any(1)
+
+    def with_rows(self, rows: Tensor, part: CondensedFactors) -> CondensedFactors:
+        """These with `part` in place of those of some samples."""
+        own, new = ((f.alpha, f.beta, f.N, f.usable) for f in (self, part))
+        return CondensedFactors(self.condensed, *(t.index_copy(0, rows, p) for t, p in zip(own, new)))
 
     def without(self, bad: Tensor) -> CondensedFactors:
         """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
@@ -167,8 +194,6 @@ class CondensedLoop:
 
     whole: Condensed
     c: Tensor
-    z0: Tensor
-    nu0: Tensor
     tolerance: float
     patience: int
     to_boundary: float
@@ -177,14 +202,12 @@ class CondensedLoop:
     def of(cls, whole: Condensed, tolerance: float, patience: int, to_boundary: float) -> CondensedLoop:
         """The loop for a program."""
         program = whole.program
-        z, nu = whole.without_inequalities(-program.p.unsqueeze(1), program.b.unsqueeze(1))
-        z, nu = z.squeeze(1), nu.squeeze(1)
-        return cls(whole, program.h - times(program.G, z), z, nu, tolerance, patience, to_boundary)
+        z = whole.solve(-program.p.unsqueeze(1), program.b.unsqueeze(1))[0].squeeze(1)
+        return cls(whole, program.h - times(program.G, z), tolerance, patience, to_boundary)
 
     def take_rows(self, rows: Tensor) -> CondensedLoop:
         """That of some samples."""
-        own = {name: getattr(self, name)[rows] for name in ("c", "z0", "nu0")}
-        return replace(self, whole=self.whole.take_rows(rows), **own)
+        return replace(self, whole=self.whole.take_rows(rows), c=self.c[rows])
 
     def factor(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of M + diagonal `(B, m, m)`, and where it failed."""
@@ -195,7 +218,7 @@ class CondensedLoop:
     def start(self) -> State:
         """The least-squares point, moved into the interior."""
         N, _ = self.factor(torch.ones_like(self.c))
-        lam = torch.cholesky_solve(-self.c.unsqueeze(2), N).squeeze(2)
+        lam = _solve(N, -self.c.unsqueeze(1)).squeeze(1)
         lam, s = inside(lam), inside(-lam)
         zero = torch.zeros_like(lam[:, 0])
         count = torch.zeros_like(zero, dtype=torch.int64)
@@ -229,7 +252,7 @@ class CondensedLoop:
 
         def direction(r: Tensor) -> tuple[Tensor, Tensor]:
             """dλ and ds with λ ds + s dλ = r."""
-            d = torch.cholesky_solve((residual + r / lam).unsqueeze(2), N).squeeze(2)
+            d = _solve(N, (residual + r / lam).unsqueeze(1)).squeeze(1)
             return d, (r - s * d) / lam
 
         mu = products.mean(1)
@@ -246,10 +269,11 @@ class CondensedLoop:
     def outcome(self, k: int | Tensor, at: State) -> Point:
         """The best point of every sample."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
-        z = self.z0 - times(self.whole.T, at.best)
-        nu = self.nu0 - times(self.whole.X, at.best)
+        program, lam = self.whole.program, at.best
+        r1 = (-program.p - times_transposed(program.G, lam)).unsqueeze(1)
+        z, nu, _ = self.whole.solve(r1, program.b.unsqueeze(1))
         count = torch.as_tensor(k, dtype=torch.int64, device=z.device) + 1
-        return Point(torch.cat([z, nu, at.best], 1), at.best_slack, status, at.steps, count)
+        return Point(torch.cat([z.squeeze(1), nu.squeeze(1), lam], 1), at.best_slack, status, at.steps, count)
 
 
 def inside(v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.condensed import Condensed, CondensedFactors
-from implicitly.argmin.kkt import Factors, base_matrix, is_singular, jacobian_product
+from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, Scaling, natural_residual, times
 from implicitly.host import happens
 from implicitly.iterate import Status
@@ -51,7 +51,8 @@ class System:
     def active(self, alpha: Tensor) -> tuple[Factors | CondensedFactors, Tensor]:
         """The factors of the Jacobian of an active set, and its exact `beta`."""
         beta = (1 - alpha) * self.scaling.F**2
-        away = 8 * torch.finfo(alpha.dtype).eps ** 0.5
+        # So far from zero that rounding harms less than that; with the multipliers as unknowns it can be little.
+        away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.7)
         return self.factorise(alpha, beta - away * alpha), beta
 
     def take_rows(self, rows: Tensor) -> System:
@@ -87,14 +88,53 @@ class Polished(NamedTuple):
         return self._replace(factors=system.active(self.alpha)[0])
 
     def with_rows(self, rows: Tensor, part: Polished) -> Polished:
-        """This with `part` in place of its `rows`; the factors of both are of the same kind, `Factors`."""
-        assert isinstance(self.factors, Factors) and isinstance(part.factors, Factors)  # noqa: PT018
+        """This with `part` in place of its `rows`; the factors of both are of the same kind."""
         merged = {
             name: getattr(self, name).index_copy(0, rows, getattr(part, name))
             for name in ("w", "alpha", "degenerate", "status", "steps")
         }
-        factors = self.factors.with_rows(rows, part.factors)
+        factors = self.factors.with_rows(rows, part.factors)  # pyright: ignore[reportArgumentType]
         return Polished(**merged, factors=factors, evaluations=self.evaluations + part.evaluations)
+
+
+class _Active(NamedTuple):
+    """`w` `(B, N)` where the inequalities of `alpha` hold as equations, up to rounding, and what led there."""
+
+    w: Tensor
+    alpha: Tensor
+    factors: Factors | CondensedFactors
+    beta: Tensor
+    rounds: int
+
+    def with_rows(self, rows: Tensor, part: _Active) -> _Active:
+        factors = self.factors.with_rows(rows, part.factors)  # pyright: ignore[reportArgumentType]
+        w, alpha, beta = (
+            getattr(self, name).index_copy(0, rows, getattr(part, name)) for name in ("w", "alpha", "beta")
+        )
+        return _Active(w, alpha, factors, beta, self.rounds + part.rounds)
+
+    def signs(self, program: QuadraticProgram) -> tuple[Tensor, Tensor, Tensor]:
+        """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
+        multipliers; what counts as zero `(B, 1)`."""
+        n, q, _ = program.sizes
+        lam, slack = self.w[:, n + q :], program.h - times(program.G, self.w[:, :n])
+        size = 1 + torch.maximum(row_norm(lam), row_norm(slack)).unsqueeze(1)
+        return torch.where(self.alpha > 0, lam, slack), lam, torch.finfo(lam.dtype).eps ** 0.6 * size
+
+
+def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
+    """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds."""
+    program = system.program
+    factors, beta = system.active(alpha)
+    at = _Active(newton_step(program, factors, beta, w), alpha, factors, beta, 1)
+    signed, lam, small = at.signs(program)
+    wrong = signed < -small
+    if rounds == 1 or not happens(wrong):
+        return at
+    rows = wrong.any(1).nonzero()[:, 0]
+    flipped = torch.where(wrong, 1 - alpha, alpha)
+    start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)
+    return at.with_rows(rows, _settle(system.take_rows(rows), flipped[rows], start[rows], rounds - 1))
 
 
 def polish(system: System, found: Point, tolerance: float) -> Polished:
@@ -104,33 +144,22 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
     """
     program = system.program
     n, q, _ = program.sizes
-    dtype = found.w.dtype
-    small = torch.finfo(dtype).eps ** 0.6
-    w = found.w
-    alpha = (w[:, n + q :] > found.slack).to(dtype)
-    for rounds in range(1, ROUNDS + 1):
-        factors, beta = system.active(alpha)
-        w = torch.where(w.isfinite().all(1, keepdim=True), w, 0.0)
-        w = newton_step(program, factors, beta, w)
-        lam, slack = w[:, n + q :], program.h - times(program.G, w[:, :n])
-        size = 1 + torch.maximum(row_norm(lam), row_norm(slack)).unsqueeze(1)
-        wrong = torch.where(alpha > 0, lam, slack) < -small * size
-        if rounds == ROUNDS or not happens(wrong):
-            break
-        alpha = torch.where(wrong, 1 - alpha, alpha)
-        w = torch.cat([w[:, : n + q], lam.clamp(min=0)], 1)
-    # The weakest of those that bind might as well not: their multipliers are zero, so nothing else changes.
-    weak = torch.where(alpha > 0, lam, slack).abs() <= small * size
-    if happens(weak & (alpha > 0)):
-        alpha = torch.where(weak, 0.0, alpha)
-        factors, beta = system.active(alpha)
-        rounds += 1
+    alpha = (found.w[:, n + q :] > found.slack).to(found.w.dtype)
+    at = _settle(system, alpha, found.w.nan_to_num(0.0, 0.0, 0.0), ROUNDS)
+    signed, _, small = at.signs(program)
+    weak = signed.abs() <= small
+    # Those that bind with no force might as well not: their multipliers are zero, so nothing else changes.
+    rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
+    if len(rows):
+        alpha = torch.where(weak, 0.0, at.alpha)
+        at = at.with_rows(rows, _settle(system.take_rows(rows), alpha[rows], at.w[rows], 1))
+    w = at.w
+    residual, size = natural_residual(program, w)
     for _ in range(NEWTON_STEPS):
-        w = newton_step(program, factors, beta, w)
-        residual, size = natural_residual(program, w)
-        good = residual <= 1e-3 * tolerance * size
-        if not happens(~good):
+        if not happens(~(residual <= 1e-3 * tolerance * size)):
             break
+        w = newton_step(program, at.factors, at.beta, w)
+        residual, size = natural_residual(program, w)
     good = residual <= tolerance * size
     if happens(~good):  # what the solver found may be better than what its active set leads to
         before, size = natural_residual(program, found.w)
@@ -140,8 +169,8 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
     none = found.status >= int(Status.INFEASIBLE)
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
     status = torch.where(good & ~none, int(Status.CONVERGED), short)
-    degenerate = weak.any(1) | is_singular(factors, beta)
-    return Polished(w, alpha, factors, degenerate, status, found.steps, found.evaluations + rounds)
+    degenerate = weak.any(1) | at.factors.is_singular(at.beta)
+    return Polished(w, at.alpha, at.factors, degenerate, status, found.steps, found.evaluations + at.rounds)
 
 
 def newton_step(program: QuadraticProgram, factors: Factors | CondensedFactors, beta: Tensor, w: Tensor) -> Tensor:
