@@ -102,14 +102,20 @@ class StructuredSolver(LinearSolver):
             for transposed in (True, False):
                 inverse = _Inverse.of(jacobian, transposed, len(r))
                 step, left = inverse(F, r)
-                worst = float((row_norm(left) / row_norm(r).clamp(min=torch.finfo(r.dtype).tiny)).max())
-                if worst < best:
-                    best, memory = worst, (inverse, step, left)
+                typical = _typical_ratio(left, r)
+                if typical < best:
+                    best, memory = typical, (inverse, step, left)
                 if best < PLAIN:
                     break
-        if memory is not None:
-            return memory
-        return DenseLU(limit_gib=8.0).start(F, z, r)
+        if memory is None:
+            return DenseLU(limit_gib=8.0).start(F, z, r)
+        inverse, step, left = memory
+        stubborn = row_norm(left) > CLOSE_ENOUGH * row_norm(r)
+        if happens(stubborn):  # ill-conditioned samples, for which the factors are too rough
+            stubborn = stubborn.reshape(-1, len(jacobian.degenerate)).any(0)
+            inverse = _Inverse.of(jacobian, inverse.transposed, len(r), stubborn)
+            step, left = inverse(F, r)
+        return inverse, step, left
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """One more step of refinement."""
@@ -126,26 +132,35 @@ class StructuredSolver(LinearSolver):
         return Proposal(z + step, (inverse,), left, calls=1)
 
 
+def _typical_ratio(left: Tensor, r: Tensor) -> float:
+    """The median of |left| / |r| over the rows where r is not zero."""
+    size = row_norm(r)
+    nonzero = size > 0
+    return float((row_norm(left)[nonzero] / size[nonzero]).median()) if happens(nonzero) else 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class _Inverse:
     """An approximate inverse of -J or -J', for right-hand sides that stand `k` a sample one below the other."""
 
     jacobian: Linearised
     transposed: bool
-    # Of samples where J is singular: their rows, the pseudoinverse, and the projection on the range.
+    # Of samples where J is singular, or nearly: their rows, the pseudoinverse, and the projection on the range.
     rows: Tensor | None
     pseudoinverse: Tensor
     onto_range: Tensor
 
     @classmethod
-    def of(cls, jacobian: Linearised, transposed: bool, count: int) -> _Inverse:
-        empty = torch.zeros(0)
-        if not happens(jacobian.degenerate):
+    def of(cls, jacobian: Linearised, transposed: bool, count: int, stubborn: Tensor | None = None) -> _Inverse:
+        empty, chosen = torch.zeros(0), jacobian.degenerate
+        chosen = chosen if stubborn is None else chosen | stubborn
+        if not happens(chosen):
             return cls(jacobian, transposed, None, empty, empty)
-        rows = jacobian.degenerate.nonzero()[:, 0]
+        rows = chosen.nonzero()[:, 0]
         J = jacobian.dense(rows)
         J = J.mT if transposed else J
-        pseudoinverse = torch.linalg.pinv(J, rtol=proximal(J.dtype))
+        rtol = torch.where(jacobian.degenerate[rows], proximal(J.dtype), J.shape[1] * torch.finfo(J.dtype).eps)
+        pseudoinverse = torch.linalg.pinv(J, rtol=rtol.to(J.dtype))
         copies = count // len(jacobian.degenerate)
         index = torch.arange(copies, device=rows.device).unsqueeze(1) * len(jacobian.degenerate) + rows
         return cls(jacobian, transposed, index, pseudoinverse, J @ pseudoinverse)
