@@ -15,7 +15,8 @@ from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.quadratic import QuadraticForm
 from implicitly.argmin.solver import ProgramSolver
-from implicitly.iterate import Solution
+from implicitly.implicit import Report
+from implicitly.iterate import Found, Solution, SolverError
 from implicitly.tree import is_wrapped, unwrapped
 
 
@@ -65,11 +66,19 @@ class ConvexProgram:
         front; its `value` is a tuple of the variables' values."""
         batch = checked_batch(values, self.program.parameters)
         numbers = self.program.numbers(list(values), batch or 1)
+        try:
+            solution = self._solve(numbers, values[0], on_failure)
+        except SolverError as error:
+            raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
+        return self._unpacked(solution, batch)
+
+    def _solve(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
         if self.quadratic is not None:
             assert isinstance(self.solver, ProgramSolver)
-            solution = self.quadratic.solve(numbers, self.solver, on_failure)
-        else:
-            solution = self._by_clarabel(numbers, values[0], on_failure)
+            return self.quadratic.solve(numbers, self.solver, on_failure)
+        return self._by_clarabel(numbers, like, on_failure)
+
+    def _unpacked(self, solution: Solution, batch: int | None) -> Solution:
         x, y = solution.value
         found = tuple(v.take(y if v.dual else x) for v in self.program.variables)
         if batch is not None:
@@ -80,11 +89,14 @@ class ConvexProgram:
     def _by_clarabel(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
         assert self.family is not None
         theta = tuple(t.to("cpu", torch.float64) for t in numbers)
-        found = solve_conic(self.family, theta, on_failure)
-        x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
-        value = x.to(like), self.program.cones.project_dual(v).to(like)
-        status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
-        return Solution(value, status, residual, steps, int(found.evaluations))
+
+        def unpack(found: Found) -> Solution:
+            x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
+            value = x.to(like), self.program.cones.project_dual(v).to(like)
+            status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
+            return Solution(value, status, residual, steps, int(found.evaluations))
+
+        return unpack(solve_conic(self.family, theta, Report(on_failure, unpack)))
 
 
 def _described(program: CanonicalProgram) -> str:

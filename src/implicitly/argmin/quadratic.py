@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.conic import Pattern
-from implicitly.argmin.qp import qp
+from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.solver import ProgramSolver
-from implicitly.iterate import Solution
+from implicitly.iterate import Solution, SolverError
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Part:
 
     @classmethod
     def of(cls, rows: Tensor, columns: Tensor, numbers: Tensor, wanted: tuple[Tensor, Tensor], size: int) -> Part:
-        """From the places of `numbers` in a matrix of at most `size` rows and columns, and the rows and columns."""
+        """From the places of `numbers` in a matrix of at most `size` rows and columns, and what is wanted of both."""
         new_row, new_column = (torch.full((size,), -1).index_copy(0, w, torch.arange(len(w))) for w in wanted)
         i, j = new_row[rows], new_column[columns]
         inside = (i >= 0) & (j >= 0)
@@ -71,7 +71,7 @@ class QuadraticForm:
 
     @classmethod
     def of(cls, pattern: Pattern, zero: int, constant: Tensor) -> QuadraticForm:
-        """For programs whose first `zero` rows are equations; `constant` marks the numbers of A without parameters."""
+        """For programs whose first `zero` rows are equations; `constant`: which numbers of A have no parameters."""
         n, m, size = pattern.n, pattern.m, max(pattern.n, pattern.m)
         alone = torch.bincount(pattern.A_columns, minlength=n)[pattern.A_columns] == 1
         usable = (alone & constant & (pattern.A_rows < zero)).nonzero()[:, 0].tolist()
@@ -98,7 +98,7 @@ class QuadraticForm:
         )
 
     def solve(self, numbers: tuple[Tensor, ...], solver: ProgramSolver, on_failure: str) -> Solution:
-        """The solution for P, q, A and b, each `(B or 1, ·)`; its `value` is x `(B, n)` and the multipliers `(B, m)`."""
+        """The solution for P, q, A and b, each `(B or 1, ·)`; `value` is x `(B, n)` and the multipliers `(B, m)`."""
         P, q, A, b = numbers
         M, G = self.A_equations.dense(A), self.A_inequalities.dense(A)
         b_M, h = _entries(b, self.equations), _entries(b, self.inequalities)
@@ -115,29 +115,37 @@ class QuadraticForm:
                 Q, p = Q - mixed - mixed.mT, p + _times(P_ke, r)
         tensors = (Q, p, G, h, M, b_M)
         shared = [t[0] if len(t) == 1 else t for t in tensors]
-        found = qp(*shared, solver=solver, on_failure=on_failure)
         single = all(len(t) == 1 for t in tensors)
-        x, lam, nu, status, residual, steps = (
-            t.unsqueeze(0) if single else t
-            for t in (
-                found.value,
-                found.dual_inequality,
-                found.dual_equality,
-                found.status,
-                found.residual,
-                found.steps,
+
+        def lifted(found: ProgramSolution) -> Solution:
+            x, lam, nu, status, residual, steps = (
+                t.unsqueeze(0) if single else t
+                for t in (
+                    found.value,
+                    found.dual_inequality,
+                    found.dual_equality,
+                    found.status,
+                    found.residual,
+                    found.steps,
+                )
             )
-        )
-        x_e = r - _times(R, x)
-        multiplier = -(_times(P_ee, x_e) + _times(P_ke.mT, x) + q_e) / a
-        batch = max(len(x), len(x_e))
-        columns = torch.cat([self.kept, self.out]).argsort().to(q.device)
-        rows = torch.cat([self.inequalities, self.equations, self.definitions]).argsort().to(q.device)
-        value = (
-            torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1).index_select(1, columns),
-            torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1).index_select(1, rows),
-        )
-        return Solution(value, *(t.expand(batch) for t in (status, residual, steps)), found.evaluations)
+            x_e = r - _times(R, x)
+            multiplier = -(_times(P_ee, x_e) + _times(P_ke.mT, x) + q_e) / a
+            batch = max(len(x), len(x_e))
+            columns = torch.cat([self.kept, self.out]).argsort().to(q.device)
+            rows = torch.cat([self.inequalities, self.equations, self.definitions]).argsort().to(q.device)
+            value = (
+                torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1).index_select(1, columns),
+                torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1).index_select(1, rows),
+            )
+            status, residual, steps = (t.expand(batch) for t in (status, residual, steps))
+            return Solution(value, status, residual, steps, found.evaluations)
+
+        try:
+            return lifted(qp(*shared, solver=solver, on_failure=on_failure))
+        except SolverError as error:
+            assert isinstance(error.solution, ProgramSolution)
+            raise SolverError(str(error), lifted(error.solution)) from error
 
 
 def _others(count: int, some: Tensor) -> Tensor:
