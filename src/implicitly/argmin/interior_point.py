@@ -39,9 +39,9 @@ from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_row
 from implicitly.tree import row_norm
 
 # How far towards the boundary a step goes.
-TO_BOUNDARY = 0.99
+TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
-LOOSE = 1e-3
+LOOSE = 0.1
 # Steps without a new best point after which rounding has won.
 PATIENCE = 5
 
