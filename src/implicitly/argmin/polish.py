@@ -158,7 +158,7 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
         w = newton_step(program, at.factors, at.beta, w)
     residual, size = natural_residual(program, w)
     for _ in range(NEWTON_STEPS):
-        if not happens(~(residual <= 1e-3 * tolerance * size)):
+        if not happens(~(residual <= 50 * torch.finfo(w.dtype).eps * size)):
             break
         w = newton_step(program, at.factors, at.beta, w)
         residual, size = natural_residual(program, w)
