@@ -134,7 +134,7 @@ class Scaling:
         return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
 
 
-def equilibrate(program: QuadraticProgram, rounds: int = 2) -> tuple[QuadraticProgram, Scaling]:
+def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticProgram, Scaling]:
     """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
@@ -189,9 +189,3 @@ def natural_residual(program: QuadraticProgram, w: Tensor) -> tuple[Tensor, Tens
 def failed(status: Tensor) -> Tensor:
     """Which samples `(B,)` have no solution, or none that means anything."""
     return (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED) | (status == Status.NON_FINITE)
-
-
-def with_rows(point: Point, rows: Tensor, part: Point) -> Point:
-    """`point` with `part` in place of its `rows`."""
-    w, slack, status, steps = (t.index_copy(0, rows, p) for t, p in zip(point[:4], part[:4]))
-    return Point(w, slack, status, steps, part.evaluations)
