@@ -82,9 +82,10 @@ class Condensed:
         """The factors of the Jacobian with those `(B, m)`."""
         on = alpha != 0
         part = on.to(alpha.dtype)
-        N = part.unsqueeze(2) * self.M * part.unsqueeze(1)
+        N = (self.M * part.unsqueeze(1)).mul_(part.unsqueeze(2)).mT  # symmetric, but for LAPACK by columns
         N.diagonal(dim1=1, dim2=2).add_(torch.where(on, -beta / torch.where(on, alpha, 1.0), 1.0))
-        N, info = torch.linalg.cholesky_ex(N)
+        info = torch.empty(len(N), dtype=torch.int32, device=N.device)
+        torch.linalg.cholesky_ex(N, out=(N, info))
         return CondensedFactors(self, alpha, beta, N, info == 0)
 
     def take_rows(self, rows: Tensor) -> Condensed:
