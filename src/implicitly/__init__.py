@@ -2,6 +2,7 @@
 
 from implicitly import nn
 from implicitly.argmin import project, prox
+from implicitly.argmin.admm import ADMM
 from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
@@ -36,6 +37,7 @@ from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
+    "ADMM",
     "CG",
     "GMRES",
     "RK4",
