@@ -30,6 +30,8 @@ PROXIMAL = 1e-10
 GOOD = 1e-3
 # Where the exact Jacobian leaves more, no solution has it.
 MISSING = 0.01
+# A residual relative to the numbers of a program, for which rounding errors are to blame.
+POLISHED = 1e-14
 TINY = torch.finfo(torch.float64).tiny
 # An eigenvalue of v so much smaller than v is zero: which face of the cone counts is then not determined.
 WEAK = 1e-9
@@ -98,8 +100,9 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     theta = tuple(torch.where(bad, torch.nan_to_num(t), t) if happens(bad) else t for t in theta)
     bad = bad.squeeze(1)
     jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
-    z, norm = polished(residual, jacobian, z, family.solver.polish)
-    limit = family.solver.rtol * (1 + row_norm(theta[1]) + row_norm(theta[3]))
+    size = 1 + row_norm(theta[1]) + row_norm(theta[3])
+    z, norm = polished(residual, jacobian, z, family.solver.polish, POLISHED * size)
+    limit = family.solver.rtol * size
     status = torch.where((norm <= limit) & ~bad, int(Status.CONVERGED), status)
     if family.solver.polish:
         jacobian.move_to(z)
@@ -113,11 +116,16 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     return found[:5]
 
 
-def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms."""
+def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms.
+
+    A residual of `target` `(B,)` needs no more steps.
+    """
     r = residual(z)
     norm = row_norm(r)
     for _ in range(steps):
+        if bool((norm <= target).all()):
+            break
         new = z - jacobian.solve(r)
         r_new = residual(new)
         norm_new = row_norm(r_new)
@@ -225,7 +233,7 @@ class Jacobian:
         self.degenerate = wanted > MISSING
 
     def _left_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted alone:
+        """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted:
         what no solution has, or what an inverse of another matrix misses."""
         every = torch.cos(torch.arange(1.0, z.shape[1] + 1, dtype=z.dtype) ** 2)
         g = torch.stack([every, every * self.family.wanted]).unsqueeze(1).expand(2, *z.shape)
