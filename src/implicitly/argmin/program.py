@@ -139,7 +139,8 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
 
-    Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+    As Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001, but with the rows
+    of constraints normalised at once, and the diagonal of Q in place of its rows.
     """
     Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
     rows = max(len(Q), len(G), len(A))
@@ -150,12 +151,12 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
         sizes = []
         for matrix, scale in ((G, F), (A, K)):
             if matrix.shape[1]:
-                size = (matrix * E.unsqueeze(1)).abs_() * scale.unsqueeze(2)
-                column = torch.maximum(column, size.amax(1))
-                scale = scale * _factor(size.amax(2))
+                size = (matrix * E.unsqueeze(1)).abs_()
+                scale = _reciprocal(size.amax(2))
+                column = torch.maximum(column, size.mul_(scale.unsqueeze(2)).amax(1))
             sizes.append(scale)
         F, K = sizes
-        E = E * _factor(column)
+        E = E * _reciprocal(column).sqrt()
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
     Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
@@ -165,9 +166,9 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
     return QuadraticProgram(Q, p, G, h, A, b), Scaling(E, K, F)
 
 
-def _factor(norm: Tensor) -> Tensor:
-    """1 / sqrt(norm), kept within what is sane; 1 for empty rows."""
-    return torch.where(norm > 0, norm, 1.0).clamp(1e-8, 1e8).rsqrt()
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, kept within what is sane; 1 for empty rows."""
+    return 1 / torch.where(norm > 0, norm, 1.0).clamp(1e-12, 1e12)
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
