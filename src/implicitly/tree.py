@@ -366,7 +366,7 @@ def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[i
 def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:
     """A `(B, ...)` tensor that `vmap` maps over dimension `dim`, of `size`, as `(size * B, ...)`."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(-1, *x.shape[2:])
+    return x.flatten(0, 1)
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -22,60 +22,144 @@ from torch import Tensor
 
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.optional import require
+from implicitly.tree import merge_rows
 
 # ------------------------------------------------------------------------------- from parameters to numbers
 
 
 @dataclass(frozen=True, eq=False)
-class AffineMap:
-    """Rows of numbers that are affine in a vector of parameters: `constant + M @ p`, with M sparse.
+class SparseMap:
+    """A sparse matrix M for products with rows: x `(B, columns)` to x M' `(B, size)`.
 
     Attributes:
-        constant: `(size,)`.
-        slots: pairs of columns of p and coefficients, each `(size,)`: M has at most `len(slots)` entries a row.
+        column, coefficient: `(size,)`, the first entry of each row; its coefficient is 0 where there is none.
+        more: rows, columns and coefficients of the others.
     """
 
-    constant: Tensor
-    slots: tuple[tuple[Tensor, Tensor], ...]
+    column: Tensor
+    coefficient: Tensor
+    more: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
-    def of(cls, matrix: Any) -> AffineMap:
-        """From a SciPy sparse matrix `(size, parameters + 1)` whose last column is the constant."""
+    def of(cls, matrix: Any, like: Tensor) -> SparseMap:
+        """From a SciPy matrix, with the dtype and on the device of `like`."""
+        matrix = matrix.tocsr()
+        matrix.eliminate_zeros()
+        counts, starts = np.diff(matrix.indptr), matrix.indptr[:-1]
+        column, coefficient = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts))
+        first = starts[counts > 0]
+        column[counts > 0], coefficient[counts > 0] = matrix.indices[first], matrix.data[first]
+        others = np.ones(matrix.nnz, dtype=bool)
+        others[first] = False
+        rows = np.repeat(np.arange(len(counts)), counts)[others]
+        more = (
+            torch.from_numpy(rows).to(like.device),
+            torch.from_numpy(matrix.indices[others].astype(np.int64)).to(like.device),
+            torch.from_numpy(matrix.data[others]).to(like),
+        )
+        return cls(torch.from_numpy(column).to(like.device), torch.from_numpy(coefficient).to(like), more)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        if x.shape[1] == 0:
+            return x.new_zeros(len(x), len(self.column))
+        product = x.index_select(1, self.column) * self.coefficient
+        rows, columns, coefficients = self.more
+        return product.index_add(1, rows, x.index_select(1, columns) * coefficients) if len(rows) else product
+
+
+class _Linear(torch.autograd.Function):
+    """A product with a sparse matrix, whose derivative is one with the transpose: quicker than picking entries, as
+    autograd does it."""
+
+    @staticmethod
+    def forward(x, M, transpose):
+        return M(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.M, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _Linear.apply(gradients[0], ctx.transpose, ctx.M), None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _Linear.apply(tangents[0], ctx.M, ctx.transpose)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        x, M, transpose = args
+        product = _Linear.apply(merge_rows(x, in_dims[0], info.batch_size), M, transpose)
+        return product.unflatten(0, (info.batch_size, -1)), 0
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """Numbers `(B, size)` that are affine in parameters `(B, N)`: `constant + M @ p`."""
+
+    constant: Tensor
+    M: SparseMap
+    transpose: SparseMap
+
+    @classmethod
+    def of(cls, matrix: Any, like: Tensor) -> AffineMap:
+        """From a SciPy matrix `(size, N + 1)` whose last column is the constant."""
         matrix = matrix.tocsc()
         constant = torch.from_numpy(matrix[:, [-1]].toarray()[:, 0].astype(np.float64))
-        varying = matrix[:, :-1].tocsr()
-        varying.eliminate_zeros()
-        counts = np.diff(varying.indptr)
-        slots = []
-        for k in range(int(counts.max(initial=0))):
-            has = counts > k
-            place = varying.indptr[:-1][has] + k
-            column, coefficient = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts))
-            column[has], coefficient[has] = varying.indices[place], varying.data[place]
-            slots.append((torch.from_numpy(column), torch.from_numpy(coefficient)))
-        return cls(constant, tuple(slots))
-
-    @property
-    def varying(self) -> Tensor:
-        """`(size,)`, which rows depend on any parameter."""
-        marks = [coefficient != 0 for _, coefficient in self.slots]
-        return torch.stack(marks).any(0) if marks else torch.zeros_like(self.constant, dtype=torch.bool)
-
-    def depends_on(self, marked: Tensor) -> bool:
-        """Whether any row depends on a parameter that is `marked` `(N,)`."""
-        return any(bool(marked[column.cpu()][coefficient.cpu() != 0].any()) for column, coefficient in self.slots)
+        varying = matrix[:, :-1]
+        return cls(constant.to(like), SparseMap.of(varying, like), SparseMap.of(varying.T, like))
 
     def __call__(self, p: Tensor) -> Tensor:
-        """The rows `(B, size)` for parameters `(B, N)`, or `(1, size)` where they depend on none."""
-        rows = self.constant.unsqueeze(0)
-        for column, coefficient in self.slots:
-            rows = torch.addcmul(rows, p.index_select(1, column), coefficient)
-        return rows
+        """The numbers for `p`."""
+        return self.constant + _Linear.apply(p, self.M, self.transpose)
 
-    def to(self, like: Tensor) -> AffineMap:
-        """With the dtype and on the device of `like`."""
-        slots = tuple((column.to(like.device), coefficient.to(like)) for column, coefficient in self.slots)
-        return AffineMap(self.constant.to(like), slots)
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """Several vectors of numbers, each affine in the parameters, by one sparse product.
+
+    Attributes:
+        matrices: SciPy's, `(size, N + 1)` each, whose last columns are the constants.
+        parameters: what the N numbers are.
+    """
+
+    matrices: tuple[Any, ...]
+    parameters: tuple[ParameterSlot, ...]
+    _plans: dict[Any, list[tuple[list[int], AffineMap]]] = field(default_factory=dict)
+
+    def __call__(self, values: Sequence[Tensor], batch: int) -> list[Tensor]:
+        """The vectors, each `(B, size)`, or `(1, size)` where the batch shares it, for one value a parameter,
+        `(B, ...)` or without B where shared."""
+        flat: list[tuple[int, Tensor]] = []
+        for value, slot in zip(values, self.parameters):
+            rows = slot.rows(value)
+            flat += [(start, rows.log() if log else rows) for start, log in slot.places]
+        parts = [rows for _, rows in sorted(flat, key=lambda place: place[0])]
+        flags = tuple(len(rows) > 1 for rows in parts)
+        found: dict[int, Tensor] = {}
+        for lead, (members, affine) in zip((1, batch), self._plan(flags, parts)):
+            if members:
+                p = torch.cat([rows.expand(lead, -1) if lead > 1 else rows[:1] for rows in parts], dim=1)
+                sizes = [self.matrices[i].shape[0] for i in members]
+                found |= dict(zip(members, affine(p).split(sizes, dim=1)))
+        return [found[i] for i in range(len(self.matrices))]
+
+    def _plan(self, flags: tuple[bool, ...], parts: list[Tensor]) -> list[tuple[list[int], AffineMap]]:
+        """Which vectors the batch shares, and which it does not, and the maps to all of either."""
+        like = parts[0]
+        key = (flags, like.dtype, like.device)
+        if key not in self._plans:
+            varying = np.concatenate([np.full(rows.shape[1], flag) for rows, flag in zip(parts, flags)])
+            own = [bool((abs(M.tocsc()[:, :-1])[:, varying]).sum() > 0) for M in self.matrices]
+            plan = []
+            for wanted in (False, True):
+                members = [i for i, o in enumerate(own) if o == wanted]
+                stacked = [self.matrices[i] for i in members] or [self.matrices[0][:0]]
+                plan.append((members, AffineMap.of(require("scipy.sparse").vstack(stacked), like)))
+            self._plans[key] = plan
+        return self._plans[key]
 
 
 @dataclass(frozen=True)
@@ -145,26 +229,9 @@ class CanonicalProgram:
 
     pattern: Pattern
     cones: Cones
-    maps: tuple[AffineMap, ...]
+    numbers: Assembly
     parameters: tuple[ParameterSlot, ...]
     variables: tuple[VariableSlot, ...]
-    _moved: dict[tuple[torch.dtype, torch.device], tuple[AffineMap, ...]] = field(default_factory=dict)
-
-    def numbers(self, values: list[Tensor], batch: int) -> tuple[Tensor, ...]:
-        """P, q, A and b, each `(B, ·)`, or `(1, ·)` where the batch shares it, for one value a parameter,
-        `(B, ...)` or without B where shared."""
-        flat: list[tuple[int, Tensor]] = []
-        for value, slot in zip(values, self.parameters):
-            rows = slot.rows(value)
-            flat += [(start, rows.log() if log else rows) for start, log in slot.places]
-        flat.sort(key=lambda place: place[0])
-        parts = [rows for _, rows in flat]
-        shared = torch.cat([rows[:1] for rows in parts], dim=1)
-        if batch == 1:
-            return tuple(f(shared) for f in self._maps(shared))
-        own = torch.cat([rows.expand(batch, -1) for rows in parts], dim=1)
-        varying = torch.cat([torch.full(rows.shape[1:], len(rows) > 1) for rows in parts])
-        return tuple(f(own if f.depends_on(varying) else shared) for f in self._maps(own))
 
     def wanted(self) -> Tensor:
         """`(n + m,)`, 1 for those entries of (x, multipliers) on which the variables depend, else 0."""
@@ -172,12 +239,6 @@ class CanonicalProgram:
         for v in self.variables:
             entries[v.source + (self.pattern.n if v.dual else 0)] = 1.0
         return entries
-
-    def _maps(self, like: Tensor) -> tuple[AffineMap, ...]:
-        key = (like.dtype, like.device)
-        if key not in self._moved:
-            self._moved[key] = tuple(f.to(like) for f in self.maps)
-        return self._moved[key]
 
 
 # ---------------------------------------------------------------------------------- what cvxpy makes of it
@@ -211,12 +272,12 @@ def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[An
     (P_map, P_place), (A_map, b_map, A_place) = _quadratic(form), _constraints(form)
     cones = Cones.of(data["dims"])
     pattern = Pattern.of(form.x.size, cones.size, P_place, A_place)
-    maps = (P_map, AffineMap.of(form.q.tocsr()[:-1]), A_map, b_map)
+    slots = tuple(_parameter_slot(p, names) for p in parameters)
     return CanonicalProgram(
         pattern,
         cones,
-        maps,
-        tuple(_parameter_slot(p, names) for p in parameters),
+        Assembly((P_map, form.q.tocsr()[:-1], A_map, b_map), slots),
+        slots,
         tuple(_variable_slot(v, problem, names, gp) for v in variables),
     )
 
@@ -260,31 +321,31 @@ def _latest(renamed: Any, key: Any) -> int:
     return new[0] if isinstance(new, list | tuple) else new
 
 
-def _quadratic(form: Any) -> tuple[AffineMap, tuple[Any, Any]]:
+def _quadratic(form: Any) -> tuple[Any, tuple[Any, Any]]:
     """The upper triangle of P, column by column, and its rows and columns."""
     reduced = form.reduced_P
     if reduced.reduced_mat is None:
         none = np.zeros(0, dtype=np.int64)
-        return AffineMap(torch.zeros(0, dtype=torch.float64), ()), (none, none)
+        return form.q.tocsr()[:0], (none, none)
     rows, columns = _places(reduced.problem_data_index)
     upper = rows <= columns
-    return AffineMap.of(reduced.reduced_mat.tocsr()[upper]), (rows[upper], columns[upper])
+    return reduced.reduced_mat.tocsr()[upper], (rows[upper], columns[upper])
 
 
-def _constraints(form: Any) -> tuple[AffineMap, AffineMap, tuple[Any, Any]]:
+def _constraints(form: Any) -> tuple[Any, Any, tuple[Any, Any]]:
     """A, column by column, all of b, and the rows and columns of A. cvxpy has -A and b side by side."""
     reduced, n, m = form.reduced_A, form.x.size, form.constr_size
     if reduced.reduced_mat is None:
         none = np.zeros(0, dtype=np.int64)
-        empty, zeros = torch.zeros(0, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
-        return AffineMap(empty, ()), AffineMap(zeros, ()), (none, none)
+        zeros = require("scipy.sparse").csr_array((m, form.q.shape[1]))
+        return zeros[:0], zeros, (none, none)
     rows, columns = _places(reduced.problem_data_index)
     matrix = reduced.reduced_mat.tocsr()
     of_b = columns == n
     lift = require("scipy.sparse").csr_array(
         (np.ones(of_b.sum()), (rows[of_b], np.arange(of_b.sum()))), shape=(m, int(of_b.sum()))
     )
-    return AffineMap.of(-matrix[~of_b]), AffineMap.of(lift @ matrix[of_b]), (rows[~of_b], columns[~of_b])
+    return -matrix[~of_b], lift @ matrix[of_b], (rows[~of_b], columns[~of_b])
 
 
 def _places(index: Any) -> tuple[Any, Any]:

@@ -57,26 +57,24 @@ class ConvexProgram:
                 f"{type(solver).__name__} solves quadratic and linear programs; this problem has other cones "
                 f"({_described(program)}): use im.Clarabel()"
             )
-        constant = ~program.maps[2].varying
-        form = QuadraticForm.of(program.pattern, program.cones.zero, constant)
+        form = QuadraticForm.of(program)
         return cls(program, solver, quadratic=form)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
         front; its `value` is a tuple of the variables' values."""
         batch = checked_batch(values, self.program.parameters)
-        numbers = self.program.numbers(list(values), batch or 1)
         try:
-            solution = self._solve(numbers, values[0], on_failure)
+            solution = self._solve(values, batch or 1, on_failure)
         except SolverError as error:
             raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
         return self._unpacked(solution, batch)
 
-    def _solve(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
-        if self.quadratic is not None:
-            assert isinstance(self.solver, ProgramSolver)
-            return self.quadratic.solve(numbers, self.solver, on_failure)
-        return self._by_clarabel(numbers, like, on_failure)
+    def _solve(self, values: Sequence[Tensor], batch: int, on_failure: str) -> Solution:
+        if self.quadratic is None:
+            return self._by_clarabel(self.program.numbers(values, batch), values[0], on_failure)
+        assert isinstance(self.solver, ProgramSolver)
+        return self.quadratic.solve(values, batch, self.solver, on_failure)
 
     def _unpacked(self, solution: Solution, batch: int | None) -> Solution:
         x, y = solution.value
@@ -86,7 +84,7 @@ class ConvexProgram:
         first = {name: getattr(solution, name)[0] for name in ("status", "residual", "steps")}
         return replace(solution, value=tuple(v[0] for v in found), **first)
 
-    def _by_clarabel(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
+    def _by_clarabel(self, numbers: list[Tensor], like: Tensor, on_failure: str) -> Solution:
         assert self.family is not None
         theta = tuple(t.to("cpu", torch.float64) for t in numbers)
 

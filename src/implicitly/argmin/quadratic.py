@@ -11,49 +11,29 @@ which leaves a program in x_k without those rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.argmin.conic import Pattern
+from implicitly.argmin.canonical import Assembly, CanonicalProgram
+from implicitly.argmin.optional import require
 from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.iterate import Solution, SolverError
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Some rows and columns of a sparse matrix: which of its numbers, and their places in the dense part."""
-
-    numbers: Tensor
-    places: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, rows: Tensor, columns: Tensor, numbers: Tensor, wanted: tuple[Tensor, Tensor], size: int) -> Part:
-        """From the places of `numbers` in a matrix of at most `size` rows and columns, and what is wanted of both."""
-        new_row, new_column = (torch.full((size,), -1).index_copy(0, w, torch.arange(len(w))) for w in wanted)
-        i, j = new_row[rows], new_column[columns]
-        inside = (i >= 0) & (j >= 0)
-        shape = (len(wanted[0]), len(wanted[1]))
-        return cls(numbers[inside], (i * shape[1] + j)[inside], shape)
-
-    def dense(self, numbers: Tensor) -> Tensor:
-        """The part `(·, rows, columns)` for numbers `(·, nnz)`."""
-        flat = numbers.new_zeros(len(numbers), self.shape[0] * self.shape[1])
-        chosen = numbers.index_select(1, self.numbers.to(numbers.device))
-        return flat.index_copy(1, self.places.to(numbers.device), chosen).reshape(len(numbers), *self.shape)
-
-
-@dataclass(frozen=True, eq=False)
 class QuadraticForm:
-    """How P, q, A and b become a quadratic program, and its solution that of theirs.
+    """How parameters become a quadratic program, and its solution that of the canonical program.
 
     Attributes:
         kept, out: columns of A; the variables of `out` are right-hand sides.
         equations, definitions, inequalities: rows of A; `definitions` belong to `out`, in its order.
-        coefficients: the a of the definitions, in A.
+        numbers: P_kk, P_ke, P_ee, q_k, q_e, the three parts of A and of b, and the a of the definitions, flat.
     """
 
     kept: Tensor
@@ -61,58 +41,45 @@ class QuadraticForm:
     equations: Tensor
     definitions: Tensor
     inequalities: Tensor
-    coefficients: Tensor
-    P_kk: Part
-    P_ke: Part
-    P_ee: Part
-    A_equations: Part
-    A_definitions: Part
-    A_inequalities: Part
+    numbers: Assembly
 
     @classmethod
-    def of(cls, pattern: Pattern, zero: int, constant: Tensor) -> QuadraticForm:
-        """For programs whose first `zero` rows are equations; `constant`: which numbers of A have no parameters."""
-        n, m, size = pattern.n, pattern.m, max(pattern.n, pattern.m)
-        alone = torch.bincount(pattern.A_columns, minlength=n)[pattern.A_columns] == 1
+    def of(cls, program: CanonicalProgram) -> QuadraticForm:
+        """For programs without cones."""
+        pattern, zero = program.pattern, program.cones.zero
+        P, q, A, b = program.numbers.matrices
+        constant = torch.from_numpy(np.asarray(abs(A.tocsc()[:, :-1]).sum(1)).reshape(-1) == 0)
+        alone = torch.bincount(pattern.A_columns, minlength=pattern.n)[pattern.A_columns] == 1
         usable = (alone & constant & (pattern.A_rows < zero)).nonzero()[:, 0].tolist()
         chosen = list({int(pattern.A_rows[i]): i for i in usable}.values())  # one for each row
-        coefficients = torch.tensor(chosen, dtype=torch.int64)
-        definitions, out = pattern.A_rows[coefficients], pattern.A_columns[coefficients]
-        kept, equations = _others(n, out), _others(zero, definitions)
-        inequalities = torch.arange(zero, m)
+        definitions, out = pattern.A_rows[chosen], pattern.A_columns[chosen]
+        kept, equations = _others(pattern.n, out), _others(zero, definitions)
+        inequalities = torch.arange(zero, pattern.m)
         index, rows, columns = pattern.full
-        of_A = (pattern.A_rows, pattern.A_columns, torch.arange(len(pattern.A_rows)))
-        return cls(
-            kept,
-            out,
-            equations,
-            definitions,
-            inequalities,
-            coefficients,
-            Part.of(rows, columns, index, (kept, kept), size),
-            Part.of(rows, columns, index, (kept, out), size),
-            Part.of(rows, columns, index, (out, out), size),
-            Part.of(*of_A, (equations, kept), size),
-            Part.of(*of_A, (definitions, kept), size),
-            Part.of(*of_A, (inequalities, kept), size),
+        whole, of_A = P[index.numpy()], (A, pattern.A_rows, pattern.A_columns)
+        matrices = (
+            *(_dense(whole, rows, columns, *wanted) for wanted in ((kept, kept), (kept, out), (out, out))),
+            *(q[part.numpy()] for part in (kept, out)),
+            *(_dense(*of_A, part, kept) for part in (equations, definitions, inequalities)),
+            *(b[part.numpy()] for part in (equations, definitions, inequalities)),
+            A[np.asarray(chosen, dtype=np.int64)],
         )
+        numbers = Assembly(matrices, program.parameters)
+        return cls(kept, out, equations, definitions, inequalities, numbers)
 
-    def solve(self, numbers: tuple[Tensor, ...], solver: ProgramSolver, on_failure: str) -> Solution:
-        """The solution for P, q, A and b, each `(B or 1, ·)`; `value` is x `(B, n)` and the multipliers `(B, m)`."""
-        P, q, A, b = numbers
-        M, G = self.A_equations.dense(A), self.A_inequalities.dense(A)
-        b_M, h = _entries(b, self.equations), _entries(b, self.inequalities)
-        Q, p = self.P_kk.dense(P), _entries(q, self.kept)
-        a = _entries(A, self.coefficients)
-        R, r = self.A_definitions.dense(A) / a.unsqueeze(2), _entries(b, self.definitions) / a
-        P_ee, P_ke, q_e = self.P_ee.dense(P), self.P_ke.dense(P), _entries(q, self.out)
-        if len(self.out):
+    def solve(self, values: Sequence[Tensor], batch: int, solver: ProgramSolver, on_failure: str) -> Solution:
+        """The solution at the parameters' `values`; its `value` is x `(B, n)` and the multipliers `(B, m)`."""
+        k, e = len(self.kept), len(self.out)
+        P_kk, P_ke, P_ee, q_k, q_e, M, R, G, b_M, r, h, a = self.numbers(values, batch)
+        Q, P_ke, P_ee = P_kk.reshape(-1, k, k), P_ke.reshape(len(P_ke), k, e), P_ee.reshape(len(P_ee), e, e)
+        M, R, G = M.reshape(len(M), -1, k), R.reshape(len(R), e, k) / a.unsqueeze(2), G.reshape(len(G), -1, k)
+        p, r, q = q_k, r / a, q_k
+        if e:
             curved = P_ee @ R
             Q = Q + R.mT @ curved
             p = p - _times(R.mT, q_e + _times(P_ee, r))
-            if len(self.P_ke.numbers):
-                mixed = P_ke @ R
-                Q, p = Q - mixed - mixed.mT, p + _times(P_ke, r)
+            mixed = P_ke @ R
+            Q, p = Q - mixed - mixed.mT, p + _times(P_ke, r)
         tensors = (Q, p, G, h, M, b_M)
         shared = [t[0] if len(t) == 1 else t for t in tensors]
         single = all(len(t) == 1 for t in tensors)
@@ -144,8 +111,7 @@ class QuadraticForm:
         try:
             return lifted(qp(*shared, solver=solver, on_failure=on_failure))
         except SolverError as error:
-            assert isinstance(error.solution, ProgramSolution)
-            raise SolverError(str(error), lifted(error.solution)) from error
+            raise SolverError(str(error), lifted(error.solution)) from error  # pyright: ignore
 
 
 def _others(count: int, some: Tensor) -> Tensor:
@@ -153,8 +119,17 @@ def _others(count: int, some: Tensor) -> Tensor:
     return torch.ones(count, dtype=torch.bool).index_fill(0, some, False).nonzero()[:, 0]
 
 
-def _entries(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(1, index.to(x.device))
+def _dense(matrix: Any, rows: Tensor, columns: Tensor, *wanted: Tensor) -> Any:
+    """Rows of `matrix` as the entries of a dense matrix, of `wanted` rows and columns; they stand at `rows` and
+    `columns`, each."""
+    size = 1 + max(int(t.max()) if len(t) else 0 for t in (rows, columns, *wanted))
+    new_row, new_column = (torch.full((size,), -1).index_copy(0, w, torch.arange(len(w))) for w in wanted)
+    i, j = new_row[rows], new_column[columns]
+    inside = (i >= 0) & (j >= 0)
+    places = (i * len(wanted[1]) + j)[inside].numpy()
+    shape = (len(wanted[0]) * len(wanted[1]), int(inside.sum()))
+    lift = require("scipy.sparse").csr_array((np.ones(shape[1]), (places, np.arange(shape[1]))), shape=shape)
+    return lift @ matrix[inside.numpy()]
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:
