@@ -26,7 +26,8 @@ CAPTION = """\
 Float64; one cvxpy problem, as a layer of each. QP: 1/2 |Rz|^2 + p'z subject to Gz <= h, Az = b, with R the root of
 LL' + I/10. SOCP: three cones |Cx + d| <= e'x + f and equations; SDP: tr(CX) with X semidefinite and three
 equations. cvxpylayers at its own tolerances, and at 1e-9 for the same accuracy. Error: relative, of the gradient
-along a random direction, against central differences. Medians of {rounds} rounds in alternation (least to greatest)."""
+along a random direction, against central differences. Medians of {rounds} rounds in alternation (least to
+greatest)."""
 
 Program = tuple[Any, list[Any], list[Any], list[Tensor]]
 

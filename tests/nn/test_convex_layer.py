@@ -526,3 +526,36 @@ def test_a_missing_package_says_what_to_install(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'needs the package {package}: pip install "implicitly\[convex\]"'):
         ConvexLayer(problem, [A, b], [x])
+
+
+def test_programs_of_the_same_matrices_may_be_split():
+    z, q, h = cp.Variable(5), cp.Parameter(5), cp.Parameter(6)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(z) + q @ z), [normal(6, 5).numpy() @ z <= h])
+    values = [normal(8, 5).requires_grad_(), torch.rand(8, 6, dtype=D, requires_grad=True)]
+    results = []
+    for solver in (im.ADMM(), im.InteriorPoint()):
+        (found,) = ConvexLayer(problem, [q, h], [z], solver=solver)(*values)
+        results.append((found, *torch.autograd.grad(found.square().sum(), values)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+def test_larger_programs_are_factorised_sparse():
+    from implicitly.argmin.conic_program import DENSE_UP_TO
+
+    n, m = 40, 60
+    x, A, b = cp.Variable(n), cp.Parameter((m, n)), cp.Parameter(m)
+    problem = cp.Problem(cp.Minimize(cp.norm(A @ x - b) + 0.1 * cp.norm1(x)), [cp.norm(x) <= 1])
+    layer = ConvexLayer(problem, [A, b], [x])
+    pattern = layer._program.program.pattern
+    assert pattern.n + pattern.m > DENSE_UP_TO
+    values = [normal(2, m, n), normal(m)]
+    steps = [normal(2, m, n), normal(m)]
+
+    def f(t):
+        return layer(*(v + t * s for v, s in zip(values, steps)))[0].square().sum()
+
+    t = torch.zeros((), dtype=D, requires_grad=True)
+    (gradient,) = torch.autograd.grad(f(t), t)
+    difference = (f(t.detach() + 1e-5) - f(t.detach() - 1e-5)) / 2e-5
+    torch.testing.assert_close(gradient, difference, atol=1e-6, rtol=1e-6)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from implicitly.argmin.cones import dual_exponential_cone, exponential_cone, psd_cone, second_order_cone
 from implicitly.argmin.order import isotonic, permutahedron
+from implicitly.argmin.power_cone import dual_power_cone, power_cone
 from implicitly.argmin.rows import (
     Number,
     as_parameter,
@@ -38,6 +39,7 @@ __all__ = [
     "affine",
     "box",
     "dual_exponential_cone",
+    "dual_power_cone",
     "exponential_cone",
     "halfspace",
     "isotonic",
@@ -45,6 +47,7 @@ __all__ = [
     "l2_ball",
     "linf_ball",
     "permutahedron",
+    "power_cone",
     "psd_cone",
     "second_order_cone",
     "simplex",
