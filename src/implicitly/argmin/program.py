@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.host import happens
 from implicitly.iterate import Status
 from implicitly.tree import row_norm, unwrapped
 
+# Columns whose largest entries differ by less than the square of that are left as they are.
+EVEN = 16.0
 # Dimensions of each tensor of a program that is shared by the batch.
 DIMS = (2, 1, 2, 1, 2, 1)
 
@@ -134,7 +137,7 @@ class Scaling:
         return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
 
 
-def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticProgram, Scaling]:
+def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticProgram, Scaling]:
     """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
@@ -157,6 +160,8 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
             sizes.append(scale)
         F, K = sizes
         E = E * _reciprocal(column).sqrt()
+        if not happens((column > EVEN) | (column < 1 / EVEN)):
+            break
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
     Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
