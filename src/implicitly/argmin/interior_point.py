@@ -40,7 +40,7 @@ from implicitly.tree import row_norm
 # How far towards the boundary a step goes.
 TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
-LOOSE = 1.0
+LOOSE = 10.0
 # Steps without a new best point after which rounding has won.
 PATIENCE = 5
 
