@@ -182,14 +182,23 @@ class Opened:
 
     f: Callable[..., Any]
     theta: tuple[Tensor, ...]
-    host: _Host
-    places: tuple[tuple[str, int], ...]  # where in the host each parameter goes; tied ones go to several
+    modules: tuple[nn.Module, ...]  # that f uses
+    places: tuple[tuple[str, int], ...]  # where in `host` each parameter goes; tied ones go to several
     parameters: int  # how many of theta, the last ones, are parameters
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
     device_type: str  # of the state
     autocast: torch.dtype | None
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
+
+    @functools.cached_property
+    def host(self) -> _Host:
+        """All modules as one."""
+        return _Host(self.modules)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Those of all modules."""
+        return (b for module in self.modules for b in module.buffers())
 
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
@@ -247,7 +256,7 @@ _GAP = object()
 class _Host(nn.Module):
     """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
 
-    def __init__(self, modules: list[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
         self.modules_of_f = nn.ModuleList(modules)
 
@@ -269,11 +278,12 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
             modules.setdefault(id(value), value)
         elif not any(value is t for t in tensors):
             captured.append((name, value))
-    host = _Host(list(modules.values()))
     index: dict[int, int] = {}
     parameters: list[Tensor] = []
     places: list[tuple[str, int]] = []
-    for prefix, module in host.named_modules():
+    seen: set[nn.Module] = set()
+    named = (m for i, top in enumerate(modules.values()) for m in top.named_modules(seen, f"modules_of_f.{i}"))
+    for prefix, module in named:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_tracked(tensor):
                 if id(tensor) not in index:
@@ -283,7 +293,16 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     theta = (*tensors, *parameters)
     return Opened(
-        f, theta, host, tuple(places), len(parameters), spec, static, device.type, autocast, tuple(captured)
+        f,
+        theta,
+        tuple(modules.values()),
+        tuple(places),
+        len(parameters),
+        spec,
+        static,
+        device.type,
+        autocast,
+        tuple(captured),
     )
 
 
