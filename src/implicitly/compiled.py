@@ -53,15 +53,20 @@ def run_as_graph(name: str, key: Hashable, function: Callable[..., Any], *tensor
     except (TorchDynamoException, InductorError, AssertionError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
         warnings.warn(
-            f"{name}: compile=True could not make one graph ({type(error).__name__}: {reason}); the eager loop "
-            "runs instead",
+            f"{name}: compile=True could not make one graph ({type(error).__name__}: {_reason(error)}); the eager "
+            "loop runs instead",
             CompileWarning,
             stacklevel=users_line(),
         )
         _graphs[full_key] = None
         return None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says first: its first line, and the next one where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

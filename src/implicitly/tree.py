@@ -202,6 +202,7 @@ class Opened:
 
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
+        _ = self.host  # made now: a trace cannot
         key = (f, layout, str(self.args_spec), self.static, self.places)
         try:
             hash(key)
