@@ -20,7 +20,7 @@ LAYERS = (
     ("implicit",),
     ("compiled",),
     ("problem",),
-    ("linear_solve",),
+    ("linear_solve", "adjoints"),
     ("fixed_point", "ode", "sde", "argmin", "pde"),
     ("nn",),
     ("data", "viz"),

@@ -1,12 +1,9 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.adjoints import ImplicitAdjoint
 from implicitly.compiled import CompileWarning
-from implicitly.fixed_point.adjoints import (
-    ImplicitAdjoint,
-    JacobianFreeAdjoint,
-    PhantomAdjoint,
-)
+from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton, NewtonKrylov
