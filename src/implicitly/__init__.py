@@ -1,6 +1,7 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.argmin.bilevel import implicit_gradient, proximal
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import (
     ImplicitAdjoint,
@@ -75,10 +76,12 @@ __all__ = [
     "Yoshida4",
     "check_independence",
     "fixed_point",
+    "implicit_gradient",
     "jet",
     "linear_solve",
     "nn",
     "odeint",
+    "proximal",
     "root",
     "trajectory_derivatives",
 ]
