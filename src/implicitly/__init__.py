@@ -2,6 +2,7 @@
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
+from implicitly.argmin.bilevel import implicit_gradient, proximal
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
@@ -72,10 +73,12 @@ __all__ = [
     "Yoshida4",
     "check_independence",
     "fixed_point",
+    "implicit_gradient",
     "jet",
     "linear_solve",
     "nn",
     "odeint",
+    "proximal",
     "root",
     "trajectory_derivatives",
 ]

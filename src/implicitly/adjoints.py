@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +14,17 @@ from torch.utils import _pytree as pytree
 from implicitly.compiled import compiled_search
 from implicitly.history import add_combined, combine, products
 from implicitly.host import happens
-from implicitly.implicit import Backward, Condition, attach, find, is_usable, search, users_line
-from implicitly.iterate import ConvergenceWarning, Found, Solver
+from implicitly.implicit import (
+    Backward,
+    Condition,
+    attach_usable,
+    constant,
+    find,
+    is_usable,
+    search,
+    without_failed,
+)
+from implicitly.iterate import Found, Solver
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
 from implicitly.tree import is_wrapped, unwrapped
@@ -118,58 +126,7 @@ class ImplicitAdjoint(Adjoint):
         if self.inverse != "ignore" and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
         how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
-        usable = is_usable(found.status)
-        if not happens(~usable):
-            return attach(condition, found.z, problem.theta, how)
-        if not happens(usable):
-            return constant(found.z, problem.theta)
-        z, theta = without_failed(usable, found.z, problem.theta, condition)
-        return torch.where(usable[:, None], attach(condition, z, theta, how), found.z.detach())
-
-
-def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
-    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
-    real = (
-        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
-    )
-    return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
-
-
-def without_failed(
-    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
-
-    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
-    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
-    is enough unless f is undefined at finite arguments; then the gradient says so.
-    """
-    if condition.carries is None:
-        return z, tuple(_finite(t, condition) for t in theta)
-    index = torch.arange(len(usable), device=usable.device)
-    rows = torch.where(usable, index, usable.to(torch.int64).argmax())
-    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
-    return z.index_select(0, rows), theta
-
-
-def _finite(t: Tensor, condition: Condition) -> Tensor:
-    if not t.is_floating_point():
-        return t
-    t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
-
-    def tell(gradient: Tensor) -> None:
-        if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
-            warnings.warn(
-                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
-                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
-                "failed ones are left out",
-                ConvergenceWarning,
-                stacklevel=users_line(),
-            )
-
-    if t.requires_grad and not is_wrapped(t):
-        t.register_hook(tell)
-    return t
+        return attach_usable(found, condition, problem.theta, how)
 
 
 def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
+from implicitly.host import happens
 from implicitly.iterate import (
     ConvergenceWarning,
     Found,
@@ -48,6 +49,7 @@ from implicitly.tree import (
     pullback,
     recorded,
     row_norm,
+    unwrapped,
 )
 
 Map = Callable[[Tensor], Tensor]
@@ -90,10 +92,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Report:
-    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"."""
+    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"; and what it says."""
 
     on_failure: str = "warn"
     unpack: Callable[[Found], Solution] | None = None
+    message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
 
     def __post_init__(self):
         if self.on_failure not in ("raise", "warn", "ignore"):
@@ -109,7 +112,7 @@ class Report:
         failed = short.nonzero()[:, 0]
         if len(failed) == 0:
             return
-        message = _explain(name, solver, found, failed)
+        message = (self.message or explain)(name, solver, found, failed)
         if self.on_failure == "raise":
             solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
@@ -131,7 +134,7 @@ def as_solution(found: Found) -> Solution:
     return Solution(z, status, residual, steps, int(found.evaluations))
 
 
-_REMEDY = {
+REMEDY = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or try another solver",
     Status.STAGNATED: "the residual no longer falls: loosen rtol, use a wider dtype, or try another solver",
     Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
@@ -143,8 +146,9 @@ _REMEDY = {
 }
 
 
-def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
+def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Mapping[Status, str] = REMEDY) -> str:
+    """One sentence on the samples that `failed`, and the `remedy` for the worst."""
+    counts = {s: int((found.status[failed] == s).sum()) for s in REMEDY}
     summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
     residual = found.residual[failed]
     worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
@@ -152,7 +156,7 @@ def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
     return (
         f"{name}: {type(solver).__name__} did not converge for {len(failed)} of {len(found.status)} samples "
         f"({summary}). Worst is sample {int(worst)}: {status.name} after {int(found.steps[worst])} steps with "
-        f"residual norm {float(found.residual[worst]):.3g}. Try: {_REMEDY[status]}"
+        f"residual norm {float(found.residual[worst]):.3g}. Try: {remedy[status]}"
     )
 
 
@@ -294,6 +298,62 @@ class Backward:
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
     return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+
+
+def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
+    """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
+    usable = is_usable(found.status)
+    if not happens(~usable):
+        return attach(condition, found.z, theta, backward)
+    if not happens(usable):
+        return constant(found.z, theta)
+    z, theta = without_failed(usable, found.z, theta, condition)
+    return torch.where(usable[:, None], attach(condition, z, theta, backward), found.z.detach())
+
+
+def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
+    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
+    real = (
+        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
+    )
+    return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
+
+
+def without_failed(
+    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
+
+    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
+    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
+    is enough unless f is undefined at finite arguments; then the gradient says so.
+    """
+    if condition.carries is None:
+        return torch.nan_to_num(z, 0.0, 0.0, 0.0), tuple(_finite(t, condition) for t in theta)
+    index = torch.arange(len(usable), device=usable.device)
+    rows = torch.where(usable, index, usable.to(torch.int64).argmax())
+    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
+    return z.index_select(0, rows), theta
+
+
+def _finite(t: Tensor, condition: Condition) -> Tensor:
+    if not t.is_floating_point():
+        return t
+    t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
+
+    def tell(gradient: Tensor) -> None:
+        if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
+            warnings.warn(
+                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
+                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
+                "failed ones are left out",
+                ConvergenceWarning,
+                stacklevel=users_line(),
+            )
+
+    if t.requires_grad and not is_wrapped(t):
+        t.register_hook(tell)
+    return t
 
 
 def _preconditioned(condition: Condition, inverse: Map) -> Condition:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitly.adjoints import Adjoint, constant, without_failed
+from implicitly.adjoints import Adjoint
 from implicitly.host import happens
-from implicitly.implicit import Condition, is_usable
+from implicitly.implicit import Condition, constant, is_usable, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
 

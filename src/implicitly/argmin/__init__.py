@@ -1,0 +1,1 @@
+"""Optimisation problems as layers. Start reading at `solve.py`."""
