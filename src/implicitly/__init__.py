@@ -2,7 +2,9 @@
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
+from implicitly.argmin import project, prox
 from implicitly.argmin.bilevel import implicit_gradient, proximal
+from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
@@ -78,7 +80,12 @@ __all__ = [
     "linear_solve",
     "nn",
     "odeint",
+    "project",
+    "prox",
     "proximal",
     "root",
+    "soft_rank",
+    "soft_sort",
+    "sparsemax",
     "trajectory_derivatives",
 ]

@@ -1,1 +1,1 @@
-"""Optimisation problems as layers. Start reading at `solve.py`."""
+"""Optimisation problems as layers: `argmin` in `solve.py`, quadratic programs in `qp.py`, projections, bilevel."""
