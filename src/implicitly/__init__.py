@@ -4,6 +4,9 @@ from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
 from implicitly.argmin import project, prox
 from implicitly.argmin.bilevel import implicit_gradient, proximal
+from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
@@ -53,7 +56,9 @@ __all__ = [
     "ImplicitAdjoint",
     "ImplicitEuler",
     "ImplicitMidpoint",
+    "InteriorPoint",
     "JacobianFreeAdjoint",
+    "KKTAdjoint",
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
@@ -62,6 +67,7 @@ __all__ = [
     "Newton",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ProgramSolution",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -83,6 +89,7 @@ __all__ = [
     "project",
     "prox",
     "proximal",
+    "qp",
     "root",
     "soft_rank",
     "soft_sort",
