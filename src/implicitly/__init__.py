@@ -2,6 +2,9 @@
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
+from implicitly.argmin.gradient_descent import GradientDescent
+from implicitly.argmin.lbfgs import LBFGS
+from implicitly.argmin.solve import argmin
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
@@ -29,6 +32,7 @@ from implicitly.unrolled import UnrolledAdjoint
 __all__ = [
     "CG",
     "GMRES",
+    "LBFGS",
     "RK4",
     "Adams",
     "Anderson",
@@ -46,6 +50,7 @@ __all__ = [
     "Euler",
     "Event",
     "FixedPointIteration",
+    "GradientDescent",
     "Heun",
     "ImplicitAdjoint",
     "ImplicitEuler",
@@ -70,6 +75,7 @@ __all__ = [
     "Tsit5",
     "UnrolledAdjoint",
     "Yoshida4",
+    "argmin",
     "check_independence",
     "fixed_point",
     "jet",

@@ -1,0 +1,1 @@
+"""Points that minimise an objective over a feasible set."""
