@@ -2,9 +2,12 @@
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
+from implicitly.argmin.equality import ConstrainedSolution, Equality, NewtonKKT
 from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.lbfgs import LBFGS
-from implicitly.argmin.solve import argmin
+from implicitly.argmin.least_squares import GaussNewton, LevenbergMarquardt
+from implicitly.argmin.projection import ProjectedGradient, Projection
+from implicitly.argmin.solve import argmin, least_squares
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
@@ -42,14 +45,17 @@ __all__ = [
     "Bosh3",
     "Broyden",
     "CompileWarning",
+    "ConstrainedSolution",
     "Controller",
     "ConvergenceWarning",
     "DenseLU",
     "Dopri5",
     "Dopri8",
+    "Equality",
     "Euler",
     "Event",
     "FixedPointIteration",
+    "GaussNewton",
     "GradientDescent",
     "Heun",
     "ImplicitAdjoint",
@@ -59,11 +65,15 @@ __all__ = [
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
+    "LevenbergMarquardt",
     "Midpoint",
     "Neumann",
     "Newton",
+    "NewtonKKT",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ProjectedGradient",
+    "Projection",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -79,6 +89,7 @@ __all__ = [
     "check_independence",
     "fixed_point",
     "jet",
+    "least_squares",
     "linear_solve",
     "nn",
     "odeint",

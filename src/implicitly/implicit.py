@@ -72,8 +72,9 @@ class Condition:
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
-        kind: what `bind` gives, where that is more than R: a dataclass of maps from z to tensors with one row a
+        kind: what `bind` gives, where that is more than R: a dataclass of maps between tensors with one row a
             sample, whose instances are R when called.
+        scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
         examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
     """
 
@@ -85,6 +86,7 @@ class Condition:
     relative_to_iterate: bool = False
     carries: tuple[int | None, ...] | None = None
     kind: type | None = None
+    scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     examine: Callable[[Any, Found], Found] | None = None
 
     def at(self, *theta: Tensor) -> Map:
@@ -203,7 +205,7 @@ def search(
         scale = None
     else:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
-        scale = row_norm(r0)
+        scale = row_norm(r0) if condition.scale is None else condition.scale(condition.at(*theta), z0, r0)
     with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
         return iterate(
             solver,
@@ -427,10 +429,13 @@ def _mapped(
 
     def bind(*theta: Tensor) -> Map:
         def mapped(part: Callable[[Any], Map]) -> Map:
-            over = vmap(lambda z, *t: part(condition.bind(*t))(z), in_dims=(0, *in_dims), randomness="different")
+            def one(rows: tuple[Tensor, ...], *theta: Tensor) -> Any:
+                return part(condition.bind(*theta))(*rows)
 
-            def call(z: Tensor) -> Any:
-                value = over(z.reshape(size, -1, z.shape[1]), *theta)
+            over = vmap(one, in_dims=(0, *in_dims), randomness="different")
+
+            def call(*rows: Tensor) -> Any:
+                value = over(tuple(x.reshape(size, -1, *x.shape[1:]) for x in rows), *theta)
                 return pytree.tree_map(lambda v: v.flatten(0, 1), value)
 
             return call

@@ -68,12 +68,14 @@ class ProximalStep:
     Attributes:
         evaluate: z to the objective and minus its gradient.
         project: onto the feasible set.
+        residual: from z and minus the gradient there.
         fixed: whether steps keep their length.
         momentum: whether there is any.
     """
 
     evaluate: Evaluate
     project: Residual
+    residual: Callable[[Tensor, Tensor], Tensor]
     fixed: bool
     momentum: bool = True
 
@@ -100,7 +102,7 @@ class ProximalStep:
         if self.momentum:
             value, minus_g = self.evaluate(y)
             calls = calls + 1
-        residual = where_rows(moves, self.project(trial.z + trial.r) - trial.z, r)
+        residual = where_rows(moves, self.residual(trial.z, trial.r), r)
         progress = moves & (trial.value < m.least)
         least = torch.where(progress, trial.value, m.least)
         memory = Accelerated(y, value, minus_g, age, self._next_step(m, trial), least, m.lowest)

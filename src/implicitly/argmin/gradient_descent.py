@@ -47,7 +47,7 @@ class GradientDescent(Solver):
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The point down the gradient."""
         if self.accelerated:
-            step = ProximalStep(F.evaluate, lambda z: z, fixed=self.step is not None)
+            step = ProximalStep(F.evaluate, lambda z: z, lambda z, r: r, fixed=self.step is not None)
             return step.take(k, z, r, Accelerated(*memory))
         if self.step is not None:
             return Proposal(torch.add(z, r, alpha=self.step))

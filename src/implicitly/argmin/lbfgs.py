@@ -62,7 +62,8 @@ class LBFGS(Solver):
         """The point that the line search finds along H r."""
         S, Y, T, YY, D, g, value, lowest = memory
         slots = T.shape[1]
-        d = _apply(*(filled(x, k if isinstance(k, Tensor) else min(k, slots)) for x in (S, Y)), T, YY, D, g, r)
+        count = k if isinstance(k, Tensor) else min(k, slots)
+        d = _apply(filled(S, count), filled(Y, count), T, YY, D, g, r)
         descends = torch.linalg.vecdot(r, d) > 0
         d = torch.where(descends[:, None], d, g * r)
         new = wolfe(F, z, value, r, d, torch.ones_like(value, dtype=z.dtype))
