@@ -16,7 +16,7 @@ LAYERS = (
     ("tree", "unrolled", "jet"),
     ("host", "history", "independence"),
     ("iterate",),
-    ("linear",),
+    ("linear", "descent"),
     ("implicit",),
     ("compiled",),
     ("problem",),

@@ -5,9 +5,15 @@ from implicitly.adjoints import ImplicitAdjoint
 from implicitly.argmin import project, prox
 from implicitly.argmin.bilevel import implicit_gradient, proximal
 from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.equality import ConstrainedSolution, Equality, NewtonKKT
+from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.lbfgs import LBFGS
+from implicitly.argmin.least_squares import GaussNewton, LevenbergMarquardt
+from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
+from implicitly.argmin.solve import argmin, least_squares
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
@@ -35,6 +41,7 @@ from implicitly.unrolled import UnrolledAdjoint
 __all__ = [
     "CG",
     "GMRES",
+    "LBFGS",
     "RK4",
     "Adams",
     "Anderson",
@@ -44,14 +51,18 @@ __all__ = [
     "Bosh3",
     "Broyden",
     "CompileWarning",
+    "ConstrainedSolution",
     "Controller",
     "ConvergenceWarning",
     "DenseLU",
     "Dopri5",
     "Dopri8",
+    "Equality",
     "Euler",
     "Event",
     "FixedPointIteration",
+    "GaussNewton",
+    "GradientDescent",
     "Heun",
     "ImplicitAdjoint",
     "ImplicitEuler",
@@ -62,12 +73,16 @@ __all__ = [
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
+    "LevenbergMarquardt",
     "Midpoint",
     "Neumann",
     "Newton",
+    "NewtonKKT",
     "NewtonKrylov",
     "PhantomAdjoint",
     "ProgramSolution",
+    "ProjectedGradient",
+    "Projection",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -79,10 +94,12 @@ __all__ = [
     "Tsit5",
     "UnrolledAdjoint",
     "Yoshida4",
+    "argmin",
     "check_independence",
     "fixed_point",
     "implicit_gradient",
     "jet",
+    "least_squares",
     "linear_solve",
     "nn",
     "odeint",

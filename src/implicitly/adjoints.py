@@ -54,21 +54,41 @@ class Adjoint(ABC):
         """The found point `(B, n)` with its derivative."""
 
 
+# What a solver may need of the problem, and which entry point has it.
+_NEEDS = {
+    "objective": "an objective to descend: im.argmin without a constraint, or im.least_squares",
+    "residuals": "residuals whose squares add up to the objective: im.least_squares",
+    "projection": "an objective and a projection: im.argmin(..., constraint=P)",
+    "equality": "an objective and equality constraints: im.argmin(..., constraint=im.Equality(h))",
+}
+
+
 def check_choices(
-    solver: Solver, adjoint: Adjoint | UnrolledAdjoint, dtype: torch.dtype, iterates: bool
+    solver: Solver,
+    adjoint: Adjoint | UnrolledAdjoint,
+    dtype: torch.dtype,
+    iterates: bool,
+    offers: tuple[str, ...] = (),
+    try_solver: str = "Anderson, Broyden, Newton or NewtonKrylov",
 ) -> Adjoint:
-    """`adjoint` as one of this family; raises TypeError / ValueError unless it, `solver` and `dtype` fit."""
+    """`adjoint` as one of algebraic conditions; raises TypeError / ValueError unless it, `solver` and `dtype` fit.
+
+    `offers` is what the problem has of what solvers may need, `try_solver` what to name instead of one that does
+    not fit.
+    """
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver such as im.Anderson(), got {solver!r}")
+        raise TypeError(f"solver must be a solver such as {try_solver}, got {solver!r}")
     if isinstance(adjoint, UnrolledAdjoint):
         adjoint = _Unrolled()
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
     if solver.linear:
         raise TypeError(
-            f"{type(solver).__name__} solves linear systems; use Anderson, Broyden, Newton or NewtonKrylov as "
-            "solver here, and it in ImplicitAdjoint(linear_solver=...)"
+            f"{type(solver).__name__} solves linear systems; use {try_solver} as solver here, and it in "
+            "ImplicitAdjoint(linear_solver=...)"
         )
+    if solver.needs is not None and solver.needs not in offers:
+        raise TypeError(f"{type(solver).__name__} needs {_NEEDS[solver.needs]}. Use {try_solver} as solver here")
     solver.tolerances(dtype)
     adjoint.check(solver, dtype, iterates)
     return adjoint
@@ -148,6 +168,7 @@ class _Unrolled(Adjoint):
         if compile:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
+        found = condition.examined(found, problem.theta)
         condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
         usable = is_usable(found.status)
         if not happens(~usable):

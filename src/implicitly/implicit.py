@@ -19,14 +19,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
+from torch.utils import _pytree as pytree
 
 from implicitly.host import happens
 from implicitly.iterate import (
@@ -71,6 +74,10 @@ class Condition:
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
+        kind: what `bind` gives, where that is more than R: a dataclass of maps between tensors with one row a
+            sample, whose instances are R when called.
+        scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
+        examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
     """
 
     bind: Callable[..., Map]
@@ -80,6 +87,9 @@ class Condition:
     linear: bool = False
     relative_to_iterate: bool = False
     carries: tuple[int | None, ...] | None = None
+    kind: type | None = None
+    scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    examine: Callable[[Any, Found], Found] | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -88,6 +98,10 @@ class Condition:
     def residual(self, z: Tensor, *theta: Tensor) -> Tensor:
         """R(z, *theta) `(B, n)`."""
         return self.at(*theta)(z)
+
+    def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
+        """`found` with the status that a closer look gives."""
+        return found if self.examine is None else self.examine(self.at(*theta), found)
 
 
 @dataclass(frozen=True)
@@ -195,7 +209,7 @@ def search(
         scale = None
     else:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
-        scale = row_norm(r0)
+        scale = row_norm(r0) if condition.scale is None else condition.scale(condition.at(*theta), z0, r0)
     with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
         return iterate(
             solver,
@@ -218,7 +232,7 @@ class _Find(torch.autograd.Function):
     @staticmethod
     def forward(solver, condition, run, starts, *tensors):
         start, theta = tensors[:starts], tensors[starts:]
-        found = run(solver, condition, start[0], theta, *start[1:])
+        found = condition.examined(run(solver, condition, start[0], theta, *start[1:]), theta)
         condition.report(condition.name, solver, found)
         # Outputs must not alias inputs: a converged start is its own answer.
         z = found.z.clone() if found.z is start[0] else found.z
@@ -337,9 +351,12 @@ def without_failed(
 
 
 def _finite(t: Tensor, condition: Condition) -> Tensor:
-    if not t.is_floating_point():
+    if t.is_complex():
+        t = torch.view_as_complex(torch.nan_to_num(torch.view_as_real(t), 0.0, 0.0, 0.0))
+    elif t.is_floating_point():
+        t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
+    else:
         return t
-    t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
 
     def tell(gradient: Tensor) -> None:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
@@ -474,8 +491,21 @@ def _mapped(
         theta, in_dims = (merge_rows(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
 
     def bind(*theta: Tensor) -> Map:
-        over = vmap(lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different")
-        return lambda z: over(z.reshape(size, -1, z.shape[1]), *theta).reshape(z.shape)
+        def mapped(part: Callable[[Any], Map]) -> Map:
+            def one(rows: tuple[Tensor, ...], *theta: Tensor) -> Any:
+                return part(condition.bind(*theta))(*rows)
+
+            over = vmap(one, in_dims=(0, *in_dims), randomness="different")
+
+            def call(*rows: Tensor) -> Any:
+                value = over(tuple(x.reshape(size, -1, *x.shape[1:]) for x in rows), *theta)
+                return pytree.tree_map(lambda v: v.flatten(0, 1), value)
+
+            return call
+
+        if condition.kind is None:
+            return mapped(lambda residual: residual)
+        return condition.kind(**{part.name: mapped(attrgetter(part.name)) for part in fields(condition.kind)})
 
     report = replace(condition.report, unpack=None)
     return replace(condition, bind=bind, report=report, carries=None), theta

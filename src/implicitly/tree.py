@@ -110,25 +110,27 @@ class Layout:
         """`(B,)` as users see it: 0-d where the whole state is one system."""
         return vector if self.batch_dims else vector[0]
 
-    def check(self, state: Any, given: str) -> None:
-        """Raise ValueError / TypeError unless `state`, which f returned for `given`, has this layout."""
+    def check(self, state: Any, given: str, f: str = "f") -> None:
+        """Raise ValueError / TypeError unless `state`, which `f` returned for `given`, has this layout."""
         flat, spec = pytree.tree_flatten(state)
         if spec != self.spec:
-            raise ValueError(f"f must return the structure of {given}: expected {self.spec}, got {spec}")
+            raise ValueError(f"{f} must return the structure of {given}: expected {self.spec}, got {spec}")
         lead = (self.batch,) if self.batch_dims else ()
         for x, leaf in zip(flat, self.leaves):
             expected = (*lead, *leaf.shape)
             if not isinstance(x, Tensor):
-                raise TypeError(f"f must return tensors, got a {type(x).__name__}")
+                raise TypeError(f"{f} must return tensors, got a {type(x).__name__}")
             if tuple(x.shape) != expected:
-                raise ValueError(f"f must return the shape of {given}: expected {expected}, got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{f} must return the shape of {given}: expected {expected}, got {tuple(x.shape)}"
+                )
             if x.dtype != leaf.dtype and not torch.is_autocast_enabled(self.device.type):
                 raise ValueError(
-                    f"f must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
+                    f"{f} must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
                     "usually come from an argument or parameter of another dtype"
                 )
             if x.device != self.device:
-                raise ValueError(f"f must return the device of {given}: expected {self.device}, got {x.device}")
+                raise ValueError(f"{f} must return the device of {given}: expected {self.device}, got {x.device}")
 
     def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         batch = x.shape[0] if self.batch_dims else 1
