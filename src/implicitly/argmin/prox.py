@@ -76,7 +76,7 @@ def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
     check_state("prox.linf", z)
     check_nonnegative("prox.linf", "weight", per_row("prox.linf", "weight", weight, z))
-    return z - l1_ball(z, weight)
+    return without_bad_rows(lambda z: z - l1_ball(z, weight), z)
 
 
 def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
@@ -116,8 +116,8 @@ def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
 
     Args:
         z: `(..., n)`, along the chain.
-        weight: >= 0 and finite; a number, or a tensor that broadcasts with `(..., n - 1)`, one an edge: weight[i] is
-            that between entries i and i + 1. One number a row is `(..., 1)`.
+        weight: >= 0 and finite; a number, or a tensor that broadcasts with `(..., n - 1)`, one an edge:
+            weight[i] is that between entries i and i + 1. One number a row is `(..., 1)`.
 
     Raises:
         TypeError: `z` is not of a floating dtype.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.argmin.order import nearest_permuted, permutahedron
+from implicitly.argmin.order import nearest_permuted
 from implicitly.argmin.project import simplex
 from implicitly.argmin.rows import Number, check_state, check_values, per_row, without_bad_rows
 
@@ -54,8 +54,9 @@ def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     `strength`.
     """
     check_state("soft_rank", z)
-    z = z / _strength("soft_rank", strength, z)
-    return permutahedron(-z if descending else z, _ranks(z))
+    strength = _strength("soft_rank", strength, z)
+    scale = -strength if descending else strength
+    return without_bad_rows(lambda z: nearest_permuted(z / scale, _ranks(z)), z, infinite=True)
 
 
 def _strength(name: str, strength: Number, z: Tensor) -> Tensor:

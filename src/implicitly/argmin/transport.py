@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from implicitly.iterate import Proposal, Solver
 from implicitly.linear import GMRES
 
 # From a temperature of the size of the costs down to the one asked for, by halves.
-HALVINGS = 40
-SWEEPS_EACH = 4
-NEWTON_STEPS = 30
+HALVINGS = 60
+NEWTON_STEPS = 50
+STEP_LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +83,14 @@ def sinkhorn(
     theta = (K, p, q)
     found = find(solver, condition, outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
-    if happens(~usable):
-        theta = tuple(torch.where(usable.view(-1, *(1,) * (t.ndim - 1)), t, t.detach()) for t in theta)
-    phi = attach(condition, found.z, theta, Backward(linear_solver))
-    return _plan(phi, *theta).reshape(*batch, n, m)
+    if not happens(~usable):
+        return _plan(attach(condition, found.z, theta, Backward(linear_solver)), *theta).reshape(*batch, n, m)
+    # A failed plan has no derivative; a problem whose answer is 0 stands in for it.
+    failed = _plan(found.z, *(t.detach() for t in theta))
+    usable = usable[:, None]
+    theta = (torch.where(usable[:, None], K, 0.0), torch.where(usable, p, 0.0), torch.where(usable, q, 0.0))
+    phi = attach(condition, torch.where(usable, found.z, 0.0), theta, Backward(linear_solver))
+    return torch.where(usable[:, None], _plan(phi, *theta), failed).reshape(*batch, n, m)
 
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,44 +142,53 @@ def _plan(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Potentials of the rows, by sweeps at falling temperatures and Newton's method on the dual."""
+    """Potentials of the rows, by Newton's method on the dual at temperatures that fall to the one asked for."""
     lead, (n, m) = K.shape[:-2], K.shape[-2:]
     K, p, q = K.reshape(-1, n, m), p.reshape(-1, n), q.reshape(-1, m)
     phi = torch.zeros_like(p)
-    spread = (K.amax((1, 2)) - K.amin((1, 2))).clamp(min=1).nan_to_num(1.0, 1.0)[:, None] if len(K) else p[:, :1]
+    if phi.numel() == 0:
+        return phi.reshape(*lead, n)
+    finite = torch.where(K.isfinite(), K, 0.0)
+    spread = (finite.amax((1, 2)) - finite.amin((1, 2))).clamp(min=1)[:, None]
     for halving in range(HALVINGS):
         heat = (spread * 0.5**halving).clamp(min=1)  # the temperature in units of epsilon
-        sharp = K / heat.unsqueeze(2)
-        for _ in range(SWEEPS_EACH):
-            phi = heat * _rows(_columns(phi / heat, sharp, q), sharp, p)
-        if bool((heat <= 1).all()):
+        last = bool((heat <= 1).all())
+        accuracy = 2 * torch.finfo(phi.dtype).eps if last else 0.1
+        phi = heat * _newton(phi / heat, K / heat.unsqueeze(2), p, q, accuracy)
+        if last:
             break
-    phi = _newton(phi - phi.mean(1, keepdim=True), K, p, q)
     return phi.reshape(*lead, n)
 
 
-def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Newton's method on the dual, with the Hessian diag(X 1) - X diag(1 / q) X'; a sweep where that fails."""
-    residual = partial(_surplus, K=K, p=p, q=q)
-    ones = torch.ones(phi.shape[1], phi.shape[1], dtype=phi.dtype, device=phi.device) / phi.shape[1]
+def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Tensor:
+    """Newton's method on the dual, until the row sums are off by less than `accuracy`, relative to all mass.
+
+    The Hessian is diag(X 1) - X diag(1 / q) X'. Of shorter steps and a sweep, the best takes the place of one that
+    does not halve the error.
+    """
+    row, n = p.exp(), phi.shape[1]
+    ones = torch.full((n, n), 1 / n, dtype=phi.dtype, device=phi.device)  # a constant in phi changes nothing
     for _ in range(NEWTON_STEPS):
-        X, surplus = residual(phi)
+        X = _plan(phi, K, p, q)
+        surplus = row - X.sum(2)
         error = surplus.abs().sum(1)
-        scale = p.exp().mean(1)[:, None, None]
-        H = torch.diag_embed(X.sum(2)) - (X / q.exp().unsqueeze(1)) @ X.mT + scale * ones
+        done = error <= accuracy * row.sum(1)
+        if bool((done | ~error.isfinite()).all()):
+            break
+        H = torch.diag_embed(X.sum(2)) - (X / q.exp().unsqueeze(1)) @ X.mT + row.mean(1)[:, None, None] * ones
         factor, info = torch.linalg.cholesky_ex(H)
         step = torch.cholesky_solve(surplus.unsqueeze(2), factor).squeeze(2)
-        new = phi + step
-        better = (residual(new)[1].abs().sum(1) < 0.5 * error) & (info == 0) & new.isfinite().all(1)
+        step = torch.where((info == 0)[:, None] & step.isfinite(), step, 0.0)
         swept = _rows(_columns(phi, K, q), K, p)
-        new = torch.where(better[:, None], new, swept - swept.mean(1, keepdim=True))
-        done = error <= 2 * torch.finfo(phi.dtype).eps * p.exp().sum(1)
-        phi = torch.where(done[:, None], phi, new)
-        if bool(done.all()):
-            break
+        tries = [swept, *(phi + length * step for length in STEP_LENGTHS)]
+        gains = torch.stack([_dual(new, K, row, q) for new in tries]).nan_to_num(-float("inf"))
+        best = torch.stack(tries)[gains.argmax(0), torch.arange(len(phi), device=phi.device)]
+        left = (row - _plan(phi + step, K, p, q).sum(2)).abs().sum(1)
+        new = torch.where((left < 0.5 * error)[:, None], phi + step, best)
+        phi = torch.where(done[:, None], phi, new - new.mean(1, keepdim=True))
     return phi - phi.mean(1, keepdim=True)
 
 
-def _surplus(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    X = _plan(phi, K, p, q)
-    return X, p.exp() - X.sum(2)
+def _dual(phi: Tensor, K: Tensor, row: Tensor, q: Tensor) -> Tensor:
+    """What the potentials maximise, `(B,)`."""
+    return (row * phi).sum(1) + (q.exp() * _columns(phi, K, q)).sum(1)
