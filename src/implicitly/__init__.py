@@ -4,6 +4,7 @@ from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
 from implicitly.argmin import project, prox
 from implicitly.argmin.bilevel import implicit_gradient, proximal
+from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.equality import ConstrainedSolution, Equality, NewtonKKT
 from implicitly.argmin.gradient_descent import GradientDescent
@@ -50,6 +51,7 @@ __all__ = [
     "BlanesMoan4",
     "Bosh3",
     "Broyden",
+    "Clarabel",
     "CompileWarning",
     "ConstrainedSolution",
     "Controller",

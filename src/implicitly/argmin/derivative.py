@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -62,24 +63,42 @@ class Jacobian:
         return J
 
 
+class Linearised(Protocol):
+    """The Jacobian J of an optimality condition, factorised; `Jacobian` is one."""
+
+    @property
+    def degenerate(self) -> Tensor:
+        """`(B,)`, where it is singular, in a way that matters."""
+        ...
+
+    def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
+        """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, N)` of which row i belongs to sample i % B."""
+        ...
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """The matrices `(len(rows), N, N)` of some samples."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
-    `known` receives the `Jacobian` once the solution is found. Systems that are neither it nor its transpose,
-    which the first step tells, are solved by dense LU. At degenerate samples the answer is that of least squares
-    and, of all of them, the one of minimal norm; what no answer can reduce does not count as residual.
+    `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
+    transpose, which the first step tells, are solved by dense LU. At degenerate samples the answer is that of
+    least squares and, of all of them, the one of minimal norm; what no answer can reduce does not count as
+    residual.
     """
 
     recurrent: ClassVar[bool] = False
     max_steps: int = 10
-    known: list[Jacobian] = field(default_factory=list)
+    known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
         """The inverse to apply, and the first step and its residual."""
         jacobian = self.known[0]
         best, memory = CLOSE_ENOUGH, None
-        if len(r) % len(jacobian.alpha) == 0:
+        if len(r) % len(jacobian.degenerate) == 0:
             for transposed in (True, False):
                 inverse = _Inverse.of(jacobian, transposed, len(r))
                 step, left = inverse(F, r)
@@ -98,6 +117,12 @@ class StructuredSolver(LinearSolver):
             return DenseLU().propose(F, k, z, r, memory)
         inverse, *first = memory
         step, left = first or inverse(F, r)
+        if not first and happens(slow := row_norm(left) > CLOSE_ENOUGH * row_norm(r)):
+            # For some right-hand sides J and J' have one solution, but for rounding errors: it was the other.
+            again = _Inverse.of(inverse.jacobian, not inverse.transposed, len(r))
+            other_step, other_left = again(F, r)
+            better = (slow & (row_norm(other_left) < row_norm(left))).unsqueeze(1)
+            step, left = torch.where(better, other_step, step), torch.where(better, other_left, left)
         return Proposal(z + step, (inverse,), left, calls=1)
 
 
@@ -105,7 +130,7 @@ class StructuredSolver(LinearSolver):
 class _Inverse:
     """An approximate inverse of -J or -J', for right-hand sides that stand `k` a sample one below the other."""
 
-    jacobian: Jacobian
+    jacobian: Linearised
     transposed: bool
     # Of samples where J is singular: their rows, the pseudoinverse, and the projection on the range.
     rows: Tensor | None
@@ -113,16 +138,16 @@ class _Inverse:
     onto_range: Tensor
 
     @classmethod
-    def of(cls, jacobian: Jacobian, transposed: bool, count: int) -> _Inverse:
-        empty = jacobian.alpha[:0]
+    def of(cls, jacobian: Linearised, transposed: bool, count: int) -> _Inverse:
+        empty = torch.zeros(0)
         if not happens(jacobian.degenerate):
             return cls(jacobian, transposed, None, empty, empty)
         rows = jacobian.degenerate.nonzero()[:, 0]
         J = jacobian.dense(rows)
         J = J.mT if transposed else J
         pseudoinverse = torch.linalg.pinv(J, rtol=proximal(J.dtype))
-        copies = count // len(jacobian.alpha)
-        index = torch.arange(copies, device=rows.device).unsqueeze(1) * len(jacobian.alpha) + rows
+        copies = count // len(jacobian.degenerate)
+        index = torch.arange(copies, device=rows.device).unsqueeze(1) * len(jacobian.degenerate) + rows
         return cls(jacobian, transposed, index, pseudoinverse, J @ pseudoinverse)
 
     def __call__(self, F: Affine, r: Tensor) -> tuple[Tensor, Tensor]:
