@@ -148,8 +148,8 @@ def find_folder(
 ) -> Path | None:
     """Where the files of the set `name` are: `folder / name`, or `None` where no folder is named.
 
-    `folder=None` stands for the folder that the environment variable `IMPLICITLY_DATA` names. `otherwise` completes
-    the message of the error: what comes of naming none.
+    `folder=None` stands for the folder that the environment variable `IMPLICITLY_DATA` names. `otherwise` says in
+    the error message what comes of naming none.
 
     Raises:
         FileNotFoundError: a folder was named, and has no folder `name`.
