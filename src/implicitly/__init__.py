@@ -1,6 +1,9 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.compiled import CompileWarning
 from implicitly.fixed_point.adjoints import (
     ImplicitAdjoint,
@@ -53,7 +56,9 @@ __all__ = [
     "ImplicitAdjoint",
     "ImplicitEuler",
     "ImplicitMidpoint",
+    "InteriorPoint",
     "JacobianFreeAdjoint",
+    "KKTAdjoint",
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
@@ -62,6 +67,7 @@ __all__ = [
     "Newton",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "ProgramSolution",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -79,6 +85,7 @@ __all__ = [
     "linear_solve",
     "nn",
     "odeint",
+    "qp",
     "root",
     "trajectory_derivatives",
 ]

@@ -1,0 +1,1 @@
+"""Optimisation problems as layers: quadratic and convex programs, projections, minimisers."""

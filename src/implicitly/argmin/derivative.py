@@ -1,0 +1,166 @@
+"""The derivative of a quadratic program, from the condition at its solution and the factors found there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.kkt import Factors, active_set, proximal
+from implicitly.argmin.program import QuadraticProgram, Scaling
+from implicitly.host import happens
+from implicitly.implicit import Backward, Condition, Report, attach
+from implicitly.iterate import Proposal
+from implicitly.linear import Affine, DenseLU, LinearSolver
+from implicitly.tree import row_norm
+
+# What a step with the inverse of the right matrix leaves of a residual, at most; and what tells it from another.
+CLOSE_ENOUGH = 0.5
+PLAIN = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The Jacobian of an optimality condition at a point, factorised in equilibrated units.
+
+    Attributes:
+        factors: of the scaled program; their beta is kept away from zero, so a solve leaves a small residual.
+        scaling: from its units to the user's.
+        program: in the user's units.
+        alpha, beta: `(B, m)` of the Jacobian in the user's units, exact.
+        degenerate: `(B,)` bool, where it is singular, as far as can be told in floating point.
+    """
+
+    factors: Factors
+    scaling: Scaling
+    program: QuadraticProgram
+    alpha: Tensor
+    beta: Tensor
+    degenerate: Tensor
+
+    def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
+        """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + q + m)` of which row i belongs to sample i % B."""
+        batch = len(self.alpha)
+        scale = self.scaling.w.unsqueeze(1)
+        r = r.reshape(-1, batch, r.shape[1]).transpose(0, 1)
+        w = scale * self.factors.solve(scale * r, transposed)
+        return w.transpose(0, 1).reshape(-1, w.shape[2])
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """The matrices `(len(rows), N, N)` of some samples."""
+        program = self.program.take_rows(rows)
+        Q, G, A = (t.expand(len(rows), -1, -1) for t in (program.Q, program.G, program.A))
+        n, q, m = program.sizes
+        J = Q.new_zeros(len(rows), n + q + m, n + q + m)
+        J[:, :n, :n], J[:, :n, n : n + q], J[:, :n, n + q :] = Q, A.mT, G.mT
+        J[:, n : n + q, :n] = A
+        J[:, n + q :, :n] = self.alpha[rows].unsqueeze(2) * G
+        J[:, n + q :, n + q :] = torch.diag_embed(self.beta[rows])
+        return J
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredSolver(LinearSolver):
+    """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
+
+    `known` receives the `Jacobian` once the solution is found. Systems that are neither it nor its transpose,
+    which the first step tells, are solved by dense LU. At degenerate samples the answer is that of least squares
+    and, of all of them, the one of minimal norm; what no answer can reduce does not count as residual.
+    """
+
+    recurrent: ClassVar[bool] = False
+    max_steps: int = 10
+    known: list[Jacobian] = field(default_factory=list)
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
+        """The inverse to apply, and the first step and its residual."""
+        jacobian = self.known[0]
+        best, memory = CLOSE_ENOUGH, None
+        if len(r) % len(jacobian.alpha) == 0:
+            for transposed in (True, False):
+                inverse = _Inverse.of(jacobian, transposed, len(r))
+                step, left = inverse(F, r)
+                worst = float((row_norm(left) / row_norm(r).clamp(min=torch.finfo(r.dtype).tiny)).max())
+                if worst < best:
+                    best, memory = worst, (inverse, step, left)
+                if best < PLAIN:
+                    break
+        if memory is not None:
+            return memory
+        return DenseLU(limit_gib=8.0).start(F, z, r)
+
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """One more step of refinement."""
+        if not isinstance(memory[0], _Inverse):
+            return DenseLU().propose(F, k, z, r, memory)
+        inverse, *first = memory
+        step, left = first or inverse(F, r)
+        return Proposal(z + step, (inverse,), left, calls=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Inverse:
+    """An approximate inverse of -J or -J', for right-hand sides that stand `k` a sample one below the other."""
+
+    jacobian: Jacobian
+    transposed: bool
+    # Of samples where J is singular: their rows, the pseudoinverse, and the projection on the range.
+    rows: Tensor | None
+    pseudoinverse: Tensor
+    onto_range: Tensor
+
+    @classmethod
+    def of(cls, jacobian: Jacobian, transposed: bool, count: int) -> _Inverse:
+        empty = jacobian.alpha[:0]
+        if not happens(jacobian.degenerate):
+            return cls(jacobian, transposed, None, empty, empty)
+        rows = jacobian.degenerate.nonzero()[:, 0]
+        J = jacobian.dense(rows)
+        J = J.mT if transposed else J
+        pseudoinverse = torch.linalg.pinv(J, rtol=proximal(J.dtype))
+        copies = count // len(jacobian.alpha)
+        index = torch.arange(copies, device=rows.device).unsqueeze(1) * len(jacobian.alpha) + rows
+        return cls(jacobian, transposed, index, pseudoinverse, J @ pseudoinverse)
+
+    def __call__(self, F: Affine, r: Tensor) -> tuple[Tensor, Tensor]:
+        """The step -J^-1 r, and the residual that it leaves; F maps a step to r of a zero step less its image."""
+        step = -self.jacobian.solve(r, self.transposed)
+        if self.rows is not None:
+            exact = -torch.einsum("bij,kbj->kbi", self.pseudoinverse, r[self.rows])
+            step = step.index_put((self.rows,), exact)
+        left = r - F.operator(step)
+        if self.rows is not None:
+            reducible = torch.einsum("bij,kbj->kbi", self.onto_range, left[self.rows])
+            left = left.index_put((self.rows,), reducible)
+        return step, left
+
+
+@dataclass(frozen=True, kw_only=True)
+class KKTAdjoint:
+    """The exact derivative at the solution, from the optimality conditions: any order, both modes.
+
+    Where an inequality binds with a zero multiplier, the derivative is that of the side on which it does not bind.
+    Where multipliers are not unique, it is that of least norm. Such samples have `Status.DEGENERATE`.
+
+    Args:
+        rtol: relative tolerance of the linear solves; None means eps^(2/3) of the dtype.
+        max_steps: of their iterative refinement.
+    """
+
+    rtol: float | None = None
+    max_steps: int = 10
+
+    def __post_init__(self):
+        self._solver([])  # its own checks
+
+    def _solver(self, known: list[Jacobian]) -> StructuredSolver:
+        return StructuredSolver(rtol=self.rtol, max_steps=self.max_steps, known=known)
+
+    def attach(
+        self, w: Tensor, alpha: Tensor, program: QuadraticProgram, known: list[Jacobian], on_failure: str
+    ) -> Tensor:
+        """`w` = (z, ν, λ) `(B, N)` with its derivative; `known` holds the Jacobian there."""
+        condition = Condition(active_set, "qp", w.dtype, Report(on_failure))
+        return attach(condition, w, (alpha, *program.tensors), Backward(self._solver(known)))

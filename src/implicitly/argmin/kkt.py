@@ -1,0 +1,181 @@
+"""The optimality conditions of a quadratic program, their structured linear systems, and their derivative.
+
+At the solution some inequalities bind and the others do not, and both stay so nearby. So the solution satisfies,
+for z, ν and λ,
+
+    Qz + p + G'λ + A'ν = 0,     Az - b = 0,     α (Gz - h) + (1 - α) λ = 0
+
+with α = 1 where the inequality binds, else 0 (`active_set`). This condition has the derivative of the solution, of
+every order, wherever that exists. Its Jacobian
+
+    [ Q   A'  G' ]
+    [ A   0   0  ]
+    [ αG  0   β  ],     β = 1 - α,
+
+has a structure, which also the Newton steps of an interior point and the relaxed complementarity λ (h - Gz) = κ
+(`relaxed`, with α = λ and β = Gz - h) have, so one `Factors` solves all of them, and their transposes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.program import QuadraticProgram, times, times_transposed
+from implicitly.implicit import Map
+from implicitly.tree import row_norm
+
+# Of a matrix that all samples share, the products of its columns are made once if they fit in so many numbers.
+SHARED_GRAM_LIMIT = 2**23
+
+
+def active_set(alpha: Tensor, *theta: Tensor) -> Map:
+    """The residual `(B, n + q + m)` at w = (z, ν, λ) of a program whose inequalities bind where `alpha` is 1."""
+    program = QuadraticProgram(*theta)
+    n, q, m = program.sizes
+
+    def residual(w: Tensor) -> Tensor:
+        z, nu, lam = w.split([n, q, m], dim=1)
+        binding = alpha * (times(program.G, z) - program.h) + (1 - alpha) * lam
+        return torch.cat([*_upper(program, z, nu, lam), binding], dim=1)
+
+    return residual
+
+
+def relaxed(kappa: Tensor, *theta: Tensor) -> Map:
+    """The residual at w = (z, ν, λ) of a program with the complementarity λ (h - Gz) = `kappa`."""
+    program = QuadraticProgram(*theta)
+    n, q, m = program.sizes
+
+    def residual(w: Tensor) -> Tensor:
+        z, nu, lam = w.split([n, q, m], dim=1)
+        gap = lam * (times(program.G, z) - program.h) + kappa
+        return torch.cat([*_upper(program, z, nu, lam), gap], dim=1)
+
+    return residual
+
+
+def _upper(program: QuadraticProgram, z: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    stationarity = times(program.Q, z) + program.p + times_transposed(program.G, lam)
+    return stationarity + times_transposed(program.A, nu), times(program.A, z) - program.b
+
+
+# ------------------------------------------------------------------------------------------ linear systems
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The factorised Jacobian [Q A' G'; A 0 0; αG 0 β] of a program, `alpha` and `beta` `(B, m)`.
+
+    With λ = (r3 - αGz) / β eliminated, what remains is [H A'; A 0] with H = Q - G'(α/β)G, to which c A'A is
+    added, and c A' times the second row to the right-hand side: that changes nothing of the solution and leaves
+    H positive definite wherever the Jacobian is nonsingular. H is then factorised, and S = A H^-1 A'. Small
+    multiples of the identity on both make this a proximal step where the Jacobian is singular.
+
+    L is the Cholesky factor of H `(B, n, n)`, V = H^-1 A' `(B, n, q)`, S that of A V `(B, q, q)`.
+    """
+
+    program: QuadraticProgram
+    alpha: Tensor
+    beta: Tensor
+    L: Tensor
+    V: Tensor
+    S: Tensor
+    usable: Tensor  # (B,) whether H was positive definite
+
+    @classmethod
+    def of(cls, program: QuadraticProgram, base: Tensor, alpha: Tensor, beta: Tensor) -> Factors:
+        """Factorise. `base` is that of the program, see `base_matrix`; `alpha` and `beta` of its rows."""
+        L, info = torch.linalg.cholesky_ex(_plus_gram(base, program.G, -alpha / beta))
+        A = program.A
+        V = torch.cholesky_solve(A.mT.expand(len(L), -1, -1), L)
+        S = A @ V
+        S.diagonal(dim1=1, dim2=2).add_(proximal(S.dtype))
+        S, info_S = torch.linalg.cholesky_ex(S)
+        return cls(program, alpha, beta, L, V, S, (info == 0) & (info_S == 0))
+
+    def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
+        """w with J w = r, or J' w = r, for `r` `(B, k, n + q + m)`: k right-hand sides a sample."""
+        G, A = self.program.G, self.program.A
+        r1, r2, r3 = r.split(self.program.sizes, dim=2)
+        alpha, beta = self.alpha.unsqueeze(1), self.beta.unsqueeze(1)
+        d = r3 / beta
+        t = r1 - times_transposed(G, d * alpha if transposed else d)
+        if r2.shape[2]:
+            t = t + times_transposed(A, r2)
+        z = torch.cholesky_solve(t.mT, self.L)
+        if r2.shape[2]:
+            nu = torch.cholesky_solve(A @ z - r2.mT, self.S)
+            z, nu = (z - self.V @ nu).mT, nu.mT
+        else:
+            z, nu = z.mT, r2
+        Gz = times(G, z)
+        lam = (r3 - (Gz if transposed else alpha * Gz)) / beta
+        return torch.cat([z, nu, lam], dim=2)
+
+    def product(self, w: Tensor, transposed: bool = False) -> Tensor:
+        """J w or J' w for `w` `(B, k, n + q + m)`."""
+        return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
+
+    def without(self, bad: Tensor) -> Factors:
+        """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
+        column = bad[:, None, None]
+        eye = [torch.eye(t.shape[1], dtype=t.dtype, device=t.device) for t in (self.L, self.S)]
+        L, S = (torch.where(column, e, t) for e, t in zip(eye, (self.L, self.S)))
+        V = torch.where(column, 0.0, self.V)
+        return replace(self, beta=torch.where(bad[:, None], 1.0, self.beta), L=L, V=V, S=S)
+
+    def with_rows(self, rows: Tensor, part: Factors) -> Factors:
+        """These with `part` in place of those of some samples."""
+        own, new = ((f.alpha, f.beta, f.L, f.V, f.S, f.usable) for f in (self, part))
+        return Factors(self.program, *(t.index_copy(0, rows, p) for t, p in zip(own, new)))
+
+
+def jacobian_product(
+    program: QuadraticProgram, alpha: Tensor, beta: Tensor, w: Tensor, transposed: bool = False
+) -> Tensor:
+    """[Q A' G'; A 0 0; αG 0 β] w, or its transpose, for `w` `(B, k, n + q + m)`; `alpha` and `beta` `(B, m)`."""
+    G, A, alpha = program.G, program.A, alpha.unsqueeze(1)
+    z, nu, lam = w.split(program.sizes, dim=2)
+    Gz = times(G, z) if transposed else alpha * times(G, z)
+    upper = times(program.Q, z) + times_transposed(G, alpha * lam if transposed else lam)
+    return torch.cat([upper + times_transposed(A, nu), times(A, z), Gz + beta.unsqueeze(1) * lam], dim=2)
+
+
+def proximal(dtype: torch.dtype) -> float:
+    """The multiple of the identity that regularises an equilibrated system: 1e-10 in float64, 4e-5 in float32."""
+    return torch.finfo(dtype).eps ** 0.64
+
+
+def base_matrix(program: QuadraticProgram) -> Tensor:
+    """What of H stays the same: Q + A'A, and a little of the identity."""
+    Q, A = program.Q, program.A
+    base = Q + A.mT @ A
+    base.diagonal(dim1=-2, dim2=-1).add_(proximal(Q.dtype))
+    return base
+
+
+def _plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
+    """base + G' diag(d) G `(B, n, n)` for d `(B, m)`."""
+    m, n = G.shape[-2:]
+    if G.ndim == 2 and m * n * n <= SHARED_GRAM_LIMIT:  # one product for all samples
+        outer = (G.unsqueeze(2) * G.unsqueeze(1)).reshape(m, n * n)
+        return (d @ outer).reshape(-1, n, n) + base
+    G = G.expand(len(d), -1, -1)
+    return torch.baddbmm(base.expand(len(d), -1, -1), G.mT, d.unsqueeze(2) * G)
+
+
+def is_singular(factors: Factors, beta: Tensor) -> Tensor:
+    """`(B,)`, whether the Jacobian has no inverse, as far as can be told; `beta` is what the factors approximate.
+
+    Its regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
+    combination of the columns gives; else next to nothing.
+    """
+    width = sum(factors.program.sizes)
+    g = torch.cos(torch.arange(1.0, width + 1, dtype=beta.dtype, device=beta.device) ** 2)
+    g = g.expand(len(beta), 1, width)
+    u = factors.solve(g, transposed=True)
+    left = g - jacobian_product(factors.program, factors.alpha, beta, u, transposed=True)
+    return ~(row_norm(left[:, 0]) <= 0.01 * row_norm(g[:, 0]))

@@ -1,0 +1,190 @@
+"""A convex quadratic program as six tensors, each shared by the batch or with one entry a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.iterate import Status
+from implicitly.tree import row_norm
+
+# Dimensions of each tensor of a program that is shared by the batch.
+DIMS = (2, 1, 2, 1, 2, 1)
+
+
+def times(M: Tensor, x: Tensor) -> Tensor:
+    """M x for `M` `(r, c)` or `(B, r, c)` and `x` `(B, c)`, or `(B, k, c)` for k vectors a sample."""
+    if M.ndim == 3 and x.ndim == 2:  # as a row times the transpose: a quarter of the time of a column
+        return torch.bmm(x.unsqueeze(1), M.mT).squeeze(1)
+    return x @ M.mT
+
+
+def times_transposed(M: Tensor, x: Tensor) -> Tensor:
+    """M' x for `M` `(r, c)` or `(B, r, c)` and `x` `(B, r)` or `(B, k, r)`."""
+    return times(M.mT, x)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """x'y of each sample, for a vector of either that is shared, too: `(B,)`."""
+    return (x * y).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticProgram:
+    """min 1/2 z'Qz + p'z subject to Gz <= h, Az = b; Q is symmetric.
+
+    Shapes `(n, n)`, `(n,)`, `(m, n)`, `(m,)`, `(q, n)`, `(q,)`, each with or without `B` in front; m and
+    q may be 0.
+    """
+
+    Q: Tensor
+    p: Tensor
+    G: Tensor
+    h: Tensor
+    A: Tensor
+    b: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The six."""
+        return self.Q, self.p, self.G, self.h, self.A, self.b
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """`(n, q, m)`: unknowns, equalities, inequalities; the widths of (z, dual of Az = b, dual of Gz <= h)."""
+        return self.Q.shape[-1], self.A.shape[-2], self.G.shape[-2]
+
+    @property
+    def batched(self) -> bool:
+        """Whether any of the six has one entry a sample."""
+        return any(t.ndim > d for t, d in zip(self.tensors, DIMS))
+
+    @property
+    def batch(self) -> int:
+        """How many samples; 1 where everything is shared."""
+        return next((len(t) for t, d in zip(self.tensors, DIMS) if t.ndim > d), 1)
+
+    def take_rows(self, rows: Tensor) -> QuadraticProgram:
+        """The program of those samples."""
+        return QuadraticProgram(*(t[rows] if t.ndim > d else t for t, d in zip(self.tensors, DIMS)))
+
+    def finite(self) -> Tensor:
+        """`(B,)`, which samples hold neither NaN nor inf."""
+        finite = torch.ones(self.batch, dtype=torch.bool, device=self.Q.device)
+        for t, d in zip(self.tensors, DIMS):
+            # A sum is finite only if all of its terms are; that of finite ones may overflow, then look at each.
+            total = t.sum(tuple(range(-d, 0)))
+            if not bool(total.isfinite().all()):
+                total = t.isfinite().all(-1) if d == 1 else t.isfinite().all(-1).all(-1)
+                finite = finite & total
+        return finite
+
+    def without(self, bad: Tensor) -> QuadraticProgram:
+        """This program with a trivial one, min z'z/2 subject to 0 <= 1, for the `bad` `(B,)` samples."""
+        n = self.Q.shape[-1]
+        eye = torch.eye(n, dtype=self.Q.dtype, device=self.Q.device)
+        stand_in = (eye, 0.0, 0.0, 1.0, 0.0, 0.0)
+        rows = [bad[:, None, None] if d == 2 else bad[:, None] for d in DIMS]
+        return QuadraticProgram(
+            *(torch.where(r, s, t) for r, s, t in zip(rows, stand_in, self.tensors))  # pyright: ignore
+        )
+
+
+class Point(NamedTuple):
+    """What a solver found, `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)` and `slack` `(B, m)`;
+    `status` and `steps` `(B,)` int64, `evaluations` a 0-d count of factorisations."""
+
+    w: Tensor
+    slack: Tensor
+    status: Tensor
+    steps: Tensor
+    evaluations: Tensor
+
+
+# ------------------------------------------------------------------------------------------- equilibration
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """z = E ẑ, dual of Az = b = K ν̂, dual of Gz <= h = F λ̂, slack = ŝ / F; each `(1 or B, ·)`."""
+
+    E: Tensor
+    K: Tensor
+    F: Tensor
+
+    @property
+    def w(self) -> Tensor:
+        """The factors of (z, ν, λ), one row."""
+        rows = max(len(self.E), len(self.K), len(self.F))
+        return torch.cat([t.expand(rows, -1) for t in (self.E, self.K, self.F)], dim=1)
+
+    def take_rows(self, rows: Tensor) -> Scaling:
+        """The scaling of those samples."""
+        return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
+
+
+def equilibrate(program: QuadraticProgram, rounds: int = 2) -> tuple[QuadraticProgram, Scaling]:
+    """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
+
+    Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
+
+    Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+    """
+    Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
+    n, q, m = program.sizes
+    aQ, aG, aA = Q.abs(), G.abs(), A.abs()
+    rows = max(len(Q), len(G), len(A))
+    E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in (n, q, m))
+    for _ in range(rounds):
+        column = (aQ * E.unsqueeze(1)).amax(2) * E
+        if m:
+            sG = aG * E.unsqueeze(1) * F.unsqueeze(2)
+            column = torch.maximum(column, sG.amax(1))
+            F = F * _factor(sG.amax(2))
+        if q:
+            sA = aA * E.unsqueeze(1) * K.unsqueeze(2)
+            column = torch.maximum(column, sA.amax(1))
+            K = K * _factor(sA.amax(2))
+        E = E * _factor(column)
+    # Powers of two scale without rounding.
+    E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
+    Q = Q * E.unsqueeze(1) * E.unsqueeze(2)
+    G, A = G * E.unsqueeze(1) * F.unsqueeze(2), A * E.unsqueeze(1) * K.unsqueeze(2)
+    shared, batch = rows == 1 and program.Q.ndim == program.G.ndim == program.A.ndim == 2, program.batch
+    Q, G, A = (t.squeeze(0) if shared else t.expand(batch, -1, -1) for t in (Q, G, A))
+    p, h, b = (t.expand(batch, -1) for t in (program.p * E, program.h * F, program.b * K))
+    return QuadraticProgram(Q, p, G, h, A, b), Scaling(E, K, F)
+
+
+def _factor(norm: Tensor) -> Tensor:
+    """1 / sqrt(norm), kept within what is sane; 1 for empty rows."""
+    return torch.where(norm > 0, norm, 1.0).clamp(1e-8, 1e8).rsqrt()
+
+
+def natural_residual(program: QuadraticProgram, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and the size
+    of the terms that it is a difference of."""
+    n, q, m = program.sizes
+    z, nu, lam = w.split([n, q, m], dim=1)
+    Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
+    Gz, Az = times(program.G, z), times(program.A, z)
+    slack = program.h - Gz
+    gaps = (Qz + program.p + Gl + An, Az - program.b, torch.minimum(lam, slack))
+    binding = lam > slack
+    terms = (Qz, program.p, Gl, An, Az, torch.where(binding, Gz, 0.0))
+    size = 1 + torch.stack([row_norm(t.expand(len(w), -1)) for t in terms]).amax(0)
+    return row_norm(torch.cat(gaps, dim=1)), size
+
+
+def failed(status: Tensor) -> Tensor:
+    """Which samples `(B,)` have no solution, or none that means anything."""
+    return (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED) | (status == Status.NON_FINITE)
+
+
+def with_rows(point: Point, rows: Tensor, part: Point) -> Point:
+    """`point` with `part` in place of its `rows`."""
+    w, slack, status, steps = (t.index_copy(0, rows, p) for t, p in zip(point[:4], part[:4]))
+    return Point(w, slack, status, steps, part.evaluations)

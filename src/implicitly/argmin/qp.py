@@ -1,0 +1,280 @@
+"""`qp`: state the program, find its solution, attach the derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.derivative import Jacobian, KKTAdjoint
+from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.polish import Polished, System
+from implicitly.argmin.program import DIMS, QuadraticProgram, equilibrate, failed, natural_residual, times
+from implicitly.argmin.solver import ProgramSolver
+from implicitly.host import happens
+from implicitly.implicit import Report
+from implicitly.iterate import Found, Solution, Status
+from implicitly.tree import merge_rows
+
+
+@dataclass(frozen=True)
+class ProgramSolution(Solution):
+    """What `qp` returns: a `Solution` whose `value` is z.
+
+    Its `residual` is the norm of (Qz + p + G'λ + A'ν, Az - b, min(λ, h - Gz)), its `evaluations` are the
+    factorisations.
+
+    Attributes:
+        dual_inequality: λ >= 0 `(B, m)`, differentiable like `value`.
+        dual_equality: ν `(B, q)`, differentiable.
+        slack: h - Gz `(B, m)`, differentiable.
+    """
+
+    dual_inequality: Tensor
+    dual_equality: Tensor
+    slack: Tensor
+
+
+def qp(
+    Q: Tensor,
+    p: Tensor,
+    G: Tensor | None = None,
+    h: Tensor | None = None,
+    A: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    solver: ProgramSolver = InteriorPoint(),
+    adjoint: KKTAdjoint = KKTAdjoint(),
+    on_failure: str = "raise",
+) -> ProgramSolution:
+    """Solve min 1/2 z'Qz + p'z subject to Gz <= h, Az = b, one program or many, and differentiate the solution.
+
+    Every argument may be shared by the batch or have a dimension 0 with one entry a sample. If none has, there is
+    one program, and the results have no batch dimension either. Gradients reach every argument; those of shared
+    ones are sums.
+
+    Args:
+        Q: `(n, n)` or `(B, n, n)`, positive semidefinite; zero for a linear program. (Q + Q') / 2 counts.
+        p: `(n,)` or `(B, n)`.
+        G, h: `(m, n)` and `(m,)`, or with `B` in front; None: no inequalities. Rows where h is inf are no
+            constraints.
+        A, b: `(q, n)` and `(q,)`, or with `B` in front; None: no equalities. Equations that repeat others are
+            fine.
+        solver: `InteriorPoint`, or `ADMM` where the batch shares Q, G and A.
+        adjoint: `KKTAdjoint`.
+        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
+            gradients zero. Those that ran out of steps keep their best point.
+
+    Returns:
+        `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
+        `steps` `(B,)`. Samples whose solution has no unique derivative have `Status.DEGENERATE`.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant, an indefinite Q among it.
+        SolverError: a sample has no solution and `on_failure="raise"`; carries the `ProgramSolution`.
+
+    Source: Amos and Kolter, "OptNet: Differentiable Optimization as a Layer in Neural Networks", ICML 2017.
+    """
+    if not isinstance(solver, ProgramSolver):
+        raise TypeError(f"solver must be InteriorPoint() or ADMM(), got {solver!r}")
+    if not isinstance(adjoint, KKTAdjoint):
+        raise TypeError(f"adjoint must be a KKTAdjoint, got {adjoint!r}")
+    given = checked(Q, p, G, h, A, b)
+    solver.tolerance(given.Q.dtype)
+    program = without_infinite_bounds(given)
+    known: list[Jacobian] = []
+    run = partial(find, solver, known, Report(on_failure, partial(_solution, given)))
+    found = _Find.apply(run, *program.tensors)
+    w, alpha, status = found[:3]
+    if happens(status == Status.NON_FINITE):
+        program = program.without(status == Status.NON_FINITE)
+    attached = adjoint.attach(w, alpha, program, known, on_failure)
+    return _solution(given, Found(*found[:1], *found[2:]), attached)
+
+
+def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None = None) -> ProgramSolution:
+    """What the user gets."""
+    w = found.z if attached is None else attached
+    z, nu, lam = w.split(program.sizes, dim=1)
+    parts = (z, lam, nu, program.h - times(program.G, z))
+    if happens(none := failed(found.status)):
+        parts = tuple(torch.where(none.unsqueeze(1), float("nan"), t) for t in parts)
+    results = (parts[0], found.status, found.residual, found.steps, *parts[1:])
+    if not program.batched:
+        results = tuple(t[0] for t in results)
+    z, status, residual, steps, *rest = results
+    return ProgramSolution(z, status, residual, steps, int(found.evaluations), *rest)
+
+
+# ---------------------------------------------------------------------------------------------- what came in
+
+
+def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
+    """The program, Q symmetrised; raises TypeError / ValueError for what does not fit together."""
+    names = ("Q", "p", "G", "h", "A", "b")
+    for first, second, x, y in (("G", "h", G, h), ("A", "b", A, b)):
+        if (x is None) != (y is None):
+            raise ValueError(f"{first} and {second} come together: got {second if x is None else first} alone")
+    given: dict[str, Any] = {
+        name: t for name, t in zip(names, (Q, p, G, h, A, b)) if t is not None or name in ("Q", "p")
+    }
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got a {type(t).__name__}")
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} has dtype {t.dtype}: a program is solved in float32 or float64; convert it")
+    for what in ("dtype", "device"):
+        if len({getattr(t, what) for t in given.values()}) > 1:
+            kinds = ", ".join(f"{name} {getattr(t, what)}" for name, t in given.items())
+            raise ValueError(f"the arguments mix {what}s: {kinds}; convert them to one")
+    if Q.ndim not in (2, 3) or Q.shape[-1] != Q.shape[-2]:
+        raise ValueError(f"Q must be (n, n) or (B, n, n), got {tuple(Q.shape)}")
+    n = Q.shape[-1]
+    for name, width in (("G", "m"), ("A", "q")):
+        if name not in given:
+            given[name], given["h" if name == "G" else "b"] = Q.new_zeros(0, n), Q.new_zeros(0)
+        elif given[name].ndim not in (2, 3):
+            shape = tuple(given[name].shape)
+            raise ValueError(f"{name} must be ({width}, {n}) or (B, {width}, {n}), got {shape}")
+    expected = {"Q": (n, n), "p": (n,)}
+    for matrix, vector in (("G", "h"), ("A", "b")):
+        expected[matrix] = (given[matrix].shape[-2], n)
+        expected[vector] = expected[matrix][:1]
+    _check_shapes({name: tuple(given[name].shape) for name in names}, expected)
+    return QuadraticProgram((Q + Q.mT) / 2, *(given[name] for name in names[1:]))
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    batches = {}
+    for name, shape in shapes.items():
+        own = expected[name]
+        lead = shape[: len(shape) - len(own)]
+        if len(lead) > 1 or shape[len(lead) :] != own:
+            text = ", ".join(map(str, own)) + ("," if len(own) == 1 else "")
+            fits = ", ".join(f"{k} {s}" for k, s in shapes.items() if k in ("Q", "G", "A") and k != name)
+            raise ValueError(
+                f"{name} must be ({text}), or (B, {text.rstrip(',')}) with one entry a sample, beside {fits}; "
+                f"got {shape}"
+            )
+        if lead:
+            batches[name] = lead[0]
+    if len(set(batches.values())) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in batches.items())
+        raise ValueError(f"the arguments disagree on the batch (dimension 0): {counts}")
+
+
+def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
+    """The program with 0 <= 1 for rows Gz <= inf, which say nothing, and 0 <= -1 for Gz <= -inf."""
+    infinite = program.h.isinf()
+    if not happens(infinite):
+        return program
+    h = torch.where(infinite, program.h.sign(), program.h)
+    G = torch.where(infinite.unsqueeze(-1), 0.0, program.G)
+    return QuadraticProgram(program.Q, program.p, G, h, program.A, program.b)
+
+
+# --------------------------------------------------------------------------------------------------- finding
+
+
+def find(solver: ProgramSolver, known: list[Jacobian], report: Report, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(w, alpha, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
+    program = QuadraticProgram(*tensors)
+    finite = program.finite()
+    if happens(~finite):
+        program = program.without(~finite)
+    refuse_indefinite(program.Q)
+    scaled, scaling = equilibrate(program)
+    polished = solver.solve(System.of(scaled, scaling))
+    polished = polished._replace(w=polished.w * scaling.w)
+    status = torch.where(finite, polished.status, int(Status.NON_FINITE))
+    polished = polished._replace(status=status)
+    none = failed(status)
+    if happens(none):
+        polished = _without(polished, none)
+    converged = status == Status.CONVERGED
+    status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), status)
+    w, alpha = polished.w, polished.alpha
+    residual = natural_residual(program, w)[0].masked_fill(~finite, float("nan"))
+    known.append(Jacobian(polished.factors, scaling, program, alpha, 1 - alpha, polished.degenerate))
+    found = Found(w, status, residual, polished.steps, polished.evaluations)
+    report("qp", solver, found)  # pyright: ignore[reportArgumentType]
+    return w, alpha, *found[1:5]
+
+
+def _without(polished: Polished, none: Tensor) -> Polished:
+    """`polished` with numbers that harm nothing for the samples that have `none`."""
+    column = none.unsqueeze(1)
+    return polished._replace(
+        w=torch.where(column, 0.0, polished.w),
+        alpha=torch.where(column, 0.0, polished.alpha),
+        degenerate=polished.degenerate & ~none,
+        factors=polished.factors.without(none),
+    )
+
+
+def refuse_indefinite(Q: Tensor) -> None:
+    """Raise ValueError unless Q, `(n, n)` or `(B, n, n)`, is positive semidefinite, as far as rounding tells."""
+    Q = Q if Q.ndim == 3 else Q.unsqueeze(0)
+    if Q.shape[1] == 0:
+        return
+    small = torch.finfo(Q.dtype).eps ** 0.6
+    size = Q.diagonal(dim1=1, dim2=2).abs().amax(1)
+    shifted = Q.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_((small * size).clamp(min=1e-30).unsqueeze(1))
+    suspects = (torch.linalg.cholesky_ex(shifted).info != 0).nonzero()[:, 0]
+    if len(suspects) == 0:
+        return
+    eigenvalues = torch.linalg.eigvalsh(Q[suspects])
+    least, largest = eigenvalues[:, 0], eigenvalues.abs().amax(1)
+    wrong = least < -small * largest
+    if bool(wrong.any()):
+        worst = int(torch.where(wrong, least / largest, 0.0).argmin())
+        sample = f" of sample {int(suspects[worst])}" if len(Q) > 1 else ""
+        raise ValueError(
+            f"Q must be positive semidefinite, or the program is not convex; the smallest eigenvalue{sample} is "
+            f"{float(least[worst]):.3g} (the largest in size {float(largest[worst]):.3g}); {int(wrong.sum())} of "
+            f"{len(Q)} samples have a negative one. Add a multiple of the identity, or write Q as L L'"
+        )
+
+
+class _Find(torch.autograd.Function):
+    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+
+    @staticmethod
+    def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor):
+        return run(*(t.detach() for t in tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+        ctx.set_materialize_grads(False)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return (None,) * ctx.count
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        run, *tensors = args
+        size = info.batch_size
+        shapes = [t.shape if d is None else t.movedim(d, 0).shape[1:] for t, d in zip(tensors, in_dims[1:])]
+        own = [len(shape) > dims for shape, dims in zip(shapes, DIMS)]
+        batch = next((shape[0] for shape, batched in zip(shapes, own) if batched), 1)
+        merged = []
+        for t, dim, batched in zip(tensors, in_dims[1:], own):
+            if dim is not None and not batched:  # one for all samples, but another for each of vmap's
+                t = t.movedim(dim, 0).unsqueeze(1)
+                t, dim, batched = t.expand(size, batch, *t.shape[2:]), 0, True
+            merged.append(merge_rows(t, dim, size) if batched else t)
+        output = _Find.apply(run, *merged)
+        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
+        return tuple(outputs), tuple(0 if t.ndim else None for t in output)

@@ -1,0 +1,48 @@
+"""What solvers of quadratic programs have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from implicitly.argmin.polish import Polished, System
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramSolver(ABC):
+    """Finds the solution of quadratic programs, of every sample.
+
+    Args:
+        rtol: relative tolerance of the optimality conditions; None means eps^(2/3) of the dtype (4e-11 in float64,
+            2e-5 in float32).
+        max_steps: iterations after which a sample ends as `Status.MAX_STEPS`.
+    """
+
+    rtol: float | None = None
+    max_steps: int = 50
+
+    # What `Report` asks: a number of steps is never all that is wanted.
+    budget_only: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise ValueError(f"{type(self).__name__}: rtol must be between 0 and 1, got {self.rtol}")
+        if self.max_steps < 1:
+            raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative tolerance for `dtype`; raises ValueError where the dtype cannot reach it."""
+        eps = torch.finfo(dtype).eps
+        if self.rtol is not None and self.rtol < 10 * eps:
+            raise ValueError(
+                f"{type(self).__name__}: {dtype} cannot reach rtol={self.rtol:g}; the smallest it can is "
+                f"{10 * eps:.2g}. Loosen rtol, or pass a wider dtype"
+            )
+        return eps ** (2 / 3) if self.rtol is None else self.rtol
+
+    @abstractmethod
+    def solve(self, system: System) -> Polished:
+        """The solution of every sample of a system of finite numbers, whose Q is positive semidefinite."""
