@@ -3,6 +3,7 @@
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
 from implicitly.argmin import project, prox
+from implicitly.argmin.admm import ADMM
 from implicitly.argmin.bilevel import implicit_gradient, proximal
 from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.derivative import KKTAdjoint
@@ -40,6 +41,7 @@ from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
+    "ADMM",
     "CG",
     "GMRES",
     "LBFGS",

@@ -20,12 +20,12 @@ def test_a_projection_onto_a_box():
     p = torch.tensor([[3.0, -0.2], [-5.0, 0.9]], dtype=D)
     eye = torch.eye(2, dtype=D)
     sol = im.qp(eye, -p, torch.cat([eye, -eye]), torch.ones(4, dtype=D))
-    torch.testing.assert_close(sol.value, p.clamp(-1, 1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(sol.value, p.clamp(-1, 1), rtol=0, atol=1e-12)
     dual = torch.tensor([[2.0, 0, 0, 0], [0, 0, 4.0, 0]], dtype=D)
-    torch.testing.assert_close(sol.dual_inequality, dual, rtol=0, atol=1e-13)
+    torch.testing.assert_close(sol.dual_inequality, dual, rtol=0, atol=1e-12)
     assert sol.dual_equality.shape == (2, 0)
     assert sol.status.tolist() == [0, 0]
-    assert sol.residual.max() < 1e-13
+    assert sol.residual.max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -55,7 +55,8 @@ def test_derivatives_of_everything_by_everything(shared):
     args = [t.requires_grad_() for t in program(batch=2, n=3, m=4, shared=shared, seed=1)]
     assert (im.qp(*args).dual_inequality > 0.01).any()
     assert gradcheck(outputs, args, check_forward_ad=True)
-    assert gradgradcheck(outputs, args)
+    # Random combinations of its entries, as all of them take seconds.
+    assert gradgradcheck(outputs, args, fast_mode=True)
 
 
 def test_third_derivative():

@@ -1,0 +1,215 @@
+"""The alternating direction method of multipliers, for many programs with the same matrices.
+
+OSQP's splitting: Stellato, Banjac, Goulart, Bemporad and Boyd, "OSQP: an operator splitting solver for quadratic
+programs", Mathematical Programming Computation 12 (2020). With C = [A; G] and per-row weights ρ,
+
+    (Q + σI + C'ρC) x = σ x - p + C'ρ (u - y),    u <- project(v + y),    y <- y + v - u,
+
+where v = 1.6 Cx - 0.6 u, the projection is on the right-hand sides of equalities and below those of inequalities,
+and ρy are the multipliers. The matrix is the same for all samples, so one inverse serves the whole batch and a
+step is three products of matrices.
+
+This is not `iterate.iterate`: a point counts as found once its active set solves the program, see `polish`, and
+not by the residual of the splitting, which falls slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.polish import Polished, System, polish
+from implicitly.argmin.program import Point, QuadraticProgram, dot
+from implicitly.argmin.solver import ProgramSolver
+from implicitly.iterate import Status, is_running
+from implicitly.tree import row_norm
+
+# Steps between two looks at the residuals.
+STRIDE = 10
+# Residuals at which the active set is tried, and how much smaller they must be before it is tried again.
+FIRST_TRY, NEXT_TRY = 1e-3, 1e-2
+# Equalities weigh so much more than inequalities.
+EQUALITIES = 1e3
+# A new weight is worth a factorisation if it differs by that.
+NEW_WEIGHT = 5.0
+# Steps between two changes of the weights, at least.
+PAUSE = 20
+# The share of samples that is left to another solver.
+REST = 1 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADMM(ProgramSolver):
+    """OSQP's splitting with one factorisation for the whole batch, then the solution on its active set.
+
+    For programs whose Q, G and A the batch shares, such as steps of model-predictive control and safety filters;
+    others are refused with ValueError. Most samples are soon done; the last ones can take thousands of steps.
+
+    Args:
+        rho: weight of the constraints at the start; it adapts.
+        sigma: weight of the last iterate.
+        relaxation: between 0 and 2.
+        finish: solves the samples that are left when most are done, or at `max_steps`; None: they go on, and are
+            seen to be infeasible or unbounded by certificates in the differences of iterates.
+    """
+
+    max_steps: int = 4000
+    rho: float = 1.0
+    sigma: float = 1e-6
+    relaxation: float = 1.6
+    finish: ProgramSolver | None = InteriorPoint()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.rho > 0 and self.sigma > 0 and 0 < self.relaxation < 2):
+            raise ValueError(
+                "ADMM: rho and sigma must be positive and relaxation between 0 and 2, got "
+                f"rho={self.rho}, sigma={self.sigma}, relaxation={self.relaxation}"
+            )
+
+    def solve(self, system: System, start: Point | None = None) -> Polished:
+        """The solution of every sample."""
+        program = system.program
+        if program.Q.ndim == 3:
+            raise ValueError(
+                "ADMM factorises one matrix for all samples, so Q, G and A must be shared by the batch: "
+                "pass them without a batch dimension, or use InteriorPoint()"
+            )
+        tolerance = self.tolerance(program.Q.dtype)
+        state, result, k = _State.of(program, start, self.rho), None, 0
+        rows = torch.arange(program.batch, device=state.x.device)
+        splitting = _Splitting.of(program, self.sigma, self.rho, self.relaxation)
+        if start is not None:
+            result = polish(system, start, tolerance)
+            rows = (result.status != int(Status.CONVERGED)).nonzero()[:, 0]
+            state, splitting = state.take_rows(rows), splitting.take_rows(rows)
+        rest = 0 if self.finish is None else int(REST * program.batch)
+        while len(rows) > rest and k < self.max_steps:
+            steps = min(STRIDE, self.max_steps - k)
+            k += steps
+            state = splitting.advance(state, steps, k)
+            ready = (state.error <= state.goal) | ~is_running(state.status)
+            if k < self.max_steps and 2 * ready.sum() < len(rows):
+                state, splitting = splitting.adapted(state, k)
+                continue
+            part = polish(system.take_rows(rows), splitting.point(state), tolerance)
+            result = part if result is None else result.with_rows(rows, part)
+            left = ((part.status != int(Status.CONVERGED)) & (part.status < int(Status.INFEASIBLE))).nonzero()[
+                :, 0
+            ]
+            state = state._replace(goal=torch.where(ready, NEXT_TRY * state.goal, state.goal)).take_rows(left)
+            rows, splitting = rows[left], splitting.take_rows(left)
+        if self.finish is not None and (result is None or len(rows)):
+            part = self.finish.solve(system.take_rows(rows))
+            result = part if result is None else result.with_rows(rows, part)
+        return polish(system, splitting.point(state), tolerance) if result is None else result
+
+
+class _State(NamedTuple):
+    x: Tensor
+    u: Tensor  # (B, q + m)
+    y: Tensor
+    error: Tensor  # `(B,)`, like all below: the larger of the relative residuals
+    balance: Tensor  # primal over dual
+    goal: Tensor  # the error at which the active set is tried
+    status: Tensor
+    steps: Tensor
+
+    @classmethod
+    def of(cls, program: QuadraticProgram, start: Point | None, rho: float) -> _State:
+        n, q, m = program.sizes
+        w = program.Q.new_zeros(program.batch, n + q + m) if start is None else start.w
+        y = torch.cat([w[:, n : n + q] / EQUALITIES, w[:, n + q :]], 1) / rho
+        right = torch.zeros_like(program.h) if start is None else program.h - start.slack
+        one = torch.ones_like(w[:, :1].sum(1))
+        count = torch.zeros_like(one, dtype=torch.int64)
+        far = torch.full_like(one, float("inf"))
+        u = torch.cat([program.b, torch.minimum(right, program.h)], 1)
+        return cls(w[:, :n], u, y, far, one, FIRST_TRY * one, count - 1, count)
+
+    def take_rows(self, rows: Tensor) -> _State:
+        return _State(*(t[rows] for t in self))
+
+
+@dataclass(frozen=True, eq=False)
+class _Splitting:
+    program: QuadraticProgram
+    C: Tensor
+    weights: Tensor  # ρ of each row of C
+    of_x: Tensor  # σ times the inverse of Q + σI + C'ρC
+    of_u: Tensor  # ρC times that inverse
+    shift: Tensor  # -p times that inverse
+    rho: float
+    sigma: float
+    relaxation: float
+
+    @classmethod
+    def of(cls, program: QuadraticProgram, sigma: float, rho: float, relaxation: float) -> _Splitting:
+        _, q, m = program.sizes
+        C = torch.cat([program.A, program.G])
+        weights = torch.full((q + m,), rho, dtype=C.dtype, device=C.device)
+        weights[:q] *= EQUALITIES
+        weighted = weights.unsqueeze(1) * C
+        matrix = program.Q + C.mT @ weighted
+        matrix.diagonal().add_(sigma)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        shift = -program.p @ inverse
+        return cls(program, C, weights, sigma * inverse, weighted @ inverse, shift, rho, sigma, relaxation)
+
+    def take_rows(self, rows: Tensor) -> _Splitting:
+        return replace(self, program=self.program.take_rows(rows), shift=self.shift[rows])
+
+    def adapted(self, at: _State, k: int) -> tuple[_State, _Splitting]:
+        """Both with weights that bring primal and dual residuals closer together, now and then."""
+        change = float(at.balance.median().sqrt())
+        if k % PAUSE or 1 / NEW_WEIGHT < change < NEW_WEIGHT or not 1e-6 < self.rho * change < 1e6:
+            return at, self
+        again = _Splitting.of(self.program, self.sigma, self.rho * change, self.relaxation)
+        return at._replace(y=at.y / change), again
+
+    def advance(self, at: _State, steps: int, k: int) -> _State:
+        """So many steps; `k` are made by then. Then how far the iterates are from being a solution, or a proof."""
+        program, q, relax = self.program, self.program.sizes[1], self.relaxation
+        x, u, y, last_x, last_y = at.x, at.u, at.y, at.x, at.y
+        for _ in range(steps):
+            last_x, last_y = x, y
+            x_next = torch.addmm(torch.addmm(self.shift, x, self.of_x), u - y, self.of_u)
+            raised = torch.addmm(y.add(u, alpha=1 - relax), x_next, self.C.mT, alpha=relax)
+            x = torch.lerp(x, x_next, relax)
+            u = torch.minimum(raised[:, q:], program.h)
+            u = torch.cat([program.b, u], 1) if q else u
+            y = raised - u
+        duals = self.weights * y
+        Cx, Cy, Qx = x @ self.C.mT, duals @ self.C, x @ program.Q
+        primal = row_norm(Cx - u) / (1 + torch.maximum(row_norm(Cx), row_norm(u)))
+        size = torch.stack([row_norm(t) for t in (Qx, Cy, program.p)]).amax(0)
+        dual = row_norm(Qx + program.p + Cy) / (1 + size)
+        tiny = torch.finfo(x.dtype).tiny
+        moved = at._replace(x=x, u=u, y=y, error=torch.maximum(primal, dual), balance=primal / (dual + tiny))
+        status = self.proofs(x, duals, x - last_x, self.weights * (y - last_y))
+        return moved._replace(status=status, steps=torch.full_like(at.steps, k))
+
+    def proofs(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+        """The status `(B,)` that the last step alone shows: that there is no solution, or nothing."""
+        program, q = self.program, self.program.sizes[1]
+        small = torch.finfo(x.dtype).eps ** 0.38
+        size_x, size_y = row_norm(dx), row_norm(dy)
+        no_point = row_norm(dy @ self.C) + row_norm(dy[:, q:].clamp(max=0)) <= small * size_y
+        height = dot(program.b, dy[:, :q]) + dot(program.h, dy[:, q:].clamp(min=0))
+        no_point = no_point & (height < -small * size_y) & (size_y > small * (1 + row_norm(y)))
+        ray = row_norm(dx @ program.Q) + row_norm(dx @ program.A.mT) + row_norm((dx @ program.G.mT).clamp(min=0))
+        no_least = (ray <= small * size_x) & (dot(program.p, dx) < -small * size_x)
+        no_least = no_least & (size_x > small * (1 + row_norm(x)))
+        status = torch.where(no_least, int(Status.UNBOUNDED), int(Status.RUNNING))
+        return torch.where(no_point, int(Status.INFEASIBLE), status)
+
+    def point(self, at: _State) -> Point:
+        """What was found."""
+        status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
+        slack = self.program.h - at.u[:, self.program.sizes[1] :]
+        w = torch.cat([at.x, self.weights * at.y], 1)
+        return Point(w, slack, status, at.steps, torch.ones_like(status.sum()))
