@@ -278,6 +278,15 @@ def test_plans_that_fail_are_told_and_harm_no_other():
     torch.testing.assert_close(gradient[[0, 2]], torch.autograd.grad(expected.sin().sum(), cost)[0][[0, 2]])
 
 
+def test_only_the_proportions_of_the_rows_matter():
+    cost, row, column = _problem()
+    X = project.sinkhorn(cost, row.bfloat16(), column.bfloat16())  # whose sums differ by roundings
+    torch.testing.assert_close(X.sum(-2), column.bfloat16().to(D).expand(3, 4))
+    row.requires_grad_()
+    slope = torch.autograd.grad(project.sinkhorn(cost, row, column).sin().sum(), row)[0]
+    assert abs(float((slope * row.detach()).sum())) < 1e-12
+
+
 def test_forbidden_pairs_get_nothing():
     cost, row, column = _problem(batch=())
     cost[0, 1] = math.inf
@@ -286,6 +295,32 @@ def test_forbidden_pairs_get_nothing():
     assert float(X[0, 1].detach()) == 0
     torch.testing.assert_close(X.sum(1), row)
     assert bool(torch.autograd.grad(X.sin().sum(), cost)[0].isfinite().all())
+
+
+# ------------------------------------------------------------------------------------- precision, compiling
+
+
+@pytest.mark.parametrize("row", EVERY, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(row: Row, dtype: torch.dtype):
+    z, parameters = row.draw((3,))
+    z, parameters = z.to(dtype), tuple(p.to(dtype) for p in parameters)
+    expected = row.f(z.float(), *(p.float() for p in parameters)).to(dtype)
+    if row is not SINKHORN:  # whose marginals are rounded on the way
+        assert torch.equal(row.f(z, *parameters), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = row.f(z.float(), *(p.float() for p in parameters))
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, row.f(z.float(), *(p.float() for p in parameters)))
+
+
+@pytest.mark.parametrize("f", [project.simplex, project.second_order_cone, project.isotonic, im.soft_rank])
+def test_maps_that_need_no_search_compile_into_one_graph(f):
+    z = torch.randn(3, 5, dtype=D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.compile(f, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(x, f(z))
+    expected = torch.autograd.grad(f(z).sin().sum(), z)
+    torch.testing.assert_close(torch.autograd.grad(x.sin().sum(), z), expected)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

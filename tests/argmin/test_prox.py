@@ -1,4 +1,4 @@
-"""Proximal maps: the objective they minimise, Moreau's identity, known answers. For what all keep: test_project."""
+"""Proximal maps: the objective they minimise, Moreau's identity, known answers. (What all keep: test_project.)"""
 
 from __future__ import annotations
 

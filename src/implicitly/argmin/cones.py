@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from implicitly.argmin.rows import check_state, mapped_first, outside, without_bad_rows
+from implicitly.argmin.rows import check_state, in_full_precision, mapped_first, outside, without_bad_rows
 
 
+@in_full_precision
 def second_order_cone(z: Tensor) -> Tensor:
     """The nearest point (t, x) with |x| <= t; t is the first entry, as in SCS and Clarabel.
 
@@ -48,6 +49,7 @@ def _second_order(z: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- positive semidefinite cone
 
 
+@in_full_precision
 def psd_cone(Z: Tensor) -> Tensor:
     """The nearest symmetric positive semidefinite matrix in the Frobenius norm, of the symmetric part of Z.
 
@@ -160,6 +162,7 @@ CARRYING_STEPS = 3
 SEARCH_STEPS = 100
 
 
+@in_full_precision
 def exponential_cone(z: Tensor) -> Tensor:
     """The nearest point of the closure of {(x, y, z): y > 0, y exp(x / y) <= z}.
 
@@ -181,6 +184,7 @@ def exponential_cone(z: Tensor) -> Tensor:
     return without_bad_rows(_exponential, z)
 
 
+@in_full_precision
 def dual_exponential_cone(z: Tensor) -> Tensor:
     """The nearest point of the closure of {(u, v, w): u < 0, -u exp(v / u) <= e w}, the dual cone.
 

@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from implicitly.argmin.rows import block_means, check_state, check_values, outside, per_entry, without_bad_rows
+from implicitly.argmin.rows import (
+    block_means,
+    check_state,
+    check_values,
+    in_full_precision,
+    outside,
+    per_entry,
+    without_bad_rows,
+)
 
 
+@in_full_precision
 def isotonic(z: Tensor, weights: Tensor | None = None, increasing: bool = True) -> Tensor:
     """The nearest x with x_1 <= x_2 <= ... <= x_n, in the sum of weights * (x - z)^2.
 
@@ -84,6 +93,7 @@ def _merged(x: Tensor, w: Tensor, half: int) -> Tensor:
     return torch.cat([torch.minimum(x[..., :half], level), torch.maximum(x[..., half:], level)], dim=-1)
 
 
+@in_full_precision
 def permutahedron(z: Tensor, w: Tensor) -> Tensor:
     """The nearest point of the convex hull of all permutations of w.
 

@@ -4,7 +4,8 @@
 
 Each function acts on the last dimension of `z` `(..., n)` (matrices: on the last two); leading dimensions are a
 batch, of any shape, also empty. Every parameter may be a number or a tensor and gets its gradient: one number a
-row (a radius) broadcasts with the leading dimensions of z, a vector with z itself. dtype and device in = out.
+row (a radius) broadcasts with the leading dimensions of z, a vector with z itself. dtype and device in = out; of
+half precision, what lies between is computed in float32, as it is under autocast.
 
 P is found by whatever finds it (a sort, a Newton iteration, an eigenvalue decomposition) outside of autograd;
 which face or case it ended in is then known, and on that face P is a smooth map of z and the parameters, written
@@ -26,6 +27,7 @@ from implicitly.argmin.rows import (
     check_nonnegative,
     check_state,
     check_values,
+    in_full_precision,
     per_entry,
     per_row,
     without_bad_rows,
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 
+@in_full_precision
 def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) -> Tensor:
     """The nearest point with lower <= x <= upper, entry by entry.
 
@@ -71,6 +74,7 @@ def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) 
     return without_bad_rows(core, z)
 
 
+@in_full_precision
 def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with x >= 0 and sum(x) = radius.
 
@@ -104,6 +108,7 @@ def _simplex(z: Tensor, radius: Tensor) -> Tensor:
     return torch.where(support, z - level, 0.0)
 
 
+@in_full_precision
 def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with sum |x| <= radius: z itself inside, else signs of z on a projection to the simplex.
 
@@ -121,6 +126,7 @@ def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
     return torch.where(inside, z, sign * _simplex(sign * z, radius))
 
 
+@in_full_precision
 def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with |x| <= radius in the 2-norm: z, or radius * z / |z|.
 
@@ -144,6 +150,7 @@ def norm(x: Tensor) -> Tensor:
     return scale * (x / scale).square().sum(-1, keepdim=True).sqrt()
 
 
+@in_full_precision
 def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with |x_i| <= radius for every i. Args and errors as of `simplex`."""
     check_state("linf_ball", z)
@@ -156,6 +163,7 @@ def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     return without_bad_rows(core, z)
 
 
+@in_full_precision
 def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
     """The nearest point with a'x <= b: z less a * max(a'z - b, 0) / a'a.
 
@@ -184,6 +192,7 @@ def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
     return without_bad_rows(core, z)
 
 
+@in_full_precision
 def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
     """The nearest point with A x = b: z - A^+ (A z - b), with the pseudoinverse A^+.
 

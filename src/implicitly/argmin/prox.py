@@ -20,6 +20,7 @@ from implicitly.argmin.rows import (
     check_nonnegative,
     check_state,
     check_values,
+    in_full_precision,
     outside,
     per_entry,
     per_row,
@@ -29,6 +30,7 @@ from implicitly.argmin.rows import (
 __all__ = ["l1", "l2", "linf", "nuclear", "total_variation"]
 
 
+@in_full_precision
 def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = sum |x|: soft thresholding, sign(z) * max(|z| - weight, 0).
 
@@ -50,6 +52,7 @@ def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
     return without_bad_rows(core, z)
 
 
+@in_full_precision
 def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = |x| in the 2-norm (not squared), of each row: z * max(1 - weight / |z|, 0), the threshold of a group.
 
@@ -72,6 +75,7 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
     return without_bad_rows(core, z)
 
 
+@in_full_precision
 def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
     check_state("prox.linf", z)
@@ -79,6 +83,7 @@ def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
     return without_bad_rows(lambda z: z - l1_ball(z, weight), z)
 
 
+@in_full_precision
 def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = the sum of singular values: each is lowered by `weight`, at most to 0.
 
@@ -107,6 +112,7 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
     return without_bad_rows(core, Z, dims=2, infinite=True)
 
 
+@in_full_precision
 def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
     """g = sum |x_(i+1) - x_i|, each with its weight: the exact piecewise constant answer ("taut string").
 

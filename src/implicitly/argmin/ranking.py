@@ -7,9 +7,10 @@ from torch import Tensor
 
 from implicitly.argmin.order import nearest_permuted
 from implicitly.argmin.project import simplex
-from implicitly.argmin.rows import Number, check_state, check_values, per_row, without_bad_rows
+from implicitly.argmin.rows import Number, check_state, check_values, in_full_precision, per_row, without_bad_rows
 
 
+@in_full_precision
 def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
     """Probabilities, some of them exactly 0: the projection of `z` onto the probability simplex along `dim`.
 
@@ -23,6 +24,7 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
     return simplex(z.movedim(dim, -1)).movedim(-1, dim)
 
 
+@in_full_precision
 def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
     """The entries of `z` `(..., n)` sorted, but pulled towards their mean so that they have a useful derivative.
 
@@ -46,6 +48,7 @@ def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     return without_bad_rows(lambda z: nearest_permuted(places, z), z, infinite=True)
 
 
+@in_full_precision
 def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
     """The rank, 1 of the smallest to n of the largest, of each entry of `z` `(..., n)`, as a piecewise linear map.
 

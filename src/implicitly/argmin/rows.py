@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
 from implicitly.host import happens
-from implicitly.tree import unwrapped
+from implicitly.tree import full_precision, unwrapped
 
 Number = float | Tensor
+
+
+P = ParamSpec("P")
+
+
+def in_full_precision(f: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """`f`, a map of a state z, without autocast; for a z of half precision in float32, but for what it returns."""
+
+    @functools.wraps(f)
+    def call(z: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if not isinstance(z, Tensor):
+            return f(z, *args, **kwargs)  # which says what is wrong
+        with full_precision(z.device.type):
+            if z.dtype in (torch.bfloat16, torch.float16):
+                return f(z.float(), *args, **kwargs).to(z.dtype)
+            return f(z, *args, **kwargs)
+
+    return call
 
 
 def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
@@ -113,7 +132,10 @@ def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
 
     All `tensors` must have the same leading dimensions; f returns tensors, or a tuple of them, that have them too.
     """
-    return _Outside.apply(f, *(t.detach() for t in tensors))
+    detached = [t.detach() for t in tensors]
+    if torch.compiler.is_compiling():  # a graph has no transforms to step out of
+        return f(*detached)
+    return _Outside.apply(f, *detached)
 
 
 class _Outside(torch.autograd.Function):

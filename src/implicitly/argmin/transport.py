@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitly.argmin.rows import as_parameter, check_broadcast, check_state, check_values, outside, per_row
+from implicitly.argmin.rows import (
+    as_parameter,
+    check_broadcast,
+    check_state,
+    check_values,
+    in_full_precision,
+    outside,
+    per_row,
+)
 from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, Map, Report, attach, find, is_usable
 from implicitly.iterate import Proposal, Solver
@@ -38,6 +46,7 @@ class Sinkhorn(Solver):
         return Proposal(z + r)
 
 
+@in_full_precision
 def sinkhorn(
     cost: Tensor,
     row: Tensor,
@@ -58,7 +67,8 @@ def sinkhorn(
     Args:
         cost: `(..., n, m)`.
         row: `(..., n)`, positive. Leading dimensions of the three broadcast.
-        column: `(..., m)`, positive, with the same sum as `row`.
+        column: `(..., m)`, positive, with the same sum as `row`, to the rounding of their dtypes; what they differ
+            by is taken from `row`, of which only the proportions have a derivative.
         epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`.
         solver: its tolerances are relative to the potentials (in units of epsilon).
         linear_solver: of the derivative's systems, which are (n, n) for each plan, matrix-free.
@@ -77,8 +87,9 @@ def sinkhorn(
     n, m = cost.shape[-2:]
     batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])
     K = (cost / epsilon).expand(*batch, n, m).reshape(-1, n, m)
-    p = row.log().expand(*batch, n).reshape(-1, n)
-    q = column.log().expand(*batch, m).reshape(-1, m)
+    q = column.log()
+    p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
+    p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
     condition = Condition(_sweep, "sinkhorn", cost.dtype, report, relative_to_iterate=True, carries=(0, 0, 0))
     theta = (K, p, q)
     found = find(solver, condition, outside(_potentials, *theta), theta)
@@ -96,6 +107,7 @@ def sinkhorn(
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the dtype of `cost`; raises TypeError / ValueError unless some plan has them."""
     marginals = []
+    precision = max(torch.finfo(t.dtype).eps for t in (cost, row, column) if t.is_floating_point())
     for name, value, size in (("row", row, cost.shape[-2]), ("column", column, cost.shape[-1])):
         value = as_parameter("sinkhorn", name, value, cost)
         if value.ndim < 1 or value.shape[-1] != size:
@@ -109,7 +121,7 @@ def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     first, second = (value.detach().sum(-1) for value in marginals)
     check_broadcast("sinkhorn", "row", first.shape, second.shape, "leading dimensions of column")
     gap = first - second
-    limit = torch.finfo(cost.dtype).eps ** 0.75 * (first + second)
+    limit = precision**0.75 * (first + second)
     check_values(
         gap.abs() <= limit, gap, "sinkhorn: row and column must have the same sum; the first minus the second"
     )
