@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
 from implicitly.iterate import Found, Proposal, Solver, Status
 from implicitly.linear import CG
 from implicitly.problem import Problem
-from implicitly.tree import Layout, pullback, records, row_norm, under_transform
+from implicitly.tree import Layout, open_function, pullback, records, row_norm, under_transform
 
 
 def implicit_gradient(
@@ -135,7 +135,7 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
 
     def gradient(w: Any, *hyper: Any) -> Any:
         def total(w: Any) -> Tensor:
-            value = inner_loss(w, *hyper)
+            value = _without_side_effects(inner_loss, w, hyper)
             shape = tuple(pytree.tree_leaves(w)[0].shape[:batch_dims])
             if not isinstance(value, Tensor):
                 raise TypeError(f"inner_loss must return a tensor, got a {type(value).__name__}")
@@ -150,6 +150,15 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
         return grad(total)(w)
 
     return gradient
+
+
+def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[Any, ...]) -> Any:
+    """inner_loss(w, *hyper), which leaves buffers of modules, such as running statistics, as they are."""
+    host = open_function(inner_loss, hyper, pytree.tree_leaves(w)[0].device).host
+    buffers = {name: b.clone() for name, b in host.named_buffers()}
+    if not buffers:
+        return inner_loss(w, *hyper)
+    return functional_call(host, buffers, (inner_loss, w, *hyper), tie_weights=False)
 
 
 def _condition(problem: Problem, damping: float, on_failure: str) -> Condition:
@@ -195,7 +204,7 @@ def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tu
     own = [i for i in range(first, len(problem.theta)) if not any(problem.theta[i] is w for w in inner)]
     unused = set(range(first, len(problem.theta))) - set(own)
     if records() and not under_transform():
-        opened = replace(problem.opened, f=inner_loss)
+        opened = replace(problem.opened, f=lambda w, *hyper: _without_side_effects(inner_loss, w, hyper))
         leaves = [w.detach().requires_grad_() for w in inner]
         theta = [t.detach().requires_grad_() if i in own else t.detach() for i, t in enumerate(problem.theta)]
         with torch.enable_grad():
