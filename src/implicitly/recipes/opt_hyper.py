@@ -73,18 +73,18 @@ class Config:
     """Units of the network's hidden layer."""
     decay: float = 1e-2
     """Weight decay without tuning, and where learning starts."""
-    grid: tuple[float, float, int] = (1e-4, 1e-1, 10)
+    grid: tuple[float, float, int] = (1e-4, 1e-1, 9)
     """Weight decays to try: the first, the last, and how many; evenly spaced in the logarithm."""
     steps: int = 500
     """Most steps of L-BFGS in a training from scratch."""
 
-    outer_steps: int = 40
+    outer_steps: int = 30
     """Steps of Adam for the hyperparameters."""
     inner_steps: int = 20
     """Most steps of L-BFGS that follow each, from where the last training ended."""
-    decay_rate: float = 0.05
+    decay_rate: float = 0.07
     """Learning rate for the logarithms of the decays."""
-    weight_rate: float = 0.15
+    weight_rate: float = 0.2
     """Learning rate for the weights, before the sigmoid."""
     rtol: float = 0.1
     """Relative tolerance of the conjugate gradients."""
