@@ -233,6 +233,22 @@ def test_parameters_of_modules_count_where_they_are_used_and_only_there():
         assert features.weight.grad is not None
 
 
+def test_a_module_may_be_the_loss():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_decay = nn.Parameter(torch.zeros((), dtype=D))
+
+        def forward(self, w):
+            return (w - 1).square().sum() + self.log_decay.exp() * w.square().sum()
+
+    loss = Loss()
+    for f in (loss, loss.forward):
+        loss.zero_grad()
+        im.implicit_gradient(f, torch.full((3,), 0.5, dtype=D), on_failure="raise").sum().backward()
+        close(loss.log_decay.grad, torch.tensor(-0.75, dtype=D))  # of 3 / (1 + exp(log_decay))
+
+
 def test_running_statistics_stay_as_they_are():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()

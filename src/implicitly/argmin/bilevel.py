@@ -2,7 +2,15 @@
 
 An inner problem, w* = argmin_w inner(w, lambda), was solved by any training loop. At its answer the gradient
 vanishes, and by the theorem dw*/dlambda = -H^-1 d(grad inner)/dlambda with the Hessian H of the inner loss; one
-linear solve by products with H gives the gradient of any outer loss, however many hyperparameters there are.
+linear solve by products with H gives the gradient of any outer loss, however many hyperparameters there are::
+
+    def inner_loss(w, decay):                              # one weight decay per parameter
+        data = cross_entropy(functional_call(model, w, (x,)), y)
+        return data + sum((decay[name] * w[name] ** 2).sum() for name in w)
+
+    train(model, decay)                                    # the usual loop
+    w = im.implicit_gradient(inner_loss, dict(model.named_parameters()), decay)
+    cross_entropy(functional_call(model, w, (x_val,)), y_val).backward()
 
 Sources: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016 (conjugate gradients);
 Lorraine, Vicol and Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020
@@ -47,13 +55,13 @@ def implicit_gradient(
 
     Nothing of the training is recorded or run again. At a stationary point the derivative is exact, of any order,
     in both modes. One gradient of the loss is recorded, and each step of `linear_solver` is one product with the
-    Hessian through it: memory does not grow with the number of hyperparameters or steps.
+    Hessian through it: memory does not grow with the steps.
 
     Args:
         inner_loss: `inner_loss(params, *hyper)`, the whole training loss, deterministic and 0-d; `(B,)` with
             `batch_dims=1`. Parameters of modules that it uses are hyperparameters too, unless they are among
             `params`. Of a stochastic loss give a closure on a large batch.
-        params: where the training ended: a tensor or a pytree of tensors of one dtype.
+        params: where the training ended: a tensor or a pytree of tensors of one dtype. No gradient flows to them.
         hyper: tensors, pytrees of them, or anything else. What is not used gets a zero gradient.
         linear_solver: `CG` for a minimum; it reports SINGULAR where it meets no positive curvature.
             `Neumann(damping=step)`, with a step below 2 / (largest eigenvalue). `GMRES` for any stationary point;
