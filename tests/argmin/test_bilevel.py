@@ -233,6 +233,63 @@ def test_parameters_of_modules_count_where_they_are_used_and_only_there():
         assert features.weight.grad is not None
 
 
+def test_a_module_may_be_the_loss():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_decay = nn.Parameter(torch.zeros((), dtype=D))
+
+        def forward(self, w):
+            return (w - 1).square().sum() + self.log_decay.exp() * w.square().sum()
+
+    loss = Loss()
+    for f in (loss, loss.forward):
+        loss.zero_grad()
+        im.implicit_gradient(f, torch.full((3,), 0.5, dtype=D), on_failure="raise").sum().backward()
+        close(loss.log_decay.grad, torch.tensor(-0.75, dtype=D))  # of 3 / (1 + exp(log_decay))
+
+
+def test_running_statistics_stay_as_they_are():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+    before = {k: v.clone() for k, v in net.named_buffers()}
+
+    def loss(w, log_decay):
+        return F.mse_loss(functional_call(net, w, (X,))[:, 0], Y) + log_decay.exp() * w["3.weight"].square().sum()
+
+    log_decay = torch.zeros((), dtype=D, requires_grad=True)
+    params = {k: v.detach() for k, v in net.named_parameters()}
+    out = im.implicit_gradient(loss, params, log_decay, tolerance=None, damping=100.0)
+    out["0.weight"].sum().backward()
+    assert log_decay.grad is not None
+    assert log_decay.grad != 0
+    assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())
+    assert net.training
+
+
+def test_complex_params_and_low_precision():
+    a, b = torch.complex(draw(6, 3, seed=61), draw(6, 3, seed=62)), draw(6, seed=63)
+
+    def loss(w, v):
+        return (a @ w - b).abs().square().sum() + v.exp() * (w * w.conj()).real.sum()
+
+    def solution(v):
+        return torch.linalg.inv(a.mH @ a + v.exp() * torch.eye(3, dtype=D)) @ (a.mH @ b.to(a.dtype))
+
+    v = torch.zeros((), dtype=D, requires_grad=True)
+    w = im.implicit_gradient(loss, solution(v).detach(), v, linear_solver=TIGHT)
+    expected = torch.autograd.grad(solution(v).abs().sum(), v)
+    close(torch.autograd.grad(w.abs().sum(), v), expected)
+
+    half = LOG_DECAY.bfloat16().requires_grad_()
+    x, y = X.bfloat16(), Y.bfloat16()
+    w = im.implicit_gradient(lambda w, v: ridge_loss(w, v, x, y), W.bfloat16(), half, tolerance=0.1)
+    (gradient,) = torch.autograd.grad(w.float().sum(), half)
+    assert w.dtype == gradient.dtype == torch.bfloat16
+    exact = func.grad(lambda v: ridge(v).sum())(LOG_DECAY)
+    torch.testing.assert_close(gradient.double(), exact, rtol=0.1, atol=0.01)
+
+
 def test_damping_is_the_gradient_of_params_held_back():
     damping = 0.7
     h = X.T @ X + torch.diag(LOG_DECAY.exp())

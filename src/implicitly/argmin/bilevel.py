@@ -2,7 +2,15 @@
 
 An inner problem, w* = argmin_w inner(w, lambda), was solved by any training loop. At its answer the gradient
 vanishes, and by the theorem dw*/dlambda = -H^-1 d(grad inner)/dlambda with the Hessian H of the inner loss; one
-linear solve by products with H gives the gradient of any outer loss, however many hyperparameters there are.
+linear solve by products with H gives the gradient of any outer loss, however many hyperparameters there are::
+
+    def inner_loss(w, decay):                              # one weight decay per parameter
+        data = cross_entropy(functional_call(model, w, (x,)), y)
+        return data + sum((decay[name] * w[name] ** 2).sum() for name in w)
+
+    train(model, decay)                                    # the usual loop
+    w = im.implicit_gradient(inner_loss, dict(model.named_parameters()), decay)
+    cross_entropy(functional_call(model, w, (x_val,)), y_val).backward()
 
 Sources: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016 (conjugate gradients);
 Lorraine, Vicol and Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020
@@ -18,14 +26,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
 from implicitly.iterate import Found, Proposal, Solver, Status
 from implicitly.linear import CG
 from implicitly.problem import Problem
-from implicitly.tree import Layout, pullback, records, row_norm, under_transform
+from implicitly.tree import Layout, open_function, pullback, records, row_norm, under_transform
 
 
 def implicit_gradient(
@@ -47,13 +55,13 @@ def implicit_gradient(
 
     Nothing of the training is recorded or run again. At a stationary point the derivative is exact, of any order,
     in both modes. One gradient of the loss is recorded, and each step of `linear_solver` is one product with the
-    Hessian through it: memory does not grow with the number of hyperparameters or steps.
+    Hessian through it: memory does not grow with the steps.
 
     Args:
         inner_loss: `inner_loss(params, *hyper)`, the whole training loss, deterministic and 0-d; `(B,)` with
             `batch_dims=1`. Parameters of modules that it uses are hyperparameters too, unless they are among
             `params`. Of a stochastic loss give a closure on a large batch.
-        params: where the training ended: a tensor or a pytree of tensors of one dtype.
+        params: where the training ended: a tensor or a pytree of tensors of one dtype. No gradient flows to them.
         hyper: tensors, pytrees of them, or anything else. What is not used gets a zero gradient.
         linear_solver: `CG` for a minimum; it reports SINGULAR where it meets no positive curvature.
             `Neumann(damping=step)`, with a step below 2 / (largest eigenvalue). `GMRES` for any stationary point;
@@ -135,7 +143,7 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
 
     def gradient(w: Any, *hyper: Any) -> Any:
         def total(w: Any) -> Tensor:
-            value = inner_loss(w, *hyper)
+            value = _without_side_effects(inner_loss, w, hyper)
             shape = tuple(pytree.tree_leaves(w)[0].shape[:batch_dims])
             if not isinstance(value, Tensor):
                 raise TypeError(f"inner_loss must return a tensor, got a {type(value).__name__}")
@@ -150,6 +158,15 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
         return grad(total)(w)
 
     return gradient
+
+
+def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[Any, ...]) -> Any:
+    """inner_loss(w, *hyper), which leaves buffers of modules, such as running statistics, as they are."""
+    host = open_function(inner_loss, hyper, pytree.tree_leaves(w)[0].device).host
+    buffers = {name: b.clone() for name, b in host.named_buffers()}
+    if not buffers:
+        return inner_loss(w, *hyper)
+    return functional_call(host, buffers, (inner_loss, w, *hyper), tie_weights=False)
 
 
 def _condition(problem: Problem, damping: float, on_failure: str) -> Condition:
@@ -195,7 +212,7 @@ def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tu
     own = [i for i in range(first, len(problem.theta)) if not any(problem.theta[i] is w for w in inner)]
     unused = set(range(first, len(problem.theta))) - set(own)
     if records() and not under_transform():
-        opened = replace(problem.opened, f=inner_loss)
+        opened = replace(problem.opened, f=lambda w, *hyper: _without_side_effects(inner_loss, w, hyper))
         leaves = [w.detach().requires_grad_() for w in inner]
         theta = [t.detach().requires_grad_() if i in own else t.detach() for i, t in enumerate(problem.theta)]
         with torch.enable_grad():
