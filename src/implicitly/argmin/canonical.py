@@ -54,6 +54,12 @@ class AffineMap:
             slots.append((torch.from_numpy(column), torch.from_numpy(coefficient)))
         return cls(constant, tuple(slots))
 
+    @property
+    def varying(self) -> Tensor:
+        """`(size,)`, which rows depend on any parameter."""
+        marks = [coefficient != 0 for _, coefficient in self.slots]
+        return torch.stack(marks).any(0) if marks else torch.zeros_like(self.constant, dtype=torch.bool)
+
     def depends_on(self, marked: Tensor) -> bool:
         """Whether any row depends on a parameter that is `marked` `(N,)`."""
         return any(bool(marked[column.cpu()][coefficient.cpu() != 0].any()) for column, coefficient in self.slots)

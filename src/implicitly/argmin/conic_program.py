@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class ConicFamily:
         return self.pattern.bind(self.cones, *theta)
 
 
-def solve_conic(family: ConicFamily, theta: tuple[Tensor, ...], on_failure: str) -> Found:
+def solve_conic(family: ConicFamily, theta: tuple[Tensor, ...], report: Report) -> Found:
     """The solutions of programs with the numbers `theta` = (P, q, A, b), each `(B or 1, ·)`, float64 on the CPU.
 
     Returns:
@@ -55,11 +55,11 @@ def solve_conic(family: ConicFamily, theta: tuple[Tensor, ...], on_failure: str)
         The multipliers are `family.cones.project_dual(v)`.
 
     Raises:
-        SolverError: a sample has no solution and `on_failure="raise"`.
+        SolverError: a sample has no solution and `report` is to raise.
     """
-    report = Report(on_failure)
     known: list[Jacobian] = []
-    z, status, residual, steps, evaluations = _Find.apply(family, known, report, *theta)
+    run = partial(_find, family, known, report)
+    z, status, residual, steps, evaluations = _Find.apply(run, *theta)
     bad = ~_has_derivative(status)
     if happens(bad):
         # Their numbers count for nothing, and may not be finite.
@@ -131,8 +131,8 @@ class _Find(torch.autograd.Function):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod
-    def forward(family, known, report, *theta):
-        return _find(family, known, report, *(t.detach() for t in theta))
+    def forward(run, *theta):
+        return run(*(t.detach() for t in theta))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -149,18 +149,18 @@ class _Find(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        family, known, report, *theta = args
-        size = info.batch_size
-        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(theta, in_dims[3:])]
-        rows = max(t.shape[0 if d is None else 1] for t, d in zip(moved, in_dims[3:]))
+        run, *theta = args
+        size, dims = info.batch_size, in_dims[1:]
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(theta, dims)]
+        rows = max(t.shape[0 if d is None else 1] for t, d in zip(moved, dims))
         merged = []
-        for t, d in zip(moved, in_dims[3:]):
+        for t, d in zip(moved, dims):
             if d is None and len(t) == 1:
                 merged.append(t)
             else:
                 t = t if d is None else t.expand(size, rows, t.shape[-1])
                 merged.append(merge_rows(t, None if d is None else 0, size))
-        output = _Find.apply(family, known, report, *merged)
+        output = _Find.apply(run, *merged)
         outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
         return tuple(outputs), tuple(0 if t.ndim else None for t in output)
 

@@ -13,9 +13,10 @@ from implicitly.argmin.canonical import CanonicalProgram, ParameterSlot, canonic
 from implicitly.argmin.conic_program import ConicFamily, solve_conic
 from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.qp import qp
+from implicitly.argmin.quadratic import QuadraticForm
 from implicitly.argmin.solver import ProgramSolver
-from implicitly.iterate import Solution
+from implicitly.implicit import Report
+from implicitly.iterate import Found, Solution, SolverError
 from implicitly.tree import is_wrapped, unwrapped
 
 
@@ -25,7 +26,8 @@ class ConvexProgram:
 
     program: CanonicalProgram
     solver: ProgramSolver | Clarabel
-    family: ConicFamily | None
+    family: ConicFamily | None = None
+    quadratic: QuadraticForm | None = None
 
     @classmethod
     def of(
@@ -49,20 +51,34 @@ class ConvexProgram:
         if isinstance(solver, Clarabel):
             workers = Workers(program.pattern, program.cones, solver)
             family = ConicFamily(program.pattern, program.cones, solver, workers, program.wanted())
-            return cls(program, solver, family)
+            return cls(program, solver, family=family)
         if not quadratic:
             raise ValueError(
                 f"{type(solver).__name__} solves quadratic and linear programs; this problem has other cones "
                 f"({_described(program)}): use im.Clarabel()"
             )
-        return cls(program, solver, None)
+        constant = ~program.maps[2].varying
+        form = QuadraticForm.of(program.pattern, program.cones.zero, constant)
+        return cls(program, solver, quadratic=form)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
         front; its `value` is a tuple of the variables' values."""
         batch = checked_batch(values, self.program.parameters)
-        solve = self._by_qp if self.family is None else self._by_clarabel
-        solution = solve(self.program.numbers(list(values), batch or 1), values[0], on_failure)
+        numbers = self.program.numbers(list(values), batch or 1)
+        try:
+            solution = self._solve(numbers, values[0], on_failure)
+        except SolverError as error:
+            raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
+        return self._unpacked(solution, batch)
+
+    def _solve(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
+        if self.quadratic is not None:
+            assert isinstance(self.solver, ProgramSolver)
+            return self.quadratic.solve(numbers, self.solver, on_failure)
+        return self._by_clarabel(numbers, like, on_failure)
+
+    def _unpacked(self, solution: Solution, batch: int | None) -> Solution:
         x, y = solution.value
         found = tuple(v.take(y if v.dual else x) for v in self.program.variables)
         if batch is not None:
@@ -73,27 +89,14 @@ class ConvexProgram:
     def _by_clarabel(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
         assert self.family is not None
         theta = tuple(t.to("cpu", torch.float64) for t in numbers)
-        found = solve_conic(self.family, theta, on_failure)
-        x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
-        value = x.to(like), self.program.cones.project_dual(v).to(like)
-        status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
-        return Solution(value, status, residual, steps, int(found.evaluations))
 
-    def _by_qp(self, numbers: tuple[Tensor, ...], like: Tensor, on_failure: str) -> Solution:
-        assert isinstance(self.solver, ProgramSolver)
-        P, q, A, b = numbers
-        Q, M = self.program.pattern.dense(P, A)
-        k = self.program.cones.zero
-        tensors = (Q, q, M[:, k:], b[:, k:], M[:, :k], b[:, :k])
-        single = all(len(t) == 1 for t in tensors)
-        Q, q, G, h, M, b = (t[0] if len(t) == 1 else t for t in tensors)
-        found = qp(Q, q, G, h, M, b, solver=self.solver, on_failure=on_failure)
-        value = found.value, torch.cat([found.dual_equality, found.dual_inequality], dim=-1)
-        status, residual, steps = found.status, found.residual, found.steps
-        if single:
-            value = tuple(t.unsqueeze(0) for t in value)
-            status, residual, steps = (t.unsqueeze(0) for t in (status, residual, steps))
-        return Solution(value, status, residual, steps, found.evaluations)
+        def unpack(found: Found) -> Solution:
+            x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
+            value = x.to(like), self.program.cones.project_dual(v).to(like)
+            status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
+            return Solution(value, status, residual, steps, int(found.evaluations))
+
+        return unpack(solve_conic(self.family, theta, Report(on_failure, unpack)))
 
 
 def _described(program: CanonicalProgram) -> str:
