@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.argmin.condensed import CondensedFactors
 from implicitly.argmin.kkt import Factors, active_set, proximal
 from implicitly.argmin.program import QuadraticProgram, Scaling
 from implicitly.host import happens
@@ -33,7 +34,7 @@ class Jacobian:
         degenerate: `(B,)` bool, where it is singular, as far as can be told in floating point.
     """
 
-    factors: Factors
+    factors: Factors | CondensedFactors
     scaling: Scaling
     program: QuadraticProgram
     alpha: Tensor

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.argmin.condensed import CondensedLoop, State, inside, step_length
 from implicitly.argmin.kkt import Factors
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
@@ -79,20 +80,24 @@ class InteriorPoint(ProgramSolver):
         """
         tolerance = self.tolerance(system.program.Q.dtype)
         loose = max(tolerance, LOOSE * tolerance**0.5)
-        if system.program.sizes[2]:
-            found = self._run(_Loop(system, loose, homogeneous=False))
-        else:
+        if not system.program.sizes[2]:
             found = system.origin()
+        elif system.condensed is not None:
+            found = self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
+        else:
+            found = self._run(_Loop(system, loose, homogeneous=False))
         first = polish(system, found, tolerance)
         rows = (first.status != int(Status.CONVERGED)).nonzero()[:, 0]
         if len(rows) == 0:
             return first
-        hard = system.take_rows(rows)
+        hard = replace(system, condensed=None).take_rows(rows)
         found = self._run(_Loop(hard, tolerance, homogeneous=True))
         again = polish(hard, found, tolerance)
+        if system.condensed is not None:
+            first = first.factorised(replace(system, condensed=None))
         return first.with_rows(rows, again)
 
-    def _run(self, loop: _Loop) -> Point:
+    def _run(self, loop: _Loop | CondensedLoop) -> Point:
         state = loop.start()
         k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
         point = loop.outcome(k, state)
@@ -100,13 +105,13 @@ class InteriorPoint(ProgramSolver):
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
             keep = running.nonzero()[:, 0]
             rows = rows[keep]
-            state, loop = _State(*(t[keep] for t in state)), loop.take_rows(keep)
+            state, loop = type(state)(*(t[keep] for t in state)), loop.take_rows(keep)
             k, state = repeat(loop.step, state, _worth_a_step, self.max_steps, k)
             point = with_rows(point, rows, loop.outcome(k, state))
         return point
 
 
-def _worth_a_step(state: _State) -> Any:
+def _worth_a_step(state: _State | State) -> Any:
     running = is_running(state.status)
     count = running.sum()
     return (count == len(running)) | (count > DROP_BELOW * len(running))
@@ -140,11 +145,11 @@ class _Loop:
         factors = self.system.factorise(ones, -ones)
         w = factors.solve(right.unsqueeze(1)).squeeze(1)
         lam = w[:, n + q :]
-        w = torch.cat([w[:, : n + q], _inside(lam)], dim=1)
+        w = torch.cat([w[:, : n + q], inside(lam)], dim=1)
         one = torch.ones_like(right[:, 0])
         zeros = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
-        slack = _inside(-lam)
+        slack = inside(-lam)
         bare = _State(w, slack, one, one, w, one, w, w, slack, far, far, zeros, zeros - 1, zeros)
         return self.judged(0, bare)
 
@@ -289,16 +294,11 @@ def _pad(r: Tensor, extra: Tensor) -> Tensor:
     return torch.cat([r[:, : r.shape[1] - m], r[:, r.shape[1] - m :] + extra], dim=1)
 
 
-def _inside(v: Tensor) -> Tensor:
-    """`v` `(B, m)` moved along (1, ..., 1), where it must be, so that it is positive."""
-    if v.shape[1] == 0:
-        return v
-    least = v.amin(1, keepdim=True)
-    return torch.where(least > 1e-8 * (1 + v.abs().amax(1, keepdim=True)), v, v + 1 - least)
-
-
 def _step_length(c: _State, lam: Tensor, d: _Direction) -> Tensor:
     """The longest step `(B,)`, at most 1, that keeps λ, s, τ and κ positive."""
-    now = torch.cat([lam, c.s, c.tau.unsqueeze(1), c.kappa.unsqueeze(1)], 1)
-    change = torch.cat([d.w[:, d.w.shape[1] - lam.shape[1] :], d.s, d.tau.unsqueeze(1), d.kappa.unsqueeze(1)], 1)
-    return (1 / (-change / now).amax(1).clamp(min=1.0)).nan_to_num(0.0)
+    d_lam = d.w[:, d.w.shape[1] - lam.shape[1] :]
+    lam, s, d_lam, d_s = (
+        torch.cat([v, t.unsqueeze(1)], 1)
+        for v, t in ((lam, c.tau), (c.s, c.kappa), (d_lam, d.tau), (d.s, d.kappa))
+    )
+    return step_length(lam, s, d_lam, d_s)

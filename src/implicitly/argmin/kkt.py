@@ -119,6 +119,19 @@ class Factors:
         """J w or J' w for `w` `(B, k, n + q + m)`."""
         return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
 
+    def is_singular(self, beta: Tensor) -> Tensor:
+        """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
+
+        The regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
+        combination of the columns gives; else next to nothing.
+        """
+        width = sum(self.program.sizes)
+        g = torch.cos(torch.arange(1.0, width + 1, dtype=beta.dtype, device=beta.device) ** 2)
+        g = g.expand(len(beta), 1, width)
+        u = self.solve(g, transposed=True)
+        left = g - jacobian_product(self.program, self.alpha, beta, u, transposed=True)
+        return ~(row_norm(left[:, 0]) <= 0.01 * row_norm(g[:, 0]))
+
     def without(self, bad: Tensor) -> Factors:
         """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
         column = bad[:, None, None]
@@ -165,17 +178,3 @@ def _plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
         return (d @ outer).reshape(-1, n, n) + base
     G = G.expand(len(d), -1, -1)
     return torch.baddbmm(base.expand(len(d), -1, -1), G.mT, d.unsqueeze(2) * G)
-
-
-def is_singular(factors: Factors, beta: Tensor) -> Tensor:
-    """`(B,)`, whether the Jacobian has no inverse, as far as can be told; `beta` is what the factors approximate.
-
-    Its regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
-    combination of the columns gives; else next to nothing.
-    """
-    width = sum(factors.program.sizes)
-    g = torch.cos(torch.arange(1.0, width + 1, dtype=beta.dtype, device=beta.device) ** 2)
-    g = g.expand(len(beta), 1, width)
-    u = factors.solve(g, transposed=True)
-    left = g - jacobian_product(factors.program, factors.alpha, beta, u, transposed=True)
-    return ~(row_norm(left[:, 0]) <= 0.01 * row_norm(g[:, 0]))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitly.argmin.kkt import Factors, base_matrix, is_singular, jacobian_product
+from implicitly.argmin.condensed import Condensed, CondensedFactors
+from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, Scaling, natural_residual, times
 from implicitly.host import happens
 from implicitly.iterate import Status
 from implicitly.tree import row_norm
 
+# With up to so many inequalities for each unknown they are better made the unknowns.
+CONDENSED_UP_TO = 1.5
 # Rounds in which inequalities may change sides, and Newton steps in each.
 ROUNDS = 4
 NEWTON_STEPS = 4
@@ -25,21 +29,36 @@ class System:
 
     program: QuadraticProgram
     scaling: Scaling
-    base: Tensor
+    condensed: Condensed | None  # where that is the better way
 
     @classmethod
     def of(cls, program: QuadraticProgram, scaling: Scaling) -> System:
         """That of a program."""
-        return cls(program, scaling, base_matrix(program))
+        n, _, m = program.sizes
+        return cls(program, scaling, Condensed.of(program) if m <= CONDENSED_UP_TO * n else None)
 
-    def factorise(self, alpha: Tensor, beta: Tensor) -> Factors:
+    @functools.cached_property
+    def base(self) -> Tensor:
+        """What of the matrix H of `Factors` stays the same."""
+        return base_matrix(self.program)
+
+    def factorise(self, alpha: Tensor, beta: Tensor) -> Factors | CondensedFactors:
         """The factors of its Jacobian with those `(B, m)`."""
+        if self.condensed is not None:
+            return self.condensed.factorise(alpha, beta)
         return Factors.of(self.program, self.base, alpha, beta)
+
+    def active(self, alpha: Tensor) -> tuple[Factors | CondensedFactors, Tensor]:
+        """The factors of the Jacobian of an active set, and its exact `beta`."""
+        beta = (1 - alpha) * self.scaling.F**2
+        # So far from zero that rounding harms less than that; with the multipliers as unknowns it can be little.
+        away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.7)
+        return self.factorise(alpha, beta - away * alpha), beta
 
     def take_rows(self, rows: Tensor) -> System:
         """The system of some samples."""
-        base = self.base if self.base.ndim == 2 else self.base[rows]
-        return System(self.program.take_rows(rows), self.scaling.take_rows(rows), base)
+        condensed = None if self.condensed is None else self.condensed.take_rows(rows)
+        return System(self.program.take_rows(rows), self.scaling.take_rows(rows), condensed)
 
     def origin(self) -> Point:
         """w = 0."""
@@ -58,20 +77,64 @@ class Polished(NamedTuple):
 
     w: Tensor
     alpha: Tensor
-    factors: Factors
+    factors: Factors | CondensedFactors
     degenerate: Tensor
     status: Tensor
     steps: Tensor
     evaluations: Tensor
 
+    def factorised(self, system: System) -> Polished:
+        """This with factors as `system` makes them."""
+        return self._replace(factors=system.active(self.alpha)[0])
+
     def with_rows(self, rows: Tensor, part: Polished) -> Polished:
-        """This with `part` in place of its `rows`."""
+        """This with `part` in place of its `rows`; the factors of both are of the same kind."""
         merged = {
             name: getattr(self, name).index_copy(0, rows, getattr(part, name))
             for name in ("w", "alpha", "degenerate", "status", "steps")
         }
-        factors = self.factors.with_rows(rows, part.factors)
+        factors = self.factors.with_rows(rows, part.factors)  # pyright: ignore[reportArgumentType]
         return Polished(**merged, factors=factors, evaluations=self.evaluations + part.evaluations)
+
+
+class _Active(NamedTuple):
+    """`w` `(B, N)` where the inequalities of `alpha` hold as equations, up to rounding, and what led there."""
+
+    w: Tensor
+    alpha: Tensor
+    factors: Factors | CondensedFactors
+    beta: Tensor
+    rounds: int
+
+    def with_rows(self, rows: Tensor, part: _Active) -> _Active:
+        factors = self.factors.with_rows(rows, part.factors)  # pyright: ignore[reportArgumentType]
+        w, alpha, beta = (
+            getattr(self, name).index_copy(0, rows, getattr(part, name)) for name in ("w", "alpha", "beta")
+        )
+        return _Active(w, alpha, factors, beta, self.rounds + part.rounds)
+
+    def signs(self, program: QuadraticProgram) -> tuple[Tensor, Tensor, Tensor]:
+        """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
+        multipliers; what counts as zero `(B, 1)`."""
+        n, q, _ = program.sizes
+        lam, slack = self.w[:, n + q :], program.h - times(program.G, self.w[:, :n])
+        size = 1 + torch.maximum(row_norm(lam), row_norm(slack)).unsqueeze(1)
+        return torch.where(self.alpha > 0, lam, slack), lam, torch.finfo(lam.dtype).eps ** 0.6 * size
+
+
+def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
+    """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds."""
+    program = system.program
+    factors, beta = system.active(alpha)
+    at = _Active(newton_step(program, factors, beta, w), alpha, factors, beta, 1)
+    signed, lam, small = at.signs(program)
+    wrong = signed < -small
+    if rounds == 1 or not happens(wrong):
+        return at
+    rows = wrong.any(1).nonzero()[:, 0]
+    flipped = torch.where(wrong, 1 - alpha, alpha)
+    start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)
+    return at.with_rows(rows, _settle(system.take_rows(rows), flipped[rows], start[rows], rounds - 1))
 
 
 def polish(system: System, found: Point, tolerance: float) -> Polished:
@@ -81,60 +144,37 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
     """
     program = system.program
     n, q, _ = program.sizes
-    dtype = found.w.dtype
-    small = torch.finfo(dtype).eps ** 0.6
-    w, residual = found.w, torch.full_like(found.w[:, 0], float("inf"))
-    alpha = (w[:, n + q :] > found.slack).to(dtype)
-    size = torch.ones_like(residual)
-    evaluations = found.evaluations
-    while True:
-        factors, beta = _factorise(system, alpha)
-        w = torch.where(w.isfinite().all(1, keepdim=True), w, 0.0)
-        w, residual, size = _newton(system, factors, beta, w, tolerance)
-        evaluations = evaluations + 1
-        rounds = evaluations - found.evaluations
-        lam, slack = w[:, n + q :], program.h - times(program.G, w[:, :n])
-        wrong = torch.where(alpha > 0, lam, slack) < -small * size.unsqueeze(1)
-        if int(rounds) >= ROUNDS or not happens(wrong):
-            break
-        alpha = torch.where(wrong, 1 - alpha, alpha)
-        w = torch.cat([w[:, : n + q], lam.clamp(min=0)], 1)
-    # The weakest of those that bind might as well not: their multipliers are zero, so nothing else changes.
-    weak = torch.where(alpha > 0, lam, slack).abs() <= small * size.unsqueeze(1)
-    if happens(weak & (alpha > 0)):
-        alpha = torch.where(weak, 0.0, alpha)
-        factors, beta = _factorise(system, alpha)
-        evaluations = evaluations + 1
-    degenerate = weak.any(1) | is_singular(factors, beta)
-    good = residual <= tolerance * size
-    # What the solver found may be better than what its active set leads to.
-    before, size = natural_residual(program, found.w)
-    keep = ~(residual <= before) & before.isfinite()
-    w = torch.where(keep.unsqueeze(1), found.w, w)
-    good = good | (keep & (before <= tolerance * size))
-    failed = found.status >= int(Status.INFEASIBLE)
-    status = torch.where(good, int(Status.CONVERGED), found.status)
-    status = torch.where(~good & ~failed & (found.status == 0), int(Status.STAGNATED), status)
-    return Polished(w, alpha, factors, degenerate, status, found.steps, evaluations)
-
-
-def _factorise(system: System, alpha: Tensor) -> tuple[Factors, Tensor]:
-    """The factors of the Jacobian of an active set, and its exact `beta`."""
-    beta = (1 - alpha) * system.scaling.F**2
-    away = 8 * torch.finfo(alpha.dtype).eps ** 0.5
-    return system.factorise(alpha, beta - away * alpha), beta
-
-
-def _newton(
-    system: System, factors: Factors, beta: Tensor, w: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The point where the inequalities of the factors' `alpha` hold as equations, its residual and its size."""
-    program, alpha = system.program, factors.alpha
-    right = torch.cat([-program.p, program.b, alpha * program.h], 1)
+    alpha = (found.w[:, n + q :] > found.slack).to(found.w.dtype)
+    at = _settle(system, alpha, found.w.nan_to_num(0.0, 0.0, 0.0), ROUNDS)
+    signed, _, small = at.signs(program)
+    weak = signed.abs() <= small
+    # Those that bind with no force might as well not: their multipliers are zero, so nothing else changes.
+    rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
+    if len(rows):
+        alpha = torch.where(weak, 0.0, at.alpha)
+        at = at.with_rows(rows, _settle(system.take_rows(rows), alpha[rows], at.w[rows], 1))
+    w = at.w
+    residual, size = natural_residual(program, w)
     for _ in range(NEWTON_STEPS):
-        left = right - jacobian_product(program, alpha, beta, w.unsqueeze(1)).squeeze(1)
-        step = factors.solve(left.unsqueeze(1)).squeeze(1)
-        w = w + step.nan_to_num(0.0, 0.0, 0.0)
-        if not happens(row_norm(step) > 1e3 * tolerance**1.5 * row_norm(w)):
+        if not happens(~(residual <= 1e-3 * tolerance * size)):
             break
-    return w, *natural_residual(program, w)
+        w = newton_step(program, at.factors, at.beta, w)
+        residual, size = natural_residual(program, w)
+    good = residual <= tolerance * size
+    if happens(~good):  # what the solver found may be better than what its active set leads to
+        before, size = natural_residual(program, found.w)
+        keep = ~(residual <= before) & before.isfinite()
+        w = torch.where(keep.unsqueeze(1), found.w, w)
+        good = good | (keep & (before <= tolerance * size))
+    none = found.status >= int(Status.INFEASIBLE)
+    short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
+    status = torch.where(good & ~none, int(Status.CONVERGED), short)
+    degenerate = weak.any(1) | at.factors.is_singular(at.beta)
+    return Polished(w, at.alpha, at.factors, degenerate, status, found.steps, found.evaluations + at.rounds)
+
+
+def newton_step(program: QuadraticProgram, factors: Factors | CondensedFactors, beta: Tensor, w: Tensor) -> Tensor:
+    """`w` `(B, N)` nearer to where the inequalities of the factors' `alpha` hold as equations."""
+    right = torch.cat([-program.p, program.b, factors.alpha * program.h], 1).unsqueeze(1)
+    left = right - jacobian_product(program, factors.alpha, beta, w.unsqueeze(1))
+    return w + factors.solve(left).squeeze(1).nan_to_num(0.0, 0.0, 0.0)

@@ -134,20 +134,19 @@ def equilibrate(program: QuadraticProgram, rounds: int = 2) -> tuple[QuadraticPr
     Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
     """
     Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
-    n, q, m = program.sizes
-    aQ, aG, aA = Q.abs(), G.abs(), A.abs()
     rows = max(len(Q), len(G), len(A))
-    E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in (n, q, m))
+    E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in program.sizes)
+    diagonal = Q.diagonal(dim1=1, dim2=2).clamp(min=0)  # the largest entries of a semidefinite matrix
     for _ in range(rounds):
-        column = (aQ * E.unsqueeze(1)).amax(2) * E
-        if m:
-            sG = aG * E.unsqueeze(1) * F.unsqueeze(2)
-            column = torch.maximum(column, sG.amax(1))
-            F = F * _factor(sG.amax(2))
-        if q:
-            sA = aA * E.unsqueeze(1) * K.unsqueeze(2)
-            column = torch.maximum(column, sA.amax(1))
-            K = K * _factor(sA.amax(2))
+        column = diagonal * E**2
+        sizes = []
+        for matrix, scale in ((G, F), (A, K)):
+            if matrix.shape[1]:
+                size = (matrix * E.unsqueeze(1)).abs_() * scale.unsqueeze(2)
+                column = torch.maximum(column, size.amax(1))
+                scale = scale * _factor(size.amax(2))
+            sizes.append(scale)
+        F, K = sizes
         E = E * _factor(column)
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))

@@ -186,9 +186,10 @@ def find(solver: ProgramSolver, known: list[Jacobian], report: Report, *tensors:
     finite = program.finite()
     if happens(~finite):
         program = program.without(~finite)
-    refuse_indefinite(program.Q)
-    scaled, scaling = equilibrate(program)
-    polished = solver.solve(System.of(scaled, scaling))
+    system = System.of(*equilibrate(program))
+    if system.condensed is None:  # else Q has been seen to be positive definite
+        refuse_indefinite(program.Q)
+    polished, scaling = solver.solve(system), system.scaling
     polished = polished._replace(w=polished.w * scaling.w)
     status = torch.where(finite, polished.status, int(Status.NON_FINITE))
     polished = polished._replace(status=status)

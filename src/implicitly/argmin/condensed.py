@@ -1,0 +1,290 @@
+"""A strictly convex program in the multipliers of its inequalities alone.
+
+Where Q is positive definite, z and ν follow from λ: with P the inverse of Q on the null space of A, and z0 the
+solution without inequalities, z = z0 - P G'λ, and the slack is
+
+    s = M λ + c,    M = G P G',  c = h - G z0,    λ >= 0, s >= 0, λs = 0,
+
+a linear complementarity problem with one matrix `(m, m)`, made once. A step of an interior-point method there
+takes one Cholesky factorisation of M plus a diagonal and no other product of matrices, and so do the linear
+systems of derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.kkt import jacobian_product
+from implicitly.argmin.program import Point, QuadraticProgram, dot, times, times_transposed
+from implicitly.iterate import Status, is_running, where_rows
+from implicitly.tree import row_norm
+
+# The least pivot of Q, relative to its largest, with which its inverse is good enough.
+LEAST_PIVOT = 1e-8
+
+Inner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Condensed:
+    """A program and what its multipliers decide: matrices `(B, ·, ·)`, or without B where the batch shares them.
+
+    With Q = L L', Y_A = L^-1 A' `(n, q)`, S the Cholesky factor of Y_A'Y_A, and X `(q, m)` with ν = ν0 - X λ,
+    Y_G = L^-1 G' - Y_A X `(n, m)` is orthogonal to Y_A, and M = Y_G'Y_G.
+    """
+
+    program: QuadraticProgram
+    L: Tensor
+    S: Tensor
+    X: Tensor
+    Y_A: Tensor
+    Y_G: Tensor
+    M: Tensor
+
+    @classmethod
+    def of(cls, program: QuadraticProgram) -> Condensed | None:
+        """That of a program; None where Q, or A Q^-1 A', of any sample is not safely positive definite."""
+        q = program.sizes[1]
+        L, info = torch.linalg.cholesky_ex(program.Q)
+        if not bool(_safe(L, info)):
+            return None
+        Y = torch.linalg.solve_triangular(L, torch.cat([program.A, program.G], dim=-2).mT, upper=False)
+        Y_A, Y_G = Y[..., :q], Y[..., q:]
+        S, info = torch.linalg.cholesky_ex(Y_A.mT @ Y_A)
+        if not bool(_safe(S, info)):
+            return None
+        X = torch.cholesky_inverse(S) @ (Y_A.mT @ Y_G)  # S is small
+        Y_G = Y_G - Y_A @ X if q else Y_G
+        return cls(program, L, S, X, Y_A, Y_G, Y_G.mT @ Y_G)
+
+    def solve(self, r1: Tensor, r2: Tensor, inner: Inner | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """z `(B, k, n)`, ν `(B, k, q)` and v `(B, k, m)` with Qz + A'ν + G'v = r1 and Az = r2.
+
+        `inner` gives v for the Gz that there is without it; None: v = 0.
+        """
+        t = triangular(self.L, r1)
+        nu = _solve(self.S, times_transposed(self.Y_A, t) - r2) if r2.shape[2] else r2
+        y = t - times(self.Y_A, nu) if r2.shape[2] else t
+        v = r1.new_zeros(*r1.shape[:2], self.X.shape[-1])
+        if inner is not None:
+            v = inner(times_transposed(self.Y_G, t) + times_transposed(self.X, r2))
+            y, nu = y - times(self.Y_G, v), nu - times(self.X, v)
+        return triangular(self.L, y, transposed=True), nu, v
+
+    def factorise(self, alpha: Tensor, beta: Tensor) -> CondensedFactors:
+        """The factors of the Jacobian with those `(B, m)`."""
+        on = alpha != 0
+        part = on.to(alpha.dtype)
+        N = part.unsqueeze(2) * self.M * part.unsqueeze(1)
+        N.diagonal(dim1=1, dim2=2).add_(torch.where(on, -beta / torch.where(on, alpha, 1.0), 1.0))
+        N, info = torch.linalg.cholesky_ex(N)
+        return CondensedFactors(self, alpha, beta, N, info == 0)
+
+    def take_rows(self, rows: Tensor) -> Condensed:
+        """Those of some samples."""
+        own = (self.L, self.S, self.X, self.Y_A, self.Y_G, self.M)
+        return Condensed(self.program.take_rows(rows), *(t[rows] if t.ndim == 3 else t for t in own))
+
+
+def _safe(L: Tensor, info: Tensor) -> Tensor:
+    """0-d, whether all Cholesky factorisations succeeded with pivots of like size."""
+    pivots = L.diagonal(dim1=-2, dim2=-1) ** 2
+    if pivots.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=L.device)
+    return (info == 0).all() & (pivots.amin(-1) >= LEAST_PIVOT * pivots.amax(-1)).all()
+
+
+def triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
+    """x `(B, k, n)` with L x = r, or L'x = r, for lower triangular L, `(B, n, n)` or `(n, n)`."""
+    matrix = L.mT if transposed else L
+    columns = r.mT if L.ndim == 3 else r.reshape(-1, r.shape[2]).mT
+    return torch.linalg.solve_triangular(matrix, columns, upper=transposed).mT.reshape(r.shape)
+
+
+def _solve(L: Tensor, r: Tensor) -> Tensor:
+    """x `(B, k, n)` with L L' x = r."""
+    return triangular(L, triangular(L, r), transposed=True)
+
+
+@dataclass(frozen=True, eq=False)
+class CondensedFactors:
+    """The factorised Jacobian [Q A' G'; A 0 0; αG 0 β], where α is zero or of the sign of -β.
+
+    N `(B, m, m)` is the Cholesky factor of M - β/α in the rows and columns where α is not zero, and else of the
+    identity.
+    """
+
+    condensed: Condensed
+    alpha: Tensor
+    beta: Tensor
+    N: Tensor
+    usable: Tensor
+
+    @property
+    def program(self) -> QuadraticProgram:
+        """Whose Jacobian it is."""
+        return self.condensed.program
+
+    def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
+        """w with J w = r, or J' w = r, for `r` `(B, k, n + q + m)`: k right-hand sides a sample."""
+        G = self.program.G
+        r1, r2, r3 = r.split(self.program.sizes, dim=2)
+        alpha, beta = self.alpha.unsqueeze(1), self.beta.unsqueeze(1)
+        on = alpha != 0
+        safe = torch.where(on, alpha, 1.0)
+        fixed = torch.where(on, 0.0, r3 / torch.where(on, 1.0, beta))  # those that are no part of the system
+        if not transposed:
+            r1, r3 = r1 - times_transposed(G, fixed), r3 / safe
+        z, nu, v = self.condensed.solve(r1, r2, lambda Gz: _solve(self.N, torch.where(on, Gz - r3, 0.0)))
+        if transposed:
+            lam = torch.where(on, v / safe, fixed - times(G, z) / torch.where(on, 1.0, beta))
+        else:
+            lam = torch.where(on, v, fixed)
+        return torch.cat([z, nu, lam], dim=2)
+
+    def product(self, w: Tensor, transposed: bool = False) -> Tensor:
+        """J w or J' w for `w` `(B, k, n + q + m)`."""
+        return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
+
+    def is_singular(self, beta: Tensor) -> Tensor:
+        """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
+
+        A pivot is the squared distance of a row of G, in the metric of P, from the span of those before it.
+        """
+        pivots = self.N.diagonal(dim1=1, dim2=2) ** 2
+        least = torch.finfo(beta.dtype).eps ** 0.5 * self.condensed.M.diagonal(dim1=-2, dim2=-1)
+        return ((self.alpha != 0) & ~(pivots > least)).any(1)
+
+    def with_rows(self, rows: Tensor, part: CondensedFactors) -> CondensedFactors:
+        """These with `part` in place of those of some samples."""
+        own, new = ((f.alpha, f.beta, f.N, f.usable) for f in (self, part))
+        return CondensedFactors(self.condensed, *(t.index_copy(0, rows, p) for t, p in zip(own, new)))
+
+    def without(self, bad: Tensor) -> CondensedFactors:
+        """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
+        eye = torch.eye(self.N.shape[1], dtype=self.N.dtype, device=self.N.device)
+        beta = torch.where(bad.unsqueeze(1), 1.0, self.beta)
+        return replace(self, beta=beta, N=torch.where(bad[:, None, None], eye, self.N))
+
+
+# ------------------------------------------------------------------------------------------ interior point
+
+
+class State(NamedTuple):
+    """Of the steps below; `lam` and `s` `(B, m)`, the others `(B,)`."""
+
+    lam: Tensor
+    s: Tensor
+    best: Tensor
+    best_slack: Tensor
+    merit: Tensor  # of the best
+    stale: Tensor
+    status: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CondensedLoop:
+    """Mehrotra's steps on s = M λ + c."""
+
+    whole: Condensed
+    c: Tensor
+    tolerance: float
+    patience: int
+    to_boundary: float
+
+    @classmethod
+    def of(cls, whole: Condensed, tolerance: float, patience: int, to_boundary: float) -> CondensedLoop:
+        """The loop for a program."""
+        program = whole.program
+        z = whole.solve(-program.p.unsqueeze(1), program.b.unsqueeze(1))[0].squeeze(1)
+        return cls(whole, program.h - times(program.G, z), tolerance, patience, to_boundary)
+
+    def take_rows(self, rows: Tensor) -> CondensedLoop:
+        """That of some samples."""
+        return replace(self, whole=self.whole.take_rows(rows), c=self.c[rows])
+
+    def factor(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of M + diagonal `(B, m, m)`, and where it failed."""
+        N = self.whole.M.expand(len(diagonal), -1, -1).clone()
+        N.diagonal(dim1=1, dim2=2).add_(diagonal)
+        return torch.linalg.cholesky_ex(N)
+
+    def start(self) -> State:
+        """The least-squares point, moved into the interior."""
+        N, _ = self.factor(torch.ones_like(self.c))
+        lam = _solve(N, -self.c.unsqueeze(1)).squeeze(1)
+        lam, s = inside(lam), inside(-lam)
+        zero = torch.zeros_like(lam[:, 0])
+        count = torch.zeros_like(zero, dtype=torch.int64)
+        return self.judged(0, State(lam, s, lam, s, zero + float("inf"), count, count - 1, count))
+
+    def judged(self, k: int | Tensor, at: State) -> State:
+        """`at` with what its residuals say about every sample that still runs."""
+        Ml, running = times(self.whole.M, at.lam), is_running(at.status)
+        gap, curvature, slope = dot(at.lam, at.s), dot(at.lam, Ml), dot(self.c, at.lam)
+        size = 1 + torch.maximum(row_norm(self.c), row_norm(Ml))
+        merit = torch.maximum(row_norm(at.s - Ml - self.c) / size, gap / (1 + curvature + slope.abs()))
+        better = (merit < at.merit) & running
+        stale = torch.where(better, 0, at.stale + 1)
+        status = torch.where(stale > self.patience, int(Status.STAGNATED), int(Status.RUNNING))
+        status = torch.where(merit <= self.tolerance, int(Status.CONVERGED), status)
+        return at._replace(
+            best=where_rows(better, at.lam, at.best),
+            best_slack=where_rows(better, at.s, at.best_slack),
+            merit=torch.where(better, merit, at.merit),
+            stale=stale,
+            status=torch.where(running, status, at.status),
+            steps=torch.where(running, k, at.steps),
+        )
+
+    def step(self, k: int | Tensor, at: State) -> State:
+        """A predictor, and a corrector with the centring that it asks for."""
+        lam, s = at.lam, at.s
+        N, info = self.factor(s / lam)
+        products = s * lam
+        residual = s - times(self.whole.M, lam) - self.c  # of s = M λ + c
+
+        def direction(r: Tensor) -> tuple[Tensor, Tensor]:
+            """dλ and ds with λ ds + s dλ = r."""
+            d = _solve(N, (residual + r / lam).unsqueeze(1)).squeeze(1)
+            return d, (r - s * d) / lam
+
+        mu = products.mean(1)
+        d, e = direction(-products)
+        length = step_length(lam, s, d, e).unsqueeze(1)
+        after = ((lam + length * d) * (s + length * e)).mean(1)
+        target = ((after / mu) ** 3 * mu).unsqueeze(1)
+        d, e = direction(target - products - d * e)
+        length = self.to_boundary * step_length(lam, s, d, e)
+        length = torch.where(is_running(at.status) & (info == 0), length, 0.0).unsqueeze(1)
+        moved = at._replace(lam=torch.addcmul(lam, length, d), s=torch.addcmul(s, length, e))
+        return self.judged(k + 1, moved)
+
+    def outcome(self, k: int | Tensor, at: State) -> Point:
+        """The best point of every sample."""
+        status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
+        program, lam = self.whole.program, at.best
+        r1 = (-program.p - times_transposed(program.G, lam)).unsqueeze(1)
+        z, nu, _ = self.whole.solve(r1, program.b.unsqueeze(1))
+        count = torch.as_tensor(k, dtype=torch.int64, device=z.device) + 1
+        return Point(torch.cat([z.squeeze(1), nu.squeeze(1), lam], 1), at.best_slack, status, at.steps, count)
+
+
+def inside(v: Tensor) -> Tensor:
+    """`v` `(B, m)` moved along (1, ..., 1), where it must be, so that it is positive."""
+    if v.shape[1] == 0:
+        return v
+    least = v.amin(1, keepdim=True)
+    return torch.where(least > 1e-8 * (1 + v.abs().amax(1, keepdim=True)), v, v + 1 - least)
+
+
+def step_length(lam: Tensor, s: Tensor, d_lam: Tensor, d_s: Tensor) -> Tensor:
+    """The longest step `(B,)`, at most 1, that keeps λ and s positive."""
+    steepest = torch.minimum(torch.amin(d_lam / lam, 1), torch.amin(d_s / s, 1))
+    return (-1 / steepest.clamp(max=-1.0)).nan_to_num(0.0)
