@@ -106,6 +106,8 @@ class Polytope(nn.Module):
     It starts as a regular polygon of inner radius `radius` around `centre` `(2,)`.
     """
 
+    identity: Tensor
+
     def __init__(self, faces: int, centre: Tensor, radius: float = 0.2) -> None:
         super().__init__()
         angles = 2 * torch.pi * torch.arange(faces, dtype=torch.float64) / faces

@@ -6,9 +6,10 @@ Layer in Neural Networks", ICML 2017, section 4.4). Each entry of a 4x4 board is
 
     z = argmin  ridge/2 |z|^2 - puzzle'z   subject to   A z = A z0,  z >= 0
 
-fills it. Nobody tells the layer that rows, columns and blocks hold each digit once: these are linear equations, and
-the weight A `(40, 64)`, random at first, comes to state them, or others that mean the same. With b = A z0 for a
-learned z0 > 0 there is always a feasible point. The largest of the four numbers of an entry is read as its digit.
+fills it. Nobody tells the layer that rows, columns and blocks hold each digit once: these are linear equations,
+and the weight A `(40, 64)`, random at first, comes to state them, or others that mean the same. With A z0 on the
+right, for a learned z0 > 0, there is always a feasible point. The largest of the four numbers of an entry is read
+as its digit.
 
 Beside it learns an explicit network, as in the paper a stack of convolutions. Both see the same boards, and are
 tested with two sets of others:
@@ -132,15 +133,21 @@ def split(boards: SudokuBoards, config: Config) -> Splits:
     train, known = order[~new][: config.boards], order[~new][config.boards :]
     if not len(known):
         raise ValueError(f"boards must leave some to test with; got {config.boards} of {len(order[~new])}")
-    sets = (TensorDataset(boards.puzzles[rows], boards.solutions[rows]) for rows in (train, known, order[new]))
-    return Splits(*sets, boards.name)
+    train, known, new = (
+        TensorDataset(boards.puzzles[rows], boards.solutions[rows]) for rows in (train, known, order[new])
+    )
+    return Splits(train, known, new, boards.name)
 
 
 # --- The networks -----------------------------------------------------------------------------------------
 
 
 class OptNet(nn.Module):
-    """The quadratic program in `Config`, with learned `A` `(equations, 64)` and `log_z0` `(64,)`; in float64."""
+    """The quadratic program, with learned `A` `(equations, 64)` and `log_z0` `(64,)`; in float64."""
+
+    Q: Tensor
+    G: Tensor
+    h: Tensor
 
     def __init__(self, equations: int, ridge: float) -> None:
         super().__init__()
@@ -205,12 +212,12 @@ class Training(L.LightningModule):
         self.splits = splits
         optnet = name == "optnet"
         self.model = OptNet(config.equations, config.ridge) if optnet else Conv(config.channels, config.layers)
+        self.steps_per_epoch = -(-len(splits.train) // config.batch_size)
         self.epochs = config.epochs if optnet else config.conv_epochs
         self.learning_rate = config.learning_rate if optnet else config.conv_learning_rate
         self.curve: list[tuple[float, float]] = []
         self.seconds = 0.0  # in training steps
-        # Often in the first epoch, when most is learned.
-        self.next_test = 1
+        self.next_test = 1  # the next step after which to test
 
     def train_dataloader(self) -> Batches:
         """Made anew for each epoch, in an order of its own."""
@@ -236,12 +243,11 @@ class Training(L.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook: at steps that grow by a quarter, see how many new boards are wrong."""
+        """Lightning's hook: at steps that grow by a fifth, see how many new boards are wrong."""
         self.seconds += time.perf_counter() - self._start
         steps = self.global_step
-        total = self.epochs * len(self.trainer.train_dataloader)
-        if steps >= self.next_test or steps == total:
-            self.next_test = max(steps + 1, round(1.25 * steps))
+        if steps >= self.next_test or steps == self.epochs * self.steps_per_epoch:
+            self.next_test = max(steps + 5, round(1.2 * steps))
             puzzles, solutions = (tensor[:CHUNK] for tensor in self.splits.new.tensors)
             self.curve.append((steps, test(self.model, TensorDataset(puzzles, solutions))[0]))
 
@@ -324,7 +330,8 @@ def draw_boards(results: list[Result], count: int = 3) -> Figure:
     assert isinstance(mistakes, Tensor)  # there is a network at least
     shown = mistakes.argsort(descending=True, stable=True)[:count]
     shown_outputs = {name: z[shown] for name, z in outputs.items()}
-    return viz.plot_boards(puzzles[shown], solutions[shown], shown_outputs)
+    note = f"of {len(puzzles)} boards those with most mistakes; small: other digits that have some weight"
+    return viz.plot_boards(puzzles[shown], solutions[shown], shown_outputs, note)
 
 
 def results_table(results: list[Result], splits: Splits) -> Table:
@@ -348,7 +355,7 @@ def results_table(results: list[Result], splits: Splits) -> Table:
     for result in results:
         table.add_row(
             result.name,
-            *(f"{100 * wrong:.1f} %" for wrong in result.wrong.values()),
+            *(f"{100 * wrong:.2f} %" for wrong in result.wrong.values()),
             f"{result.loss:.4f}",
             f"{result.parameters:,}",
             str(result.training.epochs),

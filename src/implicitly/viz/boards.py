@@ -32,10 +32,11 @@ def plot_learning(
     figure, axes = new_figure(7.4, 4.2)
     ends = []
     for (name, curve), colour in zip(curves.items(), SERIES):
-        axes.semilogx(*zip(*curve), color=colour, linewidth=2, clip_on=False)
+        axes.plot(*zip(*curve), color=colour, linewidth=2, clip_on=False)
         axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=4)
         ends.append((*curve[-1], f"{name}, {100 * curve[-1][1]:.1f} %", colour))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.03, 1)
+    axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set_xlabel(unit)
     axes.set_ylabel(label)
@@ -44,7 +45,7 @@ def plot_learning(
     return figure
 
 
-def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor]) -> Figure:
+def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor], note: str = "") -> Figure:
     """Draw puzzles and what networks make of them: a row a board, a column a network.
 
     Each digit of an output is as dark as its weight. A cell whose heaviest digit is wrong is framed.
@@ -53,6 +54,7 @@ def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor
         puzzles: `(count, n, n, n)`, one-hot; four zeros where blank.
         solutions: the same, without blanks.
         outputs: by name, weights `(count, n, n, n)` between 0 and 1 of each digit in each cell.
+        note: a line of grey text below.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
@@ -75,6 +77,8 @@ def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor
             else:
                 below = f"{int(wrong.sum())} wrong" if wrong.any() else "solved"
             title(axes, name, below)
+    if note:
+        figure.supxlabel(note, fontsize=9.5, color=COLOURS.grey)
     return figure
 
 
@@ -94,19 +98,23 @@ def _draw_board(axes: Axes, weights: Tensor, clues: Tensor, wrong: Tensor) -> No
             axes.add_patch(
                 Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=COLOURS.warm, linewidth=2)
             )
-        for digit, weight in enumerate(weights[row, column].clamp(0, 1).tolist()):
-            if weight < 0.03:
-                continue
-            chosen = digit == int(weights[row, column].argmax())
-            colour = COLOURS.ink if clue else COLOURS.warm if framed and chosen else COLOURS.main
-            # Digits that share a cell keep their own corners.
-            alone = weight > 0.9
-            x = column + (0.5 if alone else 0.28 + 0.44 * (digit % 2))
-            y = row + (0.5 if alone else 0.28 + 0.44 * (digit // 2 % 2))
-            size = 15 if alone else 11
-            axes.text(
-                x, y, f"{digit + 1}", fontsize=size, alpha=weight**0.7, color=colour, ha="center", va="center"
-            )
+        _write_digits(axes, weights[row, column].clamp(0, 1).tolist(), row, column, clue, framed)
     for line in range(0, n + 1, block):
         for ends in (([0, n], [line, line]), ([line, line], [0, n])):
             axes.plot(*ends, color=COLOURS.ink, linewidth=1.6, solid_capstyle="round")
+
+
+def _write_digits(axes: Axes, weights: list[float], row: int, column: int, clue: bool, wrong: bool) -> None:
+    """The heaviest digit in the middle of a cell, the others small, in corners of their own."""
+    chosen = max(range(len(weights)), key=weights.__getitem__)
+    for digit, weight in enumerate(weights):
+        if weight < 0.03:
+            continue
+        if digit == chosen:
+            x, y, size = 0.5, 0.5, 15
+            colour = COLOURS.ink if clue else COLOURS.warm if wrong else COLOURS.main
+        else:
+            x, y, size = 0.17 + 0.66 * (digit % 2), 0.2 + 0.62 * (digit // 2 % 2), 8.5
+            colour = COLOURS.grey
+        place = (column + x, row + y, f"{digit + 1}")
+        axes.text(*place, fontsize=size, alpha=weight**0.6, color=colour, ha="center", va="center")
