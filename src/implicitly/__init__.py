@@ -1,6 +1,7 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.argmin.admm import ADMM
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.qp import ProgramSolution, qp
@@ -33,6 +34,7 @@ from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [
+    "ADMM",
     "CG",
     "GMRES",
     "RK4",

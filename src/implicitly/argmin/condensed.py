@@ -21,7 +21,7 @@ from torch import Tensor
 
 from implicitly.argmin.kkt import jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, dot, times, times_transposed
-from implicitly.iterate import Status, is_running, where_rows
+from implicitly.iterate import Status, is_running
 from implicitly.tree import row_norm
 
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.
@@ -176,13 +176,12 @@ class CondensedFactors:
 
 
 class State(NamedTuple):
-    """Of the steps below; `lam` and `s` `(B, m)`, the others `(B,)`."""
+    """Of the steps below; the first three `(B, m)`, the others `(B,)`."""
 
     lam: Tensor
     s: Tensor
-    best: Tensor
-    best_slack: Tensor
-    merit: Tensor  # of the best
+    residual: Tensor  # s - M λ - c
+    merit: Tensor  # the best so far
     stale: Tensor
     status: Tensor
     steps: Tensor
@@ -190,7 +189,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CondensedLoop:
-    """Mehrotra's steps on s = M λ + c."""
+    """Mehrotra's steps on s = M λ + c, which keeps no best point: where they fail, other steps take over."""
 
     whole: Condensed
     c: Tensor
@@ -222,22 +221,21 @@ class CondensedLoop:
         lam, s = inside(lam), inside(-lam)
         zero = torch.zeros_like(lam[:, 0])
         count = torch.zeros_like(zero, dtype=torch.int64)
-        return self.judged(0, State(lam, s, lam, s, zero + float("inf"), count, count - 1, count))
+        residual = s - times(self.whole.M, lam) - self.c
+        return self.judged(0, State(lam, s, residual, zero + float("inf"), count, count - 1, count))
 
     def judged(self, k: int | Tensor, at: State) -> State:
         """`at` with what its residuals say about every sample that still runs."""
-        Ml, running = times(self.whole.M, at.lam), is_running(at.status)
-        gap, curvature, slope = dot(at.lam, at.s), dot(at.lam, Ml), dot(self.c, at.lam)
-        size = 1 + torch.maximum(row_norm(self.c), row_norm(Ml))
-        merit = torch.maximum(row_norm(at.s - Ml - self.c) / size, gap / (1 + curvature + slope.abs()))
-        better = (merit < at.merit) & running
-        stale = torch.where(better, 0, at.stale + 1)
+        gap, slope = dot(at.lam, at.s), dot(at.lam, self.c)
+        curvature = gap - slope - dot(at.lam, at.residual)  # λ'Mλ
+        off = row_norm(at.residual) / (1 + row_norm(self.c))
+        merit = torch.maximum(off, gap / (1 + curvature + slope.abs()))
+        stale = torch.where(merit < at.merit, 0, at.stale + 1)
         status = torch.where(stale > self.patience, int(Status.STAGNATED), int(Status.RUNNING))
         status = torch.where(merit <= self.tolerance, int(Status.CONVERGED), status)
+        running = is_running(at.status)
         return at._replace(
-            best=where_rows(better, at.lam, at.best),
-            best_slack=where_rows(better, at.s, at.best_slack),
-            merit=torch.where(better, merit, at.merit),
+            merit=torch.minimum(merit, at.merit),
             stale=stale,
             status=torch.where(running, status, at.status),
             steps=torch.where(running, k, at.steps),
@@ -245,35 +243,35 @@ class CondensedLoop:
 
     def step(self, k: int | Tensor, at: State) -> State:
         """A predictor, and a corrector with the centring that it asks for."""
-        lam, s = at.lam, at.s
-        N, info = self.factor(s / lam)
+        lam, s, residual = at.lam, at.s, at.residual
+        ratio = s / lam
+        N, info = self.factor(ratio)
         products = s * lam
-        residual = s - times(self.whole.M, lam) - self.c  # of s = M λ + c
-
-        def direction(r: Tensor) -> tuple[Tensor, Tensor]:
-            """dλ and ds with λ ds + s dλ = r."""
-            d = _solve(N, (residual + r / lam).unsqueeze(1)).squeeze(1)
-            return d, (r - s * d) / lam
-
-        mu = products.mean(1)
-        d, e = direction(-products)
+        d = _solve(N, (residual - s).unsqueeze(1)).squeeze(1)
+        e = -s - ratio * d
         length = step_length(lam, s, d, e).unsqueeze(1)
-        after = ((lam + length * d) * (s + length * e)).mean(1)
+        mu, after = products.mean(1), (torch.addcmul(lam, length, d) * torch.addcmul(s, length, e)).mean(1)
         target = ((after / mu) ** 3 * mu).unsqueeze(1)
-        d, e = direction(target - products - d * e)
+        aim = (target - products - d * e) / lam
+        d = _solve(N, (residual + aim).unsqueeze(1)).squeeze(1)
+        e = aim - ratio * d
         length = self.to_boundary * step_length(lam, s, d, e)
         length = torch.where(is_running(at.status) & (info == 0), length, 0.0).unsqueeze(1)
-        moved = at._replace(lam=torch.addcmul(lam, length, d), s=torch.addcmul(s, length, e))
+        moved = at._replace(
+            lam=torch.addcmul(lam, length, d),
+            s=torch.addcmul(s, length, e),
+            residual=residual - length * residual,  # both are linear
+        )
         return self.judged(k + 1, moved)
 
     def outcome(self, k: int | Tensor, at: State) -> Point:
-        """The best point of every sample."""
+        """The point of every sample."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
-        program, lam = self.whole.program, at.best
+        program, lam = self.whole.program, at.lam
         r1 = (-program.p - times_transposed(program.G, lam)).unsqueeze(1)
         z, nu, _ = self.whole.solve(r1, program.b.unsqueeze(1))
         count = torch.as_tensor(k, dtype=torch.int64, device=z.device) + 1
-        return Point(torch.cat([z.squeeze(1), nu.squeeze(1), lam], 1), at.best_slack, status, at.steps, count)
+        return Point(torch.cat([z.squeeze(1), nu.squeeze(1), lam], 1), at.s, status, at.steps, count)
 
 
 def inside(v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedLoop, State, inside, step_length
+from implicitly.argmin.condensed import CondensedFactors, CondensedLoop, State, inside, step_length
 from implicitly.argmin.kkt import Factors
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
@@ -39,9 +39,9 @@ from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_row
 from implicitly.tree import row_norm
 
 # How far towards the boundary a step goes.
-TO_BOUNDARY = 0.99
+TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
-LOOSE = 1e-3
+LOOSE = 0.1
 # Steps without a new best point after which rounding has won.
 PATIENCE = 5
 
@@ -73,29 +73,38 @@ class InteriorPoint(ProgramSolver):
 
     max_steps: int = 50
 
-    def solve(self, system: System) -> Polished:
+    def solve(self, system: System, start: Point | None = None) -> Polished:
         """The solution of every sample: near enough by plain steps, then exactly on its active set.
 
-        Where that fails, by steps on the embedding, which also tell why there may be none.
+        Where that fails, by steps on the embedding, which also tell why there may be none. A `start` is worth
+        something if its active set is that of the solution, which is tried first.
         """
         tolerance = self.tolerance(system.program.Q.dtype)
+        found = polish(system, start, tolerance) if start is not None else None
+        for attempt in (self._plain, self._embedded):
+            rows = None if found is None else (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
+            if found is None:
+                found = attempt(system, tolerance)
+            elif rows is not None and len(rows):
+                if attempt == self._embedded and system.condensed is not None:
+                    system = replace(system, condensed=None)
+                    found = found.factorised(system)
+                found = found.with_rows(rows, attempt(system.take_rows(rows), tolerance))
+        assert found is not None
+        return found
+
+    def _plain(self, system: System, tolerance: float) -> Polished:
         loose = max(tolerance, LOOSE * tolerance**0.5)
         if not system.program.sizes[2]:
-            found = system.origin()
+            near = system.origin()
         elif system.condensed is not None:
-            found = self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
+            near = self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
         else:
-            found = self._run(_Loop(system, loose, homogeneous=False))
-        first = polish(system, found, tolerance)
-        rows = (first.status != int(Status.CONVERGED)).nonzero()[:, 0]
-        if len(rows) == 0:
-            return first
-        hard = replace(system, condensed=None).take_rows(rows)
-        found = self._run(_Loop(hard, tolerance, homogeneous=True))
-        again = polish(hard, found, tolerance)
-        if system.condensed is not None:
-            first = first.factorised(replace(system, condensed=None))
-        return first.with_rows(rows, again)
+            near = self._run(_Loop(system, loose, homogeneous=False))
+        return polish(system, near, tolerance)
+
+    def _embedded(self, system: System, tolerance: float) -> Polished:
+        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance)
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
         state = loop.start()
@@ -236,7 +245,7 @@ class _Loop:
         )
         return self.judged(k + 1, moved)
 
-    def solve(self, factors: Factors, right: Tensor) -> Tensor:
+    def solve(self, factors: Factors | CondensedFactors, right: Tensor) -> Tensor:
         """The Newton step for `right` `(B, k, N)`, refined where the steps are meant to be exact."""
         w = factors.solve(right)
         return w + factors.solve(right - factors.product(w)) if self.homogeneous else w

@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitly.argmin.derivative import Jacobian, KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import DIMS, QuadraticProgram, equilibrate, failed, natural_residual, times
+from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed, natural_residual, times
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
 from implicitly.implicit import Report
@@ -49,6 +49,7 @@ def qp(
     *,
     solver: ProgramSolver = InteriorPoint(),
     adjoint: KKTAdjoint = KKTAdjoint(),
+    start: ProgramSolution | None = None,
     on_failure: str = "raise",
 ) -> ProgramSolution:
     """Solve min 1/2 z'Qz + p'z subject to Gz <= h, Az = b, one program or many, and differentiate the solution.
@@ -66,6 +67,8 @@ def qp(
             fine.
         solver: `InteriorPoint`, or `ADMM` where the batch shares Q, G and A.
         adjoint: `KKTAdjoint`.
+        start: the solution of a similar program of the same sizes, say that of the last training or control step.
+            Where the same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
             gradients zero. Those that ran out of steps keep their best point.
 
@@ -87,7 +90,8 @@ def qp(
     solver.tolerance(given.Q.dtype)
     program = without_infinite_bounds(given)
     known: list[Jacobian] = []
-    run = partial(find, solver, known, Report(on_failure, partial(_solution, given)))
+    near = None if start is None else start_of(start, given)
+    run = partial(find, solver, known, Report(on_failure, partial(_solution, given)), near)
     found = _Find.apply(run, *program.tensors)
     w, alpha, status = found[:3]
     if happens(status == Status.NON_FINITE):
@@ -180,7 +184,13 @@ def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
 # --------------------------------------------------------------------------------------------------- finding
 
 
-def find(solver: ProgramSolver, known: list[Jacobian], report: Report, *tensors: Tensor) -> tuple[Tensor, ...]:
+def find(
+    solver: ProgramSolver,
+    known: list[Jacobian],
+    report: Report,
+    start: tuple[Tensor, Tensor] | None,
+    *tensors: Tensor,
+) -> tuple[Tensor, ...]:
     """(w, alpha, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
     program = QuadraticProgram(*tensors)
     finite = program.finite()
@@ -189,7 +199,8 @@ def find(solver: ProgramSolver, known: list[Jacobian], report: Report, *tensors:
     system = System.of(*equilibrate(program))
     if system.condensed is None:  # else Q has been seen to be positive definite
         refuse_indefinite(program.Q)
-    polished, scaling = solver.solve(system), system.scaling
+    scaling = system.scaling
+    polished = solver.solve(system, None if start is None else _scaled(system, *start))
     polished = polished._replace(w=polished.w * scaling.w)
     status = torch.where(finite, polished.status, int(Status.NON_FINITE))
     polished = polished._replace(status=status)
@@ -204,6 +215,34 @@ def find(solver: ProgramSolver, known: list[Jacobian], report: Report, *tensors:
     found = Found(w, status, residual, polished.steps, polished.evaluations)
     report("qp", solver, found)  # pyright: ignore[reportArgumentType]
     return w, alpha, *found[1:5]
+
+
+def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tensor, Tensor]:
+    """w and the slack of a start; raises TypeError / ValueError where it is not one of `program`."""
+    if not isinstance(solution, ProgramSolution):
+        raise TypeError(f"start must be what an earlier qp returned, got a {type(solution).__name__}")
+    parts = (solution.value, solution.dual_equality, solution.dual_inequality, solution.slack)
+    lead = (program.batch,) if program.batched else ()
+    expected = [(*lead, k) for k in (*program.sizes, program.sizes[2])]
+    came = [tuple(t.shape) for t in parts]
+    if came != expected:
+        raise ValueError(
+            f"start must have (value, dual_equality, dual_inequality, slack) of the shapes {expected}; got {came}"
+        )
+    z, nu, lam, slack = (t.detach().reshape(program.batch, -1) for t in parts)
+    return torch.cat([z, nu, lam], 1), slack
+
+
+def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
+    """A start in the units of `system`."""
+    batch = system.program.batch
+    origin = system.origin()
+    if len(w) != batch:  # vmap has put its own batch before ours
+        w, slack = (t.repeat(batch // len(w), 1) for t in (w, slack))
+    w, slack = w / system.scaling.w, slack * system.scaling.F
+    none = ~(w.isfinite().all(1, keepdim=True))
+    w, slack = torch.where(none, 0.0, w), torch.where(none | slack.isinf(), 1.0, slack)
+    return Point(w, slack, *origin[2:])
 
 
 def _without(polished: Polished, none: Tensor) -> Polished:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from implicitly.argmin.polish import Polished, System
+from implicitly.argmin.program import Point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,5 +45,8 @@ class ProgramSolver(ABC):
         return eps ** (2 / 3) if self.rtol is None else self.rtol
 
     @abstractmethod
-    def solve(self, system: System) -> Polished:
-        """The solution of every sample of a system of finite numbers, whose Q is positive semidefinite."""
+    def solve(self, system: System, start: Point | None = None) -> Polished:
+        """The solution of every sample of a system of finite numbers, whose Q is positive semidefinite.
+
+        `start` is near the solution, if one is known.
+        """
