@@ -106,6 +106,8 @@ class Polytope(nn.Module):
     It starts as a regular polygon of inner radius `radius` around `centre` `(2,)`.
     """
 
+    identity: Tensor
+
     def __init__(self, faces: int, centre: Tensor, radius: float = 0.2) -> None:
         super().__init__()
         angles = 2 * torch.pi * torch.arange(faces, dtype=torch.float64) / faces
@@ -202,8 +204,13 @@ def fit(polygon: int, config: Config) -> Result:
     seconds = time.perf_counter() - start
     G, h = training.faces()
     iou, accuracy = agreement(training, G, h)
+    return Result(polygon, training, iou, accuracy, count_faces(G, h), seconds)
+
+
+def count_faces(G: Tensor, h: Tensor) -> int:
+    """Rows of G that contribute an edge worth the name."""
     _, edges = viz.vertices(G, h)
-    return Result(polygon, training, iou, accuracy, int((edges > EDGE).sum()), seconds)
+    return int((edges > EDGE).sum())
 
 
 def agreement(training: Training, G: Tensor, h: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 Measuring needs nothing but PyTorch; drawing needs matplotlib (`pip install "implicitly[viz]"`).
 """
 
+from implicitly.viz.boards import plot_boards, plot_learning
 from implicitly.viz.calls import plot_calls, plot_tolerances
 from implicitly.viz.convergence import ResidualRecorder, plot_convergence
 from implicitly.viz.gradients import plot_gradient_check, relative_difference
@@ -16,10 +17,12 @@ __all__ = [
     "ResidualRecorder",
     "facing",
     "peak_bytes",
+    "plot_boards",
     "plot_calls",
     "plot_convergence",
     "plot_flows",
     "plot_gradient_check",
+    "plot_learning",
     "plot_memory",
     "plot_polytopes",
     "plot_predictions",
