@@ -19,6 +19,10 @@ So many hyperparameters fit the validation images too closely, in the end: a par
 to say which step was the best. Nobody tells the weights which labels are wrong; how well they know is measured
 afterwards. Learning starts from a strong decay, under which no network can learn wrong labels by heart; from a
 weak one (`--decay 1e-3`) it has to undo that, and does not get as far as the grid.
+
+With the defaults the weights read one to three points more than the grid and the clean images alone, at half of
+their work, and rank right labels before wrong ones with an AUC of 0.93. A decay for each parameter gains nothing
+that holds on other seeds: 150 images are too few to choose 1810 numbers by.
 """
 
 from __future__ import annotations
