@@ -434,7 +434,7 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     raise ValueError(
         f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
         "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
-        "Pass it in args: f(z, x) with fixed_point(f, z0, x); or .detach() it if no gradient is wanted"
+        "Pass it in args, which f gets after the unknown; or .detach() it if no gradient is wanted"
     )
 
 
