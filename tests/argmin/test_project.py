@@ -247,6 +247,26 @@ def test_a_cold_plan_is_that_of_the_linear_program():
     torch.testing.assert_close((X * cost).sum(), cost[rows_, columns].sum() / 6, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("epsilon", [0.1, 3e-3])
+def test_cold_plans_converge_and_have_derivatives(epsilon: float):
+    """Also where the plan falls into parts that hardly touch, as it does with even marginals."""
+    g = torch.Generator().manual_seed(5)
+    cost = torch.randn(16, 4, 4, dtype=D, generator=g).requires_grad_()
+    row = torch.rand(16, 4, dtype=D, generator=g).softmax(-1)
+    row[::2] = 0.25
+    even = torch.full((4,), 0.25, dtype=D)
+
+    def total(cost: torch.Tensor) -> torch.Tensor:
+        return project.sinkhorn(cost, row, even, epsilon).sin().sum((-1, -2))
+
+    direction = torch.randn(16, 4, 4, dtype=D, generator=g)
+    slope = (torch.autograd.grad(total(cost).sum(), cost)[0] * direction).sum((-1, -2))
+    h = 1e-5 * epsilon
+    with torch.no_grad():
+        expected = (total(cost + h * direction) - total(cost - h * direction)) / (2 * h)
+    torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_derivative_of_a_plan_does_not_see_who_found_it():
     cost, row, column = _problem(batch=())
     cost = cost.requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from implicitly.argmin.rows import (
 from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, Map, Report, attach, find, is_usable
 from implicitly.iterate import Proposal, Solver
-from implicitly.linear import GMRES
+from implicitly.linear import Affine, LinearSolver, dense
+from implicitly.tree import row_norm
 
 # From a temperature of the size of the costs down to the one asked for, by halves.
 HALVINGS = 60
 NEWTON_STEPS = 50
-STEP_LENGTHS = (1.0, 0.5, 0.2, 0.05)
+# The largest changes along an eigenvector of the Hessian that are tried, in temperatures: where parts of the plan
+# hardly touch, Newton's step is far too long, and what is right is of the size of the costs.
+STEP_LENGTHS = (0.5, 2.0, 8.0, 32.0, 128.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,38 @@ class Sinkhorn(Solver):
         return Proposal(z + r)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MinimumNorm(LinearSolver):
+    """The least-squares solution of least norm, by a singular value decomposition of the dense matrix.
+
+    Where a cold plan falls into parts that hardly touch, moving mass between them takes potentials beyond any
+    number, and changes nothing: directions that the matrix takes to 0, to rounding, are left out, of the residual
+    too. That is a backward error, |b - M u| relative to |b| + |u| (Rigal and Gaches, J. ACM 14, 1967).
+    """
+
+    recurrent: ClassVar[bool] = False
+    limit_gib: float = 4.0
+    max_steps: int = 5
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The decomposition, without small singular values, and the matrix."""
+        M = dense(F.operator, z, self.limit_gib)
+        U, S, V = torch.linalg.svd(M)
+        keep = S.shape[1] * torch.finfo(S.dtype).eps * S[:, :1] < S
+        return U * keep.unsqueeze(1), torch.where(keep, 1 / S, 0.0).unsqueeze(2) * V, M
+
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The solution; once more for the residual that rounding left."""
+        U, scaled, M = memory
+        z = z + (scaled.mT @ (U.mT @ r.unsqueeze(2))).squeeze(2)
+        left = F.b.unsqueeze(2) - M @ z.unsqueeze(2)
+        left = (U @ (U.mT @ left)).squeeze(2)
+        # The largest singular value is about 1, so |z| is what rounding is relative to.
+        b_norm = row_norm(F.b).unsqueeze(1)
+        size = b_norm + row_norm(z).unsqueeze(1)
+        return Proposal(z, memory, left * (b_norm / torch.where(size > 0, size, 1.0)), 1)
+
+
 @in_full_precision
 def sinkhorn(
     cost: Tensor,
@@ -53,7 +88,7 @@ def sinkhorn(
     column: Tensor,
     epsilon: float | Tensor = 0.1,
     solver: Solver = Sinkhorn(),
-    linear_solver: Solver = GMRES(),
+    linear_solver: Solver = MinimumNorm(),
     on_failure: str = "raise",
 ) -> Tensor:
     """The plan with the row sums `row` and column sums `column` that costs least, less its entropy.
@@ -69,9 +104,10 @@ def sinkhorn(
         row: `(..., n)`, positive. Leading dimensions of the three broadcast.
         column: `(..., m)`, positive, with the same sum as `row`, to the rounding of their dtypes; what they differ
             by is taken from `row`, of which only the proportions have a derivative.
-        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`.
-        solver: its tolerances are relative to the potentials (in units of epsilon).
-        linear_solver: of the derivative's systems, which are (n, n) for each plan, matrix-free.
+        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`. solver: its
+        tolerances are relative to the potentials (in units of epsilon). linear_solver: of the derivative's
+        systems, (n, n) for each plan: `MinimumNorm`, O(n^3), or a matrix-free one
+            for large and not too cold plans, such as `im.GMRES()`. Fewer rows than columns is cheaper.
         on_failure: "raise", "warn" or "ignore" plans that do not converge; ignored ones have zero gradient.
 
     Raises:
@@ -165,7 +201,7 @@ def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
     for halving in range(HALVINGS):
         heat = (spread * 0.5**halving).clamp(min=1)  # the temperature in units of epsilon
         last = bool((heat <= 1).all())
-        accuracy = 2 * torch.finfo(phi.dtype).eps if last else 0.1
+        accuracy = (n + m) * torch.finfo(phi.dtype).eps if last else 0.1
         phi = heat * _newton(phi / heat, K / heat.unsqueeze(2), p, q, accuracy)
         if last:
             break
@@ -175,8 +211,8 @@ def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
 def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Tensor:
     """Newton's method on the dual, until the row sums are off by less than `accuracy`, relative to all mass.
 
-    The Hessian is diag(X 1) - X diag(1 / q) X'. Of shorter steps and a sweep, the best takes the place of one that
-    does not halve the error.
+    The Hessian is diag(X 1) - X diag(1 / q) X'. Of steps cut short and a sweep, the best takes the place of one
+    that does not halve the error.
     """
     row, n = p.exp(), phi.shape[1]
     ones = torch.full((n, n), 1 / n, dtype=phi.dtype, device=phi.device)  # a constant in phi changes nothing
@@ -188,12 +224,15 @@ def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Te
         if bool((done | ~error.isfinite()).all()):
             break
         H = torch.diag_embed(X.sum(2)) - (X / q.exp().unsqueeze(1)) @ X.mT + row.mean(1)[:, None, None] * ones
-        factor, info = torch.linalg.cholesky_ex(H)
-        step = torch.cholesky_solve(surplus.unsqueeze(2), factor).squeeze(2)
-        step = torch.where((info == 0)[:, None] & step.isfinite(), step, 0.0)
+        values, vectors = torch.linalg.eigh(torch.where(error.isfinite()[:, None, None], H, ones))
+        tiny = torch.finfo(phi.dtype).eps ** 2
+        along = (vectors.mT @ surplus.unsqueeze(2)).squeeze(2) / values.clamp(min=tiny)
+        step = (vectors @ along.unsqueeze(2)).squeeze(2)
         swept = _rows(_columns(phi, K, q), K, p)
-        tries = [swept, *(phi + length * step for length in STEP_LENGTHS)]
+        cut = ((vectors @ along.clamp(-most, most).unsqueeze(2)).squeeze(2) for most in STEP_LENGTHS)
+        tries = [swept, *(phi + shorter for shorter in cut)]
         gains = torch.stack([_dual(new, K, row, q) for new in tries]).nan_to_num(-float("inf"))
+        gains[0] += 16 * torch.finfo(phi.dtype).eps * (row * phi.abs()).sum(1)  # no long step for a rounding
         best = torch.stack(tries)[gains.argmax(0), torch.arange(len(phi), device=phi.device)]
         left = (row - _plan(phi + step, K, p, q).sum(2)).abs().sum(1)
         new = torch.where((left < 0.5 * error)[:, None], phi + step, best)
