@@ -86,8 +86,8 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
         name = f"{condition.name} with {type(solver).__name__}"
         if solver.nests:
             warnings.warn(
-                f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops inside "
-                "of loops compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
+                f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in "
+                "loops compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
                 CompileWarning,
                 stacklevel=users_line(),
             )

@@ -451,7 +451,7 @@ def _running(carry: _Carry) -> Tensor:
 
 def _worth_a_step(droppable: bool, carry: _Carry) -> bool | Tensor:
     if carry.status is None:
-        return True
+        return carry.steps.shape[0] > 0
     running = is_running(carry.status)
     if not droppable:
         return running.any()

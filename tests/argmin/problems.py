@@ -144,7 +144,7 @@ def bowl_exact(A, p, low):
     """The bound is active in the coordinates that a plain projected descent ends at; the others are free."""
     H = A.mT @ A
     z = torch.zeros_like(p)
-    for _ in range(3000):
+    for _ in range(300):
         z = torch.maximum(z - (z @ H - p) / 4, low).detach()
     rows = []
     for i in range(len(p)):
