@@ -163,6 +163,14 @@ class _Unrolled(Adjoint):
 
     recording: ClassVar[bool] = True
 
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a solver that cannot be recorded."""
+        if not solver.recordable:
+            raise ValueError(
+                f"UnrolledAdjoint records what the solver does, and {type(solver).__name__} decomposes matrices, "
+                "which has no derivative where eigenvalues coincide; use ImplicitAdjoint"
+            )
+
     def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
         """The solver's result, with autograd recording."""
         if compile:

@@ -81,18 +81,26 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_search(key: Hashable) -> Callable[..., Found]:
     """`search` as one graph, kept under `key`, the solver, and the shapes and dtypes of what it is called with.
 
-    Where no graph can be made, a `CompileWarning` says why and the eager loop runs.
+    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs.
     """
 
     def run(
         solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
+        name = f"{condition.name} with {type(solver).__name__}"
+        if solver.nests:
+            warnings.warn(
+                f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in "
+                "loops compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
+                CompileWarning,
+                stacklevel=users_line(),
+            )
+            return search(solver, condition, z0, theta, r0)
 
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
             return search(solver, condition, z0, theta, r0)
 
-        name = f"{condition.name} with {type(solver).__name__}"
         found = run_as_graph(name, (key, solver), solve, z0, r0, *theta)
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 

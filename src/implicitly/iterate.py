@@ -147,6 +147,8 @@ class Solver(ABC):
     recurrent: ClassVar[bool] = False
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
+    # Whether its operations have derivatives wherever they are taken, so that autograd may record them.
+    recordable: ClassVar[bool] = True
     # What the map that it gets must be besides a residual: see `Descent`.
     needs: ClassVar[str | None] = None
 
@@ -162,6 +164,11 @@ class Solver(ABC):
     def budget_only(self) -> bool:
         """Whether exactly `max_steps` steps are asked for, and nothing is to be compared."""
         return self.rtol == 0 and not self.atol
+
+    @property
+    def nests(self) -> bool:
+        """Whether a step may have a loop of its own, by `repeat` or `iterate`."""
+        return False
 
     @abstractmethod
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
@@ -444,7 +451,7 @@ def _running(carry: _Carry) -> Tensor:
 
 def _worth_a_step(droppable: bool, carry: _Carry) -> bool | Tensor:
     if carry.status is None:
-        return True
+        return carry.steps.shape[0] > 0
     running = is_running(carry.status)
     if not droppable:
         return running.any()

@@ -204,6 +204,12 @@ class NewtonKKT(Solver):
     max_steps: int = 100
 
     needs: ClassVar[str | None] = "equality"
+    recordable: ClassVar[bool] = False
+
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return True
 
     def start(self, F: Lagrangian, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """f, nu, and the f below which it is unbounded, `(B,)` each, and h `(B, m)`."""

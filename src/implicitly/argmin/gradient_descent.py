@@ -30,6 +30,11 @@ class GradientDescent(Solver):
 
     needs: ClassVar[str | None] = "objective"
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return self.step is None
+
     def __post_init__(self):
         super().__post_init__()
         check_step(self, self.step)

@@ -46,6 +46,11 @@ class LBFGS(Solver):
 
     needs: ClassVar[str | None] = "objective"
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return True
+
     def __post_init__(self):
         super().__post_init__()
         if self.history < 1:

@@ -52,6 +52,11 @@ class GaussNewton(Solver):
 
     needs: ClassVar[str | None] = "residuals"
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return True
+
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The objective `(B,)`."""
         value, _ = F.evaluate(z)

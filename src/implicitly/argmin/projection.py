@@ -140,6 +140,11 @@ class ProjectedGradient(Solver):
 
     needs: ClassVar[str | None] = "projection"
 
+    @property
+    def nests(self) -> bool:
+        """Its backtracking."""
+        return self.step is None
+
     def __post_init__(self):
         super().__post_init__()
         check_step(self, self.step)

@@ -32,6 +32,11 @@ class Newton(Solver):
     limit_gib: float = 4.0
     max_steps: int = 50
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return self.line_search
+
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Nothing; of an objective its values, and those below which it is unbounded, `(B,)` each."""
         if not (isinstance(F, Descent) and self.line_search):
@@ -97,6 +102,11 @@ class NewtonKrylov(Solver):
     linear_solver: Solver = GMRES(max_steps=60)
     line_search: bool = True
     max_steps: int = 50
+
+    @property
+    def nests(self) -> bool:
+        """Its linear solve."""
+        return True
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The last forcing term and the last residual norm, `(B,)` each."""
