@@ -77,7 +77,10 @@ class Clarabel:
         for name, value in {**_FIXED, **tolerances, **limits, **self.settings}.items():
             if not hasattr(settings, name):
                 raise TypeError(f"Clarabel has no setting {name!r}")
-            setattr(settings, name, value)
+            try:
+                setattr(settings, name, value)
+            except TypeError as error:
+                raise TypeError(f"Clarabel's setting {name} cannot be {value!r}: {error}") from error
         return settings
 
 
@@ -189,11 +192,12 @@ def _starts(rows: Tensor, columns: Tensor, n: int) -> tuple[Any, Any]:
 
 def _status(name: str) -> Status:
     """Ours, for Clarabel's."""
-    name = name.removeprefix("Almost")
     known = {
         "Solved": Status.CONVERGED,
         "PrimalInfeasible": Status.INFEASIBLE,
+        "AlmostPrimalInfeasible": Status.INFEASIBLE,
         "DualInfeasible": Status.UNBOUNDED,
+        "AlmostDualInfeasible": Status.UNBOUNDED,
         "MaxIterations": Status.MAX_STEPS,
         "MaxTime": Status.MAX_STEPS,
     }
