@@ -3,11 +3,11 @@
 OSQP's splitting: Stellato, Banjac, Goulart, Bemporad and Boyd, "OSQP: an operator splitting solver for quadratic
 programs", Mathematical Programming Computation 12 (2020). With C = [A; G] and per-row weights ρ,
 
-    (Q + σI + C'ρC) x = σ x - p + C'(ρ u - y),    u <- project(v + y / ρ),    y <- y + ρ (v - u),
+    (Q + σI + C'ρC) x = σ x - p + C'ρ (u - y),    u <- project(v + y),    y <- y + v - u,
 
-where v = 1.6 Cx - 0.6 u, and the projection is on the right-hand sides of equalities and below those of
-inequalities. The matrix is the same for all samples, so one inverse serves the whole batch and a step is a few
-products of matrices.
+where v = 1.6 Cx - 0.6 u, the projection is on the right-hand sides of equalities and below those of inequalities,
+and ρy are the multipliers. The matrix is the same for all samples, so one inverse serves the whole batch and a
+step is three products of matrices.
 
 This is not `iterate.iterate`: a point counts as found once its active set solves the program, see `polish`, and
 not by the residual of the splitting, which falls slowly.
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import Point, QuadraticProgram, dot
 from implicitly.argmin.solver import ProgramSolver
@@ -35,6 +36,10 @@ FIRST_TRY, NEXT_TRY = 1e-3, 1e-2
 EQUALITIES = 1e3
 # A new weight is worth a factorisation if it differs by that.
 NEW_WEIGHT = 5.0
+# Steps between two changes of the weights, at least.
+PAUSE = 20
+# The share of samples that is left to another solver.
+REST = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +47,21 @@ class ADMM(ProgramSolver):
     """OSQP's splitting with one factorisation for the whole batch, then the solution on its active set.
 
     For programs whose Q, G and A the batch shares, such as steps of model-predictive control and safety filters;
-    others are refused with ValueError. Raises none of its own for samples without a solution: those are recognised
-    by certificates in the differences of the iterates.
+    others are refused with ValueError. Most samples are soon done; the last ones can take thousands of steps.
 
     Args:
         rho: weight of the constraints at the start; it adapts.
         sigma: weight of the last iterate.
         relaxation: between 0 and 2.
+        finish: solves the samples that are left when most are done, or at `max_steps`; None: they go on, and are
+            seen to be infeasible or unbounded by certificates in the differences of iterates.
     """
 
     max_steps: int = 4000
-    rho: float = 0.1
+    rho: float = 1.0
     sigma: float = 1e-6
     relaxation: float = 1.6
+    finish: ProgramSolver | None = InteriorPoint()
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,32 +80,33 @@ class ADMM(ProgramSolver):
                 "pass them without a batch dimension, or use InteriorPoint()"
             )
         tolerance = self.tolerance(program.Q.dtype)
-        state = _State.of(program, start)
-        result = None if start is None else polish(system, start, tolerance)
+        state, result, k = _State.of(program, start, self.rho), None, 0
         rows = torch.arange(program.batch, device=state.x.device)
-        if result is not None:
+        splitting = _Splitting.of(program, self.sigma, self.rho, self.relaxation)
+        if start is not None:
+            result = polish(system, start, tolerance)
             rows = (result.status != int(Status.CONVERGED)).nonzero()[:, 0]
-            state, system = state.take_rows(rows), system.take_rows(rows)
-        whole, k = system, 0
-        splitting = _Splitting.of(system.program, self.sigma, self.rho, self.relaxation)
-        while len(rows) and k < self.max_steps:
+            state, splitting = state.take_rows(rows), splitting.take_rows(rows)
+        rest = 0 if self.finish is None else int(REST * program.batch)
+        while len(rows) > rest and k < self.max_steps:
             steps = min(STRIDE, self.max_steps - k)
             k += steps
             state = splitting.advance(state, steps, k)
-            running = is_running(state.status)
-            ready = (state.error <= state.goal) | ~running
-            last = k >= self.max_steps
-            if last or 2 * ready.sum() >= len(rows):
-                trial = polish(system, splitting.point(state, k), tolerance)
-                result = trial if result is None else result.with_rows(rows, trial)
-                failed = trial.status >= int(Status.INFEASIBLE)
-                left = ((trial.status != int(Status.CONVERGED)) & ~failed).nonzero()[:, 0]
-                state = state._replace(goal=torch.where(ready, NEXT_TRY * state.goal, state.goal)).take_rows(left)
-                rows, system = rows[left], system.take_rows(left)
-            splitting = splitting.adapted(system.program, state)
-        if result is None:  # an empty batch
-            result = polish(whole, splitting.point(state, k), tolerance)
-        return result
+            ready = (state.error <= state.goal) | ~is_running(state.status)
+            if k < self.max_steps and 2 * ready.sum() < len(rows):
+                state, splitting = splitting.adapted(state, k)
+                continue
+            part = polish(system.take_rows(rows), splitting.point(state), tolerance)
+            result = part if result is None else result.with_rows(rows, part)
+            left = ((part.status != int(Status.CONVERGED)) & (part.status < int(Status.INFEASIBLE))).nonzero()[
+                :, 0
+            ]
+            state = state._replace(goal=torch.where(ready, NEXT_TRY * state.goal, state.goal)).take_rows(left)
+            rows, splitting = rows[left], splitting.take_rows(left)
+        if self.finish is not None and (result is None or len(rows)):
+            part = self.finish.solve(system.take_rows(rows))
+            result = part if result is None else result.with_rows(rows, part)
+        return polish(system, splitting.point(state), tolerance) if result is None else result
 
 
 class _State(NamedTuple):
@@ -112,15 +120,16 @@ class _State(NamedTuple):
     steps: Tensor
 
     @classmethod
-    def of(cls, program: QuadraticProgram, start: Point | None) -> _State:
+    def of(cls, program: QuadraticProgram, start: Point | None, rho: float) -> _State:
         n, q, m = program.sizes
-        batch = program.batch
-        w = program.Q.new_zeros(batch, n + q + m) if start is None else start.w
-        u = torch.cat([program.b, program.h if start is None else program.h - start.slack], 1)
+        w = program.Q.new_zeros(program.batch, n + q + m) if start is None else start.w
+        y = torch.cat([w[:, n : n + q] / EQUALITIES, w[:, n + q :]], 1) / rho
+        right = torch.zeros_like(program.h) if start is None else program.h - start.slack
         one = torch.ones_like(w[:, :1].sum(1))
         count = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
-        return cls(w[:, :n], u.clamp(max=1e6), w[:, n:], far, one, FIRST_TRY * one, count - 1, count)
+        u = torch.cat([program.b, torch.minimum(right, program.h)], 1)
+        return cls(w[:, :n], u, y, far, one, FIRST_TRY * one, count - 1, count)
 
     def take_rows(self, rows: Tensor) -> _State:
         return _State(*(t[rows] for t in self))
@@ -130,8 +139,10 @@ class _State(NamedTuple):
 class _Splitting:
     program: QuadraticProgram
     C: Tensor
-    inverse: Tensor  # of Q + σI + C'ρC
     weights: Tensor  # ρ of each row of C
+    of_x: Tensor  # σ times the inverse of Q + σI + C'ρC
+    of_u: Tensor  # ρC times that inverse
+    shift: Tensor  # -p times that inverse
     rho: float
     sigma: float
     relaxation: float
@@ -142,40 +153,44 @@ class _Splitting:
         C = torch.cat([program.A, program.G])
         weights = torch.full((q + m,), rho, dtype=C.dtype, device=C.device)
         weights[:q] *= EQUALITIES
-        matrix = program.Q + C.mT @ (weights.unsqueeze(1) * C)
+        weighted = weights.unsqueeze(1) * C
+        matrix = program.Q + C.mT @ weighted
         matrix.diagonal().add_(sigma)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-        return cls(program, C, inverse, weights, rho, sigma, relaxation)
+        shift = -program.p @ inverse
+        return cls(program, C, weights, sigma * inverse, weighted @ inverse, shift, rho, sigma, relaxation)
 
-    def adapted(self, program: QuadraticProgram, state: _State) -> _Splitting:
-        """For the samples that are left, with weights that bring primal and dual residuals closer together."""
-        if len(state.x) == 0:
-            return self
-        change = float(state.balance.median().sqrt())
-        if 1 / NEW_WEIGHT < change < NEW_WEIGHT:
-            return replace(self, program=program)
-        rho = min(max(self.rho * change, 1e-6), 1e6)
-        return _Splitting.of(program, self.sigma, rho, self.relaxation)
+    def take_rows(self, rows: Tensor) -> _Splitting:
+        return replace(self, program=self.program.take_rows(rows), shift=self.shift[rows])
+
+    def adapted(self, at: _State, k: int) -> tuple[_State, _Splitting]:
+        """Both with weights that bring primal and dual residuals closer together, now and then."""
+        change = float(at.balance.median().sqrt())
+        if k % PAUSE or 1 / NEW_WEIGHT < change < NEW_WEIGHT or not 1e-6 < self.rho * change < 1e6:
+            return at, self
+        again = _Splitting.of(self.program, self.sigma, self.rho * change, self.relaxation)
+        return at._replace(y=at.y / change), again
 
     def advance(self, at: _State, steps: int, k: int) -> _State:
         """So many steps; `k` are made by then. Then how far the iterates are from being a solution, or a proof."""
-        program, q = self.program, self.program.sizes[1]
+        program, q, relax = self.program, self.program.sizes[1], self.relaxation
         x, u, y, last_x, last_y = at.x, at.u, at.y, at.x, at.y
         for _ in range(steps):
             last_x, last_y = x, y
-            x_next = (self.sigma * x - program.p + (self.weights * u - y) @ self.C) @ self.inverse
-            v = self.relaxation * (x_next @ self.C.mT) + (1 - self.relaxation) * u
-            x = self.relaxation * x_next + (1 - self.relaxation) * x
-            raised = v + y / self.weights
-            u = torch.cat([program.b, torch.minimum(raised[:, q:], program.h)], 1)
-            y = self.weights * (raised - u)
-        Cx, Cy, Qx = x @ self.C.mT, y @ self.C, x @ program.Q
+            x_next = torch.addmm(torch.addmm(self.shift, x, self.of_x), u - y, self.of_u)
+            raised = torch.addmm(y.add(u, alpha=1 - relax), x_next, self.C.mT, alpha=relax)
+            x = torch.lerp(x, x_next, relax)
+            u = torch.minimum(raised[:, q:], program.h)
+            u = torch.cat([program.b, u], 1) if q else u
+            y = raised - u
+        duals = self.weights * y
+        Cx, Cy, Qx = x @ self.C.mT, duals @ self.C, x @ program.Q
         primal = row_norm(Cx - u) / (1 + torch.maximum(row_norm(Cx), row_norm(u)))
         size = torch.stack([row_norm(t) for t in (Qx, Cy, program.p)]).amax(0)
         dual = row_norm(Qx + program.p + Cy) / (1 + size)
         tiny = torch.finfo(x.dtype).tiny
         moved = at._replace(x=x, u=u, y=y, error=torch.maximum(primal, dual), balance=primal / (dual + tiny))
-        status = torch.where(is_running(at.status), self.proofs(x, y, x - last_x, y - last_y), at.status)
+        status = self.proofs(x, duals, x - last_x, self.weights * (y - last_y))
         return moved._replace(status=status, steps=torch.full_like(at.steps, k))
 
     def proofs(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
@@ -192,9 +207,9 @@ class _Splitting:
         status = torch.where(no_least, int(Status.UNBOUNDED), int(Status.RUNNING))
         return torch.where(no_point, int(Status.INFEASIBLE), status)
 
-    def point(self, at: _State, k: int) -> Point:
+    def point(self, at: _State) -> Point:
         """What was found."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
-        q = self.program.sizes[1]
-        slack = self.program.h - at.u[:, q:]
-        return Point(torch.cat([at.x, at.y], 1), slack, status, at.steps, torch.ones_like(status.sum()))
+        slack = self.program.h - at.u[:, self.program.sizes[1] :]
+        w = torch.cat([at.x, self.weights * at.y], 1)
+        return Point(w, slack, status, at.steps, torch.ones_like(status.sum()))

@@ -52,7 +52,7 @@ class System:
         """The factors of the Jacobian of an active set, and its exact `beta`."""
         beta = (1 - alpha) * self.scaling.F**2
         # So far from zero that rounding harms less than that; with the multipliers as unknowns it can be little.
-        away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.7)
+        away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.8)
         return self.factorise(alpha, beta - away * alpha), beta
 
     def take_rows(self, rows: Tensor) -> System:
@@ -154,9 +154,11 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
         alpha = torch.where(weak, 0.0, at.alpha)
         at = at.with_rows(rows, _settle(system.take_rows(rows), alpha[rows], at.w[rows], 1))
     w = at.w
+    if system.condensed is None:  # its factors are further from exact
+        w = newton_step(program, at.factors, at.beta, w)
     residual, size = natural_residual(program, w)
     for _ in range(NEWTON_STEPS):
-        if not happens(~(residual <= 1e-3 * tolerance * size)):
+        if not happens(~(residual <= 50 * torch.finfo(w.dtype).eps * size)):
             break
         w = newton_step(program, at.factors, at.beta, w)
         residual, size = natural_residual(program, w)

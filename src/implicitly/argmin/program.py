@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitly.iterate import Status
-from implicitly.tree import row_norm
+from implicitly.tree import row_norm, unwrapped
 
 # Dimensions of each tensor of a program that is shared by the batch.
 DIMS = (2, 1, 2, 1, 2, 1)
@@ -83,14 +83,22 @@ class QuadraticProgram:
         return finite
 
     def without(self, bad: Tensor) -> QuadraticProgram:
-        """This program with a trivial one, min z'z/2 subject to 0 <= 1, for the `bad` `(B,)` samples."""
+        """This program with nothing of the `bad` `(B,)` samples: what is solved by z = 0 stands in for them.
+
+        What the batch shares stays, unless all samples are bad.
+        """
         n = self.Q.shape[-1]
-        eye = torch.eye(n, dtype=self.Q.dtype, device=self.Q.device)
-        stand_in = (eye, 0.0, 0.0, 1.0, 0.0, 0.0)
+        stand_in = (torch.eye(n, dtype=self.Q.dtype, device=self.Q.device), 0.0, 0.0, 1.0, 0.0, 0.0)
+        everything = bool(unwrapped(bad).all())
         rows = [bad[:, None, None] if d == 2 else bad[:, None] for d in DIMS]
-        return QuadraticProgram(
-            *(torch.where(r, s, t) for r, s, t in zip(rows, stand_in, self.tensors))  # pyright: ignore
-        )
+        tensors = []
+        for t, d, row, s in zip(self.tensors, DIMS, rows, stand_in):
+            if t.ndim > d:
+                t = torch.where(row, s, t)
+            elif everything:
+                t = torch.where(torch.ones_like(t, dtype=torch.bool), s, t)
+            tensors.append(t)
+        return QuadraticProgram(*tensors)
 
 
 class Point(NamedTuple):

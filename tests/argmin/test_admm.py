@@ -1,0 +1,69 @@
+"""`ADMM`: the same answers as the interior point where the batch shares the matrices, and warm starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import implicitly as im
+from tests.argmin.programs import D, program
+
+SHARED = ("Q", "G", "A")
+
+
+@pytest.mark.parametrize("finish", [None, im.InteriorPoint()])
+@pytest.mark.parametrize(("m", "q"), [(12, 2), (12, 0), (0, 2)])
+def test_it_finds_what_the_interior_point_finds(m, q, finish):
+    args = program(batch=16, n=6, m=m, q=q, shared=SHARED, seed=1)
+    ours, other = im.qp(*args, solver=im.ADMM(finish=finish)), im.qp(*args)
+    for name in ("value", "dual_inequality", "dual_equality", "slack"):
+        torch.testing.assert_close(getattr(ours, name), getattr(other, name), rtol=1e-9, atol=1e-10)
+    assert ours.residual.max() < 1e-10
+
+
+def test_gradients_are_those_of_the_interior_point():
+    args = [t.requires_grad_() for t in program(batch=5, n=6, m=12, shared=SHARED, seed=2)]
+    ours = torch.autograd.grad(im.qp(*args, solver=im.ADMM()).value.pow(2).sum(), args)
+    other = torch.autograd.grad(im.qp(*args).value.pow(2).sum(), args)
+    for a, b in zip(ours, other):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_float32():
+    args = program(batch=8, n=6, m=12, shared=SHARED, seed=3, dtype=torch.float32)
+    exact = im.qp(*(t.double() for t in args)).value
+    torch.testing.assert_close(im.qp(*args, solver=im.ADMM()).value.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", [im.ADMM(), im.InteriorPoint()])
+def test_a_start_saves_the_steps(solver):
+    args = program(batch=8, n=6, m=12, shared=SHARED, seed=4)
+    first = im.qp(*args, solver=solver)
+    moved = (args[0], args[1] + 1e-4, *args[2:])
+    again = im.qp(*moved, solver=solver, start=first)
+    torch.testing.assert_close(again.value, im.qp(*moved).value, rtol=1e-9, atol=1e-10)
+    assert first.steps.min() > 0
+    assert again.steps.max() == 0
+    assert again.evaluations < first.evaluations
+
+
+def test_a_start_elsewhere_does_no_harm():
+    args = program(batch=8, n=6, m=12, shared=SHARED, seed=5)
+    far = im.qp(args[0], -args[1], *args[2:])
+    for solver in (im.ADMM(), im.ADMM(finish=None), im.InteriorPoint()):
+        sol = im.qp(*args, solver=solver, start=far)
+        torch.testing.assert_close(sol.value, im.qp(*args).value, rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="start must have"):
+        im.qp(*program(batch=8, n=6, m=11, shared=SHARED), start=far)
+
+
+def test_batched_matrices_are_refused():
+    with pytest.raises(ValueError, match=r"must be shared by the batch.*InteriorPoint"):
+        im.qp(*program(), solver=im.ADMM())
+
+
+def test_one_program():
+    args = program(batch=None, seed=6)
+    torch.testing.assert_close(im.qp(*args, solver=im.ADMM()).value, im.qp(*args).value)
+    sol = im.qp(torch.eye(2, dtype=D), torch.ones(2, dtype=D), solver=im.ADMM())
+    torch.testing.assert_close(sol.value, -torch.ones(2, dtype=D))
