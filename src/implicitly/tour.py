@@ -387,7 +387,7 @@ def project(journey: Journey) -> None:
     journey.console.rule("[bold]5  An optimisation problem as a layer", align="left")
     journey.say(
         "A layer may also be the solution of an optimisation problem: z minimises |z - x|² subject to G z <= h. "
-        "That is the point of a polygon nearest to x, and the weights G and h are its faces. Here the layer learns "
+        "That is the point of a polygon nearest to x; the weights G and h are its faces. Here the layer learns "
         "polygons that it cannot see. It is told of some points whether they lie inside, and should leave those "
         "where they are, and move the others."
     )
