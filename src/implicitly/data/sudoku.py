@@ -6,6 +6,7 @@ of one when entries are taken out such that no other solution agrees with the re
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pickle
 from dataclasses import dataclass
@@ -102,18 +103,17 @@ def make_sudoku4(count: int, seed: int = 0) -> SudokuBoards:
 
 def solutions4() -> Tensor:
     """All 288 solutions, one-hot, float32 `(288, 4, 4, 4)`, in lexicographic order."""
-    boards: list[tuple[tuple[int, ...], ...]] = []
+    return torch.nn.functional.one_hot(torch.tensor(_solutions()), 4).float()
+
+
+@functools.cache
+def _solutions() -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Digits 0 to 3 of all solutions: for each its four rows."""
     orders = list(itertools.permutations(range(4)))
-    for rows in itertools.product(orders, repeat=2):
-        if set(rows[0][:2]) & set(rows[1][:2]) or set(rows[0][2:]) & set(rows[1][2:]):
-            continue
-        for others in itertools.product(orders, repeat=2):
-            board = (*rows, *others)
-            columns = all(len(set(column)) == 4 for column in zip(*board))
-            blocks = not set(others[0][:2]) & set(others[1][:2]) and not set(others[0][2:]) & set(others[1][2:])
-            if columns and blocks:
-                boards.append(board)
-    return torch.nn.functional.one_hot(torch.tensor(boards), 4).float()
+    # Two rows that fill two blocks; then two such pairs whose columns have no digit twice.
+    pairs = [(a, b) for a, b in itertools.product(orders, repeat=2) if set(a[:2]).isdisjoint(b[:2])]
+    boards = ((*above, *below) for above, below in itertools.product(pairs, repeat=2))
+    return tuple(board for board in boards if all(len(set(column)) == 4 for column in zip(*board)))
 
 
 def _first_of_each(puzzles: Tensor) -> Tensor:

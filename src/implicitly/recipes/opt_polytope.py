@@ -243,7 +243,7 @@ def draw(results: list[Result], stages: int = 5) -> Figure:
         rows.append(row)
         truths.append(training.truth)
         points.append((x, inside))
-    return viz.plot_polytopes(rows, truths, points, REACH)
+    return viz.plot_polytopes(rows, truths, points, 1.04 * REACH)
 
 
 def results_table(results: list[Result], config: Config) -> Table:

@@ -92,6 +92,10 @@ def plot_polytopes(
             axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
             _draw_stage(axes, stage, truth, x, inside)
             title(axes, stage.title, stage.below)
+    note = (
+        "blue: inside; orange: outside; dashed: the true polygon; a line leads from each point to its projection"
+    )
+    figure.supxlabel(note, fontsize=9.5, color=COLOURS.grey)
     return figure
 
 
