@@ -1,7 +1,7 @@
 """Quadratic programs by qpax: run in an environment of its own, on the arrays of a file; prints JSON.
 
-The command: jax_qp.py PROGRAMS.npz ROUNDS, where the file holds Q, p, G, h, A, b and weights, one entry a sample, and
-gets z and the gradients beside it, in PROGRAMS.out.npz.
+The command: jax_qp.py PROGRAMS.npz ROUNDS, where the file holds Q, p, G, h, A, b and weights, one entry a sample;
+z and the gradients go beside it, into PROGRAMS.out.npz.
 """
 
 from __future__ import annotations
