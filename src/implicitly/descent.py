@@ -103,8 +103,9 @@ class _Line:
     F: Descent
     z: Tensor
     d: Tensor
-    value: Tensor
+    value: Tensor  # what the objective is to fall below
     slope: Tensor
+    flattens: bool  # whether the slope must shrink as well
 
     def at(self, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value, r = self.F.evaluate(torch.addcmul(self.z, length[:, None], self.d))
@@ -116,7 +117,7 @@ class _Line:
         # Near a minimum the objective is all rounding, and a slope that does not turn steeply says the same.
         falls = falls | ((b.value <= self.value + noise_of(self.value)) & (b.slope <= -0.8 * self.slope))
         falls = falls & b.slope.isfinite() & b.value.isfinite()
-        steep = b.slope < FLATTENING * self.slope
+        steep = (b.slope < FLATTENING * self.slope) & self.flattens
         right, left = falls & steep & ~b.done, ~falls & ~b.done
         return b._replace(
             low=torch.where(right, b.length, b.low),
@@ -141,7 +142,9 @@ class _Line:
         return self.judge(b._replace(length=length, value=value, r=r, slope=slope, calls=b.calls + 1))
 
 
-def wolfe(F: Descent, z: Tensor, value: Tensor, r: Tensor, d: Tensor, length: Tensor) -> Moved:
+def wolfe(
+    F: Descent, z: Tensor, value: Tensor, r: Tensor, d: Tensor, length: Tensor, below: Tensor | None = None
+) -> Moved:
     """Step along d `(B, n)` from z, whose objective is `value` and residual `r`, to where Wolfe's conditions hold.
 
     By bisection (Lewis and Overton, "Nonsmooth optimization via quasi-Newton methods", 2013) helped by secants;
@@ -150,9 +153,10 @@ def wolfe(F: Descent, z: Tensor, value: Tensor, r: Tensor, d: Tensor, length: Te
 
     Args:
         length: `(B,)` the first to try.
+        below: `(B,)` what the objective is to fall below instead of `value`; the slope then need not shrink.
     """
     slope = -torch.linalg.vecdot(r, d)
-    line = _Line(F, z, d, value, slope)
+    line = _Line(F, z, d, value if below is None else below, slope, flattens=below is None)
     zero = torch.zeros_like(slope)
     first, first_r, first_slope = line.at(length)
     calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1

@@ -27,6 +27,8 @@ from tests.contracts import (
     check_value,
 )
 
+D = torch.float64
+
 UNCONSTRAINED = (
     SolverRow("LBFGS", im.LBFGS),
     SolverRow("LBFGS-short", functools.partial(im.LBFGS, history=2)),
@@ -72,8 +74,8 @@ SYMMETRIC = AdjointRow("CG", lambda rtol: im.ImplicitAdjoint(linear_solver=im.CG
 EXACT = [SYMMETRIC, *(ADJOINT[name] for name in ("GMRES", "BiCGStab", "DenseLU", "by-Broyden"))]
 ORDERS = [(p, s, GMRES) for p, s in CONDITIONS + BY_SOLVER]
 # Where there are few numbers to differentiate by: each takes two solves.
-DIFFERENCED = ("quartic_0d", "one_system", "ball", "plane", "valley")
-ORDERS += [(NAMED["one_system"], SOLVER["Newton"], a) for a in EXACT if a is not GMRES]
+DIFFERENCED = ("quartic_0d", "one_system", "ball", "plane")
+ORDERS += [(NAMED["one_system"], SOLVER["Newton"], SYMMETRIC)]
 
 
 @pytest.mark.parametrize(("problem", "solver", "dtype"), VALUES, ids=_id)
@@ -82,7 +84,7 @@ def test_the_value_is_the_exact_answer_and_keeps_the_kind_of_z0(problem, solver,
 
 
 GRADIENTS = [(p, s, GMRES, d) for p, s in TABLE for d in p.dtypes]
-GRADIENTS += [(p, SOLVER["LBFGS"], a, d) for p in PROBLEMS for a in EXACT if a is not GMRES for d in p.dtypes]
+GRADIENTS += [(p, SOLVER["LBFGS"], a, D) for p in PROBLEMS for a in EXACT if a is not GMRES]
 
 
 @pytest.mark.parametrize(("problem", "solver", "adjoint", "dtype"), GRADIENTS, ids=_id)
@@ -107,10 +109,11 @@ def test_dual_numbers_are_exact_and_reverse_mode_goes_over_them(problem, solver,
     check_dual_numbers(problem, solver, adjoint)
 
 
-TRANSFORMED = [(NAMED[name], FIRST[name], t) for name in ("quadratic", "one_system") for t in TRANSFORMS]
+TRANSFORMED = [(NAMED[name], FIRST[name], t) for name in ("one_system",) for t in TRANSFORMS]
 NESTED = ("vmap", "jvp", "hessian")
+BRIEF = ("quadratic", "ball", "circle", "decay", "quartic_0d", "valley")
 TRANSFORMED += [
-    (p, s, t) for p, s in BY_SOLVER + CONDITIONS[len(PROBLEMS) :] for t in TRANSFORMS if t.name in NESTED
+    (p, s, t) for p, s in BY_SOLVER + CONDITIONS if p.name in BRIEF for t in TRANSFORMS if t.name in NESTED
 ]
 
 
@@ -142,7 +145,7 @@ BATCHED = [(p, s) for p, s in CONDITIONS if p.in_dims] + BY_SOLVER
 
 
 @pytest.mark.parametrize(("problem", "solver"), BATCHED, ids=_id)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data(), give_in_dims=st.booleans())
 def test_samples_do_not_depend_on_each_other(problem, solver, data, give_in_dims):
     rows = data.draw(st.lists(st.integers(0, problem.batch - 1), min_size=1, max_size=5))

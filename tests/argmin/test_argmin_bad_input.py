@@ -204,3 +204,12 @@ def test_compile_says_which_solvers_run_eagerly():
     with pytest.warns(im.CompileWarning, match="LBFGS.*eager loop runs"):
         value = im.argmin(bowl, Z0, X, compile=True).value
     torch.testing.assert_close(value, X)
+
+
+@pytest.mark.parametrize("solver", [im.Broyden(line_search=True), im.Newton(), im.NewtonKrylov()])
+def test_graphs_of_loops_in_loops_are_not_trusted_of_roots_either(solver):
+    root = lambda z, x: z + torch.tanh(3 * z.roll(1, 1)) - x  # noqa: E731
+    with pytest.warns(im.CompileWarning, match="loops in loops"):
+        compiled = im.root(root, Z0, X, solver=solver, on_failure="ignore", compile=True)
+    eager = im.root(root, Z0, X, solver=solver, on_failure="ignore")
+    assert torch.equal(compiled.value, eager.value)
