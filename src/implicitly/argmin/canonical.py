@@ -11,6 +11,7 @@ of parameters become a program by one sparse product, without cvxpy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +202,9 @@ def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[An
         dcp = reduction.apply(problem)[0]
         logs = {p.id: lowered for p, lowered in reduction.canon_methods._parameters.items()}
         renamed = {old: new[0] for old, new in reduction.var_id_map.items()}
-    with cp.utilities.scopes.quad_form_dpp_scope():
+    with warnings.catch_warnings(), cp.utilities.scopes.quad_form_dpp_scope():
+        # cvxpy, of its own code, where a parameter is sparse.
+        warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
         data, chain, _ = dcp.get_problem_data(solver="CLARABEL")
     form = data[cp.settings.PARAM_PROB]
     names = _Names(form, chain, renamed, logs)

@@ -134,6 +134,9 @@ class Cones:
         found = []
         for block in self.blocks:
             x = block.take(v)
+            if block.project_dual is _project_triangle:
+                found.append(_triangle_derivative(x))
+                continue
             pull = vjp(block.project_dual, x)[1]
             d = x.shape[-1]
             eye = torch.eye(d, dtype=v.dtype).reshape(d, 1, 1, d).expand(d, *x.shape)
@@ -170,6 +173,23 @@ def _project_triangle(v: Tensor) -> Tensor:
     """The nearest positive semidefinite matrices to scaled upper triangles `(..., k (k + 1) / 2)`."""
     _, weight, places = _triangle(v.shape[-1])
     return psd_cone(_matrix(v)).flatten(-2)[..., places] * weight
+
+
+def _triangle_derivative(v: Tensor) -> Tensor:
+    """The derivative of `_project_triangle` `(..., d, d)`: T' diag(w) T with T the change to the basis of the
+    eigenvectors, and w_kl = (l_k^+ + l_l^+) / (|l_k| + |l_l|), as in `psd_cone`; quicker than d products."""
+    _, weight, places = _triangle(v.shape[-1])
+    values, V = torch.linalg.eigh(_matrix(v))
+    k = values.shape[-1]
+    row, column = places // k, places % k
+    V_row, V_column = V[..., row, :], V[..., column, :]
+    T = V_row[..., row] * V_column[..., column] + V_column[..., row] * V_row[..., column]
+    T = T * torch.where(row == column, 0.5, 0.5**0.5).unsqueeze(1) * weight  # rows: the triangle; columns: pairs
+    sizes, positive = values.abs(), values.clamp(min=0)
+    sums = sizes[..., row] + sizes[..., column]
+    zero = sums <= k * torch.finfo(v.dtype).eps * sizes.amax(-1, keepdim=True)
+    w = (positive[..., row] + positive[..., column]) / torch.where(zero, float("inf"), sums)
+    return (T * w.unsqueeze(-2)) @ T.mT
 
 
 def _matrix(v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,8 +26,13 @@ DENSE_UP_TO = 150
 DENSE_LIMIT = 2**27
 # How much a Jacobian is regularised before it is factorised; refinement takes that out of what is solved with it.
 PROXIMAL = 1e-10
-# A move so much shorter than z leaves the Jacobian as it is, for an inverse to refine with.
-NEAR = 1e-5
+# A factorised Jacobian that leaves less of a vector serves another one near it: each refinement gains as much.
+GOOD = 1e-3
+# Where the exact Jacobian leaves more, no solution has it.
+MISSING = 0.01
+# A residual relative to the numbers of a program, for which rounding errors are to blame.
+POLISHED = 1e-14
+TINY = torch.finfo(torch.float64).tiny
 # An eigenvalue of v so much smaller than v is zero: which face of the cone counts is then not determined.
 WEAK = 1e-9
 
@@ -41,6 +46,11 @@ class ConicFamily:
     solver: Clarabel
     workers: Workers
     wanted: Tensor  # `(n + m,)`, 1 for the entries of z on which what the user wants depends, else 0
+
+    @cached_property
+    def layout(self) -> SparseLayout:
+        """Of the matrix that `SparseFactors` factorise."""
+        return _sparse_layout(self.pattern, self.cones)
 
     def bind(self, *theta: Tensor) -> Map:
         """The residual of the optimality condition."""
@@ -90,25 +100,32 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     theta = tuple(torch.where(bad, torch.nan_to_num(t), t) if happens(bad) else t for t in theta)
     bad = bad.squeeze(1)
     jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
-    z, norm = polished(residual, jacobian, z, family.solver.polish)
-    weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + z.abs().amax(1))
-    known.append(jacobian.near(z, happens(weak) or happens(jacobian.singular)))
-    limit = family.solver.rtol * (1 + row_norm(theta[1]) + row_norm(theta[3]))
+    size = 1 + row_norm(theta[1]) + row_norm(theta[3])
+    z, norm = polished(residual, jacobian, z, family.solver.polish, POLISHED * size)
+    limit = family.solver.rtol * size
     status = torch.where((norm <= limit) & ~bad, int(Status.CONVERGED), status)
     if family.solver.polish:
+        jacobian.move_to(z)
+        weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + z.abs().amax(1))
         degenerate = (status == Status.CONVERGED) & (jacobian.degenerate | weak)
         status = torch.where(degenerate, int(Status.DEGENERATE), status)
+    known.append(jacobian)
     norm = norm.masked_fill(bad, float("nan"))
     found = Found(z, status, norm, steps, steps.sum())
     report("ConvexLayer", family.solver, found)  # pyright: ignore[reportArgumentType]
     return found[:5]
 
 
-def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms."""
+def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms.
+
+    A residual of `target` `(B,)` needs no more steps.
+    """
     r = residual(z)
     norm = row_norm(r)
     for _ in range(steps):
+        if bool((norm <= target).all()):
+            break
         new = z - jacobian.solve(r)
         r_new = residual(new)
         norm_new = row_norm(r_new)
@@ -168,7 +185,7 @@ class _Find(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------- the Jacobian
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Jacobian:
     """J of the optimality condition at `z` `(B, n + m)`, factorised when it is first needed.
 
@@ -176,13 +193,19 @@ class Jacobian:
     whatever J is: where it maps (dx, dv) to zero, dx'(P + cI)dx + dv'D(I - D + cD)dv = 0, so that dx, D dv and dv
     vanish.
 
-    Samples that are `left_out` `(B,)` have the identity instead.
+    Attributes:
+        left_out: `(B,)`, samples that have the identity instead.
+        degenerate: `(B,)`, where what is wanted is not unique near the solution, as far as has been found out.
     """
 
     family: ConicFamily
     z: Tensor
     theta: tuple[Tensor, ...]
     left_out: Tensor
+    degenerate: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.degenerate = torch.zeros_like(self.left_out)
 
     @cached_property
     def _factors(self) -> Any:
@@ -190,34 +213,35 @@ class Jacobian:
         is_small = size <= DENSE_UP_TO and batch * size * size <= DENSE_LIMIT
         return (DenseFactors if is_small else SparseFactors).of(self)
 
-    def near(self, z: Tensor, afresh: bool) -> Jacobian:
-        """The Jacobian at `z`: this one where that is as good, unless one is wanted `afresh`."""
-        moved = (z - self.z).abs().amax(1)
-        if not afresh and bool((moved <= NEAR * (1 + self.z.abs().amax(1))).all()):
-            return self
-        return Jacobian(self.family, z, self.theta, self.left_out)
+    def move_to(self, z: Tensor) -> None:
+        """Become the Jacobian at `z`, but for samples where this one is good enough for refinement, and find out
+        what is degenerate.
 
-    @cached_property
-    def degenerate(self) -> Tensor:
-        """`(B,)`, where what is `wanted` is not unique near the solution, as far as can be told.
-
-        Auxiliary variables of cvxpy often are not, and do no harm: then the system for a gradient by the others
-        has many solutions, and all of them give the same gradient.
+        cvxpy's auxiliary variables often are not unique, and do no harm: then the system for a gradient by the
+        others has many solutions, and all of them give the same gradient.
         """
-        return self._misses(self.family.wanted)
+        everything, wanted = self._left_of(z)
+        # Where it has moved, or is singular, only the exact one will do.
+        rows = (everything > GOOD).nonzero()[:, 0]
+        if len(rows):
+            own = tuple(t if len(t) == 1 else t[rows] for t in self.theta)
+            part = Jacobian(self.family, z[rows], own, self.left_out[rows])
+            part._factors = type(self._factors).of(part)
+            self._factors.put(rows, part._factors)
+            self.z = self.z.index_copy(0, rows, part.z)
+            wanted[rows] = part._left_of(part.z)[1]
+        self.degenerate = wanted > MISSING
 
-    @cached_property
-    def singular(self) -> Tensor:
-        """`(B,)`, where anything is not unique near the solution."""
-        return self._misses(torch.ones_like(self.family.wanted))
-
-    def _misses(self, entries: Tensor) -> Tensor:
-        """Which samples' inverse leaves much of a meaningless gradient by some `entries`: what no solution has."""
-        g = torch.cos(torch.arange(1.0, self.z.shape[1] + 1, dtype=self.z.dtype) ** 2) * entries
+    def _left_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted:
+        what no solution has, or what an inverse of another matrix misses."""
+        every = torch.cos(torch.arange(1.0, z.shape[1] + 1, dtype=z.dtype) ** 2)
+        g = torch.stack([every, every * self.family.wanted]).unsqueeze(1).expand(2, *z.shape)
         g = torch.where(self.left_out.unsqueeze(1), 0.0, g)
-        u = self.solve(g, transposed=True)
-        left = g - vjp(self.family.bind(*self.theta), self.z)[1](u)[0]
-        return row_norm(left) > 0.01 * row_norm(g)
+        u = self.solve(g.flatten(0, 1), transposed=True).reshape(g.shape)
+        pull = vjp(self.family.bind(*self.theta), z)[1]
+        left = [row_norm(g[i] - pull(u[i])[0]) / row_norm(g[i]).clamp(min=TINY) for i in (0, 1)]
+        return left[0], left[1]
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + m)` of which row i belongs to sample i % B."""
@@ -244,7 +268,7 @@ class Jacobian:
         return J
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DenseFactors:
     """LU factors of a batch of matrices."""
 
@@ -256,6 +280,10 @@ class DenseFactors:
         """Factorise."""
         J = jacobian.dense(torch.arange(len(jacobian.z)), PROXIMAL)
         return cls(*torch.linalg.lu_factor_ex(J)[:2])
+
+    def put(self, rows: Tensor, part: DenseFactors) -> None:
+        """Have `part` instead of those of some samples."""
+        self.lu, self.pivots = self.lu.index_copy(0, rows, part.lu), self.pivots.index_copy(0, rows, part.pivots)
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
         """For right-hand sides `(B, N, k)`."""
@@ -269,6 +297,8 @@ class SparseFactors:
     [ P  A'  0 ]               [ P   A'D   ]
     [ A  I  -I ]   instead of  [ A   D - I ],    in the unknowns (x, y, v) with y = D v.
     [ 0  I  -D ]
+
+    To be regular it has P + cI for P, and (1 - c)I for the second I of the second row.
     """
 
     factors: list[Any]
@@ -279,12 +309,17 @@ class SparseFactors:
     def of(cls, jacobian: Jacobian) -> SparseFactors:
         """Factorise."""
         pattern, batch = jacobian.family.pattern, len(jacobian.z)
-        layout, numbers = _sparse_numbers(jacobian)
+        layout, numbers = jacobian.family.layout, _sparse_numbers(jacobian)
         splu = require("scipy.sparse.linalg").splu
         out = jacobian.left_out.tolist()
         return cls(
             [None if out[i] else splu(layout.matrix(numbers[i])) for i in range(batch)], pattern.n, pattern.m
         )
+
+    def put(self, rows: Tensor, part: SparseFactors) -> None:
+        """Have `part` instead of those of some samples."""
+        for row, factor in zip(rows.tolist(), part.factors):
+            self.factors[row] = factor
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
         """For right-hand sides `(B, N, k)`; those of left out samples stay as they are."""
@@ -329,25 +364,26 @@ class SparseLayout:
         return require("scipy.sparse").csc_matrix((entries, self.rows, self.starts), shape=shape)
 
 
-def _sparse_numbers(jacobian: Jacobian) -> tuple[SparseLayout, Any]:
-    """Where the entries of the larger matrix stand, and `(B, entries)` what they are."""
-    pattern, cones = jacobian.family.pattern, jacobian.family.cones
-    n, m, batch = pattern.n, pattern.m, len(jacobian.z)
-    index, P_rows, P_columns = (t.numpy() for t in pattern.full)
+def _sparse_layout(pattern: Pattern, cones: Cones) -> SparseLayout:
+    """Where the entries of the larger matrix stand."""
+    n, m = pattern.n, pattern.m
+    _, P_rows, P_columns = (t.numpy() for t in pattern.full)
     A_rows, A_columns = pattern.A_rows.numpy(), pattern.A_columns.numpy()
-    diagonal, blocks = cones.jacobians(jacobian.z[:, n:])
-    own, D_rows, D_columns = np.arange(m), [np.arange(cones.linear)], [np.arange(cones.linear)]
-    D_numbers = [diagonal]
-    for block, D in zip(cones.blocks, blocks):
+    x, own, D_rows, D_columns = np.arange(n), np.arange(m), [np.arange(cones.linear)], [np.arange(cones.linear)]
+    for block in cones.blocks:
         rows = block.rows.numpy()
         D_rows.append(np.repeat(rows, rows.shape[1], axis=1).reshape(-1))
         D_columns.append(np.tile(rows, (1, rows.shape[1])).reshape(-1))
-        D_numbers.append(D.flatten(1))
-    x = np.arange(n)
     rows = [P_rows, x, A_columns, n + A_rows, n + own, n + own, n + m + own, *(n + m + r for r in D_rows)]
     columns = [P_columns, x, n + A_rows, A_columns, n + own, n + m + own, n + own, *(n + m + c for c in D_columns)]
+    return SparseLayout.of(np.concatenate(rows), np.concatenate(columns), n + 2 * m)
+
+
+def _sparse_numbers(jacobian: Jacobian) -> Any:
+    """The entries of the larger matrix `(B, entries)`, in that order."""
+    pattern, n, m = jacobian.family.pattern, jacobian.family.pattern.n, jacobian.family.pattern.m
+    diagonal, blocks = jacobian.family.cones.jacobians(jacobian.z[:, n:])
     one, little = torch.ones(1, m, dtype=torch.float64), torch.full((1, n), PROXIMAL, dtype=torch.float64)
-    P, A = jacobian.theta[0][:, index], jacobian.theta[2]
-    numbers = [P, little, A, A, (1 - PROXIMAL) * one, -one, one, *(-D for D in D_numbers)]
-    layout = SparseLayout.of(np.concatenate(rows), np.concatenate(columns), n + 2 * m)
-    return layout, torch.cat([t.expand(batch, -1) for t in numbers], dim=1).numpy()
+    P, A = jacobian.theta[0][:, pattern.full[0]], jacobian.theta[2]
+    numbers = [P, little, A, A, (1 - PROXIMAL) * one, -one, one, -diagonal, *(-D.flatten(1) for D in blocks)]
+    return torch.cat([t.expand(len(jacobian.z), -1) for t in numbers], dim=1).numpy()
