@@ -32,7 +32,6 @@ from implicitly.argmin.program import (
     dot,
     times,
     times_transposed,
-    with_rows,
 )
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
@@ -41,7 +40,7 @@ from implicitly.tree import row_norm
 # How far towards the boundary a step goes.
 TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
-LOOSE = 0.1
+LOOSE = 1.0
 # Steps without a new best point after which rounding has won.
 PATIENCE = 5
 
@@ -107,17 +106,16 @@ class InteriorPoint(ProgramSolver):
         return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance)
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
-        state = loop.start()
+        part, state = loop, loop.start()
         k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
-        point = loop.outcome(k, state)
-        rows = torch.arange(len(state.s), device=state.s.device)
+        whole, rows = state, torch.arange(len(state.s), device=state.s.device)
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
             keep = running.nonzero()[:, 0]
             rows = rows[keep]
-            state, loop = type(state)(*(t[keep] for t in state)), loop.take_rows(keep)
-            k, state = repeat(loop.step, state, _worth_a_step, self.max_steps, k)
-            point = with_rows(point, rows, loop.outcome(k, state))
-        return point
+            state, part = type(state)(*(t[keep] for t in state)), part.take_rows(keep)
+            k, state = repeat(part.step, state, _worth_a_step, self.max_steps, k)
+            whole = type(whole)(*(w.index_copy(0, rows, t) for w, t in zip(whole, state)))
+        return loop.outcome(k, whole)
 
 
 def _worth_a_step(state: _State | State) -> Any:

@@ -80,6 +80,7 @@ class Polished(NamedTuple):
     factors: Factors | CondensedFactors
     degenerate: Tensor
     status: Tensor
+    residual: Tensor  # in the user's units
     steps: Tensor
     evaluations: Tensor
 
@@ -91,7 +92,7 @@ class Polished(NamedTuple):
         """This with `part` in place of its `rows`; the factors of both are of the same kind."""
         merged = {
             name: getattr(self, name).index_copy(0, rows, getattr(part, name))
-            for name in ("w", "alpha", "degenerate", "status", "steps")
+            for name in ("w", "alpha", "degenerate", "status", "residual", "steps")
         }
         factors = self.factors.with_rows(rows, part.factors)  # pyright: ignore[reportArgumentType]
         return Polished(**merged, factors=factors, evaluations=self.evaluations + part.evaluations)
@@ -156,23 +157,25 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
     w = at.w
     if system.condensed is None:  # its factors are further from exact
         w = newton_step(program, at.factors, at.beta, w)
-    residual, size = natural_residual(program, w)
+    residual, size = natural_residual(program, system.scaling, w)
     for _ in range(NEWTON_STEPS):
         if not happens(~(residual <= 50 * torch.finfo(w.dtype).eps * size)):
             break
         w = newton_step(program, at.factors, at.beta, w)
-        residual, size = natural_residual(program, w)
+        residual, size = natural_residual(program, system.scaling, w)
     good = residual <= tolerance * size
     if happens(~good):  # what the solver found may be better than what its active set leads to
-        before, size = natural_residual(program, found.w)
+        before, size = natural_residual(program, system.scaling, found.w)
         keep = ~(residual <= before) & before.isfinite()
+        residual = torch.where(keep, before, residual)
         w = torch.where(keep.unsqueeze(1), found.w, w)
         good = good | (keep & (before <= tolerance * size))
     none = found.status >= int(Status.INFEASIBLE)
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
     status = torch.where(good & ~none, int(Status.CONVERGED), short)
     degenerate = weak.any(1) | at.factors.is_singular(at.beta)
-    return Polished(w, at.alpha, at.factors, degenerate, status, found.steps, found.evaluations + at.rounds)
+    count = found.evaluations + at.rounds
+    return Polished(w, at.alpha, at.factors, degenerate, status, residual, found.steps, count)
 
 
 def newton_step(program: QuadraticProgram, factors: Factors | CondensedFactors, beta: Tensor, w: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Scaling:
         return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
 
 
-def equilibrate(program: QuadraticProgram, rounds: int = 2) -> tuple[QuadraticProgram, Scaling]:
+def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticProgram, Scaling]:
     """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
@@ -158,8 +158,7 @@ def equilibrate(program: QuadraticProgram, rounds: int = 2) -> tuple[QuadraticPr
         E = E * _factor(column)
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
-    Q = Q * E.unsqueeze(1) * E.unsqueeze(2)
-    G, A = G * E.unsqueeze(1) * F.unsqueeze(2), A * E.unsqueeze(1) * K.unsqueeze(2)
+    Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
     shared, batch = rows == 1 and program.Q.ndim == program.G.ndim == program.A.ndim == 2, program.batch
     Q, G, A = (t.squeeze(0) if shared else t.expand(batch, -1, -1) for t in (Q, G, A))
     p, h, b = (t.expand(batch, -1) for t in (program.p * E, program.h * F, program.b * K))
@@ -171,27 +170,21 @@ def _factor(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, 1.0).clamp(1e-8, 1e8).rsqrt()
 
 
-def natural_residual(program: QuadraticProgram, w: Tensor) -> tuple[Tensor, Tensor]:
+def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
     """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and the size
-    of the terms that it is a difference of."""
-    n, q, m = program.sizes
-    z, nu, lam = w.split([n, q, m], dim=1)
+    of the terms that it is a difference of; both in the user's units, for a scaled program and point."""
+    z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
     Gz, Az = times(program.G, z), times(program.A, z)
-    slack = program.h - Gz
-    gaps = (Qz + program.p + Gl + An, Az - program.b, torch.minimum(lam, slack))
-    binding = lam > slack
-    terms = (Qz, program.p, Gl, An, Az, torch.where(binding, Gz, 0.0))
-    size = 1 + torch.stack([row_norm(t.expand(len(w), -1)) for t in terms]).amax(0)
+    lam, slack = lam * scaling.F, (program.h - Gz) / scaling.F
+    E = scaling.E
+    gaps = ((Qz + program.p + Gl + An) / E, (Az - program.b) / scaling.K, torch.minimum(lam, slack))
+    bound = torch.where(lam > slack, Gz / scaling.F, 0.0)
+    terms = (Qz / E, program.p / E, Gl / E, An / E, Az / scaling.K, bound)
+    size = 1 + torch.stack([row_norm(t) for t in terms]).amax(0)
     return row_norm(torch.cat(gaps, dim=1)), size
 
 
 def failed(status: Tensor) -> Tensor:
     """Which samples `(B,)` have no solution, or none that means anything."""
     return (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED) | (status == Status.NON_FINITE)
-
-
-def with_rows(point: Point, rows: Tensor, part: Point) -> Point:
-    """`point` with `part` in place of its `rows`."""
-    w, slack, status, steps = (t.index_copy(0, rows, p) for t, p in zip(point[:4], part[:4]))
-    return Point(w, slack, status, steps, part.evaluations)

@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitly.argmin.derivative import Jacobian, KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed, natural_residual, times
+from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed, times
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
 from implicitly.implicit import Report
@@ -149,7 +149,7 @@ def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
         expected[matrix] = (given[matrix].shape[-2], n)
         expected[vector] = expected[matrix][:1]
     _check_shapes({name: tuple(given[name].shape) for name in names}, expected)
-    return QuadraticProgram((Q + Q.mT) / 2, *(given[name] for name in names[1:]))
+    return QuadraticProgram((Q + Q.mT).mul_(0.5), *(given[name] for name in names[1:]))
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -210,7 +210,7 @@ def find(
     converged = status == Status.CONVERGED
     status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), status)
     w, alpha = polished.w, polished.alpha
-    residual = natural_residual(program, w)[0].masked_fill(~finite, float("nan"))
+    residual = polished.residual.masked_fill(~finite, float("nan"))
     known.append(Jacobian(polished.factors, scaling, program, alpha, 1 - alpha, polished.degenerate))
     found = Found(w, status, residual, polished.steps, polished.evaluations)
     report("qp", solver, found)  # pyright: ignore[reportArgumentType]

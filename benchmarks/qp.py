@@ -1,0 +1,152 @@
+"""Quadratic programs: solutions and gradients beside qpth and cvxpylayers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitly as im
+from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import cvxpy
+    from cvxpylayers.torch import CvxpyLayer
+    from qpth.qp import QPFunction
+
+PEER = f"qpth {importlib.metadata.version('qpth')}, cvxpylayers {importlib.metadata.version('cvxpylayers')}"
+PACKAGES = ("implicitly", "torch", "qpth", "cvxpylayers", "cvxpy")
+D = torch.float64
+
+CAPTION = """\
+Float64, eager, as in qpth's own examples: Q = LL' + I/10 with L uniform, G and A normal, h = G z0 + s, b = A z0.
+Residual: the norm of the optimality conditions of the worst sample. Error of z: the largest entry against ours
+(whose residual bounds it). Error of the gradient: of its product with a random direction in p, G, h, A and b,
+relative, against central differences. Medians of {rounds} rounds in alternation (least to greatest)."""
+
+Programs = tuple[Tensor, ...]
+Solve = Callable[..., Tensor]
+
+
+def draw(batch: int, n: int, m: int, q: int, shared: bool = False) -> Programs:
+    """Feasible programs; `shared`: with the same matrices."""
+    generator = torch.Generator().manual_seed(0)
+    lead = () if shared else (batch,)
+    L = torch.rand(*lead, n, n, generator=generator, dtype=D)
+    G, A = (torch.randn(*lead, k, n, generator=generator, dtype=D) for k in (m, q))
+    z0, p = (torch.randn(batch, n, generator=generator, dtype=D) for _ in range(2))
+    h = (G @ z0.unsqueeze(2)).squeeze(2) + torch.rand(batch, m, generator=generator, dtype=D)
+    Q = L @ L.mT + 0.1 * torch.eye(n, dtype=D)
+    args = (Q, p, G, h, *((A, (A @ z0.unsqueeze(2)).squeeze(2)) if q else ()))
+    return tuple(t.requires_grad_() for t in args)
+
+
+def ours(*args: Tensor, **options: Any) -> Tensor:
+    return im.qp(*args, **options).value
+
+
+def qpth(*args: Tensor) -> Tensor:
+    none = torch.empty(0, dtype=D)
+    return QPFunction(verbose=-1)(*args, *((none, none) if len(args) == 4 else ()))
+
+
+def layer_of(n: int, m: int, q: int) -> Solve:
+    """The same program as a layer of cvxpylayers, whose Q is given by its root."""
+    z, p = cvxpy.Variable(n), cvxpy.Parameter(n)
+    root, G, A = cvxpy.Parameter((n, n)), cvxpy.Parameter((m, n)), cvxpy.Parameter((q, n))
+    h, b = cvxpy.Parameter(m), cvxpy.Parameter(q)
+    objective = cvxpy.Minimize(cvxpy.sum_squares(root @ z) / 2 + p @ z)
+    problem = cvxpy.Problem(objective, [G @ z <= h, A @ z == b])
+    layer = CvxpyLayer(problem, parameters=[root, p, G, h, A, b], variables=[z])
+
+    def solve(Q: Tensor, *others: Tensor) -> Tensor:
+        return layer(torch.linalg.cholesky(Q.detach()).mT, *others)[0]
+
+    return solve
+
+
+def gradient(solve: Solve, args: Programs, weights: Tensor) -> list[Tensor]:
+    """Of a weighted sum of z, by all but Q, which cvxpylayers takes by its root."""
+    return list(torch.autograd.grad((weights * solve(*args)).sum(), args[1:]))
+
+
+def gradient_error(found: Sequence[Tensor], args: Programs, weights: Tensor) -> float:
+    """Relative, along a random direction, against central differences."""
+    generator = torch.Generator().manual_seed(1)
+    direction = [torch.randn(t.shape, generator=generator, dtype=D) for t in args[1:]]
+    ends = []
+    with torch.no_grad():
+        for step in (1e-6, -1e-6):
+            moved = [t + step * d for t, d in zip(args[1:], direction)]
+            ends.append((weights * ours(args[0], *moved)).sum())
+    exact = float(ends[0] - ends[1]) / 2e-6
+    return abs(float(sum((g * d).sum() for g, d in zip(found, direction))) - exact) / abs(exact)
+
+
+def run(effort: Effort) -> list[Row]:
+    """All of it."""
+    full = effort.iterations > 100
+    print("quadratic programs ...", flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations within the peers
+        return [*dense(effort, 128 if full else 4), *shared(effort, 4096 if full else 16)]
+
+
+def dense(effort: Effort, batch: int) -> list[Row]:
+    """Programs with matrices of their own."""
+    n, m, q = 50, 50, 10
+    args = draw(batch, n, m, q)
+    weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
+    solves = {"ours": ours, "qpth": qpth, "cvxpylayers": layer_of(n, m, q)}
+    what = f"batch {batch}, {n} unknowns, {m} inequalities, {q} equalities"
+    return beside(effort, what, args, weights, solves, {"qpth": 5.0, "cvxpylayers": 30.0})
+
+
+def shared(effort: Effort, batch: int) -> list[Row]:
+    """Programs with the same matrices, as in a safety filter or a step of model-predictive control."""
+    n, m = 20, 40
+    args = draw(batch, n, m, 0, shared=True)
+    weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
+    solves = {"ours": lambda *a: ours(*a, solver=im.ADMM()), "InteriorPoint": ours, "qpth": qpth}
+    what = f"batch {batch} of the same matrices, {n} unknowns, {m} inequalities"
+    return beside(effort, what, args, weights, solves, {"qpth": 20.0})
+
+
+def beside(
+    effort: Effort, what: str, args: Programs, weights: Tensor, solves: dict[str, Solve], goals: dict[str, float]
+) -> list[Row]:
+    """Rows for solutions and for gradients."""
+    with torch.no_grad():
+        exact = im.qp(*args)
+        off = {who: float((solve(*args) - exact.value).abs().max()) for who, solve in solves.items()}
+    runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
+    errors = {who: gradient_error(compute(), args, weights) for who, compute in runs.items()}
+
+    def forward(solve: Solve) -> Tensor:
+        with torch.no_grad():
+            return solve(*args)
+
+    times = {
+        "forward": alternate({w: lambda s=s: forward(s) for w, s in solves.items()}, effort.rounds),
+        "forward and gradient": alternate(runs, effort.rounds),
+    }
+    rows = []
+    for part, seconds in times.items():
+        faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals}
+        accuracy = off if part == "forward" else errors
+        shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves}
+        mine = [shown["ours"], *(f"{ratio.show(1, 1)} times faster than {who}" for who, ratio in faster.items())]
+        mine += [f"{who} {shown[who]}" for who in solves if who not in goals and who != "ours"]
+        if part == "forward":
+            mine.append(f"residual {float(exact.residual.max()):.0e}")
+        peers = "; ".join(f"{who} {shown[who]}" for who in goals)
+        goal = ", ".join(f"{goals[who]:.0f} times faster than {who}" for who in goals)
+        met = all(faster[who].median >= goals[who] for who in goals)
+        numbers = {w: {"seconds": seconds[w], "error": accuracy[w]} for w in solves}
+        rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
+    return rows
