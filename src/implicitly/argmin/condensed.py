@@ -61,7 +61,7 @@ class Condensed:
             return None
         X = torch.cholesky_inverse(S) @ (Y_A.mT @ Y_G)  # S is small
         if q:
-            Y_G = torch.baddbmm(Y_G, Y_A, X, alpha=-1) if Y.ndim == 3 else Y_G - Y_A @ X
+            Y_G = torch.baddbmm(Y_G.mT, X.mT, Y_A.mT, alpha=-1).mT if Y.ndim == 3 else Y_G - Y_A @ X
         return cls(program, L, S, X, Y_A, Y_G, Y_G.mT @ Y_G)
 
     def solve(self, r1: Tensor, r2: Tensor, inner: Inner | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.condensed import CondensedFactors
-from implicitly.argmin.kkt import Factors, active_set, proximal
+from implicitly.argmin.kkt import Factors, active_set, proximal, relaxed
 from implicitly.argmin.program import QuadraticProgram, Scaling
 from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, Report, attach
@@ -138,6 +138,16 @@ class _Inverse:
         return step, left
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a derivative is attached: which inequalities bind, `alpha` `(B, m)`; or, with smoothing, the point
+    `near` `(B, N)` the solution. `known` holds the Jacobian there."""
+
+    alpha: Tensor
+    near: Tensor
+    known: list[Jacobian]
+
+
 @dataclass(frozen=True, kw_only=True)
 class KKTAdjoint:
     """The exact derivative at the solution, from the optimality conditions: any order, both modes.
@@ -145,23 +155,35 @@ class KKTAdjoint:
     Where an inequality binds with a zero multiplier, the derivative is that of the side on which it does not bind.
     Where multipliers are not unique, it is that of least norm. Such samples have `Status.DEGENERATE`.
 
+    With `smoothing` it is the derivative of another point: that where λ (h - Gz) = `smoothing` for every
+    inequality, on the central path of interior-point methods. It tells of inequalities that do not bind, and has
+    no jumps, but is not exact. The solution itself stays exact.
+
     Args:
+        smoothing: in units of the objective; 0: the exact derivative.
         rtol: relative tolerance of the linear solves; None means eps^(2/3) of the dtype.
         max_steps: of their iterative refinement.
     """
 
+    smoothing: float = 0.0
     rtol: float | None = None
     max_steps: int = 10
 
     def __post_init__(self):
+        if not 0 <= self.smoothing < float("inf"):
+            raise ValueError(f"KKTAdjoint: smoothing must be a finite number >= 0, got {self.smoothing}")
         self._solver([])  # its own checks
 
     def _solver(self, known: list[Jacobian]) -> StructuredSolver:
         return StructuredSolver(rtol=self.rtol, max_steps=self.max_steps, known=known)
 
-    def attach(
-        self, w: Tensor, alpha: Tensor, program: QuadraticProgram, known: list[Jacobian], on_failure: str
-    ) -> Tensor:
-        """`w` = (z, ν, λ) `(B, N)` with its derivative; `known` holds the Jacobian there."""
-        condition = Condition(active_set, "qp", w.dtype, Report(on_failure))
-        return attach(condition, w, (alpha, *program.tensors), Backward(self._solver(known)))
+    def attach(self, w: Tensor, place: Place, program: QuadraticProgram, on_failure: str) -> Tensor:
+        """`w` = (z, ν, λ) `(B, N)` with its derivative."""
+        how, report = Backward(self._solver(place.known)), Report(on_failure)
+        if not self.smoothing:
+            condition = Condition(active_set, "qp", w.dtype, report)
+            return attach(condition, w, (place.alpha, *program.tensors), how)
+        condition = Condition(relaxed, "the relaxed qp", w.dtype, report)
+        kappa = torch.full((), self.smoothing, dtype=w.dtype, device=w.device)
+        near = place.near.detach()
+        return w.detach() + (attach(condition, near, (kappa, *program.tensors), how) - near)

@@ -233,13 +233,14 @@ class _Loop:
         first = self.solve(factors, _pad(-keep[:, None] * c.residual, -r_s / lam).unsqueeze(1)).squeeze(1)
         d = _direction(program, c, first, second, keep, r_s, r_tau)
         length = TO_BOUNDARY * _step_length(c, lam, d)
-        length = torch.where(is_running(c.status) & factors.usable, length, 0.0)
+        finite = (d.w.sum(1) + d.s.sum(1) + d.tau + d.kappa).isfinite()
+        good = is_running(c.status) & factors.usable & finite
         column = length.unsqueeze(1)
         moved = c._replace(
-            w=c.w + column * d.w,
-            s=s + column * d.s,
-            tau=tau + length * d.tau,
-            kappa=c.kappa + length * d.kappa,
+            w=where_rows(good, c.w + column * d.w, c.w),
+            s=where_rows(good, s + column * d.s, s),
+            tau=torch.where(good, tau + length * d.tau, tau),
+            kappa=torch.where(good, c.kappa + length * d.kappa, c.kappa),
         )
         return self.judged(k + 1, moved)
 

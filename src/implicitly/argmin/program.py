@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.host import happens
 from implicitly.iterate import Status
 from implicitly.tree import row_norm, unwrapped
 
+# Columns whose largest entries differ by less than the square of that are left as they are.
+EVEN = 16.0
 # Dimensions of each tensor of a program that is shared by the batch.
 DIMS = (2, 1, 2, 1, 2, 1)
 
@@ -134,12 +137,13 @@ class Scaling:
         return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
 
 
-def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticProgram, Scaling]:
+def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticProgram, Scaling]:
     """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
 
-    Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+    As Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001, but with the rows
+    of constraints normalised at once, and the diagonal of Q in place of its rows.
     """
     Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
     rows = max(len(Q), len(G), len(A))
@@ -150,12 +154,14 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
         sizes = []
         for matrix, scale in ((G, F), (A, K)):
             if matrix.shape[1]:
-                size = (matrix * E.unsqueeze(1)).abs_() * scale.unsqueeze(2)
-                column = torch.maximum(column, size.amax(1))
-                scale = scale * _factor(size.amax(2))
+                size = (matrix * E.unsqueeze(1)).abs_()
+                scale = _reciprocal(size.amax(2))
+                column = torch.maximum(column, size.mul_(scale.unsqueeze(2)).amax(1))
             sizes.append(scale)
         F, K = sizes
-        E = E * _factor(column)
+        E = E * _reciprocal(column).sqrt()
+        if not happens((column > EVEN) | (column < 1 / EVEN)):
+            break
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
     Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
@@ -165,9 +171,9 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
     return QuadraticProgram(Q, p, G, h, A, b), Scaling(E, K, F)
 
 
-def _factor(norm: Tensor) -> Tensor:
-    """1 / sqrt(norm), kept within what is sane; 1 for empty rows."""
-    return torch.where(norm > 0, norm, 1.0).clamp(1e-8, 1e8).rsqrt()
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, kept within what is sane; 1 for empty rows."""
+    return 1 / torch.where(norm > 0, norm, 1.0).clamp(1e-12, 1e12)
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitly.argmin.derivative import Jacobian, KKTAdjoint
+from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.find import find
 from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed, times
+from implicitly.argmin.program import QuadraticProgram, failed, times
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
 from implicitly.implicit import Report
 from implicitly.iterate import Found, Solution, Status
-from implicitly.tree import merge_rows
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,11 @@ def qp(
     given = checked(Q, p, G, h, A, b)
     solver.tolerance(given.Q.dtype)
     program = without_infinite_bounds(given)
-    known: list[Jacobian] = []
     near = None if start is None else start_of(start, given)
-    run = partial(find, solver, known, Report(on_failure, partial(_solution, given)), near)
-    found = _Find.apply(run, *program.tensors)
-    w, alpha, status = found[:3]
-    if happens(status == Status.NON_FINITE):
-        program = program.without(status == Status.NON_FINITE)
-    attached = adjoint.attach(w, alpha, program, known, on_failure)
-    return _solution(given, Found(*found[:1], *found[2:]), attached)
+    found, place = find(solver, adjoint, program, near, Report(on_failure, partial(_solution, given)))
+    bad = found.status == Status.NON_FINITE
+    attached = adjoint.attach(found.z, place, program.without(bad) if happens(bad) else program, on_failure)
+    return _solution(given, found, attached)
 
 
 def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None = None) -> ProgramSolution:
@@ -181,42 +175,6 @@ def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
     return QuadraticProgram(program.Q, program.p, G, h, program.A, program.b)
 
 
-# --------------------------------------------------------------------------------------------------- finding
-
-
-def find(
-    solver: ProgramSolver,
-    known: list[Jacobian],
-    report: Report,
-    start: tuple[Tensor, Tensor] | None,
-    *tensors: Tensor,
-) -> tuple[Tensor, ...]:
-    """(w, alpha, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
-    program = QuadraticProgram(*tensors)
-    finite = program.finite()
-    if happens(~finite):
-        program = program.without(~finite)
-    system = System.of(*equilibrate(program))
-    if system.condensed is None:  # else Q has been seen to be positive definite
-        refuse_indefinite(program.Q)
-    scaling = system.scaling
-    polished = solver.solve(system, None if start is None else _scaled(system, *start))
-    polished = polished._replace(w=polished.w * scaling.w)
-    status = torch.where(finite, polished.status, int(Status.NON_FINITE))
-    polished = polished._replace(status=status)
-    none = failed(status)
-    if happens(none):
-        polished = _without(polished, none)
-    converged = status == Status.CONVERGED
-    status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), status)
-    w, alpha = polished.w, polished.alpha
-    residual = polished.residual.masked_fill(~finite, float("nan"))
-    known.append(Jacobian(polished.factors, scaling, program, alpha, 1 - alpha, polished.degenerate))
-    found = Found(w, status, residual, polished.steps, polished.evaluations)
-    report("qp", solver, found)  # pyright: ignore[reportArgumentType]
-    return w, alpha, *found[1:5]
-
-
 def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tensor, Tensor]:
     """w and the slack of a start; raises TypeError / ValueError where it is not one of `program`."""
     if not isinstance(solution, ProgramSolution):
@@ -231,90 +189,3 @@ def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tens
         )
     z, nu, lam, slack = (t.detach().reshape(program.batch, -1) for t in parts)
     return torch.cat([z, nu, lam], 1), slack
-
-
-def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
-    """A start in the units of `system`."""
-    batch = system.program.batch
-    origin = system.origin()
-    if len(w) != batch:  # vmap has put its own batch before ours
-        w, slack = (t.repeat(batch // len(w), 1) for t in (w, slack))
-    w, slack = w / system.scaling.w, slack * system.scaling.F
-    none = ~(w.isfinite().all(1, keepdim=True))
-    w, slack = torch.where(none, 0.0, w), torch.where(none | slack.isinf(), 1.0, slack)
-    return Point(w, slack, *origin[2:])
-
-
-def _without(polished: Polished, none: Tensor) -> Polished:
-    """`polished` with numbers that harm nothing for the samples that have `none`."""
-    column = none.unsqueeze(1)
-    return polished._replace(
-        w=torch.where(column, 0.0, polished.w),
-        alpha=torch.where(column, 0.0, polished.alpha),
-        degenerate=polished.degenerate & ~none,
-        factors=polished.factors.without(none),
-    )
-
-
-def refuse_indefinite(Q: Tensor) -> None:
-    """Raise ValueError unless Q, `(n, n)` or `(B, n, n)`, is positive semidefinite, as far as rounding tells."""
-    Q = Q if Q.ndim == 3 else Q.unsqueeze(0)
-    if Q.shape[1] == 0:
-        return
-    small = torch.finfo(Q.dtype).eps ** 0.6
-    size = Q.diagonal(dim1=1, dim2=2).abs().amax(1)
-    shifted = Q.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_((small * size).clamp(min=1e-30).unsqueeze(1))
-    suspects = (torch.linalg.cholesky_ex(shifted).info != 0).nonzero()[:, 0]
-    if len(suspects) == 0:
-        return
-    eigenvalues = torch.linalg.eigvalsh(Q[suspects])
-    least, largest = eigenvalues[:, 0], eigenvalues.abs().amax(1)
-    wrong = least < -small * largest
-    if bool(wrong.any()):
-        worst = int(torch.where(wrong, least / largest, 0.0).argmin())
-        sample = f" of sample {int(suspects[worst])}" if len(Q) > 1 else ""
-        raise ValueError(
-            f"Q must be positive semidefinite, or the program is not convex; the smallest eigenvalue{sample} is "
-            f"{float(least[worst]):.3g} (the largest in size {float(largest[worst]):.3g}); {int(wrong.sum())} of "
-            f"{len(Q)} samples have a negative one. Add a multiple of the identity, or write Q as L L'"
-        )
-
-
-class _Find(torch.autograd.Function):
-    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
-
-    @staticmethod
-    def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor):
-        return run(*(t.detach() for t in tensors))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-        ctx.set_materialize_grads(False)
-        ctx.count = len(output)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return (None,) * ctx.count
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        run, *tensors = args
-        size = info.batch_size
-        shapes = [t.shape if d is None else t.movedim(d, 0).shape[1:] for t, d in zip(tensors, in_dims[1:])]
-        own = [len(shape) > dims for shape, dims in zip(shapes, DIMS)]
-        batch = next((shape[0] for shape, batched in zip(shapes, own) if batched), 1)
-        merged = []
-        for t, dim, batched in zip(tensors, in_dims[1:], own):
-            if dim is not None and not batched:  # one for all samples, but another for each of vmap's
-                t = t.movedim(dim, 0).unsqueeze(1)
-                t, dim, batched = t.expand(size, batch, *t.shape[2:]), 0, True
-            merged.append(merge_rows(t, dim, size) if batched else t)
-        output = _Find.apply(run, *merged)
-        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
-        return tuple(outputs), tuple(0 if t.ndim else None for t in output)

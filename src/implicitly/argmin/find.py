@@ -1,0 +1,162 @@
+"""Finding the solution of a program as one opaque step, and where its derivative is to be attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.derivative import Jacobian, KKTAdjoint, Place
+from implicitly.argmin.polish import Polished, System
+from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed
+from implicitly.argmin.smoothing import central_point
+from implicitly.argmin.solver import ProgramSolver
+from implicitly.host import happens
+from implicitly.implicit import Report
+from implicitly.iterate import Found, Status
+from implicitly.tree import merge_rows
+
+
+def find(
+    solver: ProgramSolver,
+    adjoint: KKTAdjoint,
+    program: QuadraticProgram,
+    start: tuple[Tensor, Tensor] | None,
+    report: Report,
+) -> tuple[Found, Place]:
+    """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached."""
+    known: list[Jacobian] = []
+    run = partial(_run, solver, adjoint.smoothing, known, report, start)
+    w, alpha, near, *rest = _Find.apply(run, *program.tensors)
+    return Found(w, *rest), Place(alpha, near, known)
+
+
+def _run(
+    solver: ProgramSolver,
+    smoothing: float,
+    known: list[Jacobian],
+    report: Report,
+    start: tuple[Tensor, Tensor] | None,
+    *tensors: Tensor,
+) -> tuple[Tensor, ...]:
+    """(w, alpha, near, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
+    program = QuadraticProgram(*tensors)
+    finite = program.finite()
+    if happens(~finite):
+        program = program.without(~finite)
+    system = System.of(*equilibrate(program))
+    if system.condensed is None:  # else Q has been seen to be positive definite
+        refuse_indefinite(program.Q)
+    scaling = system.scaling
+    polished = solver.solve(system, None if start is None else _scaled(system, *start))
+    polished = polished._replace(status=torch.where(finite, polished.status, int(Status.NON_FINITE)))
+    none = failed(polished.status)
+    if happens(none):
+        polished = _without(polished, none)
+    w = polished.w * scaling.w
+    converged = polished.status == Status.CONVERGED
+    status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), polished.status)
+    residual = polished.residual.masked_fill(~finite, float("nan"))
+    report("qp", solver, Found(w, status, residual, polished.steps, polished.evaluations))  # pyright: ignore[reportArgumentType]
+    near, alpha, beta = w, polished.alpha, 1 - polished.alpha
+    factors, degenerate = polished.factors, polished.degenerate
+    if smoothing and program.sizes[2]:
+        near, slack, factors, done = central_point(system, polished.w, smoothing, none)
+        near = near * scaling.w
+        short = Found(
+            near, torch.where(done, 0, int(Status.MAX_STEPS)), residual, polished.steps, polished.evaluations
+        )
+        replace(report, unpack=None)("the relaxed qp", solver, short)  # pyright: ignore[reportArgumentType]
+        alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack / scaling.F, torch.zeros_like(degenerate)
+    known.append(Jacobian(factors, scaling, program, alpha, beta, degenerate))
+    return w, polished.alpha, near.clone(), status, residual, polished.steps, polished.evaluations
+
+
+def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
+    """A start in the units of `system`."""
+    batch = system.program.batch
+    origin = system.origin()
+    if len(w) != batch:  # vmap has put its own batch before ours
+        w, slack = (t.repeat(batch // len(w), 1) for t in (w, slack))
+    w, slack = w / system.scaling.w, slack * system.scaling.F
+    none = ~(w.isfinite().all(1, keepdim=True))
+    w, slack = torch.where(none, 0.0, w), torch.where(none | slack.isinf(), 1.0, slack)
+    return Point(w, slack, *origin[2:])
+
+
+def _without(polished: Polished, none: Tensor) -> Polished:
+    """`polished` with numbers that harm nothing for the samples that have `none`."""
+    column = none.unsqueeze(1)
+    return polished._replace(
+        w=torch.where(column, 0.0, polished.w),
+        alpha=torch.where(column, 0.0, polished.alpha),
+        degenerate=polished.degenerate & ~none,
+        factors=polished.factors.without(none),
+    )
+
+
+def refuse_indefinite(Q: Tensor) -> None:
+    """Raise ValueError unless Q, `(n, n)` or `(B, n, n)`, is positive semidefinite, as far as rounding tells."""
+    Q = Q if Q.ndim == 3 else Q.unsqueeze(0)
+    if Q.shape[1] == 0:
+        return
+    small = torch.finfo(Q.dtype).eps ** 0.6
+    size = Q.diagonal(dim1=1, dim2=2).abs().amax(1)
+    shifted = Q.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_((small * size).clamp(min=1e-30).unsqueeze(1))
+    suspects = (torch.linalg.cholesky_ex(shifted).info != 0).nonzero()[:, 0]
+    if len(suspects) == 0:
+        return
+    eigenvalues = torch.linalg.eigvalsh(Q[suspects])
+    least, largest = eigenvalues[:, 0], eigenvalues.abs().amax(1)
+    wrong = least < -small * largest
+    if bool(wrong.any()):
+        worst = int(torch.where(wrong, least / largest, 0.0).argmin())
+        sample = f" of sample {int(suspects[worst])}" if len(Q) > 1 else ""
+        raise ValueError(
+            f"Q must be positive semidefinite, or the program is not convex; the smallest eigenvalue{sample} is "
+            f"{float(least[worst]):.3g} (the largest in size {float(largest[worst]):.3g}); {int(wrong.sum())} of "
+            f"{len(Q)} samples have a negative one. Add a multiple of the identity, or write Q as L L'"
+        )
+
+
+class _Find(torch.autograd.Function):
+    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+
+    @staticmethod
+    def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor):
+        return run(*(t.detach() for t in tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+        ctx.set_materialize_grads(False)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return (None,) * ctx.count
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        run, *tensors = args
+        size = info.batch_size
+        shapes = [t.shape if d is None else t.movedim(d, 0).shape[1:] for t, d in zip(tensors, in_dims[1:])]
+        own = [len(shape) > dims for shape, dims in zip(shapes, DIMS)]
+        batch = next((shape[0] for shape, batched in zip(shapes, own) if batched), 1)
+        merged = []
+        for t, dim, batched in zip(tensors, in_dims[1:], own):
+            if dim is not None and not batched:  # one for all samples, but another for each of vmap's
+                t = t.movedim(dim, 0).unsqueeze(1)
+                t, dim, batched = t.expand(size, batch, *t.shape[2:]), 0, True
+            merged.append(merge_rows(t, dim, size) if batched else t)
+        output = _Find.apply(run, *merged)
+        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
+        return tuple(outputs), tuple(0 if t.ndim else None for t in output)

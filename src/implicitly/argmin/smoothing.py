@@ -1,0 +1,59 @@
+"""The point of the central path with a given complementarity, near a solution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.condensed import CondensedFactors, step_length
+from implicitly.argmin.kkt import Factors
+from implicitly.argmin.polish import System
+from implicitly.argmin.program import times, times_transposed
+from implicitly.host import happens
+from implicitly.tree import row_norm
+
+MAX_STEPS = 50
+TO_BOUNDARY = 0.99
+
+
+def central_point(
+    system: System, w: Tensor, kappa: float, none: Tensor
+) -> tuple[Tensor, Tensor, Factors | CondensedFactors, Tensor]:
+    """(z, ν, λ) `(B, N)` and the slack `(B, m)` where λ s = `kappa` instead of 0, in equilibrated units, the
+    factors of the Jacobian of that condition, and which samples `(B,)` it was found for.
+
+    By Newton's method from the solution `w` moved onto λ s = kappa; `none` tells which samples have none.
+    """
+    program, root = system.program, kappa**0.5
+    n, q, m = program.sizes
+    tolerance = 1e3 * torch.finfo(w.dtype).eps
+    lam, s = w[:, n + q :].clamp(min=0), (program.h - times(program.G, w[:, :n])).clamp(min=0)
+    binds = lam > s
+    lam, s = torch.where(binds, lam, kappa / s.clamp(min=root)), torch.where(binds, s, s.clamp(min=root))
+    lam = torch.where(binds, lam.clamp(min=root), lam)
+    s = torch.where(binds, kappa / lam, s)
+    w = torch.cat([w[:, : n + q], lam], 1)
+    done = none
+    for _ in range(MAX_STEPS):
+        z, nu, lam = w.split([n, q, m], dim=1)
+        Qz, dual = times(program.Q, z), times_transposed(program.G, lam) + times_transposed(program.A, nu)
+        aim = (kappa - lam * s) / lam
+        lower = torch.cat([times(program.A, z) - program.b, times(program.G, z) + s - program.h], 1)
+        r = -torch.cat([Qz + dual + program.p, lower], 1)
+        size = 1 + row_norm(Qz) + row_norm(dual) + row_norm(program.h) + row_norm(program.b)
+        off = torch.maximum(row_norm(r) / size, (aim * lam / kappa).abs().amax(1) if m else row_norm(r) / size)
+        done = none | (off <= tolerance)
+        if not happens(~done):
+            break
+        factors = system.factorise(torch.ones_like(s), -s / lam)
+        right = torch.cat([r[:, : n + q], r[:, n + q :] - aim], 1)
+        d = factors.solve(right.unsqueeze(1)).squeeze(1)
+        d_s = aim - s / lam * d[:, n + q :]
+        length = TO_BOUNDARY * step_length(lam, s, d[:, n + q :], d_s) if m else torch.ones_like(off)
+        length = torch.where(length >= TO_BOUNDARY, 1.0, length)  # no boundary in the way
+        length = torch.where(done, 0.0, length).unsqueeze(1)
+        w, s = w + length * d, s + length * d_s
+    lam, F = w[:, n + q :], system.scaling.F
+    alpha = torch.where(none.unsqueeze(1), 0.0, lam * F)
+    factors = system.factorise(alpha, torch.where(none.unsqueeze(1), 1.0, -s * F))
+    return w, s, factors, done

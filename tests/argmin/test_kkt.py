@@ -1,0 +1,150 @@
+"""Optimality conditions, their structured linear systems, and derivatives of the central path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import implicitly as im
+from implicitly.argmin.condensed import Condensed
+from implicitly.argmin.kkt import Factors, active_set, base_matrix, jacobian_product, relaxed
+from implicitly.argmin.program import QuadraticProgram, equilibrate, natural_residual
+from tests.argmin.programs import D, program
+
+
+def dense(pr: QuadraticProgram, alpha: Tensor, beta: Tensor) -> Tensor:
+    width = sum(pr.sizes)
+    eye = torch.eye(width, dtype=D).expand(len(alpha), width, width)
+    return jacobian_product(pr, alpha, beta, eye).mT
+
+
+def parts(kind: str, m: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    draw = torch.rand(3, m, generator=g, dtype=D)
+    if kind == "active":
+        alpha = (draw > 0.7).to(D)
+        return alpha, (1 - alpha) * (0.5 + draw) - 1e-3 * alpha
+    return (torch.ones_like(draw), -draw) if kind == "interior" else (0.1 + draw, -draw.flip(1))
+
+
+@pytest.mark.parametrize("kind", ["active", "interior", "relaxed"])
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A")])
+@pytest.mark.parametrize("q", [0, 2])
+@pytest.mark.parametrize("condensed", [False, True])
+def test_solves_with_the_factors_are_those_with_the_matrix(kind, shared, q, condensed):
+    scaled, _ = equilibrate(QuadraticProgram(*program(n=5, m=4, q=q, shared=shared, seed=1)))
+    alpha, beta = parts(kind, 4, 2)
+    if condensed:
+        whole = Condensed.of(scaled)
+        assert whole is not None
+        factors = whole.factorise(alpha, beta)
+    else:
+        factors = Factors.of(scaled, base_matrix(scaled), alpha, beta)
+    assert bool(factors.usable.all())
+    J = dense(scaled, alpha, beta)
+    r = torch.randn(3, 2, J.shape[1], generator=torch.Generator().manual_seed(3), dtype=D)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if condensed else {"rtol": 1e-6, "atol": 1e-6}
+    for transposed in (False, True):
+        exact = torch.linalg.solve(J.mT if transposed else J, r.mT).mT
+        torch.testing.assert_close(factors.solve(r, transposed), exact, **tolerance)
+        again = factors.product(exact, transposed)
+        torch.testing.assert_close(again, r)
+
+
+def test_the_jacobian_is_that_of_the_condition():
+    pr = QuadraticProgram(*program(n=5, m=4, q=2, seed=1))
+    w = torch.randn(3, 11, generator=torch.Generator().manual_seed(1), dtype=D)
+    alpha = (torch.rand(3, 4, generator=torch.Generator().manual_seed(2), dtype=D) > 0.5).to(D)
+    v = torch.randn(3, 11, generator=torch.Generator().manual_seed(3), dtype=D)
+    moved = torch.func.jvp(active_set(alpha, *pr.tensors), (w,), (v,))[1]
+    torch.testing.assert_close(jacobian_product(pr, alpha, 1 - alpha, v.unsqueeze(1)).squeeze(1), moved)
+    lam = w[:, 7:]
+    gap = (pr.G @ w[:, :5].unsqueeze(2)).squeeze(2) - pr.h
+    moved = torch.func.jvp(relaxed(torch.tensor(0.1, dtype=D), *pr.tensors), (w,), (v,))[1]
+    torch.testing.assert_close(jacobian_product(pr, lam, gap, v.unsqueeze(1)).squeeze(1), moved)
+
+
+def test_scaling_changes_no_solution():
+    args = list(program(n=5, m=4, q=2, seed=1))
+    args[2] = args[2] * torch.logspace(-4, 4, 4, dtype=D).unsqueeze(1)
+    args[3] = args[3] * torch.logspace(-4, 4, 4, dtype=D)
+    scaled, scaling = equilibrate(QuadraticProgram(*args))
+    assert scaled.G.abs().amax(2).max() < 10
+    assert scaled.G.abs().amax(2).min() > 0.01
+    sol = im.qp(*args)
+    w = torch.cat([sol.value, sol.dual_equality, sol.dual_inequality], 1) / scaling.w
+    residual, _ = natural_residual(scaled, scaling, w)
+    torch.testing.assert_close(residual, sol.residual, rtol=0.5, atol=1e-11)
+    assert residual.max() < 1e-10
+
+
+def test_smoothing_is_the_derivative_of_the_central_path():
+    # min z^2/2 + p z subject to z <= h: on the path (z + p)(z - h) + kappa = 0, z < h.
+    p, h = torch.tensor([[-2.0], [1.0]], dtype=D), torch.tensor([1.0], dtype=D)
+    p.requires_grad_(), h.requires_grad_()
+    kappa = 0.3
+    sol = im.qp(torch.eye(1, dtype=D), p, torch.ones(1, 1, dtype=D), h, adjoint=im.KKTAdjoint(smoothing=kappa))
+    torch.testing.assert_close(sol.value, torch.tensor([[1.0], [-1.0]], dtype=D))
+    z = ((h - p) - ((h + p) ** 2 + 4 * kappa).sqrt()) / 2
+    for ours, exact in zip(
+        torch.autograd.grad(sol.value.sin().sum(), (p, h), retain_graph=True),
+        torch.autograd.grad((sol.value.detach().cos() * z).sum(), (p, h), retain_graph=True),
+    ):
+        torch.testing.assert_close(ours, exact)
+    dual = z.detach() * 0 - (z + p)
+    torch.testing.assert_close(
+        torch.autograd.grad(sol.dual_inequality.sum(), h)[0], torch.autograd.grad(dual.sum(), h)[0]
+    )
+
+
+KAPPA = 0.01
+
+
+def on_the_path(Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
+    """z of the central path of one program, the minimiser of its barrier function."""
+    Q = (Q + Q.T) / 2
+    z, nu = torch.zeros_like(p), torch.zeros_like(b)
+    for _ in range(40):
+        s = h - G @ z
+        gradient = Q @ z + p + KAPPA * G.T @ (1 / s)
+        H = Q + KAPPA * G.T @ (G / s.unsqueeze(1) ** 2)
+        K = torch.cat([torch.cat([H, A.T], 1), torch.cat([A, A.new_zeros(len(A), len(A))], 1)])
+        step = torch.linalg.solve(K, -torch.cat([gradient, A @ z - b]))
+        d, nu = step[: len(p)], step[len(p) :]
+        limit = float(((G @ d) / s).max())
+        z = z + min(1.0, 0.9 / max(limit, 1e-9)) * d
+    assert float((Q @ z + p + KAPPA * G.T @ (1 / (h - G @ z)) + A.T @ nu).norm()) < 1e-11
+    return z
+
+
+def test_smoothing_of_any_order_and_towards_zero():
+    args = [t.requires_grad_() for t in program(batch=None, n=3, m=4, seed=1)]
+
+    def smoothed(*args: Tensor) -> Tensor:
+        return im.qp(*args, adjoint=im.KKTAdjoint(smoothing=KAPPA)).value
+
+    def path(*args: Tensor) -> Tensor:  # has the derivative of the one and the value of the other
+        value = smoothed(*args)
+        return value - value.detach() + on_the_path(*(t.detach() for t in args))
+
+    assert gradcheck(path, args)
+    assert gradgradcheck(smoothed, args, fast_mode=True)
+    exact = torch.autograd.grad(im.qp(*args).value.sum(), args)
+    small = im.qp(*args, adjoint=im.KKTAdjoint(smoothing=1e-10)).value
+    for a, b in zip(torch.autograd.grad(small.sum(), args), exact):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_smoothing_with_failed_samples():
+    h = torch.tensor([[-1.0, -1.0], [1.0, 2.0]], dtype=D, requires_grad=True)
+    G = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=D)
+    adjoint = im.KKTAdjoint(smoothing=0.1)
+    sol = im.qp(torch.eye(2, dtype=D), torch.ones(2, dtype=D), G, h, adjoint=adjoint, on_failure="ignore")
+    assert sol.status.tolist()[0] == im.Status.INFEASIBLE
+    (gradient,) = torch.autograd.grad(sol.value.nan_to_num().sum(), h)
+    assert gradient[0].tolist() == [0, 0]
+    assert bool((gradient[1] != 0).all())
+    with pytest.raises(ValueError, match="smoothing must be"):
+        im.KKTAdjoint(smoothing=-1.0)
