@@ -50,16 +50,20 @@ def test_there_are_288_solutions():
         assert torch.equal(groups.sort(dim=-1).values, torch.arange(1, 5).expand(288, 4, 4))
 
 
-def test_made_puzzles_have_one_solution_and_no_clue_to_spare():
+def test_made_puzzles_have_one_solution_and_few_clues_to_spare():
     boards = make_sudoku4(300)
     assert len(boards) == len(boards.puzzles.unique(dim=0)) > 280
     for puzzle, solution in zip(entries(boards.puzzles[:40]), entries(boards.solutions)):
         (only,) = solutions_of(puzzle)
         assert torch.equal(only, solution)
-        for row, column in puzzle.nonzero().tolist():
+        clues = puzzle.nonzero().tolist()
+        assert len(clues) >= 4
+        for row, column in clues if len(clues) in (4, 7, 8) else []:
             fewer = puzzle.clone()
             fewer[row, column] = 0
             assert len(solutions_of(fewer)) > 1
+    counts = (boards.puzzles.sum(dim=(1, 2, 3))).int().bincount() / len(boards)
+    torch.testing.assert_close(counts[4:7], torch.tensor([1, 4, 2]) / 7, rtol=0, atol=0.1)
     assert torch.equal(make_sudoku4(300).puzzles, boards.puzzles)
     assert not torch.equal(make_sudoku4(300, seed=1).puzzles[:280], boards.puzzles[:280])
     with pytest.raises(ValueError, match="count must be at least 1; got 0"):
