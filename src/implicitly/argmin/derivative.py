@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -62,72 +64,127 @@ class Jacobian:
         return J
 
 
+class Linearised(Protocol):
+    """The Jacobian J of an optimality condition, factorised; `Jacobian` is one."""
+
+    @property
+    def degenerate(self) -> Tensor:
+        """`(B,)`, where it is singular, in a way that matters."""
+        ...
+
+    def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
+        """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, N)` of which row i belongs to sample i % B."""
+        ...
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """The matrices `(len(rows), N, N)` of some samples."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
-    `known` receives the `Jacobian` once the solution is found. Systems that are neither it nor its transpose,
-    which the first step tells, are solved by dense LU. At degenerate samples the answer is that of least squares
-    and, of all of them, the one of minimal norm; what no answer can reduce does not count as residual.
+    `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
+    transpose, which a test vector tells, are solved by dense LU. At degenerate samples the answer is that of
+    least squares and, of all of them, the one of minimal norm; what no answer can reduce does not count as
+    residual.
     """
 
     recurrent: ClassVar[bool] = False
     max_steps: int = 10
-    known: list[Jacobian] = field(default_factory=list)
+    known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
-        """The inverse to apply, and the first step and its residual."""
+        """The inverse to apply."""
         jacobian = self.known[0]
-        best, memory = CLOSE_ENOUGH, None
-        if len(r) % len(jacobian.alpha) == 0:
-            for transposed in (True, False):
-                inverse = _Inverse.of(jacobian, transposed, len(r))
-                step, left = inverse(F, r)
-                worst = float((row_norm(left) / row_norm(r).clamp(min=torch.finfo(r.dtype).tiny)).max())
-                if worst < best:
-                    best, memory = worst, (inverse, step, left)
-                if best < PLAIN:
-                    break
-        if memory is not None:
-            return memory
-        return DenseLU(limit_gib=8.0).start(F, z, r)
+        inverse = _Inverse.recognised(jacobian, F, r)
+        if inverse is None:
+            return DenseLU(limit_gib=8.0).start(F, z, r)
+        return (inverse,)
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """One more step of refinement."""
+        """The solution; once more for the residual that rounding, and the factors, left."""
         if not isinstance(memory[0], _Inverse):
             return DenseLU().propose(F, k, z, r, memory)
-        inverse, *first = memory
-        step, left = first or inverse(F, r)
-        return Proposal(z + step, (inverse,), left, calls=1)
+        step, left = memory[0](F, r)
+        return Proposal(z + step, memory, left, calls=1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Inverse:
-    """An approximate inverse of -J or -J', for right-hand sides that stand `k` a sample one below the other."""
+    """An approximate inverse of -J or -J', for k right-hand sides a sample.
 
-    jacobian: Jacobian
+    Rows are (V, k, `inner`), with V * `inner` samples: which samples `vmap` maps outside of the right-hand sides,
+    and which are inside.
+    """
+
+    jacobian: Linearised
     transposed: bool
-    # Of samples where J is singular: their rows, the pseudoinverse, and the projection on the range.
+    inner: int
+    # Of samples where J is singular, or nearly: their rows, the pseudoinverse, and the projection on the range.
     rows: Tensor | None
     pseudoinverse: Tensor
     onto_range: Tensor
 
     @classmethod
-    def of(cls, jacobian: Jacobian, transposed: bool, count: int) -> _Inverse:
-        empty = jacobian.alpha[:0]
-        if not happens(jacobian.degenerate):
-            return cls(jacobian, transposed, None, empty, empty)
-        rows = jacobian.degenerate.nonzero()[:, 0]
-        J = jacobian.dense(rows)
+    def recognised(cls, jacobian: Linearised, F: Affine, r: Tensor) -> _Inverse | None:
+        """The inverse for the system of `F`, which a vector without meaning tells; None where it is not of J."""
+        batch = len(jacobian.degenerate)
+        if len(r) % batch:
+            return None
+        wave = torch.cos(torch.arange(1.0, r.numel() + 1, dtype=r.dtype, device=r.device) ** 2).reshape(r.shape)
+        inners = [batch] if len(r) == batch else [n for n in range(batch, 0, -1) if batch % n == 0]
+        best, found, left = (len(r) + 1, 0.0), None, wave
+        for inner, transposed in itertools.product(inners, (True, False)):
+            inverse = cls.of(jacobian, transposed, inner, len(r))
+            remains = row_norm(inverse(F, wave)[1]) / row_norm(wave)
+            # Under a wrong order of the rows some may still be right.
+            score = int((~(remains < PLAIN)).sum()), float(remains.median())
+            if score < best:
+                best, found, left = score, inverse, remains
+            if best[0] == 0:
+                break
+        if found is None or not best[1] < CLOSE_ENOUGH:
+            return None
+        stubborn = ~(left <= CLOSE_ENOUGH)
+        if not happens(stubborn):
+            return found
+        # Ill-conditioned samples, for which the factors are too rough.
+        chosen = stubborn[found._order(len(r))].reshape(-1, batch).any(0)
+        return cls.of(jacobian, found.transposed, found.inner, len(r), chosen)
+
+    @classmethod
+    def of(
+        cls, jacobian: Linearised, transposed: bool, inner: int, count: int, stubborn: Tensor | None = None
+    ) -> _Inverse:
+        """For `count` rows; samples that are `stubborn` `(B,)` are solved by their dense matrices."""
+        empty, chosen = torch.zeros(0), jacobian.degenerate
+        chosen = chosen if stubborn is None else chosen | stubborn
+        plain = cls(jacobian, transposed, inner, None, empty, empty)
+        if not happens(chosen):
+            return plain
+        samples = chosen.nonzero()[:, 0]
+        J = jacobian.dense(samples)
         J = J.mT if transposed else J
-        pseudoinverse = torch.linalg.pinv(J, rtol=proximal(J.dtype))
-        copies = count // len(jacobian.alpha)
-        index = torch.arange(copies, device=rows.device).unsqueeze(1) * len(jacobian.alpha) + rows
-        return cls(jacobian, transposed, index, pseudoinverse, J @ pseudoinverse)
+        rtol = torch.where(jacobian.degenerate[samples], proximal(J.dtype), J.shape[1] * torch.finfo(J.dtype).eps)
+        pseudoinverse = torch.linalg.pinv(J, rtol=rtol.to(J.dtype))
+        rows = plain._order(count).reshape(-1, len(chosen))[:, samples]
+        return replace(plain, rows=rows, pseudoinverse=pseudoinverse, onto_range=J @ pseudoinverse)
+
+    def _order(self, count: int) -> Tensor:
+        """The `count` rows in the order (k, V, inner)."""
+        batch = len(self.jacobian.degenerate)
+        index = torch.arange(count, device=self.jacobian.degenerate.device)
+        return index.reshape(batch // self.inner, -1, self.inner).transpose(0, 1).reshape(-1)
 
     def __call__(self, F: Affine, r: Tensor) -> tuple[Tensor, Tensor]:
         """The step -J^-1 r, and the residual that it leaves; F maps a step to r of a zero step less its image."""
-        step = -self.jacobian.solve(r, self.transposed)
+        if self.inner == len(self.jacobian.degenerate):
+            step = -self.jacobian.solve(r, self.transposed)
+        else:
+            order = self._order(len(r))
+            step = torch.empty_like(r).index_copy(0, order, -self.jacobian.solve(r[order], self.transposed))
         if self.rows is not None:
             exact = -torch.einsum("bij,kbj->kbi", self.pseudoinverse, r[self.rows])
             step = step.index_put((self.rows,), exact)

@@ -1,5 +1,6 @@
 """Implicit layers as `torch.nn.Module`. They add parameters and nothing else."""
 
+from implicitly.nn.convex_layer import ConvexLayer
 from implicitly.nn.deq import DEQ
 from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
 from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
@@ -16,6 +17,7 @@ __all__ = [
     "Autonomous",
     "BatchNorm",
     "ConcatTime",
+    "ConvexLayer",
     "Dropout",
     "GatedTime",
     "HamiltonianField",

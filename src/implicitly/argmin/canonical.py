@@ -1,0 +1,420 @@
+"""Parametrised convex programs of cvxpy in canonical form: numbers that are affine in the parameters.
+
+cvxpy turns a problem that follows its rules of disciplined parametrised programming (DPP) into
+
+    minimise 1/2 x'Px + q'x  subject to  Ax + s = b,  s in K
+
+where every entry of P, q, A and b is an affine function of the parameters (Agrawal, Amos, Barratt, Boyd, Diamond
+and Kolter, "Differentiable Convex Optimization Layers", NeurIPS 2019). Those functions are found once; then values
+of parameters become a program by one sparse product, without cvxpy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.argmin.conic import Cones, Pattern
+from implicitly.argmin.optional import require
+
+# ------------------------------------------------------------------------------- from parameters to numbers
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """Rows of numbers that are affine in a vector of parameters: `constant + M @ p`, with M sparse.
+
+    Attributes:
+        constant: `(size,)`.
+        slots: pairs of columns of p and coefficients, each `(size,)`: M has at most `len(slots)` entries a row.
+    """
+
+    constant: Tensor
+    slots: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, matrix: Any) -> AffineMap:
+        """From a SciPy sparse matrix `(size, parameters + 1)` whose last column is the constant."""
+        matrix = matrix.tocsc()
+        constant = torch.from_numpy(matrix[:, [-1]].toarray()[:, 0].astype(np.float64))
+        varying = matrix[:, :-1].tocsr()
+        varying.eliminate_zeros()
+        counts = np.diff(varying.indptr)
+        slots = []
+        for k in range(int(counts.max(initial=0))):
+            has = counts > k
+            place = varying.indptr[:-1][has] + k
+            column, coefficient = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts))
+            column[has], coefficient[has] = varying.indices[place], varying.data[place]
+            slots.append((torch.from_numpy(column), torch.from_numpy(coefficient)))
+        return cls(constant, tuple(slots))
+
+    @property
+    def varying(self) -> Tensor:
+        """`(size,)`, which rows depend on any parameter."""
+        marks = [coefficient != 0 for _, coefficient in self.slots]
+        return torch.stack(marks).any(0) if marks else torch.zeros_like(self.constant, dtype=torch.bool)
+
+    def depends_on(self, marked: Tensor) -> bool:
+        """Whether any row depends on a parameter that is `marked` `(N,)`."""
+        return any(bool(marked[column.cpu()][coefficient.cpu() != 0].any()) for column, coefficient in self.slots)
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """The rows `(B, size)` for parameters `(B, N)`, or `(1, size)` where they depend on none."""
+        rows = self.constant.unsqueeze(0)
+        for column, coefficient in self.slots:
+            rows = torch.addcmul(rows, p.index_select(1, column), coefficient)
+        return rows
+
+    def to(self, like: Tensor) -> AffineMap:
+        """With the dtype and on the device of `like`."""
+        slots = tuple((column.to(like.device), coefficient.to(like)) for column, coefficient in self.slots)
+        return AffineMap(self.constant.to(like), slots)
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """Where the value of one parameter goes in the vector of all.
+
+    Attributes:
+        name: as the user knows it.
+        shape: of one value.
+        source: `(width,)` positions, row-major, of the entries that are wanted.
+        places: where the first of them goes, and whether it is the logarithm that does (geometric programs, of
+            which one may want both).
+        symmetric: whether only a triangle of the value is read, so that it must be symmetric.
+        sign: 1 where it must not be negative, -1 where not positive, else 0.
+        definite: 1 where it must be positive semidefinite, -1 where negative, else 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: Tensor
+    places: tuple[tuple[int, bool], ...]
+    symmetric: bool = False
+    sign: int = 0
+    definite: int = 0
+
+    @property
+    def is_log(self) -> bool:
+        """Whether its logarithm is wanted."""
+        return any(log for _, log in self.places)
+
+    def rows(self, value: Tensor) -> Tensor:
+        """The entries `(B or 1, width)` of a value."""
+        if value.ndim == len(self.shape):
+            value = value.unsqueeze(0)
+        if self.symmetric:
+            value = (value + value.mT) / 2
+        return value.reshape(len(value), -1).index_select(1, self.source.to(value.device))
+
+
+@dataclass(frozen=True)
+class VariableSlot:
+    """Where the value of one variable comes from.
+
+    Attributes:
+        shape: of one value.
+        dual: whether from the multipliers rather than x.
+        source: position for each of its entries, row-major.
+        scale: factor for each entry.
+        exp: whether the exponential is wanted (geometric programs).
+    """
+
+    shape: tuple[int, ...]
+    source: Tensor
+    scale: Tensor
+    dual: bool = False
+    exp: bool = False
+
+    def take(self, x: Tensor) -> Tensor:
+        """The value `(B, *shape)` of solutions `(B, n)`."""
+        value = x.index_select(1, self.source.to(x.device)) * self.scale.to(x)
+        return (value.exp() if self.exp else value).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalProgram:
+    """A family of programs: the functions from parameters to P, q, A and b, and what those mean."""
+
+    pattern: Pattern
+    cones: Cones
+    maps: tuple[AffineMap, ...]
+    parameters: tuple[ParameterSlot, ...]
+    variables: tuple[VariableSlot, ...]
+    _moved: dict[tuple[torch.dtype, torch.device], tuple[AffineMap, ...]] = field(default_factory=dict)
+
+    def numbers(self, values: list[Tensor], batch: int) -> tuple[Tensor, ...]:
+        """P, q, A and b, each `(B, ·)`, or `(1, ·)` where the batch shares it, for one value a parameter,
+        `(B, ...)` or without B where shared."""
+        flat: list[tuple[int, Tensor]] = []
+        for value, slot in zip(values, self.parameters):
+            rows = slot.rows(value)
+            flat += [(start, rows.log() if log else rows) for start, log in slot.places]
+        flat.sort(key=lambda place: place[0])
+        parts = [rows for _, rows in flat]
+        shared = torch.cat([rows[:1] for rows in parts], dim=1)
+        if batch == 1:
+            return tuple(f(shared) for f in self._maps(shared))
+        own = torch.cat([rows.expand(batch, -1) for rows in parts], dim=1)
+        varying = torch.cat([torch.full(rows.shape[1:], len(rows) > 1) for rows in parts])
+        return tuple(f(own if f.depends_on(varying) else shared) for f in self._maps(own))
+
+    def wanted(self) -> Tensor:
+        """`(n + m,)`, 1 for those entries of (x, multipliers) on which the variables depend, else 0."""
+        entries = torch.zeros(self.pattern.n + self.pattern.m, dtype=torch.float64)
+        for v in self.variables:
+            entries[v.source + (self.pattern.n if v.dual else 0)] = 1.0
+        return entries
+
+    def _maps(self, like: Tensor) -> tuple[AffineMap, ...]:
+        key = (like.dtype, like.device)
+        if key not in self._moved:
+            self._moved[key] = tuple(f.to(like) for f in self.maps)
+        return self._moved[key]
+
+
+# ---------------------------------------------------------------------------------- what cvxpy makes of it
+
+
+def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], gp: bool) -> CanonicalProgram:
+    """The canonical form of a cvxpy `problem`; raises TypeError, ValueError or NotImplementedError.
+
+    Args:
+        parameters: all of the problem's, in the order of the values to come.
+        variables: those whose values are wanted, or dual variables of equalities and inequalities.
+        gp: whether it is a geometric program.
+    """
+    cp = require("cvxpy")
+    clarabel = require("clarabel")
+    del clarabel  # cvxpy asks for it by name
+    _check(cp, problem, parameters, variables, gp)
+    logs: dict[int, Any] = {}
+    dcp, renamed = problem, {}
+    if gp:
+        reduction = cp.reductions.Dgp2Dcp(problem)
+        dcp = reduction.apply(problem)[0]
+        logs = {p.id: lowered for p, lowered in reduction.canon_methods._parameters.items()}
+        renamed = {old: new[0] for old, new in reduction.var_id_map.items()}
+    with warnings.catch_warnings(), cp.utilities.scopes.quad_form_dpp_scope():
+        # cvxpy, of its own code, where a parameter is sparse.
+        warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
+        data, chain, _ = dcp.get_problem_data(solver="CLARABEL")
+    form = data[cp.settings.PARAM_PROB]
+    names = _Names(form, chain, renamed, logs)
+    (P_map, P_place), (A_map, b_map, A_place) = _quadratic(form), _constraints(form)
+    cones = Cones.of(data["dims"])
+    pattern = Pattern.of(form.x.size, cones.size, P_place, A_place)
+    maps = (P_map, AffineMap.of(form.q.tocsr()[:-1]), A_map, b_map)
+    return CanonicalProgram(
+        pattern,
+        cones,
+        maps,
+        tuple(_parameter_slot(p, names) for p in parameters),
+        tuple(_variable_slot(v, problem, names, gp) for v in variables),
+    )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Where cvxpy's reductions have put variables, parameters and constraints."""
+
+    form: Any
+    chain: Any
+    renamed: dict[int, int]
+    logs: dict[int, Any]
+
+    def column(self, variable: Any) -> int:
+        """The first entry of x that is `variable`'s."""
+        key = self.renamed.get(variable.id, variable.id)
+        return self.form.var_id_to_col[_latest(self.chain.compose_var_id_map(), key)]
+
+    def places(self, parameter: Any) -> tuple[tuple[int, bool], ...]:
+        """The first entry of the vector of parameters that is `parameter`'s, and whether that is its logarithm."""
+        renamed, columns = self.chain.compose_param_id_map(), self.form.param_id_to_col
+        keys = [(parameter.id, False)]
+        if parameter.id in self.logs:
+            keys.append((self.logs[parameter.id].id, True))
+        latest = [(_latest(renamed, key), log) for key, log in keys]
+        return tuple((columns[key], log) for key, log in latest if key in columns)
+
+    def row(self, constraint: Any) -> int:
+        """The first row of A that is `constraint`'s."""
+        key = _latest(self.chain.compose_constr_id_map(), constraint.id)
+        row = 0
+        for c in self.form.constraints:
+            if c.id == key:
+                return row
+            row += c.size
+        raise ValueError(f"cvxpy's canonical form has no constraint {constraint}")
+
+
+def _latest(renamed: Any, key: Any) -> int:
+    new = renamed.get(key, key)
+    return new[0] if isinstance(new, list | tuple) else new
+
+
+def _quadratic(form: Any) -> tuple[AffineMap, tuple[Any, Any]]:
+    """The upper triangle of P, column by column, and its rows and columns."""
+    reduced = form.reduced_P
+    if reduced.reduced_mat is None:
+        none = np.zeros(0, dtype=np.int64)
+        return AffineMap(torch.zeros(0, dtype=torch.float64), ()), (none, none)
+    rows, columns = _places(reduced.problem_data_index)
+    upper = rows <= columns
+    return AffineMap.of(reduced.reduced_mat.tocsr()[upper]), (rows[upper], columns[upper])
+
+
+def _constraints(form: Any) -> tuple[AffineMap, AffineMap, tuple[Any, Any]]:
+    """A, column by column, all of b, and the rows and columns of A. cvxpy has -A and b side by side."""
+    reduced, n, m = form.reduced_A, form.x.size, form.constr_size
+    if reduced.reduced_mat is None:
+        none = np.zeros(0, dtype=np.int64)
+        empty, zeros = torch.zeros(0, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+        return AffineMap(empty, ()), AffineMap(zeros, ()), (none, none)
+    rows, columns = _places(reduced.problem_data_index)
+    matrix = reduced.reduced_mat.tocsr()
+    of_b = columns == n
+    lift = require("scipy.sparse").csr_array(
+        (np.ones(of_b.sum()), (rows[of_b], np.arange(of_b.sum()))), shape=(m, int(of_b.sum()))
+    )
+    return AffineMap.of(-matrix[~of_b]), AffineMap.of(lift @ matrix[of_b]), (rows[~of_b], columns[~of_b])
+
+
+def _places(index: Any) -> tuple[Any, Any]:
+    """Rows and columns of the entries of a matrix given as (row of each entry, column starts, shape)."""
+    rows, starts, _ = index
+    return np.asarray(rows, dtype=np.int64), np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+
+def _check(cp: Any, problem: Any, parameters: Sequence[Any], variables: Sequence[Any], gp: bool) -> None:
+    """Raise TypeError or ValueError unless `problem` can be a layer from `parameters` to `variables`."""
+    if not isinstance(problem, cp.Problem):
+        raise TypeError(f"problem must be a cvxpy.Problem, got a {type(problem).__name__}")
+    for name, given in (("parameters", parameters), ("variables", variables)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(f"{name} must be a list or tuple of cvxpy objects, got a {type(given).__name__}")
+    if problem.is_mixed_integer():
+        raise ValueError(
+            "the problem has boolean or integer variables: its solution is piecewise constant in the parameters, "
+            "and has no derivative. Relax them: a continuous variable with bounds"
+        )
+    if not (problem.is_dpp("dgp") if gp else problem.is_dpp(quad_form_dpp="qp")):
+        raise ValueError(_why_not_dpp(problem, gp))
+    _check_members("parameters", parameters, problem.parameters(), "Parameter")
+    for parameter in problem.parameters():
+        if not any(parameter is p for p in parameters):
+            raise ValueError(f"the problem's parameter {_named(parameter)} is missing from parameters")
+    if not problem.parameters():
+        raise ValueError("the problem has no parameters, so its solution is a constant: use problem.solve()")
+    if not variables:
+        raise ValueError(
+            "variables is empty: name the variables of the problem whose values the layer is to return"
+        )
+    _check_members("variables", variables, [*problem.variables(), *_multipliers(problem)], "Variable")
+
+
+def _check_members(name: str, given: Sequence[Any], own: Sequence[Any], kind: str) -> None:
+    for i, x in enumerate(given):
+        if not any(x is y for y in own):
+            known = ", ".join(_named(y) for y in own[:20]) or "none"
+            raise ValueError(f"{name}[{i}], {_named(x)}, is no {kind} of the problem, which has: {known}")
+        if any(x is y for y in given[:i]):
+            raise ValueError(f"{name} holds {_named(x)} twice")
+
+
+def _named(leaf: Any) -> str:
+    shape = getattr(leaf, "shape", None)
+    return f"{leaf} of shape {shape}" if shape is not None else repr(leaf)
+
+
+def _why_not_dpp(problem: Any, gp: bool) -> str:
+    """cvxpy's own explanation, led by what it is about."""
+    rules = "geometric programming (DGP)" if gp else "convex programming (DCP)"
+    if not (problem.is_dgp() if gp else problem.is_dcp()):
+        reason = f"the problem does not follow cvxpy's rules of {rules}"
+        if not gp and problem.is_dgp():
+            reason += "; it is a geometric program: pass gp=True"
+    else:
+        reason = (
+            "the problem is convex, but not in the way that cvxpy can canonicalise once for all values of the "
+            "parameters (DPP): products of parameters, or other functions of them, must be parameters of their own"
+        )
+    parts = [problem.objective, *problem.constraints]
+    good = [(x.is_dgp(dpp=True) if gp else x.is_dcp(dpp=True)) for x in parts]
+    named = "; ".join(str(x) for x, ok in zip(parts, good) if not ok)
+    return f"{reason}. Not so: {named}. See https://www.cvxpy.org/tutorial/dpp/index.html"
+
+
+def _parameter_slot(parameter: Any, names: _Names) -> ParameterSlot:
+    attributes, shape = parameter.attributes, tuple(parameter.shape)
+    for kind in ("complex", "imag", "hermitian", "boolean", "integer"):
+        if attributes.get(kind):
+            raise NotImplementedError(f"parameter {_named(parameter)} is {kind}: ConvexLayer takes real ones")
+    symmetric = any(attributes[kind] for kind in ("symmetric", "PSD", "NSD"))
+    sign = bool(attributes["nonneg"] or attributes["pos"]) - bool(attributes["nonpos"] or attributes["neg"])
+    return ParameterSlot(
+        str(parameter),
+        shape,
+        torch.from_numpy(_entries(parameter)),
+        names.places(parameter),
+        symmetric,
+        int(sign),
+        bool(attributes["PSD"]) - bool(attributes["NSD"]),
+    )
+
+
+def _entries(leaf: Any) -> Any:
+    """Row-major positions of those entries of a parameter or variable that the canonical form has, in order."""
+    positions = np.arange(leaf.size).reshape(leaf.shape)
+    if any(leaf.attributes[kind] for kind in ("symmetric", "PSD", "NSD")):
+        if leaf.ndim != 2:
+            raise NotImplementedError(f"{_named(leaf)}: a stack of symmetric matrices; pass one leaf a matrix")
+        return positions[np.triu_indices(leaf.shape[0])]
+    if leaf.attributes["diag"]:
+        return np.diag(positions).copy()
+    if leaf.attributes["sparsity"]:
+        return positions[leaf.sparse_idx]
+    return positions.flatten(order="F")
+
+
+def _variable_slot(variable: Any, problem: Any, names: _Names, gp: bool) -> VariableSlot:
+    shape = tuple(variable.shape)
+    for constraint in problem.constraints:
+        if any(variable is dual for dual in constraint.dual_variables):
+            return _dual_slot(variable, constraint, names)
+    if (
+        variable.attributes.get("complex")
+        or variable.attributes.get("imag")
+        or variable.attributes.get("hermitian")
+    ):
+        raise NotImplementedError(f"variable {_named(variable)} is complex: ConvexLayer has real ones")
+    start, entries = names.column(variable), _entries(variable)
+    source, scale = np.zeros(variable.size, dtype=np.int64), np.zeros(variable.size)
+    source[entries], scale[entries] = start + np.arange(len(entries)), 1.0
+    if any(variable.attributes[kind] for kind in ("symmetric", "PSD", "NSD")):
+        mirrored = np.arange(variable.size).reshape(shape).T.reshape(-1)[entries]
+        source[mirrored], scale[mirrored] = source[entries], 1.0
+    return VariableSlot(shape, torch.from_numpy(source), torch.from_numpy(scale), exp=gp)
+
+
+def _multipliers(problem: Any) -> list[Any]:
+    return [dual for constraint in problem.constraints for dual in constraint.dual_variables]
+
+
+def _dual_slot(variable: Any, constraint: Any, names: _Names) -> VariableSlot:
+    kind = type(constraint).__name__
+    if kind not in ("Equality", "Inequality", "Zero", "NonNeg", "NonPos"):
+        raise NotImplementedError(
+            f"the dual variable of a constraint of type {kind}: only equalities and inequalities have theirs here"
+        )
+    places = names.row(constraint) + np.arange(variable.size).reshape(variable.shape, order="F").reshape(-1)
+    return VariableSlot(
+        tuple(variable.shape), torch.from_numpy(places), torch.ones(variable.size, dtype=torch.float64), dual=True
+    )

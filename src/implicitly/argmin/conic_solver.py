@@ -1,0 +1,204 @@
+"""`Clarabel`: the solver of conic programs, run over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.argmin.conic import Cones, Pattern
+from implicitly.argmin.optional import require
+from implicitly.iterate import Status
+
+# What solvers that are used again, with other numbers, need to be.
+_FIXED = {
+    "verbose": False,
+    "presolve_enable": False,
+    "chordal_decomposition_enable": False,
+    "input_sparse_dropzeros": False,
+    "max_threads": 1,
+}
+_OWN = ("max_iter", "tol_gap_abs", "tol_gap_rel", "tol_feas", "time_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clarabel:
+    """The interior-point solver Clarabel (Goulart and Chen 2024) for conic programs, in float64 on the CPU.
+
+    A solver is kept for each thread and gets other numbers in place; samples of a batch are shared out to threads.
+
+    Args:
+        rtol: relative tolerance of feasibility and of the gap, absolute for numbers below one.
+        max_steps: iterations after which a sample ends as `Status.MAX_STEPS`.
+        polish: Newton steps on the optimality condition that follow, at most; they take the residual to rounding
+            errors, which derivatives are as exact as, and share their matrix. Without any, `Status.DEGENERATE` is
+            not found out.
+        time_limit_s: seconds for each sample.
+        threads: how many; None: as many as PyTorch uses.
+        settings: other settings of Clarabel by name, such as `{"equilibrate_enable": False}`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or a setting that is not Clarabel's or not to be changed.
+    """
+
+    rtol: float = 1e-8
+    max_steps: int = 200
+    polish: int = 3
+    time_limit_s: float = float("inf")
+    threads: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    # What `Report` asks: a number of steps is never all that is wanted.
+    budget_only: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not 0 < self.rtol < 1:
+            raise ValueError(f"Clarabel: rtol must be between 0 and 1, got {self.rtol}")
+        if self.max_steps < 1 or self.polish < 0:
+            raise ValueError(f"Clarabel: max_steps >= 1 and polish >= 0, got {self.max_steps}, {self.polish}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"Clarabel: threads must be at least 1, got {self.threads}")
+        if not self.time_limit_s > 0:
+            raise ValueError(f"Clarabel: time_limit_s must be positive, got {self.time_limit_s}")
+        for name in self.settings:
+            if name in _FIXED or name in _OWN:
+                raise ValueError(f"Clarabel: the setting {name} is not to be changed here, or is an argument")
+
+    def native_settings(self) -> Any:
+        """Clarabel's own object; raises TypeError for settings it does not have."""
+        settings = require("clarabel").DefaultSettings()
+        tolerances = {"tol_gap_abs": self.rtol, "tol_gap_rel": self.rtol, "tol_feas": self.rtol}
+        limits = {"max_iter": self.max_steps, "time_limit": self.time_limit_s}
+        for name, value in {**_FIXED, **tolerances, **limits, **self.settings}.items():
+            if not hasattr(settings, name):
+                raise TypeError(f"Clarabel has no setting {name!r}")
+            try:
+                setattr(settings, name, value)
+            except TypeError as error:
+                raise TypeError(f"Clarabel's setting {name} cannot be {value!r}: {error}") from error
+        return settings
+
+
+class Numbers(NamedTuple):
+    """P, q, A and b of a batch, each a float64 array `(B or 1, ·)`."""
+
+    P: Any
+    q: Any
+    A: Any
+    b: Any
+
+    def of(self, i: int) -> tuple[Any, ...]:
+        """Those of sample i."""
+        return tuple(x[i if len(x) > 1 else 0] for x in self)
+
+
+class Solved(NamedTuple):
+    """x `(B, n)`, multipliers y and slack s `(B, m)`, `Status` codes and iterations `(B,)`: arrays."""
+
+    x: Any
+    y: Any
+    s: Any
+    status: Any
+    steps: Any
+
+
+class Workers:
+    """Clarabel's solvers of one family of programs, which wait here between solves.
+
+    Each is made from the same numbers, so that its scaling, which stays, does not depend on who solves what.
+    """
+
+    def __init__(self, pattern: Pattern, cones: Cones, solver: Clarabel):
+        self._pattern, self._cones, self._solver = pattern, cones, solver
+        self._idle: list[Any] = []
+        self._first: tuple[Any, ...] | None = None
+        self._settings = solver.native_settings()
+
+    def __getstate__(self) -> Any:
+        """Without solvers, which are made anew: they can be neither copied nor pickled."""
+        return self._pattern, self._cones, self._solver
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(*state)
+
+    def solve(self, numbers: Numbers, finite: Any) -> Solved:
+        """The solutions of all samples; those that are not `finite` `(B,)` are left out."""
+        batch, n, m = len(finite), self._pattern.n, self._pattern.m
+        out = Solved(*(np.zeros((batch, k)) for k in (n, m, m)), *(np.zeros(batch, dtype=np.int64) for _ in "ab"))
+        out.status[:] = int(Status.NON_FINITE)
+        todo = np.flatnonzero(finite)
+        if len(todo) == 0:
+            return out
+        if self._first is None:
+            self._first = numbers.of(int(todo[0]))
+        threads = min(self._solver.threads or torch.get_num_threads(), len(todo))
+        if threads == 1:
+            self._work(numbers, todo, out)
+            return out
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(self._work, numbers, part, out) for part in np.array_split(todo, threads)]:
+                done.result()
+        return out
+
+    def _work(self, numbers: Numbers, samples: Any, out: Solved) -> None:
+        assert self._first is not None
+        try:
+            solver = self._idle.pop()  # lists are safe between threads
+        except IndexError:
+            solver = self._make(self._first)
+        for i in samples:
+            P, q, A, b = numbers.of(i)
+            solver.update(P=P, q=q, A=A, b=b)
+            solution = solver.solve()
+            status = _status(str(solution.status))
+            if status == Status.STAGNATED:  # perhaps for a scaling that was made for other numbers
+                solution = self._make((P, q, A, b)).solve()
+                status = _status(str(solution.status))
+            out.x[i], out.y[i], out.s[i] = solution.x, solution.z, solution.s
+            out.status[i], out.steps[i] = int(status), solution.iterations
+        self._idle.append(solver)
+
+    def _make(self, numbers: tuple[Any, ...]) -> Any:
+        clarabel, sparse = require("clarabel"), require("scipy.sparse")
+        P, q, A, b = numbers
+        p, n, m = self._pattern, self._pattern.n, self._pattern.m
+        P = sparse.csc_matrix((P, *_starts(p.P_rows, p.P_columns, n)), shape=(n, n))
+        A = sparse.csc_matrix((A, *_starts(p.A_rows, p.A_columns, n)), shape=(m, n))
+        return clarabel.DefaultSolver(P, q, A, b, native_cones(clarabel, self._cones), self._settings)
+
+
+def native_cones(clarabel: Any, cones: Cones) -> list[Any]:
+    """Clarabel's own objects."""
+    native = [clarabel.ZeroConeT(cones.zero)] if cones.zero else []
+    native += [clarabel.NonnegativeConeT(cones.nonnegative)] if cones.nonnegative else []
+    native += [clarabel.SecondOrderConeT(d) for d in cones.second_order]
+    native += [clarabel.PSDTriangleConeT(k) for k in cones.semidefinite]
+    native += [clarabel.ExponentialConeT() for _ in range(cones.exponential)]
+    native += [
+        clarabel.PowerConeT(p[0]) if len(p) == 2 else clarabel.GenPowerConeT(list(p), 1) for p in cones.powers
+    ]
+    return native
+
+
+def _starts(rows: Tensor, columns: Tensor, n: int) -> tuple[Any, Any]:
+    counts = np.bincount(columns.numpy(), minlength=n)
+    return rows.numpy(), np.concatenate([[0], np.cumsum(counts)])
+
+
+def _status(name: str) -> Status:
+    """Ours, for Clarabel's."""
+    known = {
+        "Solved": Status.CONVERGED,
+        "PrimalInfeasible": Status.INFEASIBLE,
+        "AlmostPrimalInfeasible": Status.INFEASIBLE,
+        "DualInfeasible": Status.UNBOUNDED,
+        "AlmostDualInfeasible": Status.UNBOUNDED,
+        "MaxIterations": Status.MAX_STEPS,
+        "MaxTime": Status.MAX_STEPS,
+    }
+    return known.get(name, Status.STAGNATED)

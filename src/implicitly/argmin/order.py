@@ -1,0 +1,127 @@
+"""Projections onto orders: isotonic regression, and the permutahedron that follows from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from implicitly.argmin.rows import (
+    block_means,
+    check_state,
+    check_values,
+    in_full_precision,
+    outside,
+    per_entry,
+    without_bad_rows,
+)
+
+
+@in_full_precision
+def isotonic(z: Tensor, weights: Tensor | None = None, increasing: bool = True) -> Tensor:
+    """The nearest x with x_1 <= x_2 <= ... <= x_n, in the sum of weights * (x - z)^2.
+
+    x is constant on blocks, with the (weighted) mean of z there. Blocks are found by merging neighbours, halves of
+    the row at a time: a half that is sorted already meets the other at one level v, x = min(x, v) on the left and
+    max(x, v) on the right, with v the root of a piecewise linear function that one sort gives. O(n log^2 n) for
+    each row, all rows and all pairs of halves at once. (That parts may be pooled first, in any order: Barlow,
+    Bartholomew, Bremner and Brunk, Statistical Inference under Order Restrictions, 1972.)
+
+    Args:
+        z: `(..., n)`.
+        weights: positive, broadcast with z; None: all one.
+        increasing: False: x_1 >= x_2 >= ... instead.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: weights that are not positive and finite, or shapes that do not broadcast.
+    """
+    check_state("isotonic", z, least=0)
+    if weights is not None:
+        weights = per_entry("isotonic", "weights", weights, z)
+        fine = (weights > 0) & weights.isfinite()
+        check_values(fine, weights, "isotonic: weights must be positive and finite")
+        z, weights = torch.broadcast_tensors(z, weights)
+
+    def core(z: Tensor) -> Tensor:
+        return _isotonic(z, weights) if increasing else -_isotonic(-z, weights)
+
+    return without_bad_rows(core, z)
+
+
+def _isotonic(z: Tensor, weights: Tensor | None) -> Tensor:
+    if z.shape[-1] < 2:
+        return z
+    blocks = outside(_blocks, z) if weights is None else outside(_blocks, z, weights)
+    return block_means(z, weights, blocks)
+
+
+def _blocks(z: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Which block `(..., n)` int64, counted from 0, each entry of the isotonic regression is in."""
+    n = z.shape[-1]
+    if z.numel() == 0:
+        return torch.zeros_like(z, dtype=torch.int64)
+    levels = (n - 1).bit_length()
+    z = z - z.mean(-1, keepdim=True)
+    weights = torch.ones_like(z) if weights is None else weights
+    missing = 2**levels - n  # filled up by copies of the largest entry, which no block has a reason to join
+    x = torch.cat([z, z.amax(-1, keepdim=True).expand(*z.shape[:-1], missing)], dim=-1)
+    w = F.pad(weights, (0, missing), value=1.0)
+    for level in range(levels):
+        half = 2**level
+        x = _merged(x.unflatten(-1, (-1, 2 * half)), w.unflatten(-1, (-1, 2 * half)), half).flatten(-2)
+    rises = x[..., 1:n] > x[..., : n - 1]
+    return F.pad(rises.cumsum(-1), (1, 0))
+
+
+def _merged(x: Tensor, w: Tensor, half: int) -> Tensor:
+    """`x` `(..., 2 half)`, increasing in each half, as the isotonic regression of the whole."""
+    t, order = x.sort(dim=-1, stable=True)
+    w = w.gather(-1, order)
+    of_left = order < half
+    left, right = torch.where(of_left, w, 0.0), torch.where(of_left, 0.0, w)
+    # At the level v = t_k: what of the left is above, and what of the right is at or below.
+    above, below = left.sum(-1, keepdim=True) - left.cumsum(-1), right.cumsum(-1)
+    above_sum = (left * t).sum(-1, keepdim=True) - (left * t).cumsum(-1)
+    below_sum = (right * t).cumsum(-1)
+    surplus = (above_sum - t * above) - (t * below - below_sum)  # falls with k, and ends <= 0
+    k = ((surplus >= 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    size = (above + below).gather(-1, k)
+    low, high = t.gather(-1, k), t.gather(-1, (k + 1).clamp(max=2 * half - 1))
+    level = (above_sum + below_sum).gather(-1, k) / torch.where(size > 0, size, 1.0)
+    level = torch.where(size > 0, torch.minimum(torch.maximum(level, low), high), low)
+    return torch.cat([torch.minimum(x[..., :half], level), torch.maximum(x[..., half:], level)], dim=-1)
+
+
+@in_full_precision
+def permutahedron(z: Tensor, w: Tensor) -> Tensor:
+    """The nearest point of the convex hull of all permutations of w.
+
+    With z sorted downwards by sigma it is z_sigma - v, put back into its order, where v is the decreasing isotonic
+    regression of z_sigma - w sorted downwards: Blondel, Teboul, Berthet and Djolonga, "Fast Differentiable Sorting
+    and Ranking", ICML 2020, proposition 3.
+
+    Args:
+        z: `(..., n)`.
+        w: broadcasts with z, and gets its gradient.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: shapes that do not broadcast, or w is not finite.
+    """
+    check_state("permutahedron", z)
+    w = per_entry("permutahedron", "w", w, z)
+    check_values(w.isfinite(), w, "permutahedron: w must be finite")
+    w = w.expand(*w.shape[:-1], z.shape[-1])
+    return without_bad_rows(lambda z: nearest_permuted(z, w), z)
+
+
+def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
+    """`permutahedron` of finite rows."""
+    z, w = torch.broadcast_tensors(z, w.sort(-1, descending=True).values)
+    order = z.detach().argsort(-1, descending=True)
+    descending = z.gather(-1, order)
+    blocks = outside(_blocks, w - descending)
+    # A block keeps its differences, and takes the mean of w.
+    nearest = block_means(w, None, blocks) + (descending - block_means(descending, None, blocks))
+    return nearest.gather(-1, order.argsort(-1))

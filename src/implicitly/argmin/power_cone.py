@@ -1,0 +1,125 @@
+"""Projection onto power cones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.cones import CARRYING_STEPS
+from implicitly.argmin.rows import check_state, outside, without_bad_rows
+
+# The search is for theta with |theta| below this: at its ends r is 1e-300 of what bounds it.
+REACH = 700.0
+# Halvings of that; the Newton steps that follow find the last digits.
+SEARCH_STEPS = 48
+
+
+def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
+    """The nearest point of {(x, t): x >= 0, x_1^a_1 ... x_k^a_k >= |t|} for exponents a > 0 that sum to one.
+
+    Outside of the cone and its polar the answer is x_i = (z_i + sqrt(z_i^2 + 4 a_i r (|t| - r))) / 2, where r, its
+    last entry but for the sign, solves one equation in one unknown (Hien, "Differential properties of Euclidean
+    projection onto power cone", Mathematical Methods of Operations Research 82, 2015, proposition 2.2). A search
+    finds r in double precision; three Newton steps there, recorded by autograd, carry derivatives up to order 7.
+
+    Args:
+        z: `(..., k + 1)`, the bounded entry last.
+        exponents: the k of them.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: exponents that are not positive or don't sum to one, or don't fit z.
+    """
+    check_state("power_cone", z)
+    if min(exponents) <= 0 or abs(sum(exponents) - 1) > 1e-9:
+        raise ValueError(f"power_cone: exponents must be positive and sum to one, got {exponents}")
+    if z.shape[-1] != len(exponents) + 1:
+        raise ValueError(
+            f"power_cone: with {len(exponents)} exponents z must be (..., {len(exponents) + 1}), got "
+            f"{tuple(z.shape)}"
+        )
+    return without_bad_rows(lambda z: _power(z, exponents), z)
+
+
+def dual_power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
+    """The nearest point of the dual of `power_cone`; by Moreau z + P(-z). Args and errors as there."""
+    return z + power_cone(-z, exponents)
+
+
+INSIDE, POLAR, FLAT, CURVED = range(4)
+
+
+def _power(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
+    dtype = z.dtype
+    z = z.double()
+    a = torch.tensor(exponents, dtype=torch.float64, device=z.device)
+    size = z.detach().abs().amax(-1, keepdim=True)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # a cone: scaling commutes with the projection
+    scaled = z / size
+    kind, theta = outside(lambda v: _search(v, a), scaled)
+    kind = kind.unsqueeze(-1)
+    curved = kind == CURVED
+    safe = torch.where(curved, scaled, _on_the_curve(scaled))
+    surface = _on_surface(theta, safe, a) * size
+    flat = torch.cat(
+        [torch.where(z[..., :-1].detach() > 0, z[..., :-1], 0.0), torch.zeros_like(z[..., -1:])], dim=-1
+    )
+    other = torch.where(kind == INSIDE, z, torch.where(kind == FLAT, flat, 0.0))
+    return torch.where(curved, surface, other).to(dtype)
+
+
+def _on_the_curve(v: Tensor) -> Tensor:
+    """A point whose projection is at theta = 0, which stands in for rows without one."""
+    stand_in = torch.zeros_like(v)
+    stand_in[..., -1] = 1.0
+    return stand_in
+
+
+def _parts(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x `(..., k)` and r `(...)` of the point at theta, with their derivatives by theta.
+
+    r = |t| sigmoid(theta), so that both r and |t| - r keep their digits where they are small.
+    """
+    x, t = v[..., :-1], v[..., -1].abs()
+    r, rest = t * theta.sigmoid(), t * (-theta).sigmoid()
+    dr = r * (-theta).sigmoid()
+    g, dg = a * (r * rest).unsqueeze(-1), a * (dr * (rest - r)).unsqueeze(-1)
+    root = (x.square() + 4 * g).sqrt()
+    negative = x.detach() < 0
+    far = torch.where(negative, root - x, 1.0)  # one of two expressions of x keeps its digits
+    return torch.where(negative, 2 * g / far, (x + root) / 2), r, dg / root, dr
+
+
+def _excess(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """log of x_1^a_1 ... x_k^a_k / r, decreasing, zero at the answer; and its derivative."""
+    x, r, dx, dr = _parts(theta, v, a)
+    return (a * x.log()).sum(-1) - r.log(), (a * dx / x).sum(-1) - dr / r
+
+
+def _on_surface(theta: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    """The projection at the detached theta, whose derivatives the Newton steps carry."""
+    start = theta
+    for _ in range(CARRYING_STEPS):
+        value, derivative = _excess(theta, v, a)
+        theta = theta - value / derivative
+    theta = torch.where(theta.detach().isfinite(), theta, start)
+    x, r, _, _ = _parts(theta, v, a)
+    return torch.cat([x, (r * torch.where(v[..., -1].detach() < 0, -1.0, 1.0)).unsqueeze(-1)], dim=-1)
+
+
+def _search(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """For each `(...)` the case its projection is in, and theta on the curved surface (else 0)."""
+    x, t = v[..., :-1], v[..., -1].abs()
+    log_t = t.log()
+    inside = (x >= 0).all(-1) & ((a * x.clamp(min=0).log()).sum(-1) >= log_t)
+    polar = (x <= 0).all(-1) & ((a * ((-x).clamp(min=0) / a).log()).sum(-1) >= log_t)
+    kind = torch.where(t == 0, FLAT, torch.full_like(t, CURVED, dtype=torch.int64))
+    kind = torch.where(inside, INSIDE, torch.where(polar, POLAR, kind))
+    curved = kind == CURVED
+    v = torch.where(curved.unsqueeze(-1), v, _on_the_curve(v))
+    low, high = torch.full_like(t, -REACH), torch.full_like(t, REACH)
+    for _ in range(SEARCH_STEPS):
+        theta = (low + high) / 2
+        above = _excess(theta, v, a)[0] > 0
+        low, high = torch.where(above, theta, low), torch.where(above, high, theta)
+    return kind, torch.where(curved, (low + high) / 2, 0.0)

@@ -1,0 +1,243 @@
+"""`im.project`: the nearest point of a convex set, with its exact derivative.
+
+    P(z) = argmin 1/2 |x - z|^2  over x in the set
+
+Each function acts on the last dimension of `z` `(..., n)` (matrices: on the last two); leading dimensions are a
+batch, of any shape, also empty. Every parameter may be a number or a tensor and gets its gradient: one number a
+row (a radius) broadcasts with the leading dimensions of z, a vector with z itself. dtype and device in = out; of
+half precision, what lies between is computed in float32, as it is under autocast.
+
+P is found by whatever finds it (a sort, a Newton iteration, an eigenvalue decomposition) outside of autograd;
+which face or case it ended in is then known, and on that face P is a smooth map of z and the parameters, written
+in operations that differentiate to any order in both modes and under `vmap`. On the boundary between two faces P
+has no derivative; the one of the face that was found is taken, which is an element of Clarke's generalised
+Jacobian. Rows that hold NaN are NaN, with zero gradient; no other row sees them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.cones import dual_exponential_cone, exponential_cone, psd_cone, second_order_cone
+from implicitly.argmin.order import isotonic, permutahedron
+from implicitly.argmin.rows import (
+    Number,
+    as_parameter,
+    check_nonnegative,
+    check_state,
+    check_values,
+    in_full_precision,
+    per_entry,
+    per_row,
+    without_bad_rows,
+)
+from implicitly.argmin.transport import sinkhorn
+
+__all__ = [
+    "affine",
+    "box",
+    "dual_exponential_cone",
+    "exponential_cone",
+    "halfspace",
+    "isotonic",
+    "l1_ball",
+    "l2_ball",
+    "linf_ball",
+    "permutahedron",
+    "psd_cone",
+    "second_order_cone",
+    "simplex",
+    "sinkhorn",
+]
+
+
+@in_full_precision
+def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) -> Tensor:
+    """The nearest point with lower <= x <= upper, entry by entry.
+
+    Args:
+        z: `(..., n)`.
+        lower, upper: numbers, or tensors that broadcast with z; infinite where there is no bound.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: lower > upper somewhere, or shapes that do not broadcast.
+    """
+    check_state("box", z, least=0)
+    low, high = per_entry("box", "lower", lower, z), per_entry("box", "upper", upper, z)
+    check_values(low <= high, low - high, "box: lower must be <= upper everywhere; lower - upper")
+
+    def core(z: Tensor) -> Tensor:
+        return torch.where(z < low, low, torch.where(z > high, high, z))
+
+    return without_bad_rows(core, z)
+
+
+@in_full_precision
+def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point with x >= 0 and sum(x) = radius.
+
+    x = max(z - tau, 0), with the tau that makes the sum right; found by sorting, O(n log n). Held, Wolfe and
+    Crowder, "Validation of subgradient optimization", Mathematical Programming 6 (1974); Duchi et al., ICML 2008.
+
+    Args:
+        z: `(..., n)` with n >= 1; entries may be -inf, which gives 0.
+        radius: >= 0, a number or a tensor that broadcasts with `(...)`. 0 is the single point 0.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: a negative radius, n = 0, or shapes that do not broadcast.
+    """
+    check_state("simplex", z)
+    radius = per_row("simplex", "radius", radius, z)
+    check_nonnegative("simplex", "radius", radius)
+    return without_bad_rows(lambda z: _simplex(z, radius), z)
+
+
+def _simplex(z: Tensor, radius: Tensor) -> Tensor:
+    z = z - z.detach().amax(-1, keepdim=True)  # x does not change, and its digits are kept
+    sorted_z = z.detach().sort(-1, descending=True).values
+    counts = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    levels = (sorted_z.cumsum(-1) - radius.detach()) / counts
+    count = (sorted_z > levels).sum(-1, keepdim=True)
+    support = z.detach() > levels.gather(-1, (count - 1).clamp(min=0))
+    z, support = torch.broadcast_tensors(z, support)
+    total = torch.where(support, z, 0.0).sum(-1, keepdim=True)
+    level = (total - radius) / support.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(support, z - level, 0.0)
+
+
+@in_full_precision
+def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point with sum |x| <= radius: z itself inside, else signs of z on a projection to the simplex.
+
+    Args and errors as of `simplex`.
+    """
+    check_state("l1_ball", z)
+    radius = per_row("l1_ball", "radius", radius, z)
+    check_nonnegative("l1_ball", "radius", radius)
+    return without_bad_rows(lambda z: _l1_ball(z, radius), z)
+
+
+def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
+    sign = z.detach().sign()
+    inside = z.detach().abs().sum(-1, keepdim=True) <= radius
+    return torch.where(inside, z, sign * _simplex(sign * z, radius))
+
+
+@in_full_precision
+def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point with |x| <= radius in the 2-norm: z, or radius * z / |z|.
+
+    Args and errors as of `simplex`.
+    """
+    check_state("l2_ball", z)
+    radius = per_row("l2_ball", "radius", radius, z)
+    check_nonnegative("l2_ball", "radius", radius)
+
+    def core(z: Tensor) -> Tensor:
+        beyond = norm(z.detach()) > radius
+        return torch.where(beyond, z * (radius / norm(torch.where(beyond, z, 1.0))), z)
+
+    return without_bad_rows(core, z)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The 2-norm `(..., 1)` of rows, without overflow; a row of zeros has no finite derivative."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale * (x / scale).square().sum(-1, keepdim=True).sqrt()
+
+
+@in_full_precision
+def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
+    """The nearest point with |x_i| <= radius for every i. Args and errors as of `simplex`."""
+    check_state("linf_ball", z)
+    radius = per_row("linf_ball", "radius", radius, z)
+    check_nonnegative("linf_ball", "radius", radius)
+
+    def core(z: Tensor) -> Tensor:
+        return torch.where(z < -radius, -radius, torch.where(z > radius, radius, z))
+
+    return without_bad_rows(core, z)
+
+
+@in_full_precision
+def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
+    """The nearest point with a'x <= b: z less a * max(a'z - b, 0) / a'a.
+
+    Args:
+        z: `(..., n)`.
+        a: the normal, not 0 (where b >= 0 it may be: then every point is feasible), broadcasts with z.
+        b: a number or a tensor that broadcasts with `(...)`.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: no point is feasible, numbers that are not finite, or shapes that do not broadcast.
+    """
+    check_state("halfspace", z)
+    a, b = per_entry("halfspace", "a", a, z), per_row("halfspace", "b", b, z)
+    check_values(a.isfinite(), a, "halfspace: a must be finite")
+    length = a.square().sum(-1, keepdim=True)
+    empty = (length == 0) & ~(b >= 0)
+    check_values(~empty, b, "halfspace: no point satisfies a'x <= b with a = 0; b must be >= 0 there")
+    check_values(~b.isnan(), b, "halfspace: b must be a number")
+    length = torch.where(length.detach() == 0, 1.0, length)
+
+    def core(z: Tensor) -> Tensor:
+        excess = (a * z).sum(-1, keepdim=True) - b
+        return z - a * (torch.where(excess.detach() > 0, excess, 0.0) / length)
+
+    return without_bad_rows(core, z)
+
+
+@in_full_precision
+def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
+    """The nearest point with A x = b: z - A^+ (A z - b), with the pseudoinverse A^+.
+
+    The rows of A may depend on each other, as long as the equations agree; the derivative with respect to A is
+    then that along matrices of the same rank (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973). One singular
+    value decomposition of A, O(n m^2).
+
+    Args:
+        z: `(..., n)`.
+        A: `(m, n)` or `(..., m, n)`.
+        b: `(m,)` or `(..., m)`.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: the equations contradict each other, numbers that are not finite, or shapes that do not fit.
+    """
+    check_state("affine", z)
+    A, b = as_parameter("affine", "A", A, z), as_parameter("affine", "b", b, z)
+    n = z.shape[-1]
+    if A.ndim < 2 or A.shape[-1] != n or b.ndim < 1 or b.shape[-1] != A.shape[-2]:
+        raise ValueError(
+            f"affine: for z {tuple(z.shape)} A must be (..., m, {n}) and b (..., m); got A {tuple(A.shape)} and "
+            f"b {tuple(b.shape)}"
+        )
+    for name, value in (("A", A), ("b", b)):
+        check_values(value.isfinite(), value, f"affine: {name} must be finite")
+    inverse = torch.linalg.pinv(A)
+    origin = _apply(inverse, b)
+    _check_consistent(A, b, origin)
+
+    def core(z: Tensor) -> Tensor:
+        return z - _apply(inverse, _apply(A, z)) + origin
+
+    return without_bad_rows(core, z)
+
+
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _check_consistent(A: Tensor, b: Tensor, x: Tensor) -> None:
+    """Raise ValueError where the least-squares solution `x` of A x = b is none."""
+    left = (_apply(A, x) - b).detach().abs()
+    size = (_apply(A.abs(), x.abs()) + b.abs()).detach().amax(-1, keepdim=True)
+    limit = torch.finfo(A.dtype).eps ** 0.75 * size
+    check_values(
+        left <= limit, left, "affine: the equations A x = b contradict each other; the best x misses one by"
+    )

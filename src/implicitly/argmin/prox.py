@@ -1,0 +1,147 @@
+"""`im.prox`: proximal maps, with their exact derivatives.
+
+    prox(z) = argmin 1/2 |x - z|^2 + weight * g(x)
+
+Shapes, broadcasting, derivatives of every order and rows with NaN are as in `im.project`. Weights are >= 0, and
+get their gradients. With a projection P onto a set, prox of the set's support function is z - P(z) (Moreau).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.chain import blocks_of, jumps, pulled
+from implicitly.argmin.cones import positive_part
+from implicitly.argmin.project import l1_ball, norm
+from implicitly.argmin.rows import (
+    Number,
+    block_means,
+    check_nonnegative,
+    check_state,
+    check_values,
+    in_full_precision,
+    outside,
+    per_entry,
+    per_row,
+    without_bad_rows,
+)
+
+__all__ = ["l1", "l2", "linf", "nuclear", "total_variation"]
+
+
+@in_full_precision
+def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
+    """g = sum |x|: soft thresholding, sign(z) * max(|z| - weight, 0).
+
+    Args:
+        z: `(..., n)`.
+        weight: >= 0; a number, or a tensor that broadcasts with z, one an entry.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: a negative weight, or shapes that do not broadcast.
+    """
+    check_state("prox.l1", z, least=0)
+    weight = per_entry("prox.l1", "weight", weight, z)
+    check_nonnegative("prox.l1", "weight", weight)
+
+    def core(z: Tensor) -> Tensor:
+        return torch.where(z > weight, z - weight, torch.where(z < -weight, z + weight, 0.0))
+
+    return without_bad_rows(core, z)
+
+
+@in_full_precision
+def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
+    """g = |x| in the 2-norm (not squared), of each row: z * max(1 - weight / |z|, 0), the threshold of a group.
+
+    Args:
+        z: `(..., n)`, n >= 1.
+        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one a row.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: a negative weight, n = 0, or shapes that do not broadcast.
+    """
+    check_state("prox.l2", z)
+    weight = per_row("prox.l2", "weight", weight, z)
+    check_nonnegative("prox.l2", "weight", weight)
+
+    def core(z: Tensor) -> Tensor:
+        beyond = norm(z.detach()) > weight
+        return torch.where(beyond, z * (1 - weight / norm(torch.where(beyond, z, 1.0))), 0.0)
+
+    return without_bad_rows(core, z)
+
+
+@in_full_precision
+def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
+    """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
+    check_state("prox.linf", z)
+    check_nonnegative("prox.linf", "weight", per_row("prox.linf", "weight", weight, z))
+    return without_bad_rows(lambda z: z - l1_ball(z, weight), z)
+
+
+@in_full_precision
+def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
+    """g = the sum of singular values: each is lowered by `weight`, at most to 0.
+
+    The symmetric matrix [[0, Z], [Z', 0]] has the eigenvalues +s and -s for each singular value s; thresholding
+    them by two positive parts gives derivatives that need no distinct singular values. O((n + m)^3).
+
+    Args:
+        Z: `(..., n, m)`, n, m >= 1.
+        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one a matrix.
+
+    Raises:
+        TypeError: `Z` is not of a floating dtype.
+        ValueError: a negative weight, an empty matrix, or shapes that do not broadcast.
+    """
+    check_state("prox.nuclear", Z, dims=2)
+    weight = per_row("prox.nuclear", "weight", weight, Z, dims=2)
+    check_nonnegative("prox.nuclear", "weight", weight)
+    n, m = Z.shape[-2:]
+    shift = weight * torch.eye(n + m, dtype=Z.dtype, device=Z.device)
+
+    def core(Z: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(Z, (n, 0, 0, m))
+        both = padded + padded.mT
+        return (positive_part(both - shift) - positive_part(-both - shift))[..., :n, n:]
+
+    return without_bad_rows(core, Z, dims=2, infinite=True)
+
+
+@in_full_precision
+def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
+    """g = sum |x_(i+1) - x_i|, each with its weight: the exact piecewise constant answer ("taut string").
+
+    Which edges jump, and in which direction, is found exactly (see `chain.py`: O(n log n) for each of usually
+    about 2 log2(n) rounds, all rows at once); then x is, on each constant part, the mean of z plus the weight of
+    an edge that jumps, up or down, over the length: a linear map of z and the weights.
+
+    Args:
+        z: `(..., n)`, along the chain.
+        weight: >= 0 and finite; a number, or a tensor that broadcasts with `(..., n - 1)`, one an edge:
+            weight[i] is that between entries i and i + 1. One number a row is `(..., 1)`.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: weights that are negative or not finite, or shapes that do not broadcast.
+    """
+    check_state("prox.total_variation", z)
+    n = z.shape[-1]
+    weight = per_entry("prox.total_variation", "weight", weight, z, entries=(n - 1,))
+    fine = (weight >= 0) & weight.isfinite()
+    check_values(fine, weight, "prox.total_variation: weight must be >= 0 and finite")
+    if n == 1:
+        return z
+    lead = torch.broadcast_shapes(z.shape[:-1], weight.shape[:-1] if weight.ndim else ())
+    w = weight.expand(*lead, n - 1)
+
+    def core(z: Tensor) -> Tensor:
+        z = z.expand(*lead, n)
+        sign = outside(jumps, z, w)
+        return block_means(pulled(z, w, sign), None, blocks_of(sign))
+
+    return without_bad_rows(core, z, infinite=True)

@@ -1,0 +1,72 @@
+"""Sparsemax, soft sorting and soft ranking: projections onto the simplex and the permutahedron."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.order import nearest_permuted
+from implicitly.argmin.project import simplex
+from implicitly.argmin.rows import Number, check_state, check_values, in_full_precision, per_row, without_bad_rows
+
+
+@in_full_precision
+def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
+    """Probabilities, some of them exactly 0: the projection of `z` onto the probability simplex along `dim`.
+
+    Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Entries of -inf get probability 0.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: nothing along `dim`.
+    """
+    check_state("sparsemax", z)
+    return simplex(z.movedim(dim, -1)).movedim(-1, dim)
+
+
+@in_full_precision
+def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
+    """The entries of `z` `(..., n)` sorted, but pulled towards their mean so that they have a useful derivative.
+
+    The projection of (1, ..., n) / strength onto the hull of the permutations of z: Blondel, Teboul, Berthet and
+    Djolonga, "Fast Differentiable Sorting and Ranking", ICML 2020, with the quadratic regulariser. O(n log^2 n).
+
+    Args:
+        z: `(..., n)`, n >= 1.
+        strength: > 0, in the unit of z; a number or a tensor that broadcasts with `(...)`. As it falls to 0 the
+            result becomes the sorted z (at a positive strength already, where gaps are larger than it).
+        descending: largest first.
+
+    Raises:
+        TypeError: `z` is not of a floating dtype.
+        ValueError: a strength that is not positive, n = 0, or shapes that do not broadcast.
+    """
+    check_state("soft_sort", z)
+    strength = _strength("soft_sort", strength, z)
+    places = _ranks(z)
+    places = (places.flip(-1) if descending else places) / strength
+    return without_bad_rows(lambda z: nearest_permuted(places, z), z, infinite=True)
+
+
+@in_full_precision
+def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
+    """The rank, 1 of the smallest to n of the largest, of each entry of `z` `(..., n)`, as a piecewise linear map.
+
+    The projection of z / strength onto the hull of the permutations of (1, ..., n). Args and errors as of
+    `soft_sort`; `descending`: rank 1 is that of the largest. Ranks are exact where gaps are larger than
+    `strength`.
+    """
+    check_state("soft_rank", z)
+    strength = _strength("soft_rank", strength, z)
+    scale = -strength if descending else strength
+    return without_bad_rows(lambda z: nearest_permuted(z / scale, _ranks(z)), z, infinite=True)
+
+
+def _strength(name: str, strength: Number, z: Tensor) -> Tensor:
+    strength = per_row(name, "strength", strength, z)
+    check_values((strength > 0) & strength.isfinite(), strength, f"{name}: strength must be positive and finite")
+    return strength
+
+
+def _ranks(z: Tensor) -> Tensor:
+    return torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)

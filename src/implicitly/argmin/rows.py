@@ -1,0 +1,165 @@
+"""What projections and proximal maps share: checks at the door, bad rows, averages over blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+
+from implicitly.host import happens
+from implicitly.tree import full_precision, unwrapped
+
+Number = float | Tensor
+
+
+P = ParamSpec("P")
+
+
+def in_full_precision(f: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """`f`, a map of a state z, without autocast; for a z of half precision in float32, but for what it returns."""
+
+    @functools.wraps(f)
+    def call(z: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if not isinstance(z, Tensor):
+            return f(z, *args, **kwargs)  # which says what is wrong
+        with full_precision(z.device.type):
+            if z.dtype in (torch.bfloat16, torch.float16):
+                return f(z.float(), *args, **kwargs).to(z.dtype)
+            return f(z, *args, **kwargs)
+
+    return call
+
+
+def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
+    """Raise TypeError / ValueError unless `z` is floating with at least `dims` dimensions, the last >= `least`."""
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        came = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"{name}: z must be a tensor of real floating numbers, got {came}; convert it with .to()")
+    shape = "(..., n)" if dims == 1 else "(..., n, m)"
+    if z.ndim < dims or z.shape[-1] < least:
+        raise ValueError(f"{name}: z must be {shape} with n >= {least}, got {tuple(z.shape)}")
+
+
+def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
+    """`value`, a number or a tensor, as a tensor of z's dtype; raises TypeError / ValueError where it is none."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: {parameter} must be a number or a tensor, got {type(value).__name__}")
+        return torch.full((), float(value), dtype=z.dtype, device=z.device)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: {parameter} must hold real numbers, got {value.dtype}")
+    if value.device != z.device:
+        raise ValueError(f"{name}: {parameter} is on {value.device}, z on {z.device}; move one of them")
+    return value.to(z.dtype)
+
+
+def per_row(name: str, parameter: str, value: Any, z: Tensor, dims: int = 1) -> Tensor:
+    """A number for each row of `z` `(..., n)`, or matrix where `dims=2`, with the row's dimensions as ones."""
+    value = as_parameter(name, parameter, value, z)
+    check_broadcast(name, parameter, value.shape, z.shape[: z.ndim - dims], "one number a row")
+    return value[(..., *(None,) * dims)]
+
+
+def per_entry(name: str, parameter: str, value: Any, z: Tensor, entries: tuple[int, ...] | None = None) -> Tensor:
+    """Numbers that broadcast against `z` `(..., n)`, or against `(..., *entries)` where these are given."""
+    value = as_parameter(name, parameter, value, z)
+    wanted = z.shape if entries is None else (*z.shape[:-1], *entries)
+    check_broadcast(name, parameter, value.shape, wanted, "its last dimensions being " + str(tuple(wanted[-1:])))
+    keep = 1 if entries is None else len(entries)
+    grown = torch.broadcast_shapes(value.shape, wanted)[-keep:]
+    if tuple(grown) != tuple(wanted[-keep:]):  # a row of z never grows
+        raise ValueError(f"{name}: {parameter} {tuple(value.shape)} does not fit z {tuple(z.shape)}")
+    return value
+
+
+def check_broadcast(name: str, parameter: str, came: Any, wanted: Any, meaning: str) -> None:
+    """Raise ValueError unless the two shapes broadcast."""
+    try:
+        torch.broadcast_shapes(came, wanted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: {parameter} of shape {tuple(came)} must broadcast with {tuple(wanted)} ({meaning})"
+        ) from error
+
+
+def check_values(fine: Tensor, value: Tensor, message: str) -> None:
+    """Raise ValueError with `message` and the first of `value` where `fine`, of its shape, is false.
+
+    Values are not looked at while a graph is traced.
+    """
+    if torch.compiler.is_compiling():
+        return
+    fine = unwrapped(fine.detach())
+    if bool(fine.all()):
+        return
+    wrong = unwrapped(value.detach()).expand_as(fine)[~fine]
+    raise ValueError(f"{message}, got {float(wrong[0]):g}")
+
+
+def check_nonnegative(name: str, parameter: str, value: Tensor) -> None:
+    """Raise ValueError where `value` is negative or NaN."""
+    check_values(value >= 0, value, f"{name}: {parameter} must be >= 0")
+
+
+def without_bad_rows(core: Callable[[Tensor], Tensor], z: Tensor, dims: int = 1, infinite: bool = False) -> Tensor:
+    """`core(z)`, but NaN, with zero derivative, for rows (matrices: `dims=2`) that hold NaN (or infinities)."""
+    places = tuple(range(-dims, 0))
+    bad = (z.detach().isfinite().logical_not() if infinite else z.detach().isnan()).any(dim=places, keepdim=True)
+    if not happens(bad):
+        return core(z)
+    return torch.where(bad, float("nan"), core(torch.where(bad, 0.0, z)))
+
+
+def block_means(x: Tensor, weights: Tensor | None, blocks: Tensor) -> Tensor:
+    """Of `x` `(..., n)` the (weighted) mean of its block at every entry; `blocks` `(..., n)` int64 names them."""
+    x, blocks = torch.broadcast_tensors(x, blocks)
+    w = torch.ones_like(x) if weights is None else weights.expand_as(x)
+    total = torch.zeros_like(x).scatter_add(-1, blocks, x if weights is None else w * x)
+    size = torch.zeros_like(x).scatter_add(-1, blocks, w)
+    return total.gather(-1, blocks) / size.gather(-1, blocks)
+
+
+def mapped_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """`tensors`, of which `vmap` maps the dimensions `in_dims`, each with that dimension, of `size`, first."""
+    return [t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims)]
+
+
+def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
+    """`f(*tensors)` without derivatives, outside of every transform: what `vmap` maps is a first dimension to f.
+
+    All `tensors` must have the same leading dimensions; f returns tensors, or a tuple of them, that have them too.
+    """
+    detached = [t.detach() for t in tensors]
+    if torch.compiler.is_compiling():  # a graph has no transforms to step out of
+        return f(*detached)
+    return _Outside.apply(f, *detached)
+
+
+class _Outside(torch.autograd.Function):
+    @staticmethod
+    def forward(f, *tensors):
+        return f(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        ctx.count = len(outputs) if isinstance(output, tuple) else 0
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return (None,) * ctx.count if ctx.count else None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        f, *tensors = args
+        output = _Outside.apply(f, *mapped_first(info.batch_size, in_dims[1:], tuple(tensors)))
+        return output, (0,) * len(output) if isinstance(output, tuple) else 0

@@ -1,0 +1,245 @@
+"""Entropic projection onto the transport polytope: Sinkhorn's fixed point in the log domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.rows import (
+    as_parameter,
+    check_broadcast,
+    check_state,
+    check_values,
+    in_full_precision,
+    outside,
+    per_row,
+)
+from implicitly.host import happens
+from implicitly.implicit import Backward, Condition, Map, Report, attach, find, is_usable
+from implicitly.iterate import Proposal, Solver
+from implicitly.linear import Affine, LinearSolver, dense
+from implicitly.tree import row_norm
+
+# From a temperature of the size of the costs down to the one asked for, by halves.
+HALVINGS = 60
+NEWTON_STEPS = 50
+# The largest changes along an eigenvector of the Hessian that are tried, in temperatures: where parts of the plan
+# hardly touch, Newton's step is far too long, and what is right is of the size of the costs.
+STEP_LENGTHS = (0.5, 2.0, 8.0, 32.0, 128.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinkhorn(Solver):
+    """Sinkhorn's sweeps: the potential of the rows that fits them, given that of the columns, and so on.
+
+    `max_steps` counts sweeps after the start, which is by falling temperatures and then Newton's method.
+    """
+
+    max_steps: int = 1000
+
+    def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """It remembers nothing."""
+        return ()
+
+    def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """One sweep."""
+        return Proposal(z + r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumNorm(LinearSolver):
+    """The least-squares solution of least norm, by a singular value decomposition of the dense matrix.
+
+    Where a cold plan falls into parts that hardly touch, moving mass between them takes potentials beyond any
+    number, and changes nothing: directions that the matrix takes to 0, to rounding, are left out, of the residual
+    too. That is a backward error, |b - M u| relative to |b| + |u| (Rigal and Gaches, J. ACM 14, 1967).
+    """
+
+    recurrent: ClassVar[bool] = False
+    limit_gib: float = 4.0
+    max_steps: int = 5
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """The decomposition, without small singular values, and the matrix."""
+        M = dense(F.operator, z, self.limit_gib)
+        U, S, V = torch.linalg.svd(M)
+        keep = S.shape[1] * torch.finfo(S.dtype).eps * S[:, :1] < S
+        return U * keep.unsqueeze(1), torch.where(keep, 1 / S, 0.0).unsqueeze(2) * V, M
+
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The solution; once more for the residual that rounding left."""
+        U, scaled, M = memory
+        z = z + (scaled.mT @ (U.mT @ r.unsqueeze(2))).squeeze(2)
+        left = F.b.unsqueeze(2) - M @ z.unsqueeze(2)
+        left = (U @ (U.mT @ left)).squeeze(2)
+        # The largest singular value is about 1, so |z| is what rounding is relative to.
+        b_norm = row_norm(F.b).unsqueeze(1)
+        size = b_norm + row_norm(z).unsqueeze(1)
+        return Proposal(z, memory, left * (b_norm / torch.where(size > 0, size, 1.0)), 1)
+
+
+@in_full_precision
+def sinkhorn(
+    cost: Tensor,
+    row: Tensor,
+    column: Tensor,
+    epsilon: float | Tensor = 0.1,
+    solver: Solver = Sinkhorn(),
+    linear_solver: Solver = MinimumNorm(),
+    on_failure: str = "raise",
+) -> Tensor:
+    """The plan with the row sums `row` and column sums `column` that costs least, less its entropy.
+
+    X >= 0 minimises <cost, X> + epsilon * sum X (log X - 1). It is the projection, in the Kullback-Leibler
+    divergence, of exp(-cost / epsilon) onto the transport polytope: X_ij = exp((f_i + g_j - cost_ij) / epsilon).
+    Cuturi, "Sinkhorn Distances", NeurIPS 2013. Potentials are found in the log domain, and differentiated through
+    the condition that they are a fixed point of the sweep, which holds whatever found them: any order, both modes,
+    memory of one sweep.
+
+    Args:
+        cost: `(..., n, m)`.
+        row: `(..., n)`, positive. Leading dimensions of the three broadcast.
+        column: `(..., m)`, positive, with the same sum as `row`, to the rounding of their dtypes; what they differ
+            by is taken from `row`, of which only the proportions have a derivative.
+        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`. solver: its
+        tolerances are relative to the potentials (in units of epsilon). linear_solver: of the derivative's
+        systems, (n, n) for each plan: `MinimumNorm`, O(n^3), or a matrix-free one
+            for large and not too cold plans, such as `im.GMRES()`. Fewer rows than columns is cheaper.
+        on_failure: "raise", "warn" or "ignore" plans that do not converge; ignored ones have zero gradient.
+
+    Raises:
+        TypeError: `cost` is not of a floating dtype.
+        ValueError: marginals that are not positive, or whose sums differ; epsilon <= 0; shapes that do not fit.
+        SolverError: a plan did not converge and `on_failure="raise"`.
+    """
+    check_state("sinkhorn", cost, dims=2)
+    row, column = _marginals(cost, row, column)
+    epsilon = per_row("sinkhorn", "epsilon", epsilon, cost, dims=2)
+    check_values((epsilon > 0) & epsilon.isfinite(), epsilon, "sinkhorn: epsilon must be positive and finite")
+    report = Report(on_failure)
+    n, m = cost.shape[-2:]
+    batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])
+    K = (cost / epsilon).expand(*batch, n, m).reshape(-1, n, m)
+    q = column.log()
+    p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
+    p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
+    condition = Condition(_sweep, "sinkhorn", cost.dtype, report, relative_to_iterate=True, carries=(0, 0, 0))
+    theta = (K, p, q)
+    found = find(solver, condition, outside(_potentials, *theta), theta)
+    usable = is_usable(found.status)
+    if not happens(~usable):
+        return _plan(attach(condition, found.z, theta, Backward(linear_solver)), *theta).reshape(*batch, n, m)
+    # A failed plan has no derivative; a problem whose answer is 0 stands in for it.
+    failed = _plan(found.z, *(t.detach() for t in theta))
+    usable = usable[:, None]
+    theta = (torch.where(usable[:, None], K, 0.0), torch.where(usable, p, 0.0), torch.where(usable, q, 0.0))
+    phi = attach(condition, torch.where(usable, found.z, 0.0), theta, Backward(linear_solver))
+    return torch.where(usable[:, None], _plan(phi, *theta), failed).reshape(*batch, n, m)
+
+
+def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the dtype of `cost`; raises TypeError / ValueError unless some plan has them."""
+    marginals = []
+    precision = max(torch.finfo(t.dtype).eps for t in (cost, row, column) if t.is_floating_point())
+    for name, value, size in (("row", row, cost.shape[-2]), ("column", column, cost.shape[-1])):
+        value = as_parameter("sinkhorn", name, value, cost)
+        if value.ndim < 1 or value.shape[-1] != size:
+            raise ValueError(
+                f"sinkhorn: {name} must be (..., {size}) for a cost {tuple(cost.shape)}, got {tuple(value.shape)}"
+            )
+        check_broadcast("sinkhorn", name, value.shape[:-1], cost.shape[:-2], "leading dimensions")
+        fine = (value > 0) & value.isfinite()
+        check_values(fine, value, f"sinkhorn: {name} must be positive (leave out rows and columns of no mass)")
+        marginals.append(value)
+    first, second = (value.detach().sum(-1) for value in marginals)
+    check_broadcast("sinkhorn", "row", first.shape, second.shape, "leading dimensions of column")
+    gap = first - second
+    limit = precision**0.75 * (first + second)
+    check_values(
+        gap.abs() <= limit, gap, "sinkhorn: row and column must have the same sum; the first minus the second"
+    )
+    return marginals[0], marginals[1]
+
+
+def _columns(phi: Tensor, K: Tensor, q: Tensor) -> Tensor:
+    """The potential `(B, m)` of the columns that makes their sums right."""
+    return q - (phi.unsqueeze(2) - K).logsumexp(1)
+
+
+def _rows(psi: Tensor, K: Tensor, p: Tensor) -> Tensor:
+    return p - (psi.unsqueeze(1) - K).logsumexp(2)
+
+
+def _sweep(K: Tensor, p: Tensor, q: Tensor) -> Map:
+    """The residual of the sweep. A constant may be moved from one potential to the other: the mean of phi is 0."""
+
+    def residual(phi: Tensor) -> Tensor:
+        moved = _rows(_columns(phi, K, q), K, p) - phi
+        # Without the means A would be singular; with -mean(phi) it is regular, and holds the mean at 0.
+        return moved - moved.mean(1, keepdim=True) - phi.mean(1, keepdim=True)
+
+    return residual
+
+
+def _plan(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    psi = _columns(phi, K, q)
+    return (phi.unsqueeze(2) + psi.unsqueeze(1) - K).exp()
+
+
+def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Potentials of the rows, by Newton's method on the dual at temperatures that fall to the one asked for."""
+    lead, (n, m) = K.shape[:-2], K.shape[-2:]
+    K, p, q = K.reshape(-1, n, m), p.reshape(-1, n), q.reshape(-1, m)
+    phi = torch.zeros_like(p)
+    if phi.numel() == 0:
+        return phi.reshape(*lead, n)
+    finite = torch.where(K.isfinite(), K, 0.0)
+    spread = (finite.amax((1, 2)) - finite.amin((1, 2))).clamp(min=1)[:, None]
+    for halving in range(HALVINGS):
+        heat = (spread * 0.5**halving).clamp(min=1)  # the temperature in units of epsilon
+        last = bool((heat <= 1).all())
+        accuracy = (n + m) * torch.finfo(phi.dtype).eps if last else 0.1
+        phi = heat * _newton(phi / heat, K / heat.unsqueeze(2), p, q, accuracy)
+        if last:
+            break
+    return phi.reshape(*lead, n)
+
+
+def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Tensor:
+    """Newton's method on the dual, until the row sums are off by less than `accuracy`, relative to all mass.
+
+    The Hessian is diag(X 1) - X diag(1 / q) X'. Of steps cut short and a sweep, the best takes the place of one
+    that does not halve the error.
+    """
+    row, n = p.exp(), phi.shape[1]
+    ones = torch.full((n, n), 1 / n, dtype=phi.dtype, device=phi.device)  # a constant in phi changes nothing
+    for _ in range(NEWTON_STEPS):
+        X = _plan(phi, K, p, q)
+        surplus = row - X.sum(2)
+        error = surplus.abs().sum(1)
+        done = error <= accuracy * row.sum(1)
+        if bool((done | ~error.isfinite()).all()):
+            break
+        H = torch.diag_embed(X.sum(2)) - (X / q.exp().unsqueeze(1)) @ X.mT + row.mean(1)[:, None, None] * ones
+        values, vectors = torch.linalg.eigh(torch.where(error.isfinite()[:, None, None], H, ones))
+        tiny = torch.finfo(phi.dtype).eps ** 2
+        along = (vectors.mT @ surplus.unsqueeze(2)).squeeze(2) / values.clamp(min=tiny)
+        step = (vectors @ along.unsqueeze(2)).squeeze(2)
+        swept = _rows(_columns(phi, K, q), K, p)
+        cut = ((vectors @ along.clamp(-most, most).unsqueeze(2)).squeeze(2) for most in STEP_LENGTHS)
+        tries = [swept, *(phi + shorter for shorter in cut)]
+        gains = torch.stack([_dual(new, K, row, q) for new in tries]).nan_to_num(-float("inf"))
+        gains[0] += 16 * torch.finfo(phi.dtype).eps * (row * phi.abs()).sum(1)  # no long step for a rounding
+        best = torch.stack(tries)[gains.argmax(0), torch.arange(len(phi), device=phi.device)]
+        left = (row - _plan(phi + step, K, p, q).sum(2)).abs().sum(1)
+        new = torch.where((left < 0.5 * error)[:, None], phi + step, best)
+        phi = torch.where(done[:, None], phi, new - new.mean(1, keepdim=True))
+    return phi - phi.mean(1, keepdim=True)
+
+
+def _dual(phi: Tensor, K: Tensor, row: Tensor, q: Tensor) -> Tensor:
+    """What the potentials maximise, `(B,)`."""
+    return (row * phi).sum(1) + (q.exp() * _columns(phi, K, q)).sum(1)

@@ -1,0 +1,79 @@
+"""Convex programs, written in cvxpy, as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from implicitly.argmin.conic_solver import Clarabel
+from implicitly.argmin.convex import ConvexProgram
+from implicitly.argmin.solver import ProgramSolver
+from implicitly.implicit import Report
+from implicitly.iterate import Solution
+
+
+class ConvexLayer(nn.Module):
+    """The solution of a convex program as a differentiable function of its parameters.
+
+    The program is written in cvxpy, which canonicalises it once, here. Calls then take values of the parameters to
+    the program's numbers by a sparse product, solve all samples, and give the solution its derivative, of any
+    order and both modes, from the optimality condition. Quadratic and linear programs are solved in PyTorch, by
+    `qp`, where the values are; conic ones (second-order, semidefinite, exponential, power) by Clarabel in float64
+    on the CPU. Constructor and call are those of `cvxpylayers.torch.CvxpyLayer`.
+
+    Args:
+        problem: a `cvxpy.Problem` that is DPP: convex, and affine in the parameters where it matters. With a
+            matrix P that is a parameter, `quad_form(x, P)` is fine in the objective.
+        parameters: the problem's `cvxpy.Parameter`s, all of them, in the order of the values to come.
+        variables: the `cvxpy.Variable`s whose values are wanted, or dual variables of equalities and inequalities.
+        solver: `InteriorPoint` or `ADMM` (quadratic and linear programs) or `Clarabel` (any); None: the
+            first for quadratic and linear programs, else the last.
+        gp: whether it is a geometric program (log-log convex, `problem.is_dgp()`).
+        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their values are NaN, their
+            gradients zero; the others are solved.
+
+    Attributes:
+        solution: the `Solution` of the last call, detached: `value` (the tuple), `status`, `residual`, `steps`.
+
+    Raises:
+        ImportError: cvxpy, Clarabel or SciPy are not installed.
+        TypeError, ValueError: the problem is not DPP or has integer variables; parameters or variables are not its
+            own; a solver that does not fit.
+        NotImplementedError: complex parameters or variables; dual variables of conic constraints.
+
+    Source: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, "Differentiable Convex Optimization Layers", NeurIPS
+    2019.
+    """
+
+    def __init__(
+        self,
+        problem: Any,
+        parameters: Sequence[Any],
+        variables: Sequence[Any],
+        solver: ProgramSolver | Clarabel | None = None,
+        gp: bool = False,
+        on_failure: str = "raise",
+    ):
+        super().__init__()
+        Report(on_failure)  # its own check
+        self.on_failure = on_failure
+        self.solution: Solution | None = None
+        self._program = ConvexProgram.of(problem, parameters, variables, solver, gp)
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The variables' values, `(B, *shape)` each, or `shape` where no parameter has a batch.
+
+        Args:
+            values: for each parameter a tensor of its shape, or with one entry a sample in front; float32 or
+                float64. Those without are shared by the batch, and their gradients are sums.
+
+        Raises:
+            TypeError, ValueError: for values that do not fit, or break what a parameter declares (sign, symmetry).
+            SolverError: a sample has no solution and `on_failure="raise"`.
+        """
+        solution = self._program(values, self.on_failure)
+        self.solution = replace(solution, value=tuple(v.detach() for v in solution.value))
+        return solution.value

@@ -1,0 +1,193 @@
+"""Conic programs: projections, optimality condition, Jacobian, Clarabel."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from implicitly.argmin.conic import Cones, Pattern
+from implicitly.argmin.power_cone import dual_power_cone, power_cone
+from implicitly.iterate import Status
+
+D = torch.float64
+CONES = Cones(2, 3, (3, 3, 4), (2,), 2, ((0.3, 0.7), (0.2, 0.3, 0.5)))
+
+
+def random_program(n=6, cones=CONES, batch=3):
+    """A pattern with everything in it, numbers, and a point."""
+    m = cones.size
+    dense = np.random.default_rng(0).random((m, n)) < 0.5
+    A_columns, A_rows = np.nonzero(dense.T)
+    P_columns, P_rows = np.nonzero(np.triu(np.ones((n, n))).T)
+    pattern = Pattern.of(n, m, (P_rows, P_columns), (A_rows, A_columns))
+    L = torch.randn(batch, n, n, dtype=D)
+    P = (L @ L.mT)[:, pattern.P_rows, pattern.P_columns]
+    A = torch.randn(batch, len(A_rows), dtype=D)
+    theta = (P, torch.randn(1, n, dtype=D), A, torch.randn(batch, m, dtype=D))
+    return pattern, theta, torch.randn(batch, n + m, dtype=D)
+
+
+# ------------------------------------------------------------------------------------------- power cones
+
+
+@pytest.mark.parametrize("exponents", [(0.5, 0.5), (0.9, 0.1), (0.2, 0.3, 0.5)])
+def test_projection_onto_the_power_cone_and_its_dual(exponents):
+    a = torch.tensor(exponents, dtype=D)
+    z = (
+        torch.randn(500, len(exponents) + 1, dtype=D)
+        * torch.tensor([0.01, 1.0, 100.0], dtype=D).repeat(500)[:500, None]
+    )
+    p, d = power_cone(z, exponents), dual_power_cone(-z, exponents)
+    size = z.norm(dim=1)
+    assert (p[:, :-1] >= 0).all()
+    assert ((p[:, :-1] ** a).prod(1) - p[:, -1].abs() >= -1e-12 * size).all()
+    x = torch.rand(400, len(exponents), dtype=D) ** 4  # (x, ± what bounds it) span the cone
+    bound = (x**a).prod(1, keepdim=True) * torch.tensor([1.0, -1.0], dtype=D).repeat(200)[:, None]
+    assert (d @ torch.cat([x, bound], dim=1).T >= -1e-12 * size[:, None]).all()
+    assert (p - d - z).abs().max() <= 1e-12 * size.max()  # Moreau: z = P(z) - P*(-z), and these are orthogonal
+    assert ((p * d).sum(1).abs() <= 1e-12 * size**2).all()
+    kinds = [(p == z).all(1), (p == 0).all(1)]
+    assert all(bool(k.any()) for k in kinds)
+    assert not bool((kinds[0] | kinds[1]).all())
+
+
+def test_projection_onto_the_power_cone_has_every_derivative():
+    z = torch.randn(8, 3, dtype=D, requires_grad=True)
+    assert gradcheck(lambda z: power_cone(z, (0.3, 0.7)), z)
+    assert gradgradcheck(lambda z: power_cone(z, (0.3, 0.7)), z)
+    assert gradcheck(lambda z: power_cone(z, (0.3, 0.7)), z, check_forward_ad=True, check_backward_ad=False)
+    mapped = torch.func.vmap(lambda z: power_cone(z, (0.3, 0.7)))(z)
+    torch.testing.assert_close(mapped, power_cone(z, (0.3, 0.7)))
+
+
+def test_projection_onto_the_power_cone_keeps_its_dtype_and_survives_extremes():
+    assert power_cone(torch.randn(4, 3), (0.5, 0.5)).dtype == torch.float32
+    z = torch.tensor([[0.0, 0.0, 1.0], [1e-200, 1.0, 1e200], [-1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=D)
+    z.requires_grad_()
+    p = power_cone(z, (0.5, 0.5))
+    assert p.isfinite().all()
+    torch.testing.assert_close(p[0], torch.tensor([1.0, 1.0, 1.0], dtype=D) / 3)  # on the ray (1, 1, 1)
+    torch.testing.assert_close(p[2], torch.tensor([0.0, 2.0, 0.0], dtype=D))
+    assert torch.autograd.grad(p.sum(), z)[0].isfinite().all()
+    assert power_cone(torch.tensor([float("nan"), 1.0, 1.0]), (0.5, 0.5)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("z", "exponents", "error", "says"),
+    [
+        (torch.ones(3), (0.5, 0.6), ValueError, "sum to one"),
+        (torch.ones(3), (1.5, -0.5), ValueError, "positive"),
+        (torch.ones(4), (0.5, 0.5), ValueError, r"\(\.\.\., 3\)"),
+        (torch.ones(3, dtype=torch.int64), (0.5, 0.5), TypeError, "floating"),
+    ],
+)
+def test_power_cone_refuses_what_is_none(z, exponents, error, says):
+    with pytest.raises(error, match=says):
+        power_cone(z, exponents)
+
+
+# ------------------------------------------------------------------------------------- cones and condition
+
+
+def test_the_projection_onto_the_dual_is_one():
+    v = torch.randn(50, CONES.size, dtype=D)
+    y = CONES.project_dual(v)
+    torch.testing.assert_close(CONES.project_dual(y), y, atol=1e-9, rtol=1e-9)
+    assert ((y * (y - v)).sum(1).abs() <= 1e-9 * (v * v).sum(1)).all()
+    torch.testing.assert_close(CONES.project_dual(3 * v), 3 * y)
+
+
+def test_jacobian_of_the_projection():
+    v = torch.randn(4, CONES.size, dtype=D)
+    exact = torch.stack([torch.func.jacrev(lambda x: CONES.project_dual(x[None])[0])(row) for row in v])
+    torch.testing.assert_close(CONES.jacobian(v), exact)
+
+
+def test_kinks_are_told():
+    v = torch.randn(4, CONES.size, dtype=D)
+    assert (CONES.least_eigenvalue(v) > 1e-6).all()
+    v[0, 3] = 0.0  # an inequality
+    v[1, 5:8] = torch.tensor([5.0, 3.0, 4.0], dtype=D)  # the boundary of a second-order cone
+    v[2, 15:18] = torch.tensor([1.0, 2**0.5, 1.0], dtype=D)  # a singular matrix
+    assert (CONES.least_eigenvalue(v)[:3] < 1e-12).all()
+    assert CONES.least_eigenvalue(v)[3] > 1e-6
+
+
+def test_condition_and_its_derivatives():
+    pattern, theta, z = random_program()
+    theta = tuple(t.requires_grad_() for t in theta)
+    z.requires_grad_()
+
+    def residual(z, *theta):
+        return pattern.bind(CONES, *theta)(z)
+
+    assert gradcheck(residual, (z, *theta), fast_mode=True)
+    assert gradgradcheck(residual, (z, *theta), fast_mode=True)
+
+
+def test_factors_dense_and_sparse_invert_the_jacobian():
+    pytest.importorskip("scipy")
+    from implicitly.argmin.conic_program import ConicFamily, DenseFactors, Jacobian, SparseFactors
+
+    pattern, theta, z = random_program(n=40)  # as many as rows, so that the Jacobian is regular
+    wanted = torch.ones(z.shape[1], dtype=D)
+    out = torch.tensor([False, True, False])
+    jacobian = Jacobian(ConicFamily(pattern, CONES, None, None, wanted), z, theta, out)
+    exact = torch.stack(
+        [
+            torch.func.jacrev(
+                lambda x: pattern.bind(CONES, *(t[i : i + 1] if len(t) > 1 else t for t in theta))(x[None])[0]
+            )(z[i])
+            for i in range(3)
+        ]
+    )
+    exact[1] = torch.eye(z.shape[1], dtype=D)
+    torch.testing.assert_close(jacobian.dense(torch.arange(3)), exact)
+    r = torch.randn(2 * 3, z.shape[1], dtype=D)
+    for transposed in (False, True):
+        M = exact.mT if transposed else exact
+        for factors in (DenseFactors.of(jacobian), SparseFactors.of(jacobian)):
+            right = r.reshape(2, 3, -1).permute(1, 2, 0)
+            found = factors.solve(right, transposed)
+            torch.testing.assert_close(M @ found, right, atol=1e-6, rtol=1e-6)
+        w = jacobian.solve(r, transposed)
+        torch.testing.assert_close(
+            torch.einsum("bij,kbj->kbi", M, w.reshape(2, 3, -1)).reshape(6, -1), r, atol=1e-6, rtol=1e-6
+        )
+
+
+# ------------------------------------------------------------------------------------------------ Clarabel
+
+
+def test_clarabel_refuses_options_out_of_range():
+    import implicitly as im
+
+    for bad in (
+        {"rtol": 0.0},
+        {"rtol": 2.0},
+        {"max_steps": 0},
+        {"polish": -1},
+        {"threads": 0},
+        {"time_limit_s": 0.0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            im.Clarabel(**bad)
+    with pytest.raises(ValueError, match="presolve_enable"):
+        im.Clarabel(settings={"presolve_enable": True})
+    pytest.importorskip("clarabel")
+    with pytest.raises(TypeError, match="no setting 'eps'"):
+        im.Clarabel(settings={"eps": 1e-3}).native_settings()
+    with pytest.raises(TypeError, match="max_step_fraction"):
+        im.Clarabel(settings={"max_step_fraction": "much"}).native_settings()
+    assert im.Clarabel(settings={"equilibrate_enable": False}).native_settings().equilibrate_enable is False
+
+
+def test_every_status_of_clarabel_has_one_of_ours():
+    from implicitly.argmin.conic_solver import _status
+
+    assert _status("Solved") == Status.CONVERGED
+    assert _status("AlmostSolved") == Status.STAGNATED  # until its residual says otherwise
+    assert _status("PrimalInfeasible") == _status("AlmostPrimalInfeasible") == Status.INFEASIBLE
+    assert _status("DualInfeasible") == _status("AlmostDualInfeasible") == Status.UNBOUNDED
+    assert _status("MaxIterations") == _status("MaxTime") == Status.MAX_STEPS
+    assert _status("NumericalError") == _status("InsufficientProgress") == Status.STAGNATED
