@@ -79,13 +79,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "Making $(VENV) failed. $(PYTHON) needs its venv and pip modules (Debian: python3-venv)." >&2; \
 		exit 1; }
 	@echo "==> Installing implicitly and what it needs into $(VENV) (some minutes, once)"
-	@{ $(PIP_INSTALL) hatchling editables && $(PIP_INSTALL) $(EDITABLE) '.[recipes,viz,dev]'; } >$(LOG) 2>&1 || { \
+	@{ $(PIP_INSTALL) hatchling editables && $(PIP_INSTALL) $(EDITABLE) '.[recipes,viz,convex,dev]'; } >$(LOG) 2>&1 || { \
 		$(SAY_FAILED); }
 	@touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "==> Installing the peers to compare with into $(VENV)"
-	@$(PIP_INSTALL) $(EDITABLE) '.[bench]' >$(LOG) 2>&1 || { $(SAY_FAILED); }
+	@# qpth asks for NumPy 1, but runs with 2; it has to be built.
+	@{ $(PIP_INSTALL) $(EDITABLE) '.[bench]' && \
+		$(PIP_INSTALL) setuptools && $(PIP_INSTALL) --no-build-isolation --no-deps qpth==0.0.18; } >$(LOG) 2>&1 || { \
+		$(SAY_FAILED); }
 	@touch $@
 
 $(JAX_INSTALLED): $(INSTALLED) benchmarks/jax-requirements.txt

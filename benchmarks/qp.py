@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import implicitly as im
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+from benchmarks.harness import JAX_PYTHON, Effort, Row, Spread, alternate, ratios
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -104,7 +109,8 @@ def dense(effort: Effort, batch: int) -> list[Row]:
     weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
     solves = {"ours": ours, "qpth": qpth, "cvxpylayers": layer_of(n, m, q)}
     what = f"batch {batch}, {n} unknowns, {m} inequalities, {q} equalities"
-    return beside(effort, what, args, weights, solves, {"qpth": 5.0, "cvxpylayers": 30.0})
+    rows = beside(effort, what, args, weights, solves, {"qpth": 5.0, "cvxpylayers": 30.0})
+    return rows + beside_qpax(effort, what, args, weights)
 
 
 def shared(effort: Effort, batch: int) -> list[Row]:
@@ -149,4 +155,34 @@ def beside(
         met = all(faster[who].median >= goals[who] for who in goals)
         numbers = {w: {"seconds": seconds[w], "error": accuracy[w]} for w in solves}
         rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
+    return rows
+
+
+def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> list[Row]:
+    """The same programs by a compiled program of JAX, in a process of its own right before ours."""
+    if not JAX_PYTHON.exists() or effort.iterations <= 100:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "programs.npz"
+        named = zip(("Q", "p", "G", "h", "A", "b", "weights"), (*args, weights))
+        np.savez(path, **{name: t.detach().numpy() for name, t in named})
+        command = [str(JAX_PYTHON), str(Path(__file__).parent / "jax_qp.py"), str(path), str(effort.rounds)]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        with np.load(path.with_suffix(".out.npz")) as file:
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+    with torch.no_grad():
+        off = float((found["z"] - ours(*args)).abs().max())
+    wrong = gradient_error([found[f"gradient{i}"] for i in range(5)], args, weights)
+    runs = {
+        "forward": torch.no_grad()(lambda: ours(*args)),
+        "forward and gradient": lambda: gradient(ours, args, weights),
+    }
+    times = alternate(runs, effort.rounds)
+    rows = []
+    for part, error in (("forward", off), ("forward and gradient", wrong)):
+        faster = Spread.of(told[part]).median / Spread.of(times[part]).median
+        text = f"{Spread.of(times[part]).show(1e3, 0)}; {faster:.1f} times faster"
+        peer = f"qpax {told['version']}: {Spread.of(told[part]).show(1e3, 0)}, error {error:.0e}"
+        numbers = {"ours": times[part], "theirs": told[part]}
+        rows.append(Row(f"{what}: {part}, ms", text, peer, "faster", faster > 1, numbers))
     return rows

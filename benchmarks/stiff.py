@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import implicitly as im
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+from benchmarks.harness import JAX_PYTHON, Effort, Row, Spread, alternate, ratios
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,8 +23,6 @@ with warnings.catch_warnings():
 PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')} with SciPy {importlib.metadata.version('scipy')}"
 PACKAGES = ("implicitly", "torch", "torchdiffeq", "scipy")
 HERE = Path(__file__).parent
-# An environment of its own for JAX; `make bench` sets it up.
-JAX_PYTHON = HERE.parent / ".venv-jax" / "bin" / "python"
 D = torch.float64
 
 CAPTION = """\

@@ -154,6 +154,15 @@ def test_cg_on_an_indefinite_system_says_singular():
     assert statuses(found) == ["SINGULAR", "CONVERGED"]  # along the second b all curvature is positive
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cg_may_be_asked_for_more_steps_than_there_is_to_solve(dtype):
+    M, b = POSITIVE.to(dtype), draw(4, 6, seed=9).to(dtype)
+    M[0], b[1] = torch.eye(6), 0
+    found = solve(im.CG(rtol=0, max_steps=90), M, b)
+    assert statuses(found) == ["MAX_STEPS"] * 4
+    torch.testing.assert_close(found.z, torch.linalg.solve(M, b), rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
 SINGULAR = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)).unsqueeze(0)
 NILPOTENT = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]], dtype=torch.float64)
 

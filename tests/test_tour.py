@@ -16,6 +16,8 @@ def shorter(monkeypatch):
     monkeypatch.setattr(tour, "MEMORY_STEPS", (1, 30, 60))
     monkeypatch.setattr(tour, "FLOW_EPOCHS", 8)
     monkeypatch.setattr(tour, "FLOW_ERROR", 0.5)
+    monkeypatch.setattr(tour, "POLYTOPE_EPOCHS", 8)
+    monkeypatch.setattr(tour, "POLYTOPE_OVERLAP", 0.7)
 
 
 def test_tour_leaves_what_its_summary_names(tmp_path, capsys):
@@ -30,13 +32,14 @@ def test_tour_leaves_what_its_summary_names(tmp_path, capsys):
         "gradient.png",
         "ode/circles.png",
         "ode/square.png",
+        "opt/polytopes.png",
     ):
         assert name in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 10_000
     assert (tmp_path / "deq" / "last.ckpt").is_file()
     assert list((tmp_path / "deq" / "logs").glob("events.out.tfevents.*"))
-    assert text.count(" ok ") == 6
+    assert text.count(" ok ") == 7
     unrolled = float(re.search(r"memory when unrolled\D+(\d+)", text)[1])
     implicit = float(re.search(r"memory when implicit\D+([\d.]+) x forward, flat", text)[1])
     assert unrolled > 15
@@ -86,6 +89,23 @@ def test_tour_fails_where_trajectories_cross_or_do_not(tmp_path, monkeypatch):
     assert kept(1.4, 0.03, 0.96) == [False, True]
     assert kept(1.4, 0.60, 1.0) == [True, False]
     assert kept(0.8, 0.03, 1.0) == [True, False]  # below what an increasing map can reach
+
+
+def test_tour_fails_where_a_polygon_is_not_found(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from implicitly.recipes import opt_polytope
+
+    def kept(*overlaps):
+        results = [opt_polytope.Result(polygon, None, iou, 1.0, 3, 1.0) for polygon, iou in zip((3, 5), overlaps)]
+        monkeypatch.setattr(opt_polytope, "run", lambda config: results)
+        journey = tour.Journey(Console(), tmp_path)
+        tour.project(journey)
+        return [kept for _, _, kept in journey.findings]
+
+    assert kept(0.8, 0.9) == [True]
+    assert kept(0.8, 0.6) == [False]
+    assert kept(float("nan"), 0.9) == [False]
 
 
 def test_central_differences_of_a_known_function():

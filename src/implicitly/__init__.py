@@ -1,19 +1,23 @@
 """Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
 
 from implicitly import nn
+from implicitly.adjoints import ImplicitAdjoint
 from implicitly.argmin import project, prox
 from implicitly.argmin.admm import ADMM
+from implicitly.argmin.bilevel import implicit_gradient, proximal
 from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.equality import ConstrainedSolution, Equality, NewtonKKT
+from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.lbfgs import LBFGS
+from implicitly.argmin.least_squares import GaussNewton, LevenbergMarquardt
+from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
+from implicitly.argmin.solve import argmin, least_squares
 from implicitly.compiled import CompileWarning
-from implicitly.fixed_point.adjoints import (
-    ImplicitAdjoint,
-    JacobianFreeAdjoint,
-    PhantomAdjoint,
-)
+from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton, NewtonKrylov
@@ -40,6 +44,7 @@ __all__ = [
     "ADMM",
     "CG",
     "GMRES",
+    "LBFGS",
     "RK4",
     "Adams",
     "Anderson",
@@ -50,14 +55,18 @@ __all__ = [
     "Broyden",
     "Clarabel",
     "CompileWarning",
+    "ConstrainedSolution",
     "Controller",
     "ConvergenceWarning",
     "DenseLU",
     "Dopri5",
     "Dopri8",
+    "Equality",
     "Euler",
     "Event",
     "FixedPointIteration",
+    "GaussNewton",
+    "GradientDescent",
     "Heun",
     "ImplicitAdjoint",
     "ImplicitEuler",
@@ -68,12 +77,16 @@ __all__ = [
     "Kvaerno3",
     "Kvaerno5",
     "Leapfrog",
+    "LevenbergMarquardt",
     "Midpoint",
     "Neumann",
     "Newton",
+    "NewtonKKT",
     "NewtonKrylov",
     "PhantomAdjoint",
     "ProgramSolution",
+    "ProjectedGradient",
+    "Projection",
     "Ralston",
     "RecursiveCheckpointAdjoint",
     "ReversibleHeun",
@@ -85,14 +98,18 @@ __all__ = [
     "Tsit5",
     "UnrolledAdjoint",
     "Yoshida4",
+    "argmin",
     "check_independence",
     "fixed_point",
+    "implicit_gradient",
     "jet",
+    "least_squares",
     "linear_solve",
     "nn",
     "odeint",
     "project",
     "prox",
+    "proximal",
     "qp",
     "root",
     "soft_rank",

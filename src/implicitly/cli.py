@@ -27,7 +27,7 @@ differentiates it.
 
 commands:
   tour                 two minutes of it: train a model, see the memory it saves, check its gradient,
-                       watch what flows can and cannot do
+                       watch what flows can and cannot do, learn the faces of polygons
   list                 the recipes: models that can be trained from here
   fit RECIPE [...]     train one; `implicitly fit RECIPE --help` lists its options
 

@@ -53,15 +53,20 @@ def run_as_graph(name: str, key: Hashable, function: Callable[..., Any], *tensor
     except (TorchDynamoException, InductorError, AssertionError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
         warnings.warn(
-            f"{name}: compile=True could not make one graph ({type(error).__name__}: {reason}); the eager loop "
-            "runs instead",
+            f"{name}: compile=True could not make one graph ({type(error).__name__}: {_reason(error)}); the eager "
+            "loop runs instead",
             CompileWarning,
             stacklevel=users_line(),
         )
         _graphs[full_key] = None
         return None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says first: its first line, and the next one where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,18 +81,26 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_search(key: Hashable) -> Callable[..., Found]:
     """`search` as one graph, kept under `key`, the solver, and the shapes and dtypes of what it is called with.
 
-    Where no graph can be made, a `CompileWarning` says why and the eager loop runs.
+    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs.
     """
 
     def run(
         solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
+        name = f"{condition.name} with {type(solver).__name__}"
+        if solver.nests:
+            warnings.warn(
+                f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in "
+                "loops compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
+                CompileWarning,
+                stacklevel=users_line(),
+            )
+            return search(solver, condition, z0, theta, r0)
 
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
             return search(solver, condition, z0, theta, r0)
 
-        name = f"{condition.name} with {type(solver).__name__}"
         found = run_as_graph(name, (key, solver), solve, z0, r0, *theta)
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 

@@ -37,7 +37,7 @@ def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 def _empty(like: Tensor, *shape: int) -> Tensor:
     if like.device.type != "cpu":
         return like.new_empty(shape)
-    dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+    dtype = np.dtype(str(like.dtype).removeprefix("torch."))  # asking a tensor is not possible under torch.func
     return torch.from_numpy(_workspace.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape))
 
 

@@ -18,16 +18,20 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
+from torch.utils import _pytree as pytree
 
+from implicitly.host import happens
 from implicitly.iterate import (
     ConvergenceWarning,
     Found,
@@ -48,6 +52,7 @@ from implicitly.tree import (
     pullback,
     recorded,
     row_norm,
+    unwrapped,
 )
 
 Map = Callable[[Tensor], Tensor]
@@ -69,6 +74,10 @@ class Condition:
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
+        kind: what `bind` gives, where that is more than R: a dataclass of maps between tensors with one row a
+            sample, whose instances are R when called.
+        scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
+        examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
     """
 
     bind: Callable[..., Map]
@@ -78,6 +87,9 @@ class Condition:
     linear: bool = False
     relative_to_iterate: bool = False
     carries: tuple[int | None, ...] | None = None
+    kind: type | None = None
+    scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    examine: Callable[[Any, Found], Found] | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -87,13 +99,18 @@ class Condition:
         """R(z, *theta) `(B, n)`."""
         return self.at(*theta)(z)
 
+    def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
+        """`found` with the status that a closer look gives."""
+        return found if self.examine is None else self.examine(self.at(*theta), found)
+
 
 @dataclass(frozen=True)
 class Report:
-    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"."""
+    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"; and what it says."""
 
     on_failure: str = "warn"
     unpack: Callable[[Found], Solution] | None = None
+    message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
 
     def __post_init__(self):
         if self.on_failure not in ("raise", "warn", "ignore"):
@@ -109,7 +126,7 @@ class Report:
         failed = short.nonzero()[:, 0]
         if len(failed) == 0:
             return
-        message = _explain(name, solver, found, failed)
+        message = (self.message or explain)(name, solver, found, failed)
         if self.on_failure == "raise":
             solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
@@ -131,7 +148,7 @@ def as_solution(found: Found) -> Solution:
     return Solution(z, status, residual, steps, int(found.evaluations))
 
 
-_REMEDY = {
+REMEDY = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or try another solver",
     Status.STAGNATED: "the residual no longer falls: loosen rtol, use a wider dtype, or try another solver",
     Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
@@ -143,8 +160,9 @@ _REMEDY = {
 }
 
 
-def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    counts = {s: int((found.status[failed] == s).sum()) for s in _REMEDY}
+def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Mapping[Status, str] = REMEDY) -> str:
+    """One sentence on the samples that `failed`, and the `remedy` for the worst."""
+    counts = {s: int((found.status[failed] == s).sum()) for s in REMEDY}
     summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
     residual = found.residual[failed]
     worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
@@ -152,7 +170,7 @@ def _explain(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
     return (
         f"{name}: {type(solver).__name__} did not converge for {len(failed)} of {len(found.status)} samples "
         f"({summary}). Worst is sample {int(worst)}: {status.name} after {int(found.steps[worst])} steps with "
-        f"residual norm {float(found.residual[worst]):.3g}. Try: {_REMEDY[status]}"
+        f"residual norm {float(found.residual[worst]):.3g}. Try: {remedy[status]}"
     )
 
 
@@ -191,7 +209,7 @@ def search(
         scale = None
     else:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
-        scale = row_norm(r0)
+        scale = row_norm(r0) if condition.scale is None else condition.scale(condition.at(*theta), z0, r0)
     with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
         return iterate(
             solver,
@@ -214,7 +232,7 @@ class _Find(torch.autograd.Function):
     @staticmethod
     def forward(solver, condition, run, starts, *tensors):
         start, theta = tensors[:starts], tensors[starts:]
-        found = run(solver, condition, start[0], theta, *start[1:])
+        found = condition.examined(run(solver, condition, start[0], theta, *start[1:]), theta)
         condition.report(condition.name, solver, found)
         # Outputs must not alias inputs: a converged start is its own answer.
         z = found.z.clone() if found.z is start[0] else found.z
@@ -294,6 +312,65 @@ class Backward:
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
     return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+
+
+def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
+    """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
+    usable = is_usable(found.status)
+    if not happens(~usable):
+        return attach(condition, found.z, theta, backward)
+    if not happens(usable):
+        return constant(found.z, theta)
+    z, theta = without_failed(usable, found.z, theta, condition)
+    return torch.where(usable[:, None], attach(condition, z, theta, backward), found.z.detach())
+
+
+def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
+    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
+    real = (
+        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
+    )
+    return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
+
+
+def without_failed(
+    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
+
+    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
+    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
+    is enough unless f is undefined at finite arguments; then the gradient says so.
+    """
+    if condition.carries is None:
+        return torch.nan_to_num(z, 0.0, 0.0, 0.0), tuple(_finite(t, condition) for t in theta)
+    index = torch.arange(len(usable), device=usable.device)
+    rows = torch.where(usable, index, usable.to(torch.int64).argmax())
+    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
+    return z.index_select(0, rows), theta
+
+
+def _finite(t: Tensor, condition: Condition) -> Tensor:
+    if t.is_complex():
+        t = torch.view_as_complex(torch.nan_to_num(torch.view_as_real(t), 0.0, 0.0, 0.0))
+    elif t.is_floating_point():
+        t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
+    else:
+        return t
+
+    def tell(gradient: Tensor) -> None:
+        if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
+            warnings.warn(
+                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
+                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
+                "failed ones are left out",
+                ConvergenceWarning,
+                stacklevel=users_line(),
+            )
+
+    if t.requires_grad and not is_wrapped(t):
+        t.register_hook(tell)
+    return t
 
 
 def _preconditioned(condition: Condition, inverse: Map) -> Condition:
@@ -414,8 +491,21 @@ def _mapped(
         theta, in_dims = (merge_rows(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
 
     def bind(*theta: Tensor) -> Map:
-        over = vmap(lambda z, *t: condition.bind(*t)(z), in_dims=(0, *in_dims), randomness="different")
-        return lambda z: over(z.reshape(size, -1, z.shape[1]), *theta).reshape(z.shape)
+        def mapped(part: Callable[[Any], Map]) -> Map:
+            def one(rows: tuple[Tensor, ...], *theta: Tensor) -> Any:
+                return part(condition.bind(*theta))(*rows)
+
+            over = vmap(one, in_dims=(0, *in_dims), randomness="different")
+
+            def call(*rows: Tensor) -> Any:
+                value = over(tuple(x.reshape(size, -1, *x.shape[1:]) for x in rows), *theta)
+                return pytree.tree_map(lambda v: v.flatten(0, 1), value)
+
+            return call
+
+        if condition.kind is None:
+            return mapped(lambda residual: residual)
+        return condition.kind(**{part.name: mapped(attrgetter(part.name)) for part in fields(condition.kind)})
 
     report = replace(condition.report, unpack=None)
     return replace(condition, bind=bind, report=report, carries=None), theta

@@ -107,7 +107,9 @@ class Proposal(NamedTuple):
     """The next iterate.
 
     `residual` is given where the solver had to evaluate it anyway (line searches, recurrences), else the loop
-    evaluates it. `calls` counts the evaluations made. `singular` `(B,)` marks samples that cannot go on.
+    evaluates it. `calls` counts the evaluations made. `singular` `(B,)` marks samples that cannot go on; `verdict`
+    `(B,)` int64 says for what other `Status` they cannot, RUNNING where they can. `progress` `(B,)` marks samples
+    that came closer by another measure than the residual.
     """
 
     z: Tensor
@@ -115,6 +117,8 @@ class Proposal(NamedTuple):
     residual: Tensor | None = None
     calls: int | Tensor = 0
     singular: Tensor | None = None
+    verdict: Tensor | None = None
+    progress: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,10 @@ class Solver(ABC):
     recurrent: ClassVar[bool] = False
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
+    # Whether its operations have derivatives wherever they are taken, so that autograd may record them.
+    recordable: ClassVar[bool] = True
+    # What the map that it gets must be besides a residual: see `Descent`.
+    needs: ClassVar[str | None] = None
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
@@ -156,6 +164,11 @@ class Solver(ABC):
     def budget_only(self) -> bool:
         """Whether exactly `max_steps` steps are asked for, and nothing is to be compared."""
         return self.rtol == 0 and not self.atol
+
+    @property
+    def nests(self) -> bool:
+        """Whether a step may have a loop of its own, by `repeat` or `iterate`."""
+        return False
 
     @abstractmethod
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
@@ -298,17 +311,23 @@ class _Loop:
         calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
         scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
-        if running is None and new.singular is None and self._uneventful(c, norm, scale):
+        failing = new.singular is not None or new.verdict is not None
+        if running is None and not failing and self._uneventful(c, norm, scale):
             return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.stale * 0, calls=calls, memory=new.memory)
         better = norm < c.best_norm
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
         stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
+        if new.progress is not None:
+            better_otherwise = new.progress & norm.isfinite()
+            stop = stop & ~better_otherwise
         converged = self._converged(c, z, norm, scale)
         if converged is not None:
             better, stop = better | converged, stop | converged
         if new.singular is not None:
             stop = stop | new.singular
-        stale = (c.stale + 1).masked_fill(better, 0)
+        if new.verdict is not None:
+            stop = stop | ~is_running(new.verdict)
+        stale = (c.stale + 1).masked_fill(better if new.progress is None else better | new.progress, 0)
         if not self.budget_only:
             stop = stop | (stale >= PATIENCE)
         if running is not None:
@@ -316,8 +335,10 @@ class _Loop:
         status, steps = c.status, c.steps
         if happens(stop):
             status = torch.full_like(steps, int(Status.RUNNING)) if status is None else status
-            status = torch.where(stop, _reason(norm, converged, c.blow_up, new.singular), status)
+            status = torch.where(stop, _reason(norm, converged, c.blow_up, new), status)
             steps = torch.where(stop, k + 1, steps)
+            if new.progress is not None:  # no line search is to try anything more for who has finished
+                r = torch.where(is_running(status).unsqueeze(1), r, 0.0)
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
@@ -368,14 +389,15 @@ def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> F
     return found._replace(z=z, status=status, residual=residual, evaluations=found.evaluations + 1)
 
 
-def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, singular: Tensor | None) -> Tensor:
+def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Proposal) -> Tensor:
     """Why a sample stops: `(B,)` codes."""
     reason = torch.where(norm > blow_up, int(Status.DIVERGED), torch.full_like(norm, int(Status.STAGNATED)))
-    if singular is not None:
-        reason = torch.where(singular, int(Status.SINGULAR), reason)
-    if converged is not None:
-        reason = torch.where(converged, int(Status.CONVERGED), reason)
-    return torch.where(norm.isfinite(), reason, int(Status.NON_FINITE)).to(torch.int64)
+    if new.singular is not None:
+        reason = torch.where(new.singular, int(Status.SINGULAR), reason)
+    reason = torch.where(norm.isfinite(), reason, int(Status.NON_FINITE)).to(torch.int64)
+    if new.verdict is not None:
+        reason = torch.where(is_running(new.verdict), reason, new.verdict)
+    return reason if converged is None else torch.where(converged, int(Status.CONVERGED), reason)
 
 
 def repeat(
@@ -429,7 +451,7 @@ def _running(carry: _Carry) -> Tensor:
 
 def _worth_a_step(droppable: bool, carry: _Carry) -> bool | Tensor:
     if carry.status is None:
-        return True
+        return carry.steps.shape[0] > 0
     running = is_running(carry.status)
     if not droppable:
         return running.any()

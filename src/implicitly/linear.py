@@ -134,9 +134,10 @@ class CG(LinearSolver):
         (p,) = memory
         image = F.operator(p)
         rr, curvature = torch.linalg.vecdot(r, r), torch.linalg.vecdot(p, image)
-        # Without positive curvature M is not positive definite, and the recurrence means nothing.
-        singular = curvature <= 0
-        step = (rr / torch.where(singular, 1.0, curvature))[:, None]
+        # Without positive curvature M is not positive definite, and the recurrence means nothing; unless nothing
+        # is left to solve, where a number of steps is asked for.
+        singular = (curvature <= 0) & (rr > torch.finfo(r.dtype).tiny)
+        step = (rr / torch.where(curvature <= 0, 1.0, curvature))[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, image, value=-1)
         p = torch.addcmul(r, _ratio(torch.linalg.vecdot(r, r), rr), p)
         return Proposal(z, (p,), r, 1, singular)

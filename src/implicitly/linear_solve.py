@@ -46,7 +46,7 @@ def linear_solve(
     right = layout.pack(b)
 
     def bind(*theta: Tensor) -> Map:
-        apply = problem.at(*theta)
+        apply = problem.bind(*theta)
         if not transpose:
             return apply
         pull = pullback(apply, torch.zeros_like(problem.z0))[1]

@@ -17,10 +17,10 @@ from implicitly.tree import Layout, Opened, open_function, records, refuse_captu
 
 @dataclass(frozen=True)
 class Problem:
-    """A function f of a state, its start and everything it depends on.
+    """A residual of a state, its start and everything it depends on.
 
     Attributes:
-        displacement: maps z and f(z) to the residual; z + displacement is the plain iteration.
+        bind: gives, for theta, the residual as a map of matrices `(B, n)`.
         z0: the start `(B, n)`.
         r0: the residual there `(B, n)`, evaluated once to check what f returns.
         theta: the tensors that f depends on.
@@ -29,7 +29,7 @@ class Problem:
 
     opened: Opened
     layout: Layout
-    displacement: Callable[[Tensor, Tensor], Tensor]
+    bind: Callable[..., Map]
     z0: Tensor
     r0: Tensor
     theta: tuple[Tensor, ...]
@@ -47,12 +47,41 @@ class Problem:
         in_dims: Any,
         recording: bool,
     ) -> Problem:
-        """Check what came in, and that f returns what it was given; raises TypeError / ValueError.
+        """Of an f that returns what its state is like; raises TypeError / ValueError unless it does.
 
-        `recording`: autograd is to see the solve itself, so nothing is detached.
+        `displacement` maps z and f(z) to the residual; z + displacement is the plain iteration. `recording`:
+        autograd is to see the solve itself, so nothing is detached.
         """
         opened = open_function(f, args, layout.device)
+
+        def bind(*theta: Tensor) -> Map:
+            call = opened.at(*theta)
+            return lambda z: displacement(z, layout.pack(call(layout.unpack(z))))
+
+        def first(z: Tensor, *theta: Tensor) -> Tensor:
+            value = opened(layout.unpack(z), *theta)
+            layout.check(value, "z0")
+            return displacement(z, layout.pack(value))
+
         carries = carries_of(opened, args, layout, in_dims)
+        return cls.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+
+    @classmethod
+    def stated(
+        cls,
+        opened: Opened,
+        layout: Layout,
+        z0: Any,
+        bind: Callable[..., Map],
+        first: Callable[..., Tensor],
+        *,
+        carries: tuple[int | None, ...] | None,
+        recording: bool,
+    ) -> Problem:
+        """Of any residual of an opened function; `first(z, *theta)` is the residual, checking what f returns.
+
+        Raises ValueError where f changes z in place, or depends on a tracked tensor that is not in theta.
+        """
         start, theta = layout.pack(z0), opened.theta
         checking = records() and not recording  # else no gradient is wanted that could be lost
         start = start if recording else start.detach()
@@ -60,29 +89,19 @@ class Problem:
         # Where that is checked nothing requires a gradient, so neither may the result.
         with torch.set_grad_enabled(checking or torch.is_grad_enabled()):
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
-            value = watched(lambda z: opened(layout.unpack(z), *theta), probe)
-        layout.check(value, "z0")
-        f0 = layout.pack(value)
+            r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
-            refuse_captured(f0, (probe, *theta), opened.captured)
-        return cls(opened, layout, displacement, start, displacement(start, f0), opened.theta, carries)
-
-    def at(self, *theta: Tensor) -> Map:
-        """f on matrices `(B, n)`, with `theta` in place of the tensors it depends on."""
-        layout, call = self.layout, self.opened.at(*theta)
-        return lambda z: layout.pack(call(layout.unpack(z)))
+            refuse_captured(r0, (probe, *theta), opened.captured)
+        return cls(opened, layout, bind, start, r0, opened.theta, carries)
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
-        """The condition that the displacement vanishes."""
-
-        def bind(*theta: Tensor) -> Map:
-            f = self.at(*theta)
-            return lambda z: self.displacement(z, f(z))
-
+        """The condition that the residual vanishes."""
         report = Report(on_failure, self.solution)
         # Under autocast f's arithmetic decides what can be reached, whatever the state's dtype.
         dtype = self.opened.autocast or self.layout.dtype
-        return Condition(bind, name, dtype, report, relative_to_iterate=relative_to_iterate, carries=self.carries)
+        return Condition(
+            self.bind, name, dtype, report, relative_to_iterate=relative_to_iterate, carries=self.carries
+        )
 
     @property
     def key(self) -> Hashable:
@@ -112,7 +131,7 @@ def carries_of(
     count = len(opened.theta) - len(shared)
     if in_dims is None:
         # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.
-        alone = count == 0 and not opened.captured and not any(True for _ in opened.host.buffers())
+        alone = count == 0 and not opened.captured and not any(True for _ in opened.buffers())
         return shared if alone and layout.batch_dims else None
     if layout.batch_dims == 0:
         raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")

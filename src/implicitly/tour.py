@@ -31,11 +31,15 @@ MEMORY_STEPS = (1, 25, 50, 100, 150, 200)
 FLOW_EPOCHS = 10
 FLOW_ACCURACY = 0.97  # of the augmented flow on the circles
 FLOW_ERROR = 0.2  # of the augmented flow on the square
+POLYTOPE_EPOCHS = 40
+POLYTOPE_OVERLAP = 0.95  # of learned and true polygons
 
 
 @dataclass(frozen=True)
 class Config:
-    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient, watch flows."""
+    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient, watch flows and
+    learn the faces of polygons.
+    """
 
     out: Path = Path("out/tour")
     """Folder for pictures, checkpoints and logs."""
@@ -95,14 +99,15 @@ def main(config: Config) -> int:
     journey = Journey(Console(), config.out)
     journey.say(
         "\n[bold]implicitly[/bold]: layers that say [italic]what[/italic] their output must satisfy, and "
-        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, checks its gradient, and "
-        "sends points along the flow of another. It takes less than two minutes."
+        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, checks its gradient, "
+        "sends points along the flow of another, and has a third find shapes. It takes less than two minutes."
     )
     with one_thread():
         train(journey, config)
         weigh(journey)
         check(journey)
         flow(journey)
+        project(journey)
     return summarise(journey, time.perf_counter() - start)
 
 
@@ -370,6 +375,40 @@ def flow(journey: Journey) -> None:
     )
     journey.files["ode/circles.png"] = "where three networks take a disc and the ring around it"
     journey.files["ode/square.png"] = "trajectories of three networks that learn x²"
+
+
+# --- 5. Project --------------------------------------------------------------------------------------------
+
+
+def project(journey: Journey) -> None:
+    """Learn the faces of polygons by projecting points onto them, a quadratic program each."""
+    from implicitly.recipes import opt_polytope
+
+    journey.console.rule("[bold]5  An optimisation problem as a layer", align="left")
+    journey.say(
+        "A layer may also be the solution of an optimisation problem: z minimises |z - x|² subject to G z <= h. "
+        "That is the point of a polygon nearest to x; the weights G and h are its faces. Here the layer learns "
+        "polygons that it cannot see. It is told of some points whether they lie inside, and should leave those "
+        "where they are, and move the others."
+    )
+    config = opt_polytope.Config(polygons=(3, 5), epochs=POLYTOPE_EPOCHS, out=journey.out / "opt")
+    results = opt_polytope.run(config)
+    journey.console.print()
+    journey.console.print(opt_polytope.results_table(results, config))
+    steps = POLYTOPE_EPOCHS * -(-config.points // config.batch_size)
+    programs = len(results) * POLYTOPE_EPOCHS * config.points
+    journey.say(
+        f"\nWithin {steps} training steps each, polygons and what was learned of them overlap to "
+        + " and ".join(f"[bold]{100 * result.iou:.1f} %[/bold]" for result in results)
+        + f". On the way, {programs:,} quadratic programs were solved and differentiated."
+    )
+    worst = min(result.iou for result in results)
+    journey.find(
+        "overlap of learned and true polygons",
+        " and ".join(f"{100 * result.iou:.1f} %" for result in results),
+        worst >= POLYTOPE_OVERLAP,
+    )
+    journey.files["opt/polytopes.png"] = "how the faces of two polygons are learned"
 
 
 # --- Summary -----------------------------------------------------------------------------------------------

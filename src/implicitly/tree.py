@@ -110,25 +110,27 @@ class Layout:
         """`(B,)` as users see it: 0-d where the whole state is one system."""
         return vector if self.batch_dims else vector[0]
 
-    def check(self, state: Any, given: str) -> None:
-        """Raise ValueError / TypeError unless `state`, which f returned for `given`, has this layout."""
+    def check(self, state: Any, given: str, f: str = "f") -> None:
+        """Raise ValueError / TypeError unless `state`, which `f` returned for `given`, has this layout."""
         flat, spec = pytree.tree_flatten(state)
         if spec != self.spec:
-            raise ValueError(f"f must return the structure of {given}: expected {self.spec}, got {spec}")
+            raise ValueError(f"{f} must return the structure of {given}: expected {self.spec}, got {spec}")
         lead = (self.batch,) if self.batch_dims else ()
         for x, leaf in zip(flat, self.leaves):
             expected = (*lead, *leaf.shape)
             if not isinstance(x, Tensor):
-                raise TypeError(f"f must return tensors, got a {type(x).__name__}")
+                raise TypeError(f"{f} must return tensors, got a {type(x).__name__}")
             if tuple(x.shape) != expected:
-                raise ValueError(f"f must return the shape of {given}: expected {expected}, got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{f} must return the shape of {given}: expected {expected}, got {tuple(x.shape)}"
+                )
             if x.dtype != leaf.dtype and not torch.is_autocast_enabled(self.device.type):
                 raise ValueError(
-                    f"f must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
+                    f"{f} must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
                     "usually come from an argument or parameter of another dtype"
                 )
             if x.device != self.device:
-                raise ValueError(f"f must return the device of {given}: expected {self.device}, got {x.device}")
+                raise ValueError(f"{f} must return the device of {given}: expected {self.device}, got {x.device}")
 
     def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         batch = x.shape[0] if self.batch_dims else 1
@@ -182,8 +184,8 @@ class Opened:
 
     f: Callable[..., Any]
     theta: tuple[Tensor, ...]
-    host: _Host
-    places: tuple[tuple[str, int], ...]  # where in the host each parameter goes; tied ones go to several
+    modules: tuple[nn.Module, ...]  # that f uses
+    places: tuple[tuple[str, int], ...]  # where in `host` each parameter goes; tied ones go to several
     parameters: int  # how many of theta, the last ones, are parameters
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
@@ -191,8 +193,18 @@ class Opened:
     autocast: torch.dtype | None
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
 
+    @functools.cached_property
+    def host(self) -> _Host:
+        """All modules as one."""
+        return _Host(self.modules)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Those of all modules."""
+        return (b for module in self.modules for b in module.buffers())
+
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
+        _ = self.host  # made now: a trace cannot
         key = (f, layout, str(self.args_spec), self.static, self.places)
         try:
             hash(key)
@@ -247,7 +259,7 @@ _GAP = object()
 class _Host(nn.Module):
     """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
 
-    def __init__(self, modules: list[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
         self.modules_of_f = nn.ModuleList(modules)
 
@@ -269,11 +281,12 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
             modules.setdefault(id(value), value)
         elif not any(value is t for t in tensors):
             captured.append((name, value))
-    host = _Host(list(modules.values()))
     index: dict[int, int] = {}
     parameters: list[Tensor] = []
     places: list[tuple[str, int]] = []
-    for prefix, module in host.named_modules():
+    seen: set[nn.Module] = set()
+    named = (m for i, top in enumerate(modules.values()) for m in top.named_modules(seen, f"modules_of_f.{i}"))
+    for prefix, module in named:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_tracked(tensor):
                 if id(tensor) not in index:
@@ -283,7 +296,16 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     theta = (*tensors, *parameters)
     return Opened(
-        f, theta, host, tuple(places), len(parameters), spec, static, device.type, autocast, tuple(captured)
+        f,
+        theta,
+        tuple(modules.values()),
+        tuple(places),
+        len(parameters),
+        spec,
+        static,
+        device.type,
+        autocast,
+        tuple(captured),
     )
 
 
@@ -412,7 +434,7 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     raise ValueError(
         f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
         "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
-        "Pass it in args: f(z, x) with fixed_point(f, z0, x); or .detach() it if no gradient is wanted"
+        "Pass it in args, which f gets after the unknown; or .detach() it if no gradient is wanted"
     )
 
 

@@ -25,13 +25,11 @@ def test_solutions_are_clarabels(n, m, q):
     settings.verbose = False
     settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-11
     for i in range(8):
-        Q, p, G, h, A, b = (t.numpy() for t in sample(args, i))
+        Q, p, G, h, A, b = sample(args, i)
         cones = [clarabel.ZeroConeT(q), clarabel.NonnegativeConeT(m)]
-        rows, right = (
-            sparse.csc_matrix(torch.cat([args[4][i], args[2][i]]).numpy()),
-            torch.cat([args[5][i], args[3][i]]),
-        )
-        other = clarabel.DefaultSolver(sparse.csc_matrix(Q), p, rows, right.numpy(), cones, settings).solve()
+        rows, right = sparse.csc_matrix(torch.cat([A, G]).numpy()), torch.cat([b, h]).numpy()
+        Q, p = sparse.csc_matrix(Q.numpy()), p.numpy()
+        other = clarabel.DefaultSolver(Q, p, rows, right, cones, settings).solve()
         torch.testing.assert_close(sol.value[i], torch.tensor(other.x, dtype=D), rtol=1e-6, atol=1e-7)
         duals = torch.cat([sol.dual_equality[i], sol.dual_inequality[i]])
         torch.testing.assert_close(duals, torch.tensor(other.z, dtype=D), rtol=1e-5, atol=1e-6)
@@ -115,7 +113,7 @@ def test_all_that_can_happen_in_one_batch():
     # A linear program has a solution where -p is a combination of the rows of G with factors >= 0.
     optimize = pytest.importorskip("scipy.optimize")
     for i in range(10, 20):
-        dual = optimize.linprog(h[i], A_eq=G[i].mT, b_eq=-p[i], method="highs")
+        dual = optimize.linprog(h[i].numpy(), A_eq=G[i].mT.numpy(), b_eq=-p[i].numpy(), method="highs")
         assert sol.status[i] == (0 if dual.status == 0 else Status.UNBOUNDED), i
 
 

@@ -1,1 +1,1 @@
-"""Optimisation problems as layers: quadratic and convex programs, projections, minimisers."""
+"""Optimisation problems as layers: `argmin` in `solve.py`, quadratic programs in `qp.py`, projections, bilevel."""

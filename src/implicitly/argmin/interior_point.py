@@ -40,7 +40,7 @@ from implicitly.tree import row_norm
 # How far towards the boundary a step goes.
 TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
-LOOSE = 1.0
+LOOSE = 10.0
 # Steps without a new best point after which rounding has won.
 PATIENCE = 5
 
@@ -103,7 +103,7 @@ class InteriorPoint(ProgramSolver):
         return polish(system, near, tolerance)
 
     def _embedded(self, system: System, tolerance: float) -> Polished:
-        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance)
+        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance, trusted=True)
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
         part, state = loop, loop.start()
@@ -176,7 +176,8 @@ class _Loop:
             size = torch.stack([row_norm(t) for t in terms]).amax(0)
             return row_norm(error) / (c.tau + size)
 
-        primal = relative(residual[:, n:], torch.cat([Ax, Gx_s], 1), torch.cat([b, h], 1))
+        # Not to the terms: far away from the origin these would hide that there is no solution.
+        primal = relative(residual[:, n:], torch.cat([b, h], 1))
         merit = torch.maximum(primal, relative(residual[:, :n], Qx, dual, p))
         value, bound = xQx / 2 + px, -xQx / 2 - by - hl
         sizes = torch.minimum(value.abs(), bound.abs())
@@ -185,8 +186,9 @@ class _Loop:
         no_point = _quotient(row_norm(dual), -(by + hl))
         no_least = _quotient(torch.maximum(row_norm(Qx), row_norm(torch.cat([Ax, Gx_s], 1))), -px)
         proof = torch.minimum(no_point, no_least)
-        stalled = torch.where(c.stale >= PATIENCE, 100.0, 1.0)  # then the best there will be has to do
-        certain = proof <= stalled * torch.finfo(tau.dtype).eps ** 0.45
+        # Where nothing gets better any more, the best that there will be has to do.
+        enough = torch.finfo(tau.dtype).eps ** 0.45
+        certain = proof <= torch.where(c.stale >= PATIENCE, min(100 * enough, 1e-3), enough)
 
         running = is_running(c.status)
         better, proven = (merit < c.merit) & running, proof < c.proof
@@ -233,13 +235,14 @@ class _Loop:
         first = self.solve(factors, _pad(-keep[:, None] * c.residual, -r_s / lam).unsqueeze(1)).squeeze(1)
         d = _direction(program, c, first, second, keep, r_s, r_tau)
         length = TO_BOUNDARY * _step_length(c, lam, d)
-        length = torch.where(is_running(c.status) & factors.usable, length, 0.0)
+        finite = (d.w.sum(1) + d.s.sum(1) + d.tau + d.kappa).isfinite()
+        good = is_running(c.status) & factors.usable & finite
         column = length.unsqueeze(1)
         moved = c._replace(
-            w=c.w + column * d.w,
-            s=s + column * d.s,
-            tau=tau + length * d.tau,
-            kappa=c.kappa + length * d.kappa,
+            w=where_rows(good, c.w + column * d.w, c.w),
+            s=where_rows(good, s + column * d.s, s),
+            tau=torch.where(good, tau + length * d.tau, tau),
+            kappa=torch.where(good, c.kappa + length * d.kappa, c.kappa),
         )
         return self.judged(k + 1, moved)
 

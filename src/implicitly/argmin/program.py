@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.host import happens
 from implicitly.iterate import Status
 from implicitly.tree import row_norm, unwrapped
 
+# Columns whose largest entries differ by less than the square of that are left as they are.
+EVEN = 16.0
 # Dimensions of each tensor of a program that is shared by the batch.
 DIMS = (2, 1, 2, 1, 2, 1)
 
@@ -134,7 +137,7 @@ class Scaling:
         return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
 
 
-def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticProgram, Scaling]:
+def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticProgram, Scaling]:
     """The program with rows and columns of its KKT matrix of like size, and how it was scaled.
 
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
@@ -157,6 +160,8 @@ def equilibrate(program: QuadraticProgram, rounds: int = 1) -> tuple[QuadraticPr
             sizes.append(scale)
         F, K = sizes
         E = E * _reciprocal(column).sqrt()
+        if not happens((column > EVEN) | (column < 1 / EVEN)):
+            break
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
     Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
@@ -172,18 +177,23 @@ def _reciprocal(norm: Tensor) -> Tensor:
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and the size
-    of the terms that it is a difference of; both in the user's units, for a scaled program and point."""
+    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and what
+    it is to be compared with; both in the user's units, for a scaled program and point.
+
+    The latter is the size of the vectors given, and a little of that of the terms of which it is a difference, as
+    rounding is; far away from the origin these would hide that there is no solution.
+    """
     z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
     Gz, Az = times(program.G, z), times(program.A, z)
     lam, slack = lam * scaling.F, (program.h - Gz) / scaling.F
     E = scaling.E
     gaps = ((Qz + program.p + Gl + An) / E, (Az - program.b) / scaling.K, torch.minimum(lam, slack))
-    bound = torch.where(lam > slack, Gz / scaling.F, 0.0)
-    terms = (Qz / E, program.p / E, Gl / E, An / E, Az / scaling.K, bound)
-    size = 1 + torch.stack([row_norm(t) for t in terms]).amax(0)
-    return row_norm(torch.cat(gaps, dim=1)), size
+    binding = (lam > slack).to(z.dtype)
+    given = (program.p / E, program.b / scaling.K, binding * program.h / scaling.F)
+    terms = (Qz / E, Gl / E, An / E, Az / scaling.K, binding * Gz / scaling.F)
+    given, terms = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
+    return row_norm(torch.cat(gaps, dim=1)), 1 + given + torch.finfo(z.dtype).eps ** 0.3 * terms
 
 
 def failed(status: Tensor) -> Tensor:

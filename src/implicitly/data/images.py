@@ -143,10 +143,13 @@ def cifar10(folder: Path | str | None = None, cache: Path | str = DEFAULT_CACHE)
     return _normalised(train, test, classes=10, name="CIFAR-10", note=JPEG_NOTE)
 
 
-def find_folder(name: str, folder: Path | str | None = None) -> Path | None:
-    """Where the files of the set `name` are: `folder / name`, or `None` for the hub.
+def find_folder(
+    name: str, folder: Path | str | None = None, otherwise: str = "download it from the Hugging Face hub"
+) -> Path | None:
+    """Where the files of the set `name` are: `folder / name`, or `None` where no folder is named.
 
-    `folder=None` stands for the folder that the environment variable `IMPLICITLY_DATA` names.
+    `folder=None` stands for the folder that the environment variable `IMPLICITLY_DATA` names. `otherwise` says in
+    the error message what comes of naming none.
 
     Raises:
         FileNotFoundError: a folder was named, and has no folder `name`.
@@ -162,8 +165,7 @@ def find_folder(name: str, folder: Path | str | None = None) -> Path | None:
         raise FileNotFoundError(
             f"looked for the data set {name!r} in {place.absolute()}, because {chosen_by} names "
             f"{str(folder)!r}, and there is no such folder. Name the folder that holds '{name}/' "
-            f"(--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER), or name none to download it from the "
-            "Hugging Face hub."
+            f"(--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER), or name none to {otherwise}."
         )
     return place
 

@@ -1,183 +1,17 @@
-"""How a solution of z = f(z, x) is differentiated: exactly, approximately, or through every iteration."""
+"""Inexact derivatives of a fixed point, which differentiate iterations from the solution."""
 
 from __future__ import annotations
 
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from implicitly.compiled import compiled_search
-from implicitly.history import add_combined, combine, products
+from implicitly.adjoints import Adjoint
 from implicitly.host import happens
-from implicitly.implicit import Backward, Condition, attach, find, is_usable, search, users_line
-from implicitly.iterate import ConvergenceWarning, Found, Solver
-from implicitly.linear import GMRES
+from implicitly.implicit import Condition, constant, is_usable, without_failed
+from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
-from implicitly.tree import is_wrapped, unwrapped
-from implicitly.unrolled import UnrolledAdjoint
-
-
-@dataclass(frozen=True)
-class Adjoint(ABC):
-    """Finds a point in the way its derivative needs, and attaches that derivative."""
-
-    # Whether autograd records the solve itself.
-    recording: ClassVar[bool] = False
-
-    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:  # noqa: B027
-        """Raise ValueError for choices that do not fit each other, or states of `dtype`; none, unless overridden.
-
-        `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
-        """
-
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
-        """The solver's result, without gradients."""
-        run = compiled_search((condition.name, problem.key)) if compile else None
-        return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
-
-    @abstractmethod
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point `(B, n)` with its derivative."""
-
-
-def check_choices(
-    solver: Solver, adjoint: Adjoint | UnrolledAdjoint, dtype: torch.dtype, iterates: bool
-) -> Adjoint:
-    """`adjoint` as one of this family; raises TypeError / ValueError unless it, `solver` and `dtype` fit."""
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver such as im.Anderson(), got {solver!r}")
-    if isinstance(adjoint, UnrolledAdjoint):
-        adjoint = _Unrolled()
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
-    if solver.linear:
-        raise TypeError(
-            f"{type(solver).__name__} solves linear systems; use Anderson, Broyden, Newton or NewtonKrylov as "
-            "solver here, and it in ImplicitAdjoint(linear_solver=...)"
-        )
-    solver.tolerances(dtype)
-    adjoint.check(solver, dtype, iterates)
-    return adjoint
-
-
-@dataclass(frozen=True)
-class ImplicitAdjoint(Adjoint):
-    """The exact derivative at the solution, by the implicit function theorem: any order, both modes.
-
-    Memory is one call of f, however many iterations found the point or solve the backward system.
-
-    Args:
-        linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
-            of fixed points such as `Anderson`.
-        rtol, max_steps: replace those of `linear_solver`.
-        inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
-            "start" the backward solve from it, or "precondition" the backward solve by it.
-        listen: called with the `Found` of every backward solve, for logging.
-
-    A sample whose backward solve breaks down (a singular Jacobian) gets a zero gradient and is reported as
-    `on_failure` says.
-    """
-
-    linear_solver: Solver = GMRES()
-    rtol: float | None = None
-    max_steps: int | None = None
-    inverse: str = "ignore"
-    listen: Callable[[Found], None] | None = None
-
-    def __post_init__(self):
-        if self.inverse not in ("ignore", "start", "precondition"):
-            raise ValueError(f'inverse must be "ignore", "start" or "precondition", got {self.inverse!r}')
-        if not isinstance(self.linear_solver, Solver):
-            raise TypeError(f"linear_solver must be a solver such as GMRES(), got {self.linear_solver!r}")
-
-    @property
-    def backward_solver(self) -> Solver:
-        """`linear_solver` with the tolerances given here."""
-        changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
-        return replace(self.linear_solver, **changes)
-
-    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
-        """Raise ValueError for a tolerance out of reach, or an inverse that `solver` does not estimate."""
-        self.backward_solver.tolerances(dtype)
-        if self.inverse != "ignore" and not solver.estimates_inverse:
-            raise ValueError(
-                f"inverse={self.inverse!r} needs a solver that estimates the inverse Jacobian: Broyden, not "
-                f"{type(solver).__name__}"
-            )
-
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
-        estimate = None
-        # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
-        if self.inverse != "ignore" and not is_wrapped(found.z):
-            estimate = _transposed_inverse(*found.estimate)
-        how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
-        usable = is_usable(found.status)
-        if not happens(~usable):
-            return attach(condition, found.z, problem.theta, how)
-        if not happens(usable):
-            return _constant(found.z, problem.theta)
-        z, theta = _without_failed(usable, found.z, problem.theta, condition)
-        return torch.where(usable[:, None], attach(condition, z, theta, how), found.z.detach())
-
-
-def _constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
-    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
-    real = (
-        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
-    )
-    return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
-
-
-def _without_failed(
-    usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
-
-    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
-    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
-    is enough unless f is undefined at finite arguments; then the gradient says so.
-    """
-    if condition.carries is None:
-        return z, tuple(_finite(t, condition) for t in theta)
-    index = torch.arange(len(usable), device=usable.device)
-    rows = torch.where(usable, index, usable.to(torch.int64).argmax())
-    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
-    return z.index_select(0, rows), theta
-
-
-def _finite(t: Tensor, condition: Condition) -> Tensor:
-    if not t.is_floating_point():
-        return t
-    t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
-
-    def tell(gradient: Tensor) -> None:
-        if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
-            warnings.warn(
-                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
-                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
-                "failed ones are left out",
-                ConvergenceWarning,
-                stacklevel=users_line(),
-            )
-
-    if t.requires_grad and not is_wrapped(t):
-        t.register_hook(tell)
-    return t
-
-
-def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
-    """g -> H' g of Broyden's H = I + P' M S, of which the first `count` `(B,)` slots count."""
-    slots = S.shape[1]  # there may never have been room for all
-    M, known = M[:, :slots, :slots], torch.arange(slots, device=S.device) < count.unsqueeze(1)
-    S, P = (torch.where(known.unsqueeze(2), x, 0.0) for x in (S, P))
-    return lambda g: add_combined(g, combine(products(g, P), M), S)
 
 
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
@@ -211,9 +45,9 @@ class PhantomAdjoint(Adjoint):
         usable = is_usable(found.status)
         z, theta = found.z.detach(), problem.theta
         if not happens(usable):
-            return _constant(z, theta)
+            return constant(z, theta)
         if happens(~usable):
-            z, theta = _without_failed(usable, z, theta, condition)
+            z, theta = without_failed(usable, z, theta, condition)
         iterate = z
         residual = condition.at(*theta)
         for _ in range(self.steps):
@@ -237,30 +71,3 @@ class JacobianFreeAdjoint(Adjoint):
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, with the derivative of one iteration."""
         return PhantomAdjoint(steps=1).attach(found, condition, problem)
-
-
-@dataclass(frozen=True)
-class _Unrolled(Adjoint):
-    """`UnrolledAdjoint` of a fixed point."""
-
-    recording: ClassVar[bool] = True
-
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
-        """The solver's result, with autograd recording."""
-        if compile:
-            raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
-        found = search(solver, condition, problem.z0, problem.theta, problem.r0)
-        condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
-        usable = is_usable(found.status)
-        if not happens(~usable):
-            return found
-        # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
-        if not happens(usable):
-            return found._replace(z=_constant(found.z, problem.theta))
-        z0, theta = _without_failed(usable, problem.z0, problem.theta, condition)
-        again = search(solver, condition, z0, theta)
-        return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
-
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, whose graph is the solve itself."""
-        return found.z

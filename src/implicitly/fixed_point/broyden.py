@@ -44,6 +44,11 @@ class Broyden(Solver):
 
     estimates_inverse: ClassVar[bool] = True
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return self.line_search
+
     def __post_init__(self):
         super().__post_init__()
         if self.history < 1:

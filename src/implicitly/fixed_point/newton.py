@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitly.descent import Descent, bottom, stopped, wolfe
 from implicitly.fixed_point.line_search import backtrack
-from implicitly.iterate import Proposal, Residual, Solver, iterate
+from implicitly.host import happens
+from implicitly.iterate import Proposal, Residual, Solver, iterate, where_rows
 from implicitly.linear import GMRES, Affine, dense
 from implicitly.tree import pullback, row_norm
 
@@ -19,18 +21,33 @@ class Newton(Solver):
 
     For small n (the Jacobians `(B, n, n)` must fit `limit_gib`). With `line_search` the residual norm falls at
     every step, so it converges from further away.
+
+    Of an objective (`argmin`) it is the objective that falls, by Wolfe's conditions, and where the Hessian is not
+    positive definite, its eigenvalues count by their size, so that steps lead away from saddles and maxima
+    (Nocedal and Wright, "Numerical Optimization", section 3.4). Without `line_search` it takes the plain steps,
+    which lead to any stationary point.
     """
 
     line_search: bool = True
     limit_gib: float = 4.0
     max_steps: int = 50
 
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return self.line_search
+
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
-        return ()
+        """Nothing; of an objective its values, and those below which it is unbounded, `(B,)` each."""
+        if not (isinstance(F, Descent) and self.line_search):
+            return ()
+        value, _ = F.evaluate(z)
+        return value, bottom(value, z, r)
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The Newton step, shortened where the residual would grow."""
+        if isinstance(F, Descent) and self.line_search:
+            return self._descend(F, k, z, r, memory)
         _, pull = pullback(F, z)
         # Rows of the Jacobian, one vector-Jacobian product for all samples each.
         transposed = dense(lambda u: -pull(u)[0], z, self.limit_gib)
@@ -39,6 +56,36 @@ class Newton(Solver):
         d = torch.where(singular[:, None], 0.0, d)
         z, r, calls = _move(F, z, r, d, self.line_search)
         return Proposal(z, (), r, calls + z.shape[1], singular)
+
+    def _descend(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
+        """The step along which the objective falls, as long as it does."""
+        value, lowest = memory
+        _, pull = pullback(F.residual, z)
+        d = _downhill(dense(lambda u: -pull(u)[0], z, self.limit_gib), r)
+        new = wolfe(F, z, value, r, d, torch.ones_like(r[:, 0]))
+        verdict = stopped(new, new.length[:, 0] == 0, lowest)
+        calls = new.calls + z.shape[1] + (k == 0)
+        return Proposal(new.z, (new.value, lowest), new.r, calls, None, verdict, new.value < value)
+
+
+def _downhill(hessian: Tensor, r: Tensor) -> Tensor:
+    """|H|^-1 r, with the eigenvalues of H `(B, n, n)` by their size, and none too small beside the largest."""
+    finite = hessian.isfinite().all(-1).all(-1) & r.isfinite().all(1)
+    hessian = torch.where(finite[:, None, None], (hessian + hessian.mT) / 2, 0.0)
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    d = torch.cholesky_solve(r.unsqueeze(2), factor)[:, :, 0]
+    # Factors of nearly singular matrices mean little.
+    size = factor.diagonal(dim1=-2, dim2=-1)
+    least = torch.finfo(r.dtype).eps ** 0.5
+    good = (info == 0) & (size.amin(1) > least * size.amax(1)) & d.isfinite().all(1)
+    if not happens(~good):
+        return d
+    values, vectors = torch.linalg.eigh(hessian)
+    size = values.abs()
+    size = torch.maximum(size, least * size.amax(1, keepdim=True))
+    along = (vectors.mT @ torch.where(finite[:, None], r, 0.0).unsqueeze(2))[:, :, 0]
+    along = along / torch.where(size == 0, 1.0, size)
+    return where_rows(good, d, (vectors @ along.unsqueeze(2))[:, :, 0])
 
 
 @dataclass(frozen=True)
@@ -55,6 +102,11 @@ class NewtonKrylov(Solver):
     linear_solver: Solver = GMRES(max_steps=60)
     line_search: bool = True
     max_steps: int = 50
+
+    @property
+    def nests(self) -> bool:
+        """Its linear solve."""
+        return True
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The last forcing term and the last residual norm, `(B,)` each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint, check_choices
+from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.newton import Newton
 from implicitly.iterate import Solution, Solver

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint, PhantomAdjoint
+from implicitly.adjoints import Adjoint, ImplicitAdjoint
+from implicitly.fixed_point.adjoints import PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point
 from implicitly.implicit import as_solution

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from implicitly.fixed_point.adjoints import Adjoint, ImplicitAdjoint
+from implicitly.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.iterate import Solver
 from implicitly.linear import Neumann

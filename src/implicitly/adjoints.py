@@ -1,0 +1,193 @@
+"""How a solution is differentiated, whatever its condition: exactly, or through every iteration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.compiled import compiled_search
+from implicitly.history import add_combined, combine, products
+from implicitly.host import happens
+from implicitly.implicit import (
+    Backward,
+    Condition,
+    attach_usable,
+    constant,
+    find,
+    is_usable,
+    search,
+    without_failed,
+)
+from implicitly.iterate import Found, Solver
+from implicitly.linear import GMRES
+from implicitly.problem import Problem
+from implicitly.tree import is_wrapped, unwrapped
+from implicitly.unrolled import UnrolledAdjoint
+
+
+@dataclass(frozen=True)
+class Adjoint(ABC):
+    """Finds a point in the way its derivative needs, and attaches that derivative."""
+
+    # Whether autograd records the solve itself.
+    recording: ClassVar[bool] = False
+
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:  # noqa: B027
+        """Raise ValueError for choices that do not fit each other, or states of `dtype`; none, unless overridden.
+
+        `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
+        """
+
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, without gradients."""
+        run = compiled_search((condition.name, problem.key)) if compile else None
+        return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
+
+    @abstractmethod
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with its derivative."""
+
+
+# What a solver may need of the problem, and which entry point has it.
+_NEEDS = {
+    "objective": "an objective to descend: im.argmin without a constraint, or im.least_squares",
+    "residuals": "residuals whose squares add up to the objective: im.least_squares",
+    "projection": "an objective and a projection: im.argmin(..., constraint=P)",
+    "equality": "an objective and equality constraints: im.argmin(..., constraint=im.Equality(h))",
+}
+
+
+def check_choices(
+    solver: Solver,
+    adjoint: Adjoint | UnrolledAdjoint,
+    dtype: torch.dtype,
+    iterates: bool,
+    offers: tuple[str, ...] = (),
+    try_solver: str = "Anderson, Broyden, Newton or NewtonKrylov",
+) -> Adjoint:
+    """`adjoint` as one of algebraic conditions; raises TypeError / ValueError unless it, `solver` and `dtype` fit.
+
+    `offers` is what the problem has of what solvers may need, `try_solver` what to name instead of one that does
+    not fit.
+    """
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver such as {try_solver}, got {solver!r}")
+    if isinstance(adjoint, UnrolledAdjoint):
+        adjoint = _Unrolled()
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
+    if solver.linear:
+        raise TypeError(
+            f"{type(solver).__name__} solves linear systems; use {try_solver} as solver here, and it in "
+            "ImplicitAdjoint(linear_solver=...)"
+        )
+    if solver.needs is not None and solver.needs not in offers:
+        raise TypeError(f"{type(solver).__name__} needs {_NEEDS[solver.needs]}. Use {try_solver} as solver here")
+    solver.tolerances(dtype)
+    adjoint.check(solver, dtype, iterates)
+    return adjoint
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint(Adjoint):
+    """The exact derivative at the solution, by the implicit function theorem: any order, both modes.
+
+    Memory is one call of f, however many iterations found the point or solve the backward system.
+
+    Args:
+        linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
+            of fixed points such as `Anderson`.
+        rtol, max_steps: replace those of `linear_solver`.
+        inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
+            "start" the backward solve from it, or "precondition" the backward solve by it.
+        listen: called with the `Found` of every backward solve, for logging.
+
+    A sample whose backward solve breaks down (a singular Jacobian) gets a zero gradient and is reported as
+    `on_failure` says.
+    """
+
+    linear_solver: Solver = GMRES()
+    rtol: float | None = None
+    max_steps: int | None = None
+    inverse: str = "ignore"
+    listen: Callable[[Found], None] | None = None
+
+    def __post_init__(self):
+        if self.inverse not in ("ignore", "start", "precondition"):
+            raise ValueError(f'inverse must be "ignore", "start" or "precondition", got {self.inverse!r}')
+        if not isinstance(self.linear_solver, Solver):
+            raise TypeError(f"linear_solver must be a solver such as GMRES(), got {self.linear_solver!r}")
+
+    @property
+    def backward_solver(self) -> Solver:
+        """`linear_solver` with the tolerances given here."""
+        changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
+        return replace(self.linear_solver, **changes)
+
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a tolerance out of reach, or an inverse that `solver` does not estimate."""
+        self.backward_solver.tolerances(dtype)
+        if self.inverse != "ignore" and not solver.estimates_inverse:
+            raise ValueError(
+                f"inverse={self.inverse!r} needs a solver that estimates the inverse Jacobian: Broyden, not "
+                f"{type(solver).__name__}"
+            )
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
+        estimate = None
+        # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
+        if self.inverse != "ignore" and not is_wrapped(found.z):
+            estimate = _transposed_inverse(*found.estimate)
+        how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
+        return attach_usable(found, condition, problem.theta, how)
+
+
+def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
+    """g -> H' g of Broyden's H = I + P' M S, of which the first `count` `(B,)` slots count."""
+    slots = S.shape[1]  # there may never have been room for all
+    M, known = M[:, :slots, :slots], torch.arange(slots, device=S.device) < count.unsqueeze(1)
+    S, P = (torch.where(known.unsqueeze(2), x, 0.0) for x in (S, P))
+    return lambda g: add_combined(g, combine(products(g, P), M), S)
+
+
+@dataclass(frozen=True)
+class _Unrolled(Adjoint):
+    """`UnrolledAdjoint` of an algebraic condition."""
+
+    recording: ClassVar[bool] = True
+
+    def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
+        """Raise ValueError for a solver that cannot be recorded."""
+        if not solver.recordable:
+            raise ValueError(
+                f"UnrolledAdjoint records what the solver does, and {type(solver).__name__} decomposes matrices, "
+                "which has no derivative where eigenvalues coincide; use ImplicitAdjoint"
+            )
+
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, with autograd recording."""
+        if compile:
+            raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        found = search(solver, condition, problem.z0, problem.theta, problem.r0)
+        found = condition.examined(found, problem.theta)
+        condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
+        usable = is_usable(found.status)
+        if not happens(~usable):
+            return found
+        # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
+        if not happens(usable):
+            return found._replace(z=constant(found.z, problem.theta))
+        z0, theta = without_failed(usable, problem.z0, problem.theta, condition)
+        again = search(solver, condition, z0, theta)
+        return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point, whose graph is the solve itself."""
+        return found.z

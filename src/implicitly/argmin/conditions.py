@@ -1,0 +1,221 @@
+"""What a minimum must satisfy, in its forms: a condition of first order, and a check of the second.
+
+The condition is a residual like any other, so the theorem differentiates it. Each form says too which operator,
+symmetric on `(B, n)`, must have no negative eigenvalue for a stationary point to be a minimum.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.argmin.curvature import smallest_curvature
+from implicitly.descent import Descent, value_and_descent
+from implicitly.host import happens
+from implicitly.implicit import Condition, Map, Report, push
+from implicitly.iterate import Found, Solution, Status
+from implicitly.problem import Problem, carries_of
+from implicitly.tree import Layout, open_function, pullback, row_norm
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """A form in which an optimisation problem is stated as a condition."""
+
+    # Of the entry point, in messages.
+    name: ClassVar[str] = "argmin"
+    # What it gives solvers besides the residual, by name (`Solver.needs`) and by type (`Condition.kind`).
+    offers: ClassVar[tuple[str, ...]]
+    kind: ClassVar[type]
+    # Whether z + residual is an iteration that inexact adjoints may differentiate.
+    iterates: ClassVar[bool] = False
+    # What to name where a solver does not fit.
+    try_solver: ClassVar[str]
+
+    @abstractmethod
+    def problem(
+        self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
+    ) -> Problem:
+        """The residual, opened; raises TypeError / ValueError for what the functions should not return."""
+
+    @abstractmethod
+    def curvature(self, F: Any, z: Tensor) -> tuple[Map, Tensor]:
+        """The operator that is positive semidefinite at a minimum `z`, and a matrix `(B, n)` like its argument."""
+
+    def condition(self, problem: Problem, on_failure: str, convex: bool) -> Condition:
+        """What `problem` states; stationary points are checked to be minima unless all are."""
+        report = Report(on_failure, partial(self.solution, problem))
+        condition = replace(
+            problem.condition(self.name, on_failure), report=report, kind=self.kind, scale=gradient_scale
+        )
+        return condition if convex else replace(condition, examine=partial(self._examine, condition.dtype))
+
+    def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
+        """What the user gets: `attached` `(B, n)` is the found point with its derivative."""
+        return problem.solution(found, attached)
+
+    def _examine(self, dtype: torch.dtype, F: Any, found: Found) -> Found:
+        """`found`, where converged samples from which the objective falls in second order are NOT_MINIMUM."""
+        converged = found.status == int(Status.CONVERGED)
+        if not happens(converged) or found.z.shape[1] == 0:
+            return found
+        least, most = smallest_curvature(*self.curvature(F, found.z))
+        # Less than this is what rounding, and the distance to the exact point, leave of a zero.
+        falls = least < -(torch.finfo(dtype).eps ** 0.5) * most
+        return found._replace(status=torch.where(converged & falls, int(Status.NOT_MINIMUM), found.status))
+
+
+def gradient_scale(F: Any, z: Tensor, r: Tensor) -> Tensor:
+    """What a residual is small beside, `(B,)`: that at the start, or its change over the length of the iterate.
+
+    The second is what rounding of z alone makes of the residual: a start at the answer has nothing to gain.
+    """
+    if not happens(z != 0):
+        return row_norm(r)
+    change = row_norm(push(lambda z: F(z), (z,), (z,)))
+    return torch.maximum(row_norm(r), torch.where(change.isfinite(), change, 0.0))
+
+
+@dataclass(frozen=True)
+class Unconstrained(Form):
+    """The gradient of the objective vanishes."""
+
+    offers: ClassVar[tuple[str, ...]] = ("objective",)
+    kind: ClassVar[type] = Descent
+    try_solver: ClassVar[str] = "LBFGS, GradientDescent or Newton"
+
+    def problem(
+        self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
+    ) -> Problem:
+        """Of an objective with one value a sample."""
+        opened = open_function(objective, args, layout.device)
+
+        def bind(*theta: Tensor) -> Descent:
+            return descent_of(rows_of(opened.at(*theta), layout), theta)
+
+        def first(z: Tensor, *theta: Tensor) -> Tensor:
+            call = opened.at(*theta)
+            return descent_of(rows_of(lambda z: check_values(call(z), layout), layout), theta)(z)
+
+        carries = carries_of(opened, args, layout, in_dims)
+        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+
+    def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
+        """The Hessian."""
+        return hessian_at(F, z), z
+
+
+@dataclass(frozen=True)
+class LeastSquares(Form):
+    """The gradient of half the sum of squares vanishes; its objective returns the residuals to be squared."""
+
+    name: ClassVar[str] = "least_squares"
+    offers: ClassVar[tuple[str, ...]] = ("objective", "residuals")
+    kind: ClassVar[type] = Descent
+    try_solver: ClassVar[str] = "LevenbergMarquardt, GaussNewton or LBFGS"
+
+    def problem(
+        self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
+    ) -> Problem:
+        """Of residuals `(B, ...)`, or a pytree of them."""
+        opened = open_function(objective, args, layout.device)
+
+        def squares_of(call: Function, theta: tuple[Tensor, ...]) -> Descent:
+            def residuals(z: Tensor) -> Tensor:
+                leaves = pytree.tree_leaves(call(layout.unpack(z)))
+                real = [torch.view_as_real(x) if x.is_complex() else x for x in leaves]
+                # Of no width where there are no residuals for lack of samples.
+                rows = [x.reshape(len(z), x[:1].numel() if layout.batch_dims else x.numel()) for x in real]
+                return torch.cat(rows, 1).to(z.dtype)
+
+            return descent_of(lambda z: residuals(z).square().sum(1) / 2, theta, residuals)
+
+        def bind(*theta: Tensor) -> Descent:
+            return squares_of(opened.at(*theta), theta)
+
+        def first(z: Tensor, *theta: Tensor) -> Tensor:
+            call = opened.at(*theta)
+            return squares_of(lambda z: check_residuals(call(z), layout), theta)(z)
+
+        carries = carries_of(opened, args, layout, in_dims)
+        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+
+    def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
+        """The Hessian."""
+        return hessian_at(F, z), z
+
+
+def rows_of(call: Function, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """An objective `call` of states as a function of matrices `(B, n)`, with values `(B,)`."""
+    return lambda z: call(layout.unpack(z)).reshape(len(z))
+
+
+def descent_of(
+    objective: Callable[[Tensor], Tensor],
+    theta: tuple[Tensor, ...],
+    residuals: Callable[[Tensor], Tensor] | None = None,
+) -> Descent:
+    """The descent of an `objective` of matrices, which depends on `theta` besides."""
+    return Descent(
+        lambda z: value_and_descent(objective, z, theta)[1],
+        lambda z: value_and_descent(objective, z, theta),
+        residuals,
+    )
+
+
+def hessian_at(F: Descent, z: Tensor) -> Map:
+    """v `(B, n)` to H v, with H the Hessian at z."""
+    _, pull = pullback(F.residual, z)
+    return lambda v: -pull(v)[0]
+
+
+def check_values(values: Any, layout: Layout) -> Tensor:
+    """`values`, which the objective returned; raises TypeError / ValueError unless it is one a sample."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"objective must return a tensor, one value a sample; got a {type(values).__name__}")
+    expected = (layout.batch,) if layout.batch_dims else ()
+    if tuple(values.shape) != expected:
+        remedy = "add up each sample's own terms, as in .sum(-1)"
+        if values.ndim == 0:
+            remedy = "do not add up over the samples; batch_dims=0 is for one system"
+        came = tuple(values.shape)
+        raise ValueError(f"objective must return one value a sample: expected {expected}, got {came}; {remedy}")
+    if not values.is_floating_point():
+        raise TypeError(f"objective must return real numbers, got {values.dtype}")
+    _check_kind(values, layout, "objective")
+    return values
+
+
+def check_residuals(residuals: Any, layout: Layout) -> Any:
+    """`residuals`, which the function returned; raises TypeError / ValueError unless each sample has its own."""
+    leaves = pytree.tree_leaves(residuals)
+    if not leaves:
+        raise ValueError("residuals must return a tensor, or a pytree of them; got none")
+    for x in leaves:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"residuals must return tensors, got a {type(x).__name__}")
+        if layout.batch_dims and (x.ndim == 0 or x.shape[0] != layout.batch):
+            raise ValueError(
+                f"residuals must return each sample's own: expected ({layout.batch}, ...), got {tuple(x.shape)}"
+            )
+        _check_kind(x, layout, "residuals")
+    return residuals
+
+
+def _check_kind(x: Tensor, layout: Layout, name: str) -> None:
+    if x.dtype.to_real() != layout.dtype and not torch.is_autocast_enabled(layout.device.type):
+        raise ValueError(
+            f"{name} must return the dtype of z0: expected {layout.dtype}, got {x.dtype}; mixed dtypes usually "
+            "come from an argument or parameter of another dtype"
+        )
+    if x.device != layout.device:
+        raise ValueError(f"{name} must return the device of z0: expected {layout.device}, got {x.device}")

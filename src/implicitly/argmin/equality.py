@@ -1,0 +1,334 @@
+"""Minima under equality constraints: the condition of Karush, Kuhn and Tucker, and `NewtonKKT`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.argmin.conditions import Form, Function, check_values
+from implicitly.descent import TRIALS, bottom
+from implicitly.implicit import Map
+from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat
+from implicitly.linear import dense
+from implicitly.problem import Problem, carries_of
+from implicitly.tree import Layout, open_function, pullback, row_norm
+
+# How far Newton's step may lead, in the scale of z, is 1 / FAR.
+FAR = 0.01
+
+
+@dataclass(frozen=True)
+class Lagrangian:
+    """The residual -(gradient of f + y' h) of w = (z, y), `(B, n + m)`, with its parts in the open.
+
+    Attributes:
+        residual: w to (-(gradient of f + y' h), -h).
+        evaluate: w to f `(B,)`, h `(B, m)` and the residual, in one call.
+    """
+
+    residual: Residual
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """The residual at `w`."""
+        return self.residual(w)
+
+
+@dataclass(frozen=True)
+class ConstrainedSolution(Solution):
+    """What a minimisation under equality constraints returns.
+
+    Attributes:
+        dual_equality: the multipliers y, like what h returns, with which gradient of (f + y' h) = 0; gradients
+            attached.
+    """
+
+    dual_equality: Any
+
+
+@dataclass(frozen=True)
+class _Both:
+    """What is to be opened: the objective and the constraints, of the same arguments."""
+
+    objective: Function
+    h: Function
+
+    def __call__(self, z: Any, *args: Any) -> tuple[Any, Any]:
+        return self.objective(z, *args), self.h(z, *args)
+
+
+@dataclass(frozen=True)
+class Equality(Form):
+    """The feasible set as equations h(z, *args) = 0; a minimum is where the gradient of f + y' h vanishes too.
+
+    The derivative of the minimum, and of the multipliers y, is that of these equations. Nocedal and Wright,
+    "Numerical Optimization", theorems 12.1 and 12.6.
+
+    Args:
+        h: `h(z, *args)` returns a tensor `(B, ...)` (with `batch_dims=0` of any shape) or a pytree of them, of the
+            dtype of z0 and with no more numbers a sample than z has.
+    """
+
+    h: Function
+
+    offers: ClassVar[tuple[str, ...]] = ("equality",)
+    kind: ClassVar[type] = Lagrangian
+    try_solver: ClassVar[str] = "NewtonKKT or Newton"
+
+    def __post_init__(self):
+        if not callable(self.h):
+            raise TypeError(f"Equality: h must be callable, got a {type(self.h).__name__}")
+
+    def problem(
+        self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
+    ) -> Problem:
+        """Of an objective with one value a sample; its state is (z, y), from y = 0."""
+        y0 = pytree.tree_map(torch.zeros_like, self._first_constraints(z0, args, layout))
+        opened = open_function(_Both(objective, self.h), args, layout.device)
+        pair, duals = Layout.of((z0, y0), layout.batch_dims), Layout.of(y0, layout.batch_dims)
+
+        def lagrangian(call: Function) -> Lagrangian:
+            def parts(w: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                z, y = pair.unpack(w)
+                value, constraints = call(z)
+                value, h = value.reshape(len(w)), duals.pack(constraints)
+                return value + (h * duals.pack(y)).sum(1), (value, h)
+
+            def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                value, h = parts(w)[1]
+                return value, h, residual(w)
+
+            def residual(w: Tensor) -> Tensor:
+                total, pull = pullback(lambda w: parts(w)[0], w)
+                return -pull(torch.ones_like(total))[0]
+
+            return Lagrangian(residual, evaluate)
+
+        def first(w: Tensor, *theta: Tensor) -> Tensor:
+            call = opened.at(*theta)
+
+            def checked(z: Any) -> tuple[Tensor, Any]:
+                value, constraints = call(z)
+                return check_values(value, layout), constraints
+
+            return lagrangian(checked)(w)
+
+        carries = carries_of(opened, args, layout, in_dims)
+        bind = lambda *theta: lagrangian(opened.at(*theta))  # noqa: E731
+        return Problem.stated(opened, pair, (z0, y0), bind, first, carries=carries, recording=recording)
+
+    def _first_constraints(self, z0: Any, args: tuple[Any, ...], layout: Layout) -> Any:
+        with torch.no_grad():
+            h0 = self.h(z0, *args)
+        size = Layout.of(h0, layout.batch_dims, "what h returns")
+        if size.batch != layout.batch:
+            raise ValueError(
+                f"h must return one row a sample: expected {layout.batch} of them, as in z0, got {size.batch}"
+            )
+        if size.dtype != layout.dtype or size.device != layout.device:
+            raise ValueError(
+                f"h must return the dtype and device of z0: expected {layout.dtype} on {layout.device}, got "
+                f"{size.dtype} on {size.device}"
+            )
+        n, m = (sum(leaf.width for leaf in x.leaves) for x in (layout, size))
+        if m > n:
+            raise ValueError(f"h returns {m} numbers a sample, more equations than the {n} unknowns of z0")
+        return h0
+
+    def curvature(self, F: Lagrangian, z: Tensor) -> tuple[Map, Tensor]:
+        """The Hessian of the Lagrangian on the tangent space of the constraints; zero on the normal space."""
+        w = z
+        _, h, _ = F.evaluate(w)
+        m = h.shape[1]
+        _, pull = pullback(F.residual, w)
+        matrix = dense(lambda u: -pull(u)[0], w, limit_gib=4.0)
+        hessian, jacobian = _blocks(matrix, m)
+        tangent = _Split.of(jacobian).tangent
+        reduced = tangent @ hessian @ tangent
+        return lambda u: (reduced @ u.unsqueeze(2))[:, :, 0], w[:, : w.shape[1] - m]
+
+    def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
+        """The z part, and the multipliers beside it."""
+        pair = problem.solution(found, attached)
+        z, y = pair.value
+        rest = {f.name: getattr(pair, f.name) for f in fields(pair) if f.name != "value"}
+        return ConstrainedSolution(z, **rest, dual_equality=y)
+
+
+def _blocks(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The Hessian `(B, n, n)` and the constraints' Jacobian `(B, m, n)` in a KKT matrix, finite."""
+    n = matrix.shape[1] - m
+    matrix = torch.where(matrix.isfinite(), matrix, 0.0)
+    matrix = (matrix + matrix.mT) / 2
+    return matrix[:, :n, :n], matrix[:, n:, :n]
+
+
+class _Split(NamedTuple):
+    """A Jacobian J `(B, m, n)`: its pseudoinverse `(B, n, m)`, the projector on its kernel `(B, n, n)`, and
+    whether its rank is full `(B,)`."""
+
+    inverse: Tensor
+    tangent: Tensor
+    full: Tensor
+
+    @classmethod
+    def of(cls, jacobian: Tensor) -> _Split:
+        U, S, Vh = torch.linalg.svd(jacobian, full_matrices=False)
+        known = max(jacobian.shape[1:]) * torch.finfo(S.dtype).eps * S.amax(1, keepdim=True) < S
+        inverse = torch.where(known, 1 / torch.where(known, S, 1.0), 0.0)
+        rows = Vh * known.unsqueeze(2)
+        eye = torch.eye(jacobian.shape[2], dtype=S.dtype, device=S.device)
+        return cls((Vh.mT * inverse.unsqueeze(1)) @ U.mT, eye - rows.mT @ rows, known.all(1))
+
+
+@dataclass(frozen=True)
+class NewtonKKT(Solver):
+    """Newton's method on the KKT equations with dense matrices, made to descend.
+
+    The step solves the linearised constraints by the shortest step onto them, and minimises on their tangent
+    space a quadratic model whose eigenvalues count by their size. It is halved until the merit function f + nu |h|
+    falls, or, where the model needed no change, the residual of the KKT equations does (which keeps full steps
+    near the answer). Nocedal and Wright, "Numerical Optimization", sections 18.1 to 18.4.
+
+    A sample is done when |(gradient of f + y' h, h)| has shrunk to atol + rtol |the same at z0|. Constraints that
+    depend on each other get the shortest multipliers. Where the constraints contradict each other it ends as
+    INFEASIBLE, at a point that violates them least.
+    """
+
+    limit_gib: float = 4.0
+    max_steps: int = 100
+
+    needs: ClassVar[str | None] = "equality"
+    recordable: ClassVar[bool] = False
+
+    @property
+    def nests(self) -> bool:
+        """Its line search."""
+        return True
+
+    def start(self, F: Lagrangian, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """f, nu, and the f below which it is unbounded, `(B,)` each, and h `(B, m)`."""
+        value, h, _ = F.evaluate(z)
+        return value, torch.zeros_like(r[:, 0]), bottom(value, z, r), h
+
+    def propose(
+        self, F: Lagrangian, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]
+    ) -> Proposal:
+        """The step, halved until it leads on."""
+        value, nu, lowest, h = memory
+        m = h.shape[1]
+        _, pull = pullback(F.residual, z)
+        hessian, jacobian = _blocks(dense(lambda u: -pull(u)[0], z, self.limit_gib), m)
+        split = _Split.of(jacobian)
+        d, slope, unchanged = _step(hessian, jacobian, split, z, r, h)
+        # Large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36.
+        violation = row_norm(h)
+        enough = 2 * slope / torch.where(violation > 0, violation, 1.0)
+        nu = torch.where(violation > 0, torch.maximum(nu, enough), nu)
+        nu = torch.maximum(nu, row_norm((z + d)[:, -m:]))  # so that merit is least at the answer
+        merit = _Merit(value + nu * violation, slope - nu * violation, nu, row_norm(r), unchanged)
+        trial = merit.search(F, z, d, row_norm(r) > 0)
+        status = _verdict(trial, split, jacobian, h, z, lowest)
+        new = torch.where(trial.good[:, None], trial.z, z)
+        memory = (
+            torch.where(trial.good, trial.value, value),
+            nu,
+            lowest,
+            torch.where(trial.good[:, None], trial.h, h),
+        )
+        residual = torch.where(trial.good[:, None], trial.r, r)
+        progress = trial.good & (trial.value + nu * row_norm(trial.h) < merit.value)
+        calls = trial.calls + z.shape[1] + (k == 0)
+        return Proposal(new, memory, residual, calls, None, status, progress)
+
+
+def _step(
+    hessian: Tensor, jacobian: Tensor, split: _Split, z: Tensor, r: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of (z, y), the slope of f along it, and where the model needed no change."""
+    n = hessian.shape[1]
+    y, finite = z[:, n:], r.isfinite().all(1, keepdim=True)
+    r, h = torch.where(finite, r, 0.0), torch.where(finite, h, 0.0)
+    gradient = -r[:, :n] - _times(jacobian.mT, y)
+    normal = -_times(split.inverse, h)
+    eye = torch.eye(n, dtype=z.dtype, device=z.device)
+    normal_space = eye - split.tangent
+    # The normal space gets eigenvalues among those of the tangent space, and no part in the step.
+    reduced = split.tangent @ hessian @ split.tangent
+    scale = torch.linalg.matrix_norm(reduced)
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(reduced + scale[:, None, None] * normal_space)
+    right = -_times(split.tangent, gradient + _times(hessian, normal))
+    # Curvature that would not keep the step within the scale of z is none.
+    reach = row_norm(right) / (1 + row_norm(z[:, :n]))
+    least = torch.finfo(z.dtype).eps ** 0.5 * scale + FAR * reach
+    unchanged = (values > least[:, None]).all(1)
+    bold = torch.maximum(values.abs(), (least + reach)[:, None])
+    values = torch.where(unchanged[:, None], values, bold)
+    tangential = _times(split.tangent, _times(vectors, _times(vectors.mT, right) / values))
+    d = normal + tangential
+    y_new = -_times(split.inverse.mT, gradient + _times(hessian, d))
+    return torch.cat([d, y_new - y], 1), torch.linalg.vecdot(gradient, d), unchanged
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(2))[:, :, 0]
+
+
+class _Trial(NamedTuple):
+    length: Tensor
+    z: Tensor
+    value: Tensor
+    h: Tensor
+    r: Tensor
+    good: Tensor
+    calls: Any
+
+
+@dataclass(frozen=True)
+class _Merit:
+    """What must fall along a step: the merit function, or the norm of the residual."""
+
+    value: Tensor
+    slope: Tensor
+    nu: Tensor
+    norm: Tensor
+    by_residual: Tensor  # where the residual may decide
+
+    def search(self, F: Lagrangian, z: Tensor, d: Tensor, running: Tensor) -> _Trial:
+        def attempt(length: Tensor, calls: Any) -> _Trial:
+            to = torch.addcmul(z, length[:, None], d)
+            value, h, r = F.evaluate(to)
+            merit = value + self.nu * row_norm(h)
+            falls = merit <= self.value + 1e-4 * length * self.slope
+            norm = row_norm(r)
+            closer = self.by_residual & (norm <= (1 - 0.1 * length) * self.norm)
+            return _Trial(length, to, value, h, r, (falls | closer) & norm.isfinite(), calls)
+
+        def halve(_: Any, t: _Trial) -> _Trial:
+            return attempt(torch.where(t.good, t.length, t.length / 2), t.calls + 1)
+
+        calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1
+        trial = attempt(torch.ones_like(self.norm), calls)
+        return repeat(halve, trial, lambda t: (~t.good & running).any(), TRIALS)[1]
+
+
+def _verdict(trial: _Trial, split: _Split, jacobian: Tensor, h: Tensor, z: Tensor, lowest: Tensor) -> Tensor:
+    """How samples `(B,)` end that cannot go on; RUNNING: they can."""
+    n = jacobian.shape[2]
+    size = torch.linalg.matrix_norm(jacobian)
+    violation = row_norm(h)
+    root_eps = torch.finfo(h.dtype).eps ** 0.5
+    # No direction, to first order, in which the constraints are violated less.
+    stuck = row_norm(_times(jacobian.mT, h)) <= root_eps * size * violation
+    violated = violation > root_eps * size * (1 + row_norm(z[:, :n]))
+    infeasible = ~split.full & stuck & violated
+    status = torch.where(trial.good, int(Status.RUNNING), int(Status.STAGNATED))
+    status = torch.where(~trial.good & ~trial.value.isfinite(), int(Status.NON_FINITE), status)
+    status = torch.where(infeasible, torch.where(size > 0, int(Status.INFEASIBLE), int(Status.SINGULAR)), status)
+    return torch.where(trial.good & (trial.value < lowest) & ~violated, int(Status.UNBOUNDED), status)

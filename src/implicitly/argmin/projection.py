@@ -1,0 +1,159 @@
+"""Minima over a set that can be projected on: the condition, and `ProjectedGradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
+from implicitly.argmin.conditions import Form, Function, check_values, descent_of, rows_of
+from implicitly.implicit import Map
+from implicitly.iterate import Proposal, Residual, Solver
+from implicitly.problem import Problem, carries_of
+from implicitly.tree import Layout, open_function, pullback
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The residual P(z - t gradient) - z, with its parts in the open.
+
+    Attributes:
+        residual: z `(B, n)` to R(z).
+        evaluate: z to the objective `(B,)` and minus its gradient `(B, n)`, in one call.
+        project: P.
+        from_descent: z and minus the gradient there to R(z).
+    """
+
+    residual: Residual
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]
+    project: Residual
+    from_descent: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """R at `z` `(B, n)`."""
+        return self.residual(z)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is to be opened: two functions of the same arguments."""
+
+    objective: Function
+    constraint: Function
+
+    def __call__(self, z: Any, *args: Any) -> tuple[Any, Any]:
+        return self.objective(z, *args), self.constraint(z, *args)
+
+
+@dataclass(frozen=True)
+class Projection(Form):
+    """The feasible set as its Euclidean projection; a minimum is where z = P(z - step * gradient).
+
+    A bare function P as `constraint` means `Projection(P)`. The derivative of the minimum is that of this fixed
+    point, so P must be differentiable there (it is wherever no constraint is active by accident) in whatever of
+    `args` it uses. Every `step` states the same condition; it decides how well conditioned the backward solve is
+    (best near one over the curvature of the objective), and is the length of the steps that `FixedPointIteration`
+    and `PhantomAdjoint` take.
+
+    Args:
+        P: `P(z, *args)` gives the nearest point of the set, like z; for example
+            `lambda z, x, radius: im.project.l2_ball(z, radius)`.
+    """
+
+    P: Function
+    step: float = 1.0
+
+    offers: ClassVar[tuple[str, ...]] = ("projection",)
+    kind: ClassVar[type] = Projected
+    iterates: ClassVar[bool] = True
+    try_solver: ClassVar[str] = "ProjectedGradient, Anderson or FixedPointIteration"
+
+    def __post_init__(self):
+        if not callable(self.P):
+            raise TypeError(f"Projection: P must be callable, got a {type(self.P).__name__}")
+        check_step(self, self.step)
+
+    def problem(
+        self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
+    ) -> Problem:
+        """Of an objective with one value a sample."""
+        opened = open_function(_Pair(objective, self.P), args, layout.device)
+        of_objective, of_P = replace(opened, f=objective), replace(opened, f=self.P)
+
+        def projected(value: Function, point: Function, theta: tuple[Tensor, ...]) -> Projected:
+            descent = descent_of(rows_of(value, layout), theta)
+            project = lambda z: layout.pack(point(layout.unpack(z)))  # noqa: E731
+            moved = lambda z, r: project(torch.add(z, r, alpha=self.step)) - z  # noqa: E731
+            return Projected(lambda z: moved(z, descent(z)), descent.evaluate, project, moved)
+
+        def bind(*theta: Tensor) -> Projected:
+            return projected(of_objective.at(*theta), of_P.at(*theta), theta)
+
+        def first(z: Tensor, *theta: Tensor) -> Tensor:
+            value, point = of_objective.at(*theta), of_P.at(*theta)
+
+            def checked(z: Any) -> Any:
+                nearest = point(z)
+                layout.check(nearest, "z0", "the projection")
+                return nearest
+
+            return projected(lambda z: check_values(value(z), layout), checked, theta)(z)
+
+        carries = carries_of(opened, args, layout, in_dims)
+        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+
+    def curvature(self, F: Projected, z: Tensor) -> tuple[Map, Tensor]:
+        """D - D (I - t H) D with H the Hessian of the objective, D the (symmetric) derivative of P.
+
+        On the range of D, which is the tangent space of the active constraints, D = (I + t K)^-1 with K the
+        curvature of the set times the multiplier; the operator then is t D (H + K) D, and zero elsewhere.
+        """
+        _, hessian = pullback(lambda z: F.evaluate(z)[1], z)
+        _, tangent = pullback(F.project, torch.add(z, F.evaluate(z)[1], alpha=self.step))
+
+        def operator(u: Tensor) -> Tensor:
+            w = tangent(u)[0]
+            return w - tangent(torch.add(w, hessian(w)[0], alpha=self.step))[0]
+
+        return operator, z
+
+
+@dataclass(frozen=True)
+class ProjectedGradient(Solver):
+    """Projected gradient descent, accelerated and with backtracking, for any projection: see `ProximalStep`.
+
+    A sample is done when |P(z - gradient) - z|, with the step of `Projection`, has shrunk to
+    atol + rtol |the same at z0|. z0 need not be feasible; the answer is.
+
+    Args:
+        step: the length that multiplies the gradient. None: found by backtracking, one a sample.
+        accelerated: whether to use momentum, restarted where it leads uphill.
+    """
+
+    step: float | None = None
+    accelerated: bool = True
+    max_steps: int = 2000
+
+    needs: ClassVar[str | None] = "projection"
+
+    @property
+    def nests(self) -> bool:
+        """Its backtracking."""
+        return self.step is None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_step(self, self.step)
+
+    def start(self, F: Projected, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """See `Accelerated`; at rest at the nearest feasible point."""
+        return Accelerated.start(F.evaluate, F.project(z), self.step)
+
+    def propose(self, F: Projected, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
+        """The point down the gradient, projected."""
+        step = ProximalStep(F.evaluate, F.project, F.from_descent, self.step is not None, self.accelerated)
+        return step.take(k, z, r, Accelerated(*memory))

@@ -1,0 +1,139 @@
+"""`argmin` and `least_squares`: state the condition, find the point, attach the derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
+from implicitly.argmin.conditions import Form, LeastSquares, Unconstrained
+from implicitly.argmin.equality import Equality, NewtonKKT
+from implicitly.argmin.lbfgs import LBFGS
+from implicitly.argmin.least_squares import LevenbergMarquardt
+from implicitly.argmin.projection import ProjectedGradient, Projection
+from implicitly.iterate import Solution, Solver
+from implicitly.tree import Layout
+from implicitly.unrolled import UnrolledAdjoint
+
+# The default of `argmin`, which gives way to that of the constraint.
+_UNCONSTRAINED = LBFGS()
+
+
+def argmin(
+    objective: Callable[..., Any],
+    z0: Any,
+    *args: Any,
+    constraint: Callable[..., Any] | Projection | Equality | None = None,
+    solver: Solver = _UNCONSTRAINED,
+    adjoint: Adjoint | UnrolledAdjoint = ImplicitAdjoint(),
+    batch_dims: int = 1,
+    in_dims: Any = None,
+    convex: bool = False,
+    on_failure: str = "raise",
+    compile: bool = False,
+) -> Solution:
+    """Minimise objective(z, *args) over z and differentiate the minimum with respect to `args` and parameters.
+
+    The derivative comes from a condition that the minimum satisfies, and the constraint decides which: without
+    one, that the gradient vanishes; of a projection P, the projected-gradient fixed point z = P(z - gradient); of
+    `Equality(h)`, the equations of Karush, Kuhn and Tucker. Where a set can be stated in two of these ways, both
+    give the same derivative. Args that enter through the constraint get theirs, too.
+
+    Args:
+        objective: `objective(z, *args)` gives one value a sample, `(B,)`; with `batch_dims=0` a single one. It is
+            twice differentiable near the answer. A module, a method or a function, as in `fixed_point`.
+        z0: where to start: a tensor or a pytree of tensors `(B, ...)` of one floating (or complex) dtype.
+        args: what else the objective and the constraint take.
+        constraint: a projection `P(z, *args)` that gives the nearest feasible z, or `Projection(P, step)`;
+            `Equality(h)` for h(z, *args) = 0; None: every z is feasible.
+        solver: without a constraint `LBFGS`, `GradientDescent`, `Newton` or `NewtonKrylov`; with a projection
+            `ProjectedGradient()` (the default there), or any solver of fixed points; with equations `NewtonKKT()`
+            (the default there), or any solver of roots.
+        adjoint: `ImplicitAdjoint` or `UnrolledAdjoint`; with a projection also `PhantomAdjoint` and
+            `JacobianFreeAdjoint`. The backward systems of unconstrained problems are symmetric positive definite:
+            `ImplicitAdjoint(CG())` fits them.
+        batch_dims, in_dims: as in `fixed_point`.
+        convex: whether every stationary point is known to be a minimum. Else the points found are checked in
+            second order (on the tangent space of the active constraints); those that are not end as NOT_MINIMUM.
+        on_failure: "raise", "warn" or "ignore" when samples do not converge. Samples that diverged, met NaN, fell
+            without end (UNBOUNDED) or found no minimum have zero gradient.
+        compile: run the whole solve as one graph of `torch.compile`.
+
+    Returns:
+        `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps` of
+        shape `(B,)`; `evaluations` counts calls of the objective with its gradient. With `Equality` a
+        `ConstrainedSolution`, which has the multipliers too. Tolerances are relative to the residual at z0, or to
+        |J z0| where J is its Jacobian there and that is larger.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant, before any work.
+        SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
+
+    Source: Gould et al., "Deep declarative networks", IEEE TPAMI 44 (2022); Blondel et al., "Efficient and modular
+    implicit differentiation", NeurIPS 2022.
+    """
+    form = _form(constraint)
+    if solver is _UNCONSTRAINED and not isinstance(form, Unconstrained):
+        solver = NewtonKKT() if isinstance(form, Equality) else ProjectedGradient()
+    options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
+    return _minimum(form, objective, z0, args, solver, adjoint, on_failure, compile, **options)
+
+
+def least_squares(
+    residuals: Callable[..., Any],
+    z0: Any,
+    *args: Any,
+    solver: Solver = LevenbergMarquardt(),
+    adjoint: Adjoint | UnrolledAdjoint = ImplicitAdjoint(),
+    batch_dims: int = 1,
+    in_dims: Any = None,
+    convex: bool = False,
+    on_failure: str = "raise",
+    compile: bool = False,
+) -> Solution:
+    """Minimise half the sum of squares of residuals(z, *args) over z and differentiate the minimum, exactly.
+
+    `residuals` returns a tensor `(B, ...)` or a pytree of them, of the dtype of z0. `solver` is
+    `LevenbergMarquardt`, `GaussNewton` or one for any objective, such as `LBFGS`. The derivative is that of the
+    minimum, with the whole Hessian, not that of the linearised residuals. All else is as in `argmin`.
+    """
+    options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
+    return _minimum(LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
+
+
+def _form(constraint: Any) -> Form:
+    if constraint is None:
+        return Unconstrained()
+    if isinstance(constraint, Projection | Equality):
+        return constraint
+    if callable(constraint):
+        return Projection(constraint)
+    raise TypeError(
+        "constraint must be a projection P(z, *args), im.Projection(P), im.Equality(h) or None, got a "
+        f"{type(constraint).__name__}"
+    )
+
+
+def _minimum(
+    form: Form,
+    objective: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    solver: Solver,
+    adjoint: Adjoint | UnrolledAdjoint,
+    on_failure: str,
+    compile: bool,
+    *,
+    batch_dims: int,
+    in_dims: Any,
+    convex: bool,
+) -> Solution:
+    """The minimum of an `objective` in a form of the condition."""
+    if not callable(objective):
+        raise TypeError(f"the function to minimise must be callable, got a {type(objective).__name__}")
+    layout = Layout.of(z0, batch_dims)
+    how = check_choices(solver, adjoint, layout.dtype, form.iterates, form.offers, form.try_solver)
+    problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
+    condition = form.condition(problem, on_failure, convex)
+    found = how.find(solver, condition, problem, compile)
+    return form.solution(problem, found, how.attach(found, condition, problem))

@@ -1,0 +1,190 @@
+"""What descending an objective takes, for solvers of every family: the objective, and a line search on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.iterate import Residual, Status, is_running, repeat
+from implicitly.tree import is_plain, pullback, row_norm
+
+# Lengths that a line search tries.
+TRIALS = 25
+# Wolfe's conditions: the objective falls by this share of what the slope promises, and the slope to this share.
+DECREASE, FLATTENING = 1e-4, 0.9
+# Rounding of an objective, relative to it, below which only slopes tell what falls (Hager and Zhang 2005).
+NOISE = 1e-6
+# An objective that fell by so many times what it, its slope and its argument were at first falls for ever.
+BOTTOMLESS = 1e8
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The residual R(z) = -(gradient of an objective), with the objective in the open.
+
+    Attributes:
+        residual: z `(B, n)` to R(z).
+        evaluate: z to the objective `(B,)`, in the dtype the user computes it in, and R(z), in one call.
+        residuals: z to the vectors `(B, m)` of which the objective is half the squared norm, where it is.
+    """
+
+    residual: Residual
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]
+    residuals: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """R at `z` `(B, n)`."""
+        return self.residual(z)
+
+
+def value_and_descent(
+    objective: Callable[[Tensor], Tensor], z: Tensor, theta: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The `objective`, one value a row of `z`, and minus its gradient; `theta` is what else it depends on."""
+    if torch.compiler.is_compiling() or not is_plain(z, *theta):
+        value, pull = pullback(objective, z)
+        return value, -pull(torch.ones_like(value))[0]
+    # For nobody to differentiate: autograd takes a third of the time of torch.func.
+    leaf = z.detach().requires_grad_()
+    with torch.enable_grad():
+        value = objective(leaf)
+    if not value.requires_grad:
+        return value, torch.zeros_like(z)
+    return value.detach(), -torch.autograd.grad(value, leaf, torch.ones_like(value), materialize_grads=True)[0]
+
+
+def noise_of(value: Tensor) -> Tensor:
+    """How far rounding may move objectives `value` `(B,)`, roughly."""
+    return max(NOISE, 10 * torch.finfo(value.dtype).eps) * value.abs()
+
+
+def bottom(value: Tensor, z: Tensor, r: Tensor) -> Tensor:
+    """The objective `(B,)` below which one that starts with `value` and slope `r` at `z` is unbounded."""
+    return value - BOTTOMLESS * (value.abs() + row_norm(r) * (1 + row_norm(z)))
+
+
+class Moved(NamedTuple):
+    """Where a line search led: the iterate, its objective and residual, the lengths `(B, 1)`, 0 where no step was
+    good enough, the number of evaluations, and how samples end that cannot go on (`Status`)."""
+
+    z: Tensor
+    value: Tensor
+    r: Tensor
+    length: Tensor
+    calls: Any
+    verdict: Tensor
+
+
+class _Bracket(NamedTuple):
+    """Lengths tried `(B,)` and what was found there; a good one lies between `low` and `high`."""
+
+    length: Tensor
+    value: Tensor
+    r: Tensor
+    slope: Tensor
+    low: Tensor
+    low_value: Tensor
+    low_r: Tensor
+    low_slope: Tensor
+    high: Tensor
+    high_slope: Tensor
+    done: Tensor
+    calls: Any
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The objective along `z + length * d`, one line a sample."""
+
+    F: Descent
+    z: Tensor
+    d: Tensor
+    value: Tensor  # what the objective is to fall below
+    slope: Tensor
+    flattens: bool  # whether the slope must shrink as well
+
+    def at(self, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, r = self.F.evaluate(torch.addcmul(self.z, length[:, None], self.d))
+        return value, r, -torch.linalg.vecdot(r, self.d)
+
+    def judge(self, b: _Bracket) -> _Bracket:
+        """The bracket that follows from what was found at `length`."""
+        falls = b.value <= self.value + DECREASE * b.length * self.slope
+        # Near a minimum the objective is all rounding, and a slope that does not turn steeply says the same.
+        falls = falls | ((b.value <= self.value + noise_of(self.value)) & (b.slope <= -0.8 * self.slope))
+        falls = falls & b.slope.isfinite() & b.value.isfinite()
+        steep = (b.slope < FLATTENING * self.slope) & self.flattens
+        right, left = falls & steep & ~b.done, ~falls & ~b.done
+        return b._replace(
+            low=torch.where(right, b.length, b.low),
+            low_value=torch.where(right, b.value, b.low_value),
+            low_r=torch.where(right[:, None], b.r, b.low_r),
+            low_slope=torch.where(right, b.slope, b.low_slope),
+            high=torch.where(left, b.length, b.high),
+            high_slope=torch.where(left, b.slope, b.high_slope),
+            done=b.done | (falls & ~steep),
+        )
+
+    def try_next(self, k: Any, b: _Bracket) -> _Bracket:
+        """Try a length inside the bracket, by the secant of the slopes at its ends where that makes sense."""
+        width = b.high - b.low
+        share = b.low_slope / (b.low_slope - b.high_slope)
+        # Of an end where nothing is finite, or the slope does not point back, only that it is too far is known.
+        blind = ~(b.high_slope > 0) | ~share.isfinite()
+        share = torch.where(blind, torch.where(b.high_slope.isfinite(), 0.5, 0.1), share.clamp(0.1, 0.9))
+        length = torch.where(b.high.isinf(), 4 * b.length, b.low + share * width)
+        length = torch.where(b.done, b.length, length)
+        value, r, slope = self.at(length)
+        return self.judge(b._replace(length=length, value=value, r=r, slope=slope, calls=b.calls + 1))
+
+
+def wolfe(
+    F: Descent, z: Tensor, value: Tensor, r: Tensor, d: Tensor, length: Tensor, below: Tensor | None = None
+) -> Moved:
+    """Step along d `(B, n)` from z, whose objective is `value` and residual `r`, to where Wolfe's conditions hold.
+
+    By bisection (Lewis and Overton, "Nonsmooth optimization via quasi-Newton methods", 2013) helped by secants;
+    where decreases drown in rounding, by the slopes alone (Hager and Zhang, "A new conjugate gradient method with
+    guaranteed descent and an efficient line search", 2005, section 2.1). Every sample has its own length.
+
+    Args:
+        length: `(B,)` the first to try.
+        below: `(B,)` what the objective is to fall below instead of `value`; the slope then need not shrink.
+    """
+    slope = -torch.linalg.vecdot(r, d)
+    line = _Line(F, z, d, value if below is None else below, slope, flattens=below is None)
+    zero = torch.zeros_like(slope)
+    first, first_r, first_slope = line.at(length)
+    calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1
+    # Nothing is to be had where the objective does not fall at first, as for samples that have finished.
+    done = ~((slope < 0) & value.isfinite())
+    b = _Bracket(
+        *(length, first, first_r, first_slope),
+        *(zero, value, r, slope),
+        *(zero + float("inf"), zero, done, calls),
+    )
+    _, b = repeat(line.try_next, line.judge(b), lambda b: (~b.done).any(), TRIALS)
+    moves = b.done & (slope < 0)
+    length = torch.where(moves, b.length, b.low)
+    value = torch.where(moves, b.value, b.low_value)
+    r = torch.where(moves[:, None], b.r, b.low_r)
+    status = torch.full_like(length, int(Status.RUNNING), dtype=torch.int64)
+    broken = ~b.done & (length == 0) & ~b.value.isfinite()
+    status = torch.where(broken | ~value.isfinite(), int(Status.NON_FINITE), status)
+    return Moved(torch.addcmul(z, length[:, None], d), value, r, length[:, None], b.calls, status)
+
+
+def stopped(new: Moved, stuck: Tensor, lowest: Tensor) -> Tensor:
+    """How samples `(B,)` end that are `stuck`, or that fell below `lowest`; RUNNING: they go on."""
+    status = torch.where(new.value < lowest, int(Status.UNBOUNDED), new.verdict)
+    return torch.where(is_running(status) & stuck, int(Status.STAGNATED), status)
+
+
+def inverse_norm(r: Tensor) -> Tensor:
+    """1 / |r| as a column: a first step of length one."""
+    norm = row_norm(r)[:, None]
+    return 1 / torch.where(norm == 0, 1.0, norm)

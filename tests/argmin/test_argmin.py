@@ -1,0 +1,158 @@
+"""The contract of minima: objective x solver x adjoint x dtype, as of fixed points."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import implicitly as im
+from tests.argmin.problems import EQUALITIES, LEAST_SQUARES, NAMED, OVER_SETS, PROBLEMS
+from tests.contracts import (
+    ADJOINTS,
+    RECORDABLE,
+    TRANSFORMS,
+    AdjointRow,
+    SolverRow,
+    check_a_bad_sample,
+    check_by_differences,
+    check_dual_numbers,
+    check_gradient,
+    check_independence,
+    check_third_order,
+    check_transform,
+    check_value,
+)
+
+D = torch.float64
+
+UNCONSTRAINED = (
+    SolverRow("LBFGS", im.LBFGS),
+    SolverRow("LBFGS-short", functools.partial(im.LBFGS, history=2)),
+    SolverRow("GradientDescent", im.GradientDescent),
+    SolverRow("GradientDescent-accelerated", functools.partial(im.GradientDescent, accelerated=True)),
+    SolverRow("Newton", im.Newton),
+    SolverRow("NewtonKrylov", im.NewtonKrylov),
+)
+PROJECTING = (
+    SolverRow("ProjectedGradient", im.ProjectedGradient),
+    SolverRow("ProjectedGradient-plain", functools.partial(im.ProjectedGradient, accelerated=False)),
+)
+OF_EQUATIONS = (SolverRow("NewtonKKT", im.NewtonKKT),)
+SQUARING = (
+    SolverRow("LevenbergMarquardt", im.LevenbergMarquardt),
+    SolverRow("GaussNewton", im.GaussNewton),
+    SolverRow("LBFGS", im.LBFGS),
+)
+SOLVERS = UNCONSTRAINED + PROJECTING + OF_EQUATIONS + SQUARING[:2]
+SOLVER = {row.name: row for row in SOLVERS}
+TABLE = [(p, s) for p in PROBLEMS for s in UNCONSTRAINED]
+TABLE += [(p, s) for p in OVER_SETS for s in PROJECTING]
+TABLE += [(p, s) for p in EQUALITIES for s in OF_EQUATIONS]
+TABLE += [(p, s) for p in LEAST_SQUARES for s in SQUARING]
+# Rosenbrock's valley is for methods that learn its curvature.
+SLOW = ("GradientDescent", "GradientDescent-accelerated", "NewtonKrylov")
+TABLE = [(p, s) for p, s in TABLE if p.name != "rosenbrock" or s.name not in SLOW]
+# Derivatives do not know how the point was found: each condition meets one solver, each solver one condition.
+FIRST = {p.name: s for p, s in reversed(TABLE)}
+CONDITIONS = [(p, FIRST[p.name]) for p in NAMED.values()]
+BY_SOLVER = [(NAMED["quartic_0d"], s) for s in UNCONSTRAINED[1:]]
+BY_SOLVER += [(NAMED["ball"], PROJECTING[1]), (NAMED["valley"], SQUARING[1])]
+
+
+def _id(row):
+    return str(row).removeprefix("torch.") if isinstance(row, torch.dtype) else row.name
+
+
+VALUES = [(p, s, d) for p, s in TABLE for d in p.dtypes]
+ADJOINT = {row.name: row for row in ADJOINTS}
+GMRES = ADJOINT["GMRES"]
+SYMMETRIC = AdjointRow("CG", lambda rtol: im.ImplicitAdjoint(linear_solver=im.CG(rtol=rtol, atol=0.0)))
+EXACT = [SYMMETRIC, *(ADJOINT[name] for name in ("GMRES", "BiCGStab", "DenseLU", "by-Broyden"))]
+ORDERS = [(p, s, GMRES) for p, s in CONDITIONS + BY_SOLVER]
+# Where there are few numbers to differentiate by: each takes two solves.
+DIFFERENCED = ("quartic_0d", "one_system", "ball", "plane")
+ORDERS += [(NAMED["one_system"], SOLVER["Newton"], SYMMETRIC)]
+
+
+@pytest.mark.parametrize(("problem", "solver", "dtype"), VALUES, ids=_id)
+def test_the_value_is_the_exact_answer_and_keeps_the_kind_of_z0(problem, solver, dtype):
+    check_value(problem, solver, dtype)
+
+
+GRADIENTS = [(p, s, GMRES, d) for p, s in TABLE for d in p.dtypes]
+GRADIENTS += [(p, SOLVER["LBFGS"], a, D) for p in PROBLEMS for a in EXACT if a is not GMRES]
+
+
+@pytest.mark.parametrize(("problem", "solver", "adjoint", "dtype"), GRADIENTS, ids=_id)
+def test_the_gradient_is_that_of_the_exact_answer(problem, solver, adjoint, dtype):
+    check_gradient(problem, solver, adjoint, dtype)
+
+
+@pytest.mark.parametrize(
+    ("problem", "solver", "adjoint"), [row for row in ORDERS if row[0].name in DIFFERENCED], ids=_id
+)
+def test_derivatives_agree_with_finite_differences(problem, solver, adjoint):
+    check_by_differences(problem, solver, adjoint)
+
+
+@pytest.mark.parametrize(("problem", "solver", "adjoint"), ORDERS, ids=_id)
+def test_third_derivatives_are_exact(problem, solver, adjoint):
+    check_third_order(problem, solver, adjoint)
+
+
+@pytest.mark.parametrize(("problem", "solver", "adjoint"), ORDERS, ids=_id)
+def test_dual_numbers_are_exact_and_reverse_mode_goes_over_them(problem, solver, adjoint):
+    check_dual_numbers(problem, solver, adjoint)
+
+
+TRANSFORMED = [(NAMED[name], FIRST[name], t) for name in ("one_system",) for t in TRANSFORMS]
+NESTED = ("vmap", "jvp", "hessian")
+BRIEF = ("quadratic", "ball", "circle", "decay", "quartic_0d", "valley")
+TRANSFORMED += [
+    (p, s, t) for p, s in BY_SOLVER + CONDITIONS if p.name in BRIEF for t in TRANSFORMS if t.name in NESTED
+]
+
+
+# Their exact answers look at numbers, which vmap cannot.
+TRANSFORMED = [(p, s, t) for p, s, t in TRANSFORMED if p.name not in ("box", "simplex") or t.name != "vmap"]
+
+
+@pytest.mark.parametrize(("problem", "solver", "transform"), TRANSFORMED, ids=_id)
+def test_torch_func_transforms_are_exact(problem, solver, transform):
+    check_transform(problem, solver, GMRES, transform)
+
+
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.name in RECORDABLE], ids=_id)
+def test_transforms_go_through_a_recorded_solve(transform):
+    check_transform(NAMED["quadratic"], SOLVER["LBFGS"], ADJOINT["Unrolled"], transform)
+
+
+RECORDED = [(NAMED["logistic"], s) for s in UNCONSTRAINED]
+RECORDED += [(NAMED["ball"], PROJECTING[0]), (NAMED["decay"], SQUARING[0])]
+
+
+@pytest.mark.parametrize(("problem", "solver"), RECORDED, ids=_id)
+def test_a_recorded_solve_has_the_derivative_that_the_theorem_gives(problem, solver):
+    check_gradient(problem, solver, ADJOINT["Unrolled"], torch.float64)
+
+
+# Elementwise, or small: sums of other lengths round otherwise, and searches notice.
+BATCHED = [(p, s) for p, s in CONDITIONS if p.in_dims] + BY_SOLVER
+
+
+@pytest.mark.parametrize(("problem", "solver"), BATCHED, ids=_id)
+@settings(max_examples=2)
+@given(data=st.data(), give_in_dims=st.booleans())
+def test_samples_do_not_depend_on_each_other(problem, solver, data, give_in_dims):
+    rows = data.draw(st.lists(st.integers(0, problem.batch - 1), min_size=1, max_size=5))
+    check_independence(problem, solver, rows, give_in_dims)
+
+
+@pytest.mark.parametrize("give_in_dims", [False, True], ids=["in_dims unknown", "in_dims given"])
+@pytest.mark.parametrize(("problem", "solver"), BATCHED, ids=_id)
+def test_a_sample_of_nan_harms_no_other(problem, solver, give_in_dims):
+    check_a_bad_sample(problem, solver, GMRES, bad=1, give_in_dims=give_in_dims)

@@ -1,0 +1,49 @@
+"""Gradient descent: constant steps, line searches and acceleration, at the rates that theory gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import implicitly as im
+
+D = torch.float64
+SPECTRUM = torch.logspace(0, 3, 20, dtype=D)  # condition number 1000
+
+
+def ill_conditioned(z, x):
+    return 0.5 * (SPECTRUM * (z - x) ** 2).sum(1)
+
+
+X = torch.ones(2, 20, dtype=D)
+Z0 = torch.zeros(2, 20, dtype=D)
+
+
+def steps_of(solver):
+    solution = im.argmin(ill_conditioned, Z0, X, solver=solver, on_failure="ignore")
+    assert bool(solution.converged.all())
+    torch.testing.assert_close(solution.value, X, rtol=0, atol=2e-3)
+    return int(solution.steps.max())
+
+
+def test_acceleration_takes_the_square_root_of_the_steps():
+    plain = steps_of(im.GradientDescent(step=1e-3, rtol=1e-6, max_steps=20000))
+    accelerated = steps_of(im.GradientDescent(step=1e-3, rtol=1e-6, accelerated=True))
+    searched = steps_of(im.GradientDescent(rtol=1e-6))
+    backtracked = steps_of(im.GradientDescent(rtol=1e-6, accelerated=True))
+    assert plain > 5000
+    assert max(accelerated, searched, backtracked) < 1000
+
+
+def test_constant_steps_are_those_of_the_formula():
+    solver = im.GradientDescent(step=1e-3, rtol=0, max_steps=7)
+    z = im.argmin(ill_conditioned, Z0, X, solver=solver, on_failure="ignore").value
+    torch.testing.assert_close(z, X * (1 - (1 - 1e-3 * SPECTRUM) ** 7))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_the_scale_of_the_objective_does_not_matter(scale, accelerated):
+    solver = im.GradientDescent(accelerated=accelerated)
+    value = im.argmin(lambda z, x: scale * (z - x).square().sum(1), Z0, X, solver=solver).value
+    torch.testing.assert_close(value, X, rtol=1e-8, atol=1e-8)

@@ -1,0 +1,98 @@
+"""Minima over sets: feasible answers, second-order checks on their surface, and derivatives in either form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import implicitly as im
+from tests.argmin.problems import NAMED, bowl, mixture, nearest, on_ball, on_simplex, quadratic
+from tests.problems import draw, matrix
+
+D = torch.float64
+
+
+def on_sphere(z, c, radius):
+    return radius * z / z.norm(dim=1, keepdim=True)
+
+
+def test_answers_are_feasible_whatever_the_start():
+    problem = NAMED["simplex"]
+    value = im.argmin(mixture, draw(3, 3, seed=1, scale=10.0), *problem.args, constraint=on_simplex).value
+    torch.testing.assert_close(value.sum(1), torch.ones(3, dtype=D))
+    assert bool((value >= 0).all())
+    torch.testing.assert_close(value, problem.exact(*problem.args), rtol=1e-8, atol=1e-8)
+
+
+def test_without_active_constraints_the_fixed_point_and_the_gradient_give_the_same_derivative():
+    M, p = matrix(3, 2.0, 51), draw(3, 3, seed=52)
+    z0 = torch.zeros(3, 3, dtype=D)
+    free = lambda p: im.argmin(quadratic, z0, M, p).value  # noqa: E731
+    fixed = lambda p: im.argmin(quadratic, z0, M, p, constraint=lambda z, M, p: z).value  # noqa: E731
+    jacobians = [torch.func.jacrev(f)(p) for f in (free, fixed)]
+    torch.testing.assert_close(*jacobians, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", [0.1, 1.0, 10.0])
+def test_a_projection_and_equations_of_the_same_set_give_the_same_derivative(step):
+    """On the circle, radius and direction enter through constraint and objective."""
+    problem = NAMED["circle"]
+
+    def solved(constraint):
+        return lambda c, radius: im.argmin(problem.f, problem.z0, c, radius, constraint=constraint).value
+
+    projection = im.Projection(lambda z, c, radius: on_sphere(z, c, radius[:, None]), step=step)
+    forms = (projection, problem.constraint)
+    values = [solved(f)(*problem.args) for f in forms]
+    torch.testing.assert_close(*values, rtol=1e-7, atol=1e-8)
+    jacobians = [torch.func.jacrev(solved(f), argnums=(0, 1))(*problem.args) for f in forms]
+    torch.testing.assert_close(*jacobians, rtol=1e-6, atol=1e-7)
+
+
+def test_the_curvature_of_the_set_counts_in_the_second_order():
+    """On the sphere a linear objective has a minimum and a maximum, though it has no curvature of its own."""
+    c = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=D)
+    radius = torch.tensor(1.0, dtype=D)
+    z0 = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=D)
+    slope = lambda z, c, radius: (c * z).sum(1)  # noqa: E731
+    options = {"constraint": im.Projection(on_sphere, step=0.1), "on_failure": "ignore"}
+    solution = im.argmin(slope, z0, c, radius, **options)
+    assert solution.status.tolist() == [0, im.Status.NOT_MINIMUM]
+
+
+def test_a_saddle_inside_a_box_is_found_out_and_a_minimum_on_its_face_is_not():
+    saddle = lambda z: z[:, 0] ** 2 - z[:, 1] ** 2  # noqa: E731
+    z0 = torch.tensor([[0.5, 0.0], [0.5, 0.1]], dtype=D)
+    box = lambda z: z.clamp(-1, 1)  # noqa: E731
+    solution = im.argmin(saddle, z0, constraint=box, on_failure="ignore")
+    assert solution.status.tolist() == [im.Status.NOT_MINIMUM, 0]
+    torch.testing.assert_close(solution.value[1], torch.tensor([0.0, 1.0], dtype=D), rtol=0, atol=1e-8)
+
+
+def test_args_of_the_constraint_alone_get_their_gradient():
+    x, radius = draw(3, 2, seed=91) * 3, torch.tensor(0.8, dtype=D, requires_grad=True)
+    value = im.argmin(nearest, torch.zeros(3, 2, dtype=D), x, radius, constraint=on_ball).value
+    (gradient,) = torch.autograd.grad(value.sum(), radius)
+    torch.testing.assert_close(gradient, (x / x.norm(dim=1, keepdim=True)).sum())
+
+
+@pytest.mark.parametrize("solver", [im.FixedPointIteration(max_steps=500), im.Anderson()])
+def test_solvers_of_fixed_points_solve_it_too(solver):
+    problem = NAMED["box"]
+    constraint = im.Projection(problem.constraint, step=0.3)
+    value = im.argmin(bowl, problem.z0, *problem.args, constraint=constraint, solver=solver).value
+    torch.testing.assert_close(value, problem.exact(*problem.args), rtol=1e-7, atol=1e-8)
+
+
+def test_modules_in_constraints_get_their_gradients():
+    class Radius(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.radius = torch.nn.Parameter(torch.tensor(0.5, dtype=D))
+
+        def forward(self, z, x):
+            return on_ball(z, x, self.radius)
+
+    constraint, x = Radius(), draw(2, 3, seed=2) * 5
+    im.argmin(nearest, torch.zeros(2, 3, dtype=D), x, constraint=constraint).value.sum().backward()
+    torch.testing.assert_close(constraint.radius.grad, (x / x.norm(dim=1, keepdim=True)).sum())
