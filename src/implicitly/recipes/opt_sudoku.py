@@ -62,7 +62,7 @@ class Config:
     """Share of the 288 solutions that no training board has."""
     batch_size: int = 100
     """Boards in a training step."""
-    epochs: int = 5
+    epochs: int = 6
     """Passes of the OptNet over the training boards."""
     conv_epochs: int = 20
     """Those of the convolutional network, which are quick."""
