@@ -103,7 +103,7 @@ class InteriorPoint(ProgramSolver):
         return polish(system, near, tolerance)
 
     def _embedded(self, system: System, tolerance: float) -> Polished:
-        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance)
+        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance, trusted=True)
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
         part, state = loop, loop.start()
@@ -176,7 +176,8 @@ class _Loop:
             size = torch.stack([row_norm(t) for t in terms]).amax(0)
             return row_norm(error) / (c.tau + size)
 
-        primal = relative(residual[:, n:], torch.cat([Ax, Gx_s], 1), torch.cat([b, h], 1))
+        # Not to the terms: far away from the origin these would hide that there is no solution.
+        primal = relative(residual[:, n:], torch.cat([b, h], 1))
         merit = torch.maximum(primal, relative(residual[:, :n], Qx, dual, p))
         value, bound = xQx / 2 + px, -xQx / 2 - by - hl
         sizes = torch.minimum(value.abs(), bound.abs())
@@ -185,8 +186,9 @@ class _Loop:
         no_point = _quotient(row_norm(dual), -(by + hl))
         no_least = _quotient(torch.maximum(row_norm(Qx), row_norm(torch.cat([Ax, Gx_s], 1))), -px)
         proof = torch.minimum(no_point, no_least)
-        stalled = torch.where(c.stale >= PATIENCE, 100.0, 1.0)  # then the best there will be has to do
-        certain = proof <= stalled * torch.finfo(tau.dtype).eps ** 0.45
+        # Where nothing gets better any more, the best that there will be has to do.
+        enough = torch.finfo(tau.dtype).eps ** 0.45
+        certain = proof <= torch.where(c.stale >= PATIENCE, min(100 * enough, 1e-3), enough)
 
         running = is_running(c.status)
         better, proven = (merit < c.merit) & running, proof < c.proof

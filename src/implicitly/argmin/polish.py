@@ -138,10 +138,11 @@ def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
     return at.with_rows(rows, _settle(system.take_rows(rows), flipped[rows], start[rows], rounds - 1))
 
 
-def polish(system: System, found: Point, tolerance: float) -> Polished:
+def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
     """The solution near what was `found`; a sample has converged if its residual then meets `tolerance`.
 
-    Where the active set cannot be told, or gives no better point, the point stays as it was found.
+    Where the active set cannot be told, or gives no better point, the point stays as it was found. If that counts
+    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate.
     """
     program = system.program
     n, q, _ = program.sizes
@@ -174,6 +175,9 @@ def polish(system: System, found: Point, tolerance: float) -> Polished:
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
     status = torch.where(good & ~none, int(Status.CONVERGED), short)
     degenerate = weak.any(1) | at.factors.is_singular(at.beta)
+    if trusted:
+        untold = (found.status == int(Status.CONVERGED)) & ~good
+        status, degenerate = torch.where(untold, int(Status.CONVERGED), status), degenerate | untold
     count = found.evaluations + at.rounds
     return Polished(w, at.alpha, at.factors, degenerate, status, residual, found.steps, count)
 

@@ -177,18 +177,23 @@ def _reciprocal(norm: Tensor) -> Tensor:
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and the size
-    of the terms that it is a difference of; both in the user's units, for a scaled program and point."""
+    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and what
+    it is to be compared with; both in the user's units, for a scaled program and point.
+
+    The latter is the size of the vectors given, and a little of that of the terms of which it is a difference, as
+    rounding is; far away from the origin these would hide that there is no solution.
+    """
     z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
     Gz, Az = times(program.G, z), times(program.A, z)
     lam, slack = lam * scaling.F, (program.h - Gz) / scaling.F
     E = scaling.E
     gaps = ((Qz + program.p + Gl + An) / E, (Az - program.b) / scaling.K, torch.minimum(lam, slack))
-    bound = torch.where(lam > slack, Gz / scaling.F, 0.0)
-    terms = (Qz / E, program.p / E, Gl / E, An / E, Az / scaling.K, bound)
-    size = 1 + torch.stack([row_norm(t) for t in terms]).amax(0)
-    return row_norm(torch.cat(gaps, dim=1)), size
+    binding = (lam > slack).to(z.dtype)
+    given = (program.p / E, program.b / scaling.K, binding * program.h / scaling.F)
+    terms = (Qz / E, Gl / E, An / E, Az / scaling.K, binding * Gz / scaling.F)
+    given, terms = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
+    return row_norm(torch.cat(gaps, dim=1)), 1 + given + torch.finfo(z.dtype).eps ** 0.3 * terms
 
 
 def failed(status: Tensor) -> Tensor:
