@@ -63,6 +63,24 @@ def test_the_layer_that_is_told_the_rules_solves_every_board(boards):
     one = torch.ones(100, 64, dtype=torch.float64)
     torch.testing.assert_close(z.flatten(1) @ rules().T, one, rtol=0, atol=1e-7)
     assert not are_wrong(z, boards.solutions[:100]).any()
+    assert (model.programs, model.unsolved) == (100, 0)
+
+
+def test_programs_that_are_not_solved_are_counted_and_told(boards, monkeypatch):
+    import implicitly as im
+
+    splits = split(boards, replace(SMALL, boards=40))
+    result = fit("optnet", replace(SMALL, boards=40, epochs=1), splits)
+    model = result.training.model
+    assert isinstance(model, OptNet)
+    assert model.unsolved == 0
+    original = im.qp
+    hurried = im.InteriorPoint(max_steps=1)
+    monkeypatch.setattr(im, "qp", lambda *args, **options: original(*args, **options, solver=hurried))
+    model(boards.puzzles[:50])
+    assert model.unsolved == 50
+    caption = opt_sudoku.results_table([result], splits).caption
+    assert f"of {model.programs:,} programs, 50 missed" in str(caption)
 
 
 def test_rules_that_are_found():
