@@ -165,7 +165,7 @@ class Stepper:
         zeros = xp.zeros_like(span, dtype=xp.int64)
         finite = finite_rows(y.detach()) & finite_rows(k.detach())
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
-        status = status if some(~finite) else None
+        status = status if some(~finite) or len(y) == 0 else None  # without samples, none is running
         memory = method.start(self.bound.F, t, y, k)
         return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, zeros)
 
