@@ -22,7 +22,8 @@ class ConvexLayer(nn.Module):
     the program's numbers by a sparse product, solve all samples, and give the solution its derivative, of any
     order and both modes, from the optimality condition. Quadratic and linear programs are solved in PyTorch, by
     `qp`, where the values are; conic ones (second-order, semidefinite, exponential, power) by Clarabel in float64
-    on the CPU. Constructor and call are those of `cvxpylayers.torch.CvxpyLayer`.
+    on the CPU. Constructor and call are those of `cvxpylayers.torch.CvxpyLayer`, but that options of solvers are
+    arguments of `solver`.
 
     Args:
         problem: a `cvxpy.Problem` that is DPP: convex, and affine in the parameters where it matters. With a
