@@ -138,3 +138,24 @@ def test_the_tolerance_can_be_chosen():
     assert float((im.qp(*args, solver=im.InteriorPoint(rtol=1e-12)).value - exact).norm()) < 1e-10
     loose = im.qp(*args, solver=im.InteriorPoint(rtol=1e-3))
     assert bool(loose.converged.all())
+
+
+@pytest.mark.parametrize("seed", [1, 8, 14])
+def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
+    # The last row is minus a positive combination of others, its bound a little less than theirs.
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(64, *shape, generator=generator, dtype=D)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(64, *shape, generator=generator, dtype=D)
+
+    L, p, G, A, z0 = normal(20, 20), normal(20), normal(30, 20), normal(4, 20), normal(20, 1)
+    h = (G @ z0)[..., 0] + uniform(30)
+    weights = uniform(29) * (uniform(29) < 0.5)
+    G[:, -1], h[:, -1] = -(weights.unsqueeze(1) @ G[:, :-1])[:, 0], -(weights * h[:, :-1]).sum(1) - 0.1
+    Q = L @ L.mT + 0.01 * torch.eye(20, dtype=D)
+    sol = im.qp(Q, p, G, h, A, (A @ z0)[..., 0], on_failure="ignore")
+    assert not sol.converged.any()
+    assert (sol.status == Status.INFEASIBLE).double().mean() > 0.95

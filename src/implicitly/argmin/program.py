@@ -180,20 +180,30 @@ def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> 
     """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and what
     it is to be compared with; both in the user's units, for a scaled program and point.
 
-    The latter is the size of the vectors given, and a little of that of the terms of which it is a difference, as
-    rounding is; far away from the origin these would hide that there is no solution.
+    Stationarity and feasibility are each compared with the size of the vectors given, and a little of that of the
+    terms of which they are differences, as rounding is. Apart, since multipliers that grow without end would hide
+    that there is no feasible point; a little, since so would a point far away from the origin.
     """
     z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
     Gz, Az = times(program.G, z), times(program.A, z)
     lam, slack = lam * scaling.F, (program.h - Gz) / scaling.F
-    E = scaling.E
-    gaps = ((Qz + program.p + Gl + An) / E, (Az - program.b) / scaling.K, torch.minimum(lam, slack))
+    E, K, F = scaling.E, scaling.K, scaling.F
     binding = (lam > slack).to(z.dtype)
-    given = (program.p / E, program.b / scaling.K, binding * program.h / scaling.F)
-    terms = (Qz / E, Gl / E, An / E, Az / scaling.K, binding * Gz / scaling.F)
-    given, terms = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
-    return row_norm(torch.cat(gaps, dim=1)), 1 + given + torch.finfo(z.dtype).eps ** 0.3 * terms
+    slope = row_norm((Qz + program.p + Gl + An) / E)
+    distance = row_norm(torch.cat([(Az - program.b) / K, torch.minimum(lam, slack)], dim=1))
+    worst = torch.maximum(
+        slope / _size([program.p / E], [Qz / E, Gl / E, An / E]),
+        distance / _size([program.b / K, binding * program.h / F], [Az / K, binding * Gz / F]),
+    )
+    residual = torch.hypot(slope, distance)
+    return residual, torch.where(worst > 0, residual / worst, 1.0)
+
+
+def _size(given: list[Tensor], terms: list[Tensor]) -> Tensor:
+    """What an error `(B,)` is to be compared with."""
+    most, part = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
+    return 1 + most + torch.finfo(most.dtype).eps ** 0.3 * part
 
 
 def failed(status: Tensor) -> Tensor:
