@@ -159,3 +159,15 @@ def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
     sol = im.qp(Q, p, G, h, A, (A @ z0)[..., 0], on_failure="ignore")
     assert not sol.converged.any()
     assert (sol.status == Status.INFEASIBLE).double().mean() > 0.95
+
+
+def test_a_slow_start_is_no_stagnation():
+    # One of these 4,096 programs has an active set that cannot be told before the last steps, and τ grows slowly.
+    generator = torch.Generator().manual_seed(0)
+    L = torch.rand(20, 20, generator=generator, dtype=D)
+    G = torch.randn(40, 20, generator=generator, dtype=D)
+    torch.randn(0, 20, generator=generator, dtype=D)
+    z0, p = (torch.randn(4096, 20, generator=generator, dtype=D) for _ in range(2))
+    h = z0 @ G.T + torch.rand(4096, 40, generator=generator, dtype=D)
+    sol = im.qp(L @ L.mT + 0.1 * torch.eye(20, dtype=D), p[700:740], G, h[700:740])
+    assert (sol.residual < 1e-9).all()

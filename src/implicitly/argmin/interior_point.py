@@ -41,8 +41,8 @@ from implicitly.tree import row_norm
 TO_BOUNDARY = 0.995
 # The tolerance of the steps before the active set takes over, over the square root of that asked for.
 LOOSE = 10.0
-# Steps without a new best point after which rounding has won.
-PATIENCE = 5
+# Steps without a new best point after which rounding has won; on the embedding τ may have to grow first.
+PATIENCE, PATIENCE_EMBEDDED = 5, 15
 
 
 class _State(NamedTuple):
@@ -134,6 +134,10 @@ class _Loop:
     def program(self) -> QuadraticProgram:
         return self.system.program
 
+    @property
+    def patience(self) -> int:
+        return PATIENCE_EMBEDDED if self.homogeneous else PATIENCE
+
     def take_rows(self, rows: Tensor) -> _Loop:
         return replace(self, system=self.system.take_rows(rows))
 
@@ -188,12 +192,12 @@ class _Loop:
         proof = torch.minimum(no_point, no_least)
         # Where nothing gets better any more, the best that there will be has to do.
         enough = torch.finfo(tau.dtype).eps ** 0.45
-        certain = proof <= torch.where(c.stale >= PATIENCE, min(100 * enough, 1e-3), enough)
+        certain = proof <= torch.where(c.stale >= self.patience, min(100 * enough, 1e-3), enough)
 
         running = is_running(c.status)
         better, proven = (merit < c.merit) & running, proof < c.proof
         stale = torch.where(better | (proven & self.homogeneous), 0, c.stale + 1)
-        status = torch.where(stale > PATIENCE, int(Status.STAGNATED), int(Status.RUNNING))
+        status = torch.where(stale > self.patience, int(Status.STAGNATED), int(Status.RUNNING))
         reason = torch.where(no_point <= no_least, int(Status.INFEASIBLE), int(Status.UNBOUNDED))
         status = torch.where(certain, reason, status)
         status = torch.where(merit <= self.tolerance, int(Status.CONVERGED), status)
