@@ -32,7 +32,7 @@ help:  ## Show this
 	@echo
 	@echo "Each sets up .venv first where that is not done. Variables: PYTHON=$(PYTHON), JOBS=$(JOBS), ARGS=..."
 
-tour: $(INSTALLED)  ## Train a model, see the memory it saves, check its gradient, watch flows (two minutes)
+tour: $(INSTALLED)  ## Train a model, see the memory it saves, check its gradient, watch flows, learn faces (two minutes)
 	@$(BIN)/implicitly tour $(ARGS)
 
 test: $(INSTALLED)  ## Run the tests on all cores
