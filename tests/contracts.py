@@ -126,14 +126,15 @@ def wide(tensors: Any) -> Any:
     return pytree.tree_map(lambda t: t.to(COMPLEX[torch.float64] if t.is_complex() else torch.float64), tensors)
 
 
-_amplifications: dict[str, float] = {}
+_amplifications: dict[Any, float] = {}  # families have problems of the same name
 
 
 def amplification(problem: Problem) -> float:
     """|A^-1| of a problem in float64, at least 1."""
-    if problem.name not in _amplifications:
-        _amplifications[problem.name] = max(1.0, problem.to(torch.float64).amplification())
-    return _amplifications[problem.name]
+    key = (problem.entry, problem.name)
+    if key not in _amplifications:
+        _amplifications[key] = max(1.0, problem.to(torch.float64).amplification())
+    return _amplifications[key]
 
 
 def assert_close(actual: Any, expected: Any, relative: float) -> None:
