@@ -226,7 +226,29 @@ def search(
         )
 
 
-class _Find(torch.autograd.Function):
+class Opaque(torch.autograd.Function):
+    """What has no derivative: subclasses have `forward`, and the `vmap` that hands it the whole batch."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing that comes out is differentiable."""
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        ctx.tangents = (None,) * len(outputs) if isinstance(output, tuple) else None
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """None for every input."""
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        """None for every output."""
+        return ctx.tangents
+
+
+class _Find(Opaque):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod
@@ -237,20 +259,6 @@ class _Find(torch.autograd.Function):
         # Outputs must not alias inputs: a converged start is its own answer.
         z = found.z.clone() if found.z is start[0] else found.z
         return z, *found[1:5], *found.estimate
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-        ctx.set_materialize_grads(False)
-        ctx.count = len(output)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return (None,) * ctx.count
 
     @staticmethod
     def vmap(info, in_dims, *args):

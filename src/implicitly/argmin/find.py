@@ -15,7 +15,7 @@ from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate
 from implicitly.argmin.smoothing import central_point
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
-from implicitly.implicit import Report
+from implicitly.implicit import Opaque, Report
 from implicitly.iterate import Found, Status
 from implicitly.tree import merge_rows
 
@@ -123,26 +123,12 @@ def refuse_indefinite(Q: Tensor) -> None:
         )
 
 
-class _Find(torch.autograd.Function):
+class _Find(Opaque):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod
     def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor):
         return run(*(t.detach() for t in tensors))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-        ctx.set_materialize_grads(False)
-        ctx.count = len(output)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return (None,) * ctx.count
 
     @staticmethod
     def vmap(info, in_dims, *args):

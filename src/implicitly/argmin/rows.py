@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import happens
+from implicitly.implicit import Opaque
 from implicitly.tree import full_precision, unwrapped
 
 Number = float | Tensor
@@ -138,25 +139,10 @@ def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
     return _Outside.apply(f, *detached)
 
 
-class _Outside(torch.autograd.Function):
+class _Outside(Opaque):
     @staticmethod
     def forward(f, *tensors):
         return f(*tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*outputs)
-        ctx.set_materialize_grads(False)
-        ctx.count = len(outputs) if isinstance(output, tuple) else 0
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return (None,) * ctx.count if ctx.count else None
 
     @staticmethod
     def vmap(info, in_dims, *args):
