@@ -158,7 +158,20 @@ def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
     Q = L @ L.mT + 0.01 * torch.eye(20, dtype=D)
     sol = im.qp(Q, p, G, h, A, (A @ z0)[..., 0], on_failure="ignore")
     assert not sol.converged.any()
-    assert (sol.status == Status.INFEASIBLE).double().mean() > 0.95
+    assert (sol.status == Status.INFEASIBLE).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_only_proof_of_infeasibility_may_need_multipliers_of_all_sizes(dtype):
+    # Half of the inequalities contradict each other in one way, the others leave room in every other direction.
+    generator = torch.Generator().manual_seed(0)
+    L, A, G = (torch.randn(64, k, 50, generator=generator, dtype=dtype) for k in (50, 10, 50))
+    p, b, h = (torch.randn(64, k, generator=generator, dtype=dtype) for k in (50, 10, 50))
+    weights = 0.1 + torch.rand(64, 24, generator=generator, dtype=dtype)
+    G[:, 24], h[:, 24] = -(weights.unsqueeze(1) @ G[:, :24])[:, 0], -(weights * h[:, :24]).sum(1) - 0.5
+    sol = im.qp(L @ L.mT / 50 + 0.1 * torch.eye(50, dtype=dtype), p, G, h, A, b, on_failure="ignore")
+    assert (sol.status == Status.INFEASIBLE).all()
+    assert sol.steps.max() < 30
 
 
 def test_a_slow_start_is_no_stagnation():

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.kkt import jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, dot, times, times_transposed
 from implicitly.iterate import Status, is_running
 from implicitly.tree import row_norm
@@ -149,10 +148,6 @@ class CondensedFactors:
         else:
             lam = torch.where(on, v, fixed)
         return torch.cat([z, nu, lam], dim=2)
-
-    def product(self, w: Tensor, transposed: bool = False) -> Tensor:
-        """J w or J' w for `w` `(B, k, n + q + m)`."""
-        return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
 
     def is_singular(self, beta: Tensor) -> Tensor:
         """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.condensed import CondensedFactors, CondensedLoop, State, inside, step_length
-from implicitly.argmin.kkt import Factors
+from implicitly.argmin.kkt import Factors, jacobian_product
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
     Point,
@@ -142,6 +142,11 @@ class _Loop:
         return replace(self, system=self.system.take_rows(rows))
 
     @property
+    def least(self) -> float:
+        """The least s / λ of the factors: beyond that what else H is made of is lost in rounding."""
+        return torch.finfo(self.program.Q.dtype).eps ** 0.7
+
+    @property
     def right(self) -> Tensor:
         """(-p, b, h) `(B, N)`."""
         program = self.program
@@ -219,12 +224,13 @@ class _Loop:
         program, tau = self.program, c.tau
         n, q, m = program.sizes
         s, lam = c.s, c.w[:, n + q :]
-        factors = self.system.factorise(torch.ones_like(s), -s / lam)
+        beta = -s / lam
+        factors = self.system.factorise(torch.ones_like(s), torch.clamp(beta, max=-self.least))
         free = 1.0 if self.homogeneous else 0.0
         count = m + free
         mu = (dot(s, lam) + free * tau * c.kappa) / count
         right = (_pad(-c.residual, s), self.right) if self.homogeneous else (_pad(-c.residual, s),)
-        affine, *rest = self.solve(factors, torch.stack(right, 1)).unbind(1)
+        affine, *rest = self.solve(factors, beta, torch.stack(right, 1)).unbind(1)
         second = rest[0] if rest else None
         d = _direction(program, c, affine, second, 1.0, -s * lam, -tau * c.kappa)
         length = _step_length(c, lam, d).unsqueeze(1)
@@ -236,7 +242,7 @@ class _Loop:
         keep = 1 - centring if self.homogeneous else torch.ones_like(centring)
         r_s = target - s * lam - d.s * d.w[:, n + q :]
         r_tau = target[:, 0] - tau * c.kappa - d.tau * d.kappa
-        first = self.solve(factors, _pad(-keep[:, None] * c.residual, -r_s / lam).unsqueeze(1)).squeeze(1)
+        first = self.solve(factors, beta, _pad(-keep[:, None] * c.residual, -r_s / lam).unsqueeze(1)).squeeze(1)
         d = _direction(program, c, first, second, keep, r_s, r_tau)
         length = TO_BOUNDARY * _step_length(c, lam, d)
         finite = (d.w.sum(1) + d.s.sum(1) + d.tau + d.kappa).isfinite()
@@ -247,13 +253,18 @@ class _Loop:
             s=where_rows(good, s + column * d.s, s),
             tau=torch.where(good, tau + length * d.tau, tau),
             kappa=torch.where(good, c.kappa + length * d.kappa, c.kappa),
+            # Without a step nothing changes any more.
+            stale=torch.where(good, c.stale, self.patience),
         )
         return self.judged(k + 1, moved)
 
-    def solve(self, factors: Factors | CondensedFactors, right: Tensor) -> Tensor:
+    def solve(self, factors: Factors | CondensedFactors, beta: Tensor, right: Tensor) -> Tensor:
         """The Newton step for `right` `(B, k, N)`, refined where the steps are meant to be exact."""
         w = factors.solve(right)
-        return w + factors.solve(right - factors.product(w)) if self.homogeneous else w
+        if not self.homogeneous:
+            return w
+        left = right - jacobian_product(self.program, torch.ones_like(beta), beta, w)
+        return w + factors.solve(left)
 
     def outcome(self, k: int | Tensor, c: _State) -> Point:
         """The best point of every sample."""

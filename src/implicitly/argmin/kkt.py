@@ -115,10 +115,6 @@ class Factors:
         lam = (r3 - (Gz if transposed else alpha * Gz)) / beta
         return torch.cat([z, nu, lam], dim=2)
 
-    def product(self, w: Tensor, transposed: bool = False) -> Tensor:
-        """J w or J' w for `w` `(B, k, n + q + m)`."""
-        return jacobian_product(self.program, self.alpha, self.beta, w, transposed)
-
     def is_singular(self, beta: Tensor) -> Tensor:
         """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
 
