@@ -10,6 +10,7 @@ loop; traced by `torch.compile` the same body becomes one `while_loop` graph.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ Residual = Callable[[Tensor], Tensor]
 BLOW_UP = 1e8
 # Steps without a new best residual after which a sample has stagnated.
 PATIENCE = 30
-# On an accelerator, asking "has everything converged?" makes the host wait; ask every few steps only.
-ACCELERATOR_STRIDE = 4
+# On an accelerator, asking "has everything converged?" makes the host wait. It is asked less often the longer the
+# solve, so that at most this share of the steps comes too late to be of use.
+LATE = 1 / 4
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 
@@ -252,7 +254,7 @@ def iterate(
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_compiling()
-    k, carry = repeat(partial(loop.step, F), carry, partial(_worth_a_step, droppable), solver.max_steps)
+    k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, droppable), solver.max_steps)
     found = loop.outcome(k, carry)
     rows: Tensor | None = None
     while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
@@ -261,7 +263,7 @@ def iterate(
         rows = keep if rows is None else rows[keep]
         carry, loop = _take_rows(carry, keep), loop.take_rows(keep)
         F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
-        k, carry = repeat(partial(loop.step, F), carry, partial(_worth_a_step, True), solver.max_steps, k)
+        k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, True), solver.max_steps, k)
         found = _with_rows(found, rows, loop.outcome(k, carry))
     if verify and scale is not None and happens(found.steps > 0):
         F = F if rows is None else bind(*theta)
@@ -365,6 +367,18 @@ class _Loop:
         gain = row_norm(z - c.z) / row_norm(c.r)
         return norm <= self.atol + torch.clamp(self.rtol / gain, self.floor, self.rtol) * scale
 
+    def worth_a_step(self, droppable: bool, c: _Carry) -> bool | Tensor:
+        """Whether to take another step before samples are dropped, or all are done."""
+        if c.status is None:
+            return c.steps.shape[0] > 0
+        if self.budget_only and not (on_host(c.status) or torch.compiler.is_compiling()):
+            return True  # the number of steps is known; nothing is asked that an accelerator has to answer
+        running = is_running(c.status)
+        if not droppable:
+            return running.any()
+        count = running.sum()
+        return (count == len(running)) | (count > DROP_BELOW * len(running))
+
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
         running = _running(c)
         status = torch.full_like(c.steps, int(Status.MAX_STEPS))
@@ -432,10 +446,11 @@ def repeat(
 
 
 def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
-    """The `answer`, or True before a step at which an accelerator is not to be waited for."""
+    """The `answer`, or True before a step `k` at which an accelerator is not to be waited for."""
     if isinstance(answer, bool):
         return answer
-    return bool(answer.device.type != "cpu" and k % ACCELERATOR_STRIDE) or bool(unwrapped(answer).any())
+    stride = 2 ** int(math.log2(max(1, LATE * k)))
+    return bool(answer.device.type != "cpu" and k % stride) or bool(unwrapped(answer).any())
 
 
 def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -447,16 +462,6 @@ def _running(carry: _Carry) -> Tensor:
     if carry.status is None:
         return torch.ones_like(carry.steps, dtype=torch.bool)
     return is_running(carry.status)
-
-
-def _worth_a_step(droppable: bool, carry: _Carry) -> bool | Tensor:
-    if carry.status is None:
-        return carry.steps.shape[0] > 0
-    running = is_running(carry.status)
-    if not droppable:
-        return running.any()
-    count = running.sum()
-    return (count == len(running)) | (count > DROP_BELOW * len(running))
 
 
 def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:

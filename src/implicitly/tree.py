@@ -124,7 +124,7 @@ class Layout:
                 raise ValueError(
                     f"{f} must return the shape of {given}: expected {expected}, got {tuple(x.shape)}"
                 )
-            if x.dtype != leaf.dtype and not torch.is_autocast_enabled(self.device.type):
+            if x.dtype != leaf.dtype and not casts(self.device.type):
                 raise ValueError(
                     f"{f} must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
                     "usually come from an argument or parameter of another dtype"
@@ -231,7 +231,7 @@ class Opened:
         exchanged = {name: parameters[i] for name, i in self.places}
 
         def call(state: Any) -> Any:
-            if self.autocast is not None or torch.is_autocast_enabled(self.device_type):
+            if self.autocast is not None or casts(self.device_type):
                 # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
                 with torch.autocast(
                     self.device_type, self.autocast, self.autocast is not None, cache_enabled=False
@@ -293,7 +293,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                     index[id(tensor)] = len(parameters)
                     parameters.append(tensor)
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
     theta = (*tensors, *parameters)
     return Opened(
         f,
@@ -455,9 +455,14 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def casts(device_type: str) -> bool:
+    """Whether autocast is on for such devices. Some, such as `meta`, know of none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast, for the arithmetic of solvers."""
-    if torch.is_autocast_enabled(device_type):
+    if casts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

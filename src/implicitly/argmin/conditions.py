@@ -22,7 +22,7 @@ from implicitly.host import happens
 from implicitly.implicit import Condition, Map, Report, push
 from implicitly.iterate import Found, Solution, Status
 from implicitly.problem import Problem, carries_of
-from implicitly.tree import Layout, open_function, pullback, row_norm
+from implicitly.tree import Layout, casts, open_function, pullback, row_norm
 
 Function = Callable[..., Any]
 
@@ -212,7 +212,7 @@ def check_residuals(residuals: Any, layout: Layout) -> Any:
 
 
 def _check_kind(x: Tensor, layout: Layout, name: str) -> None:
-    if x.dtype.to_real() != layout.dtype and not torch.is_autocast_enabled(layout.device.type):
+    if x.dtype.to_real() != layout.dtype and not casts(layout.device.type):
         raise ValueError(
             f"{name} must return the dtype of z0: expected {layout.dtype}, got {x.dtype}; mixed dtypes usually "
             "come from an argument or parameter of another dtype"

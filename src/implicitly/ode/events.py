@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from implicitly.tree import Layout
+from implicitly.tree import Layout, casts
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def check_number(value: Any, i: int, layout: Layout) -> None:
             f"g of event {i} must return a real number that changes its sign where the event is, got "
             f"{value.dtype}: not y > 1 but y - 1"
         )
-    if value.dtype != layout.dtype and not torch.is_autocast_enabled(layout.device.type):
+    if value.dtype != layout.dtype and not casts(layout.device.type):
         raise ValueError(f"g of event {i} must return the dtype of y0: expected {layout.dtype}, got {value.dtype}")
     if value.device != layout.device:
         raise ValueError(f"g of event {i} must return the device of y0, {layout.device}, got {value.device}")
