@@ -163,3 +163,19 @@ def test_a_failed_sample_does_not_poison_the_next_solve():
         assert layer.solution.status.tolist() == [0, int(im.Status.NON_FINITE), 0]
         layer(x, index=index)
         assert layer.solution.converged.all()
+
+
+@pytest.mark.parametrize("make", [im.nn.LastBatch, lambda: im.nn.LastEpoch(6)], ids=["LastBatch", "LastEpoch"])
+def test_a_state_dict_brings_back_every_start(make):
+    layer, x, index = layer_with(make()), batch(6, 4), torch.arange(6)
+    again = layer_with(make())
+    again.warm_start.load_state_dict(layer.warm_start.state_dict())  # of nothing
+    assert again.warm_start.start(x, index) is None
+    layer(x, index=index)
+    again.warm_start.load_state_dict(layer.warm_start.state_dict())
+    assert torch.equal(again.warm_start.start(x, index), layer.warm_start.start(x, index))
+
+
+def test_equilibria_of_another_data_set_are_refused():
+    with pytest.raises(ValueError, match=r"LastEpoch\(size=5\) cannot go on from equilibria of 6 samples"):
+        im.nn.LastEpoch(5).load_state_dict(im.nn.LastEpoch(6).state_dict())

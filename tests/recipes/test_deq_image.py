@@ -114,19 +114,22 @@ def test_batches_cover_every_row_once_and_depend_on_the_seed_alone(data):
 # --- Training -----------------------------------------------------------------------------------------------
 
 
-def test_all_three_learn_the_digits_and_one_table_compares_them(tmp_path, capsys):
+def test_all_learn_the_digits_and_one_table_compares_them(tmp_path, capsys):
     results = main(small(out=tmp_path / "run", learning_rate=1e-2))
     table = capsys.readouterr().out
-    assert [result.name for result in results] == ["deq", "unrolled", "resnet"]
+    assert [result.name for result in results] == ["deq", "quick", "unrolled", "resnet"]
     for result in results:
-        assert result.test_accuracy > 0.75, result.name
+        # Of three epochs the quick one begins the first at zero, where its steps lead not far.
+        assert result.test_accuracy > (0.5 if result.name == "quick" else 0.75), result.name
         assert f"{100 * result.test_accuracy:.2f} %" in table
         assert f"{result.parameters:,}" in table
         assert result.costs.peak_bytes > 0
         assert result.seconds_per_epoch > 0
         assert result.costs.steps == 3 * result.training.batches_per_epoch
         assert {path.name for path in result.folder.iterdir()} >= {LAST, BEST, "logs"}
-    deq, unrolled, resnet = (result.costs for result in results)
+    deq, quick, unrolled, resnet = (result.costs for result in results)
+    # At its start and after each step, and once to be recorded.
+    assert (quick.forward_calls, quick.backward_calls) == (5 * quick.steps, quick.steps)
     assert unrolled.forward_calls == unrolled.backward_calls == 3 * unrolled.steps
     assert resnet.forward_calls == resnet.backward_calls == 2 * resnet.steps
     assert 2 * deq.steps < deq.forward_calls <= 26 * deq.steps
@@ -239,13 +242,14 @@ def interrupted(config, data, folder, epoch, monkeypatch, name="deq"):
             fit(name, config, data, folder)
 
 
-def test_resumed_training_is_the_uninterrupted_one(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["deq", "quick"])
+def test_resumed_training_is_the_uninterrupted_one(data, tmp_path, monkeypatch, name):
     config = small(epochs=4, batch_size=256)
-    whole = fit("deq", config, data, tmp_path / "whole")
-    interrupted(config, data, tmp_path / "parts", 2, monkeypatch)
+    whole = fit(name, config, data, tmp_path / "whole")
+    interrupted(config, data, tmp_path / "parts", 2, monkeypatch, name)
     before = torch.load(tmp_path / "parts" / LAST, weights_only=True)
     assert before["epoch"] == 1
-    resumed = fit("deq", dataclasses.replace(config, resume=True), data, tmp_path / "parts")
+    resumed = fit(name, dataclasses.replace(config, resume=True), data, tmp_path / "parts")
 
     assert torch.equal(weights(resumed), weights(whole))
     assert resumed.test_accuracy == whole.test_accuracy

@@ -21,6 +21,14 @@ class WarmStart(ABC):
     def store(self, value: Any, index: Tensor | None) -> None:
         """Remember a detached equilibrium."""
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, so that a resumed training starts where this one would."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
 
 class LastBatch(WarmStart):
     """Start from the last batch's equilibrium where it has the same shapes, for data that changes slowly."""
@@ -37,6 +45,14 @@ class LastBatch(WarmStart):
     def store(self, value: Any, index: Tensor | None) -> None:
         """Remember the whole batch."""
         self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last equilibrium."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the last equilibrium."""
+        self.value = state_dict["value"]
 
 
 class LastEpoch(WarmStart):
@@ -76,6 +92,18 @@ class LastEpoch(WarmStart):
         for store, v in zip(self._leaves, leaves):
             store[index.to(store.device)] = v.to(store.dtype)
         self._known[index.cpu()] = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The equilibria, one tensor for each of a state, and `(size,)` which samples were seen."""
+        return {"leaves": self._leaves, "known": self._known}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the equilibria; raises ValueError for those of another number of samples."""
+        known = state_dict["known"]
+        if len(known) != self.size:
+            raise ValueError(f"LastEpoch(size={self.size}) cannot go on from equilibria of {len(known)} samples")
+        leaves = state_dict["leaves"]
+        self._leaves, self._known = None if leaves is None else [x.clone() for x in leaves], known.clone()
 
     def _checked(self, index: Tensor | None, batch: int) -> Tensor:
         if index is None:

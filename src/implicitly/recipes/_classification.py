@@ -88,11 +88,12 @@ class Classifier(nn.Module):
         self.body = body
         self.head = head
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits."""
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """The logits. `index` `(batch,)` is for bodies that need to know which images these are."""
         x = self.stem(images)
         # Under mixed precision the convolutions run in 16 bits; the solver measures its errors in 32.
-        return self.head(self.body(x.to(next(self.head.parameters()).dtype)))
+        x = x.to(next(self.head.parameters()).dtype)
+        return self.head(self.body(x) if index is None else self.body(x, index=index))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -174,7 +175,7 @@ class ImageTraining(L.LightningModule, ABC):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         return self._evaluate(batch, "train")
 
@@ -186,9 +187,9 @@ class ImageTraining(L.LightningModule, ABC):
         """Log how the test images fare."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
-        images, labels = batch
-        logits = self.model(images)
+    def _evaluate(self, batch: tuple[Tensor, ...], split: str) -> Tensor:
+        images, labels, *index = batch
+        logits = self.model(images, *index)
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train")

@@ -5,24 +5,28 @@ activations settle, they settle at a point z with z = f(z, x). A deep equilibriu
 Koltun, 2019, arXiv:1909.01377) asks a solver for that point, and the implicit function theorem for its
 derivative, so it stores the activations of one block where the stack stores those of all.
 
-Three networks of equal size are trained side by side, and one table compares them:
+Networks of equal size are trained side by side, and one table compares them:
 
     deq       the equilibrium of one cell
+    quick     the same, in training only approached: a few steps on from the image's last one, and a gradient
+              through one call of the cell (Fung et al., 2022, arXiv:2103.12803)
     unrolled  the same cell applied a fixed number of times, differentiated by plain autograd
     resnet    blocks of the same shape as the cell, each with weights of its own, and fewer channels
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import implicitly as im
 from implicitly.data import ImageData
@@ -36,15 +40,16 @@ from implicitly.recipes._classification import (
     results_table,
     seeded,
 )
+from implicitly.recipes._training import Batches
 
-ModelName = Literal["deq", "unrolled", "resnet"]
+ModelName = Literal["deq", "quick", "unrolled", "resnet"]
 
 
 @dataclass(frozen=True)
 class Config(ImageConfig):
     """Image classification by the equilibrium of one convolutional cell, beside a ResNet of equal size."""
 
-    models: tuple[ModelName, ...] = ("deq", "unrolled", "resnet")
+    models: tuple[ModelName, ...] = ("deq", "quick", "unrolled", "resnet")
     """Which networks to train."""
 
     channels: int = 48
@@ -63,6 +68,8 @@ class Config(ImageConfig):
     """Most steps of the solver."""
     history: int = 5
     """Iterates that Anderson acceleration combines."""
+    quick_steps: int = 3
+    """Steps of the solver for each image and epoch when the quick one trains."""
     unroll: int = 10
     """Applications of the cell in the unrolled net."""
     blocks: int = 4
@@ -70,7 +77,7 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("channels", "stem_stride", "unroll", "blocks")
+        self._at_least_1("channels", "stem_stride", "quick_steps", "unroll", "blocks")
         if self.groups < 1 or self.channels % self.groups or self.inner_channels % self.groups:
             raise ValueError(
                 f"groups must divide channels and inner_channels; got {self.groups}, {self.channels} and "
@@ -101,6 +108,23 @@ class Cell(nn.Module):
         """f(z, x), of the shape of `z`."""
         y = self.norm_inner(F.relu(self.conv_in(z)))
         return self.norm_sum(F.relu(z + self.norm_branch(x + self.conv_out(y))))
+
+
+class Quick(im.nn.DEQ):
+    """An equilibrium that in training is only approached, in `steps` steps on from where the last epoch left it.
+
+    The gradient is that of one call of the cell. Out of training, `solver` finds the equilibrium itself.
+    """
+
+    def __init__(self, cell: Cell, solver: im.Anderson, steps: int, images: int) -> None:
+        self.last = im.nn.LastEpoch(max(1, images))
+        super().__init__(cell, adjoint=im.JacobianFreeAdjoint(), on_failure="ignore", warm_start=self.last)
+        self.accurate, self.approaching = solver, dataclasses.replace(solver, rtol=0, max_steps=steps)
+
+    def forward(self, x: Tensor, z0: Tensor | None = None, *, index: Tensor | None = None) -> Tensor:
+        """The equilibrium for `x`, or, in training, a state near that of the images `index`."""
+        self.solver = self.approaching if self.training else self.accurate
+        return super().forward(x, z0, index=index)
 
 
 class Unrolled(nn.Module):
@@ -153,14 +177,16 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     if name == "resnet":
         return _build_resnet(*_resnet_widths(config, data), config, data)
     cell = Cell(config.channels, config.inner_channels, config.groups)
+    solver = im.Anderson(history=config.history, rtol=config.rtol, max_steps=config.solver_steps)
     if name == "deq":
-        solver = im.Anderson(history=config.history, rtol=config.rtol, max_steps=config.solver_steps)
         # A short Krylov basis saves memory, and at this tolerance some ten products are enough. The gradient
         # of a mean is small for each sample, so no absolute tolerance may decide what is small enough.
         linear_solver = im.GMRES(restart=10, rtol=config.rtol, atol=0.0, max_steps=config.solver_steps)
         adjoint = im.ImplicitAdjoint(linear_solver=linear_solver)
         # Samples that run out of steps are counted in the logs; a warning at each step would say no more.
         body = im.nn.DEQ(cell, solver=solver, adjoint=adjoint, on_failure="ignore")
+    elif name == "quick":
+        body = Quick(cell, solver, config.quick_steps, len(data.train))
     else:
         body = Unrolled(cell, config.unroll)
     return classifier(body, config.channels, config, data)
@@ -202,11 +228,33 @@ class Training(ImageTraining):
     def __init__(self, name: ModelName, config: Config, data: ImageData) -> None:
         super().__init__(name, config, data, build(name, config, data))
 
+    def train_dataloader(self) -> Batches:
+        """As for every recipe; the quick network is also told which images these are."""
+        batches = super().train_dataloader()
+        if isinstance(self.model.body, Quick):
+            images = batches.dataset.tensors
+            batches.dataset = TensorDataset(*images, torch.arange(len(images[0])))
+        return batches
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the equilibria that the quick network goes on from."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.model.body, Quick):
+            checkpoint["equilibria"] = self.model.body.last.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the same."""
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.model.body, Quick):
+            self.model.body.last.load_state_dict(checkpoint["equilibria"])
+
     def calls_of_f(self) -> tuple[int, int]:
         """Calls of the cell, or a block, and products with its transposed Jacobian."""
         match self.model.body:
             case im.nn.DEQ(solution=im.Solution() as forward, backward_solution=im.Solution() as backward):
                 return forward.evaluations, backward.evaluations
+            case Quick(solution=im.Solution() as forward):
+                return forward.evaluations + 1, 1  # once more, recorded
             case Unrolled() as body:
                 return body.times, body.times
             case Residual() as body:
