@@ -178,6 +178,11 @@ def test_transforms_of_torch_func(traced):
         found, right = (transformed(lambda p: value(p, c)) for c in (True, False))
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-10)
     assert len(traced) == 2  # of the batch, and of that of vmap
+    assert counters["stats"]["unique_graphs"] == 2
+    value(p[0].requires_grad_(), True)
+    with torch.no_grad():
+        value(p[0], True)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_second_derivatives(traced):
