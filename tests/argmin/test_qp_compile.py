@@ -185,6 +185,21 @@ def test_transforms_of_torch_func(traced):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at it
+@pytest.mark.parametrize("m", [6, 14])
+def test_inside_of_what_the_user_compiles(m):
+    """The compiler looks into the solve, and makes graphs of what parts of it it can."""
+    torch._dynamo.reset()
+    args = [t.requires_grad_() for t in program(batch=5, n=6, m=m, q=1, seed=3)]
+
+    def loss(*args):
+        return (2 * im.qp(*args).value).sin().sum()
+
+    found, right = (torch.autograd.grad(f(*args), args) for f in (torch.compile(loss, backend="eager"), loss))
+    torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
+    torch._dynamo.reset()
+
+
 def test_second_derivatives(traced):
     args = [t.requires_grad_() for t in program(batch=2, n=3, m=4, seed=1)]
     assert torch.autograd.gradgradcheck(lambda *a: im.qp(*a, compile=True).value, args, fast_mode=True)
