@@ -11,6 +11,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
+from implicitly import compiled
 from implicitly.nn import ConvexLayer
 
 cp = pytest.importorskip("cvxpy")
@@ -203,6 +204,24 @@ def test_transforms_of_torch_func():
     tangent = normal(3, 3, 3)
     moved = torch.func.jvp(lambda A: f(c, A), (A,), (tangent,))[1]
     torch.testing.assert_close(moved, torch.einsum("boij,bij->bo", exact, tangent))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_the_solve_as_one_graph(monkeypatch):
+    made, kept = torch.compile, type(compiled._graphs)()
+    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
+    monkeypatch.setattr(compiled, "_graphs", kept)
+    problem, parameters, variables, values = optnet()
+    values = [v.requires_grad_() for v in values]
+    results = []
+    for compile in (True, False):
+        (z,) = ConvexLayer(problem, parameters, variables, compile=compile)(*values)
+        results.append((z, *torch.autograd.grad(z.square().sum(), values)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    assert len(kept) == 1
+    with pytest.warns(im.CompileWarning, match="Clarabel"):
+        ConvexLayer(problem, parameters, variables, solver=im.Clarabel(), compile=True)
 
 
 def test_gradients_of_shared_values_are_sums():

@@ -15,6 +15,7 @@ not by the residual of the splitting, which falls slowly.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import Point, QuadraticProgram, dot
 from implicitly.argmin.solver import ProgramSolver
+from implicitly.compiled import CompileWarning
+from implicitly.implicit import users_line
 from implicitly.iterate import Status, is_running
 from implicitly.tree import row_norm
 
@@ -71,9 +74,16 @@ class ADMM(ProgramSolver):
                 f"rho={self.rho}, sigma={self.sigma}, relaxation={self.relaxation}"
             )
 
-    def solve(self, system: System, start: Point | None = None) -> Polished:
+    def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
         """The solution of every sample."""
         program = system.program
+        if compile:
+            warnings.warn(
+                "qp with ADMM: compile=True has no one graph for a loop whose batch and weights change on the "
+                "way; the eager loop runs instead",
+                CompileWarning,
+                stacklevel=users_line(),
+            )
         if program.Q.ndim == 3:
             raise ValueError(
                 "ADMM factorises one matrix for all samples, so Q, G and A must be shared by the batch: "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.program import Point, QuadraticProgram, dot, times, times_transposed
-from implicitly.iterate import Status, is_running
+from implicitly.iterate import Status, is_running, where_rows
 from implicitly.tree import row_norm
 
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.
@@ -87,10 +87,14 @@ class Condensed:
         torch.linalg.cholesky_ex(N, out=(N, info))
         return CondensedFactors(self, alpha, beta, N, info == 0)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the program."""
+        return self.L, self.S, self.X, self.Y_A, self.Y_G, self.M
+
     def take_rows(self, rows: Tensor) -> Condensed:
         """Those of some samples."""
-        own = (self.L, self.S, self.X, self.Y_A, self.Y_G, self.M)
-        return Condensed(self.program.take_rows(rows), *(t[rows] if t.ndim == 3 else t for t in own))
+        return Condensed(self.program.take_rows(rows), *(t[rows] if t.ndim == 3 else t for t in self.tensors))
 
 
 def _safe(L: Tensor, info: Tensor) -> Tensor:
@@ -218,6 +222,8 @@ class CondensedLoop:
 
     def factor(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of M + diagonal `(B, m, m)`, and where it failed; valid until the next call."""
+        if torch.compiler.is_compiling():  # the graph plans its own memory
+            return torch.linalg.cholesky_ex((self.M + torch.diag_embed(diagonal)).mT)
         N, info = self.work
         N.copy_(self.M.mT)
         N.diagonal(dim1=1, dim2=2).add_(diagonal)
@@ -270,10 +276,11 @@ class CondensedLoop:
         d = _solve(N, (residual + aim).unsqueeze(1)).squeeze(1)
         e = aim - ratio * d
         length = self.to_boundary * step_length(lam, s, d, e)
-        length = torch.where(is_running(at.status) & (info == 0), length, 0.0).unsqueeze(1)
+        going = is_running(at.status) & (info == 0)
+        length = torch.where(going, length, 0.0).unsqueeze(1)
         moved = at._replace(
-            lam=torch.addcmul(lam, length, d),
-            s=torch.addcmul(s, length, e),
+            lam=where_rows(going, torch.addcmul(lam, length, d), lam),  # d may be NaN, and that times zero
+            s=where_rows(going, torch.addcmul(s, length, e), s),
             residual=residual - length * residual,  # both are linear
         )
         return self.judged(k + 1, moved)

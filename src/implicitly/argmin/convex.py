@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,8 @@ from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.quadratic import QuadraticForm
 from implicitly.argmin.solver import ProgramSolver
-from implicitly.implicit import Report
+from implicitly.compiled import CompileWarning
+from implicitly.implicit import Report, users_line
 from implicitly.iterate import Found, Solution, SolverError
 from implicitly.tree import is_wrapped, unwrapped
 
@@ -28,6 +30,7 @@ class ConvexProgram:
     solver: ProgramSolver | Clarabel
     family: ConicFamily | None = None
     quadratic: QuadraticForm | None = None
+    compile: bool = False
 
     @classmethod
     def of(
@@ -37,6 +40,7 @@ class ConvexProgram:
         variables: Sequence[Any],
         solver: ProgramSolver | Clarabel | None,
         gp: bool,
+        compile: bool = False,
     ) -> ConvexProgram:
         """Canonicalise `problem`; raises ImportError, TypeError, ValueError, NotImplementedError."""
         if solver is not None and not isinstance(solver, ProgramSolver | Clarabel):
@@ -49,6 +53,13 @@ class ConvexProgram:
         if solver is None:
             solver = InteriorPoint() if quadratic else Clarabel()
         if isinstance(solver, Clarabel):
+            if compile:
+                warnings.warn(
+                    "ConvexLayer: compile=True is for quadratic and linear programs solved by InteriorPoint; "
+                    "Clarabel is no code of PyTorch and runs as it is",
+                    CompileWarning,
+                    stacklevel=users_line(),
+                )
             workers = Workers(program.pattern, program.cones, solver)
             family = ConicFamily(program.pattern, program.cones, solver, workers, program.wanted())
             return cls(program, solver, family=family)
@@ -58,7 +69,7 @@ class ConvexProgram:
                 f"({_described(program)}): use im.Clarabel()"
             )
         form = QuadraticForm.of(program)
-        return cls(program, solver, quadratic=form)
+        return cls(program, solver, quadratic=form, compile=compile)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
@@ -74,7 +85,7 @@ class ConvexProgram:
         if self.quadratic is None:
             return self._by_clarabel(self.program.numbers(values, batch), values[0], on_failure)
         assert isinstance(self.solver, ProgramSolver)
-        return self.quadratic.solve(values, batch, self.solver, on_failure)
+        return self.quadratic.solve(values, batch, self.solver, on_failure=on_failure, compile=self.compile)
 
     def _unpacked(self, solution: Solution, batch: int | None) -> Solution:
         x, y = solution.value

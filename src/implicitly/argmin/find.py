@@ -26,10 +26,11 @@ def find(
     program: QuadraticProgram,
     start: tuple[Tensor, Tensor] | None,
     report: Report,
+    compile: bool = False,
 ) -> tuple[Found, Place]:
     """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached."""
     known: list[Jacobian] = []
-    run = partial(_run, solver, adjoint.smoothing, known, report, start)
+    run = partial(_run, solver, adjoint.smoothing, known, report, start, compile)
     w, alpha, near, *rest = _Find.apply(run, *program.tensors)
     return Found(w, *rest), Place(alpha, near, known)
 
@@ -40,6 +41,7 @@ def _run(
     known: list[Jacobian],
     report: Report,
     start: tuple[Tensor, Tensor] | None,
+    compile: bool,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
     """(w, alpha, near, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
@@ -51,7 +53,7 @@ def _run(
     if system.condensed is None:  # else Q has been seen to be positive definite
         refuse_indefinite(program.Q)
     scaling = system.scaling
-    polished = solver.solve(system, None if start is None else _scaled(system, *start))
+    polished = solver.solve(system, None if start is None else _scaled(system, *start), compile)
     polished = polished._replace(status=torch.where(finite, polished.status, int(Status.NON_FINITE)))
     none = failed(polished.status)
     if happens(none):

@@ -17,6 +17,7 @@ and the iterates are homogeneous. How a loop runs, freezes and drops is shared.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from implicitly.argmin.program import (
     times_transposed,
 )
 from implicitly.argmin.solver import ProgramSolver
+from implicitly.compiled import run_as_graph
+from implicitly.host import views
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
 from implicitly.tree import row_norm
 
@@ -72,7 +75,7 @@ class InteriorPoint(ProgramSolver):
 
     max_steps: int = 50
 
-    def solve(self, system: System, start: Point | None = None) -> Polished:
+    def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
         """The solution of every sample: near enough by plain steps, then exactly on its active set.
 
         Where that fails, by steps on the embedding, which also tell why there may be none. A `start` is worth
@@ -80,34 +83,61 @@ class InteriorPoint(ProgramSolver):
         """
         tolerance = self.tolerance(system.program.Q.dtype)
         found = polish(system, start, tolerance) if start is not None else None
-        for attempt in (self._plain, self._embedded):
+        for embedded in (False, True):
             rows = None if found is None else (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
             if found is None:
-                found = attempt(system, tolerance)
+                found = self._attempt(system, None, embedded, compile)
             elif rows is not None and len(rows):
-                if attempt == self._embedded and system.condensed is not None:
-                    system = replace(system, condensed=None)
+                if embedded and system.condensed is not None:
+                    system = system.plain()
                     found = found.factorised(system)
-                found = found.with_rows(rows, attempt(system.take_rows(rows), tolerance))
+                found = found.with_rows(rows, self._attempt(system, rows, embedded, compile))
         assert found is not None
         return found
 
-    def _plain(self, system: System, tolerance: float) -> Polished:
+    def _attempt(self, system: System, rows: Tensor | None, embedded: bool, compile: bool) -> Polished:
+        """The solution of some samples, None: of all, by plain steps or those on the embedding."""
+        near, part = None, system if rows is None else system.take_rows(rows)
+        if compile and (embedded or system.program.sizes[2]):  # else there is no loop
+            near = self._near_as_graph(system, rows, embedded)
+        near = self._near(part, embedded) if near is None else near
+        return polish(part, near, self.tolerance(system.program.Q.dtype), trusted=embedded)
+
+    def _near(self, system: System, embedded: bool) -> Point:
+        """A point near the solution of every sample, by the steps that suit the system."""
+        tolerance = self.tolerance(system.program.Q.dtype)
+        if embedded:
+            return self._run(_Loop(system, tolerance, homogeneous=True))
         loose = max(tolerance, LOOSE * tolerance**0.5)
         if not system.program.sizes[2]:
-            near = system.origin()
-        elif system.condensed is not None:
-            near = self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
-        else:
-            near = self._run(_Loop(system, loose, homogeneous=False))
-        return polish(system, near, tolerance)
+            return system.origin()
+        if system.condensed is not None:
+            return self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
+        return self._run(_Loop(system, loose, homogeneous=False))
 
-    def _embedded(self, system: System, tolerance: float) -> Polished:
-        return polish(system, self._run(_Loop(system, tolerance, homogeneous=True)), tolerance, trusted=True)
+    def _near_as_graph(self, system: System, rows: Tensor | None, embedded: bool) -> Point | None:
+        """`_near` of some samples, None: of all, as one graph; None where none can be had.
+
+        Which samples are left for an attempt changes from call to call, but every number of them would be another
+        graph. So there is one for few and one for all, and the last sample fills them up.
+        """
+        count = whole = system.program.batch
+        if rows is not None:
+            count, few = len(rows), math.ceil((1 - DROP_BELOW) * whole)
+            filled = torch.arange(few if count <= few else whole, device=rows.device).clamp(max=count - 1)
+            system = system.take_rows(rows[filled])
+
+        def near(*tensors: Tensor) -> Point:
+            return self._near(System.of_tensors(*tensors), embedded)
+
+        found = run_as_graph("qp with InteriorPoint", ("qp", self, embedded), near, *system.tensors)
+        return None if found is None else Point(*(t[:count] if t.ndim else t for t in found))
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
         part, state = loop, loop.start()
         k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
+        if torch.compiler.is_compiling():  # nothing is dropped
+            return loop.outcome(k, state)
         whole, rows = state, torch.arange(len(state.s), device=state.s.device)
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
             keep = running.nonzero()[:, 0]
@@ -120,6 +150,8 @@ class InteriorPoint(ProgramSolver):
 
 def _worth_a_step(state: _State | State) -> Any:
     running = is_running(state.status)
+    if torch.compiler.is_compiling():
+        return running.any()
     count = running.sum()
     return (count == len(running)) | (count > DROP_BELOW * len(running))
 
@@ -154,8 +186,7 @@ class _Loop:
 
     def start(self) -> _State:
         """The point nearest to both problems in the sense of least squares, moved into the interior."""
-        program = self.program
-        n, q, m = program.sizes
+        n, q, m = self.program.sizes
         right = self.right
         ones = torch.ones(len(right), m, dtype=right.dtype, device=right.device)
         factors = self.system.factorise(ones, -ones)
@@ -221,6 +252,8 @@ class _Loop:
 
     def step(self, k: int | Tensor, c: _State) -> _State:
         """A predictor, and a corrector with the centring that it asks for."""
+        if torch.compiler.is_compiling():
+            self = replace(self, system=System.of_tensors(*views(*self.system.tensors)))
         program, tau = self.program, c.tau
         n, q, m = program.sizes
         s, lam = c.s, c.w[:, n + q :]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,28 +24,36 @@ NEWTON_STEPS = 4
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """An equilibrated program, its scaling, and what of its linear systems stays the same."""
+    """An equilibrated program, its scaling, and what of its linear systems stays the same.
+
+    That is `condensed`, where it is the better way, else a tensor, see `base_matrix`.
+    """
 
     program: QuadraticProgram
     scaling: Scaling
-    condensed: Condensed | None  # where that is the better way
+    fixed: Condensed | Tensor
 
     @classmethod
     def of(cls, program: QuadraticProgram, scaling: Scaling) -> System:
         """That of a program."""
         n, _, m = program.sizes
-        return cls(program, scaling, Condensed.of(program) if m <= CONDENSED_UP_TO * n else None)
+        condensed = Condensed.of(program) if m <= CONDENSED_UP_TO * n else None
+        return cls(program, scaling, base_matrix(program) if condensed is None else condensed)
 
-    @functools.cached_property
-    def base(self) -> Tensor:
-        """What of the matrix H of `Factors` stays the same."""
-        return base_matrix(self.program)
+    @property
+    def condensed(self) -> Condensed | None:
+        """Where that is the better way."""
+        return self.fixed if isinstance(self.fixed, Condensed) else None
+
+    def plain(self) -> System:
+        """The same without `condensed`."""
+        return replace(self, fixed=base_matrix(self.program)) if isinstance(self.fixed, Condensed) else self
 
     def factorise(self, alpha: Tensor, beta: Tensor) -> Factors | CondensedFactors:
         """The factors of its Jacobian with those `(B, m)`."""
-        if self.condensed is not None:
-            return self.condensed.factorise(alpha, beta)
-        return Factors.of(self.program, self.base, alpha, beta)
+        if isinstance(self.fixed, Condensed):
+            return self.fixed.factorise(alpha, beta)
+        return Factors.of(self.program, self.fixed, alpha, beta)
 
     def active(self, alpha: Tensor) -> tuple[Factors | CondensedFactors, Tensor]:
         """The factors of the Jacobian of an active set, and its exact `beta`."""
@@ -57,8 +64,23 @@ class System:
 
     def take_rows(self, rows: Tensor) -> System:
         """The system of some samples."""
-        condensed = None if self.condensed is None else self.condensed.take_rows(rows)
-        return System(self.program.take_rows(rows), self.scaling.take_rows(rows), condensed)
+        if isinstance(self.fixed, Condensed):
+            fixed = self.fixed.take_rows(rows)
+        else:
+            fixed = self.fixed[rows] if self.fixed.ndim == 3 else self.fixed
+        return System(self.program.take_rows(rows), self.scaling.take_rows(rows), fixed)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of; `of_tensors` puts it together again."""
+        fixed = self.fixed.tensors if isinstance(self.fixed, Condensed) else (self.fixed,)
+        return (*self.program.tensors, self.scaling.E, self.scaling.K, self.scaling.F, *fixed)
+
+    @classmethod
+    def of_tensors(cls, *tensors: Tensor) -> System:
+        """The system whose `tensors` these are."""
+        program, fixed = QuadraticProgram(*tensors[:6]), tensors[9:]
+        return cls(program, Scaling(*tensors[6:9]), fixed[0] if len(fixed) == 1 else Condensed(program, *fixed))
 
     def origin(self) -> Point:
         """w = 0."""

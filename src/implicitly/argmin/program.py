@@ -21,8 +21,16 @@ DIMS = (2, 1, 2, 1, 2, 1)
 def times(M: Tensor, x: Tensor) -> Tensor:
     """M x for `M` `(r, c)` or `(B, r, c)` and `x` `(B, c)`, or `(B, k, c)` for k vectors a sample."""
     if M.ndim == 3 and x.ndim == 2:  # as a row times the transpose: a quarter of the time of a column
-        return torch.bmm(x.unsqueeze(1), M.mT).squeeze(1)
-    return x @ M.mT
+        return _rows_times(x.unsqueeze(1), M.mT).squeeze(1)
+    return x @ M.mT if M.ndim == 2 else _rows_times(x, M.mT)
+
+
+def _rows_times(x: Tensor, M: Tensor) -> Tensor:
+    """x M for `x` `(B, k, c)` and `M` `(B, c, r)`, either of which may be of one sample."""
+    if torch.compiler.is_compiling():  # the compiler makes loops of `bmm` with one row, twenty times as slow
+        batch = max(len(x), len(M))
+        return torch.baddbmm(M.new_zeros(1, 1, 1), x.expand(batch, -1, -1), M.expand(batch, -1, -1), beta=0)
+    return torch.bmm(x, M) if len(x) == len(M) else x @ M
 
 
 def times_transposed(M: Tensor, x: Tensor) -> Tensor:

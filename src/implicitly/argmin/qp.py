@@ -49,6 +49,7 @@ def qp(
     adjoint: KKTAdjoint = KKTAdjoint(),
     start: ProgramSolution | None = None,
     on_failure: str = "raise",
+    compile: bool = False,
 ) -> ProgramSolution:
     """Solve min 1/2 z'Qz + p'z subject to Gz <= h, Az = b, one program or many, and differentiate the solution.
 
@@ -69,6 +70,8 @@ def qp(
             Where the same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
             gradients zero. Those that ran out of steps keep their best point.
+        compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, made anew for other shapes; a
+            `CompileWarning` says where none can be had, as with `ADMM`.
 
     Returns:
         `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
@@ -88,7 +91,7 @@ def qp(
     solver.tolerance(given.Q.dtype)
     program = without_infinite_bounds(given)
     near = None if start is None else start_of(start, given)
-    found, place = find(solver, adjoint, program, near, Report(on_failure, partial(_solution, given)))
+    found, place = find(solver, adjoint, program, near, Report(on_failure, partial(_solution, given)), compile)
     bad = found.status == Status.NON_FINITE
     attached = adjoint.attach(found.z, place, program.without(bad) if happens(bad) else program, on_failure)
     return _solution(given, found, attached)

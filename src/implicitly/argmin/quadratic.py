@@ -67,8 +67,11 @@ class QuadraticForm:
         numbers = Assembly(matrices, program.parameters)
         return cls(kept, out, equations, definitions, inequalities, numbers)
 
-    def solve(self, values: Sequence[Tensor], batch: int, solver: ProgramSolver, on_failure: str) -> Solution:
-        """The solution at the parameters' `values`; its `value` is x `(B, n)` and the multipliers `(B, m)`."""
+    def solve(self, values: Sequence[Tensor], batch: int, solver: ProgramSolver, **options: Any) -> Solution:
+        """The solution at the parameters' `values`; its `value` is x `(B, n)` and the multipliers `(B, m)`.
+
+        `options` are those of `qp`.
+        """
         k, e = len(self.kept), len(self.out)
         P_kk, P_ke, P_ee, q_k, q_e, M, R, G, b_M, r, h, a = self.numbers(values, batch)
         Q, P_ke, P_ee = P_kk.reshape(-1, k, k), P_ke.reshape(len(P_ke), k, e), P_ee.reshape(len(P_ee), e, e)
@@ -109,7 +112,7 @@ class QuadraticForm:
             return Solution(value, status, residual, steps, found.evaluations)
 
         try:
-            return lifted(qp(*shared, solver=solver, on_failure=on_failure))
+            return lifted(qp(*shared, solver=solver, **options))
         except SolverError as error:
             raise SolverError(str(error), lifted(error.solution)) from error  # pyright: ignore
 

@@ -45,8 +45,9 @@ class ProgramSolver(ABC):
         return eps ** (2 / 3) if self.rtol is None else self.rtol
 
     @abstractmethod
-    def solve(self, system: System, start: Point | None = None) -> Polished:
+    def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
         """The solution of every sample of a system of finite numbers, whose Q is positive semidefinite.
 
-        `start` is near the solution, if one is known.
+        `start` is near the solution, if one is known. `compile`: as one graph of `torch.compile`; where none can
+        be had, a `CompileWarning` says so.
         """

@@ -35,6 +35,7 @@ class ConvexLayer(nn.Module):
         gp: whether it is a geometric program (log-log convex, `problem.is_dgp()`).
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their values are NaN, their
             gradients zero; the others are solved.
+        compile: as in `implicitly.qp`; with `Clarabel` a `CompileWarning` says that it has no graph.
 
     Attributes:
         solution: the `Solution` of the last call, detached: `value` (the tuple), `status`, `residual`, `steps`.
@@ -57,12 +58,13 @@ class ConvexLayer(nn.Module):
         solver: ProgramSolver | Clarabel | None = None,
         gp: bool = False,
         on_failure: str = "raise",
+        compile: bool = False,
     ):
         super().__init__()
         Report(on_failure)  # its own check
         self.on_failure = on_failure
         self.solution: Solution | None = None
-        self._program = ConvexProgram.of(problem, parameters, variables, solver, gp)
+        self._program = ConvexProgram.of(problem, parameters, variables, solver, gp, compile)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The variables' values, `(B, *shape)` each, or `shape` where no parameter has a batch.
