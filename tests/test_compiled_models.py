@@ -230,6 +230,25 @@ def test_two_solves_in_a_model_are_two_breaks():
     assert breaks() == 2
 
 
+class Program(nn.Module):
+    def __init__(self):
+        super().__init__()
+        cvxpy = pytest.importorskip("cvxpy")
+        x, p = cvxpy.Variable(SIZE), cvxpy.Parameter(SIZE)
+        problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(x - p)), [x >= 0])
+        self.first, self.last = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+        self.layer = im.nn.ConvexLayer(problem, [p], [x])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(self.first(x))[0])
+
+
+def test_a_convex_layer_is_one_break():
+    model, x = Program(), torch.randn(3, SIZE)
+    torch.testing.assert_close(gradients(torch.compile(model, backend="aot_eager"), x), gradients(model, x))
+    assert breaks() == 1
+
+
 def test_inductor():
     check_equal(Around(im.nn.DEQ(Plain())), backend="inductor")
     assert breaks() == 1
