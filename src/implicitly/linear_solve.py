@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitly.graph_break import one_break
 from implicitly.implicit import Backward, Condition, Map, Report, attach, find
 from implicitly.iterate import Solution, Solver
 from implicitly.linear import GMRES
@@ -15,6 +16,7 @@ from implicitly.problem import Problem
 from implicitly.tree import Layout, pullback
 
 
+@one_break
 def linear_solve(
     operator: Callable[..., Any],
     b: Any,

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
+from implicitly.graph_break import one_break
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
 from implicitly.iterate import Found, Proposal, Solver, Status
 from implicitly.linear import CG
@@ -36,6 +37,7 @@ from implicitly.problem import Problem
 from implicitly.tree import Layout, open_function, pullback, records, row_norm, under_transform
 
 
+@one_break
 def implicit_gradient(
     inner_loss: Callable[..., Any],
     params: Any,

@@ -14,6 +14,7 @@ from implicitly.argmin.find import find
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.program import QuadraticProgram, failed, times
 from implicitly.argmin.solver import ProgramSolver
+from implicitly.graph_break import one_break
 from implicitly.host import happens
 from implicitly.implicit import Report
 from implicitly.iterate import Found, Solution, Status
@@ -37,6 +38,7 @@ class ProgramSolution(Solution):
     slack: Tensor
 
 
+@one_break
 def qp(
     Q: Tensor,
     p: Tensor,

@@ -11,6 +11,7 @@ from implicitly.argmin.equality import Equality, NewtonKKT
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
+from implicitly.graph_break import one_break
 from implicitly.iterate import Solution, Solver
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
@@ -19,6 +20,7 @@ from implicitly.unrolled import UnrolledAdjoint
 _UNCONSTRAINED = LBFGS()
 
 
+@one_break
 def argmin(
     objective: Callable[..., Any],
     z0: Any,
@@ -79,6 +81,7 @@ def argmin(
     return _minimum(form, objective, z0, args, solver, adjoint, on_failure, compile, **options)
 
 
+@one_break
 def least_squares(
     residuals: Callable[..., Any],
     z0: Any,

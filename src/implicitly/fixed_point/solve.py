@@ -8,12 +8,14 @@ from typing import Any
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.newton import Newton
+from implicitly.graph_break import one_break
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 
+@one_break
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -63,6 +65,7 @@ def fixed_point(
     return problem.solution(found, how.attach(found, condition, problem))
 
 
+@one_break
 def root(
     residual: Callable[..., Any],
     z0: Any,

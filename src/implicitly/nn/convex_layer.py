@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.convex import ConvexProgram
 from implicitly.argmin.solver import ProgramSolver
+from implicitly.graph_break import one_break
 from implicitly.implicit import Report
 from implicitly.iterate import Solution
 
@@ -66,6 +67,7 @@ class ConvexLayer(nn.Module):
         self.solution: Solution | None = None
         self._program = ConvexProgram.of(problem, parameters, variables, solver, gp, compile)
 
+    @one_break
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The variables' values, `(B, *shape)` each, or `shape` where no parameter has a batch.
 

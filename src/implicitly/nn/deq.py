@@ -15,6 +15,7 @@ from implicitly.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.adjoints import PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point
+from implicitly.graph_break import one_break
 from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once
@@ -78,6 +79,7 @@ class DEQ(nn.Module):
         self.solution: Solution | None = None
         self.backward_solution: Solution | None = None
 
+    @one_break
     def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
         """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
 
@@ -89,6 +91,7 @@ class DEQ(nn.Module):
         self._remember(solution, index)
         return self.readout(solution.value)
 
+    @one_break
     def iterates(self, x: Any, at: Sequence[int], z0: Any = None, *, index: Tensor | None = None) -> list[Any]:
         """The states after `at` steps each and, last, the equilibrium, for a loss on the way there.
 

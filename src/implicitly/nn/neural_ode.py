@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from implicitly.graph_break import one_break
 from implicitly.implicit import users_line
 from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
@@ -121,6 +122,7 @@ class NeuralODE(nn.Module):
         self._calls = _Calls()
         _warn_of_kinks(f)
 
+    @one_break
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
         """Where the trajectory from `x` `(B, ...)` leads.
 

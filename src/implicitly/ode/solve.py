@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.compiled import CompileWarning
+from implicitly.graph_break import one_break
 from implicitly.host import happens
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
@@ -48,6 +49,7 @@ class Trajectory(Solution):
     event_count: Tensor
 
 
+@one_break
 def odeint(
     f: Callable[..., Any],
     y0: Any,
