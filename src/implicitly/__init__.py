@@ -16,7 +16,7 @@ from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.argmin.solve import argmin, least_squares
-from implicitly.compiled import CompileWarning
+from implicitly.compiled import CompiledSolve, CompileWarning, compile_statistics
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
@@ -55,6 +55,7 @@ __all__ = [
     "Broyden",
     "Clarabel",
     "CompileWarning",
+    "CompiledSolve",
     "ConstrainedSolution",
     "Controller",
     "ConvergenceWarning",
@@ -100,6 +101,7 @@ __all__ = [
     "Yoshida4",
     "argmin",
     "check_independence",
+    "compile_statistics",
     "fixed_point",
     "implicit_gradient",
     "jet",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,53 +17,221 @@ from torch import Tensor
 from implicitly.implicit import Condition, search, users_line
 from implicitly.iterate import Found, Solver
 
+_Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
+_Places = tuple[tuple[int, int], ...]
+
 # Graphs kept; each keeps its function, and so its parameters, alive.
 CAPACITY = 16
+# Graphs of one key after which a warning says that shapes change too often, and again after as many more.
+MANY = 8
 
-_graphs: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
+_graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+_problems: OrderedDict[Hashable, _Made] = OrderedDict()
 _lock = threading.Lock()
 
 
 class CompileWarning(UserWarning):
-    """A solve could not be compiled and runs eagerly."""
+    """A solve could not be compiled and runs eagerly, or is compiled again and again."""
 
 
-def run_as_graph(name: str, key: Hashable, function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """`function(*tensors)` as one graph, kept under `key` and the shapes and dtypes of `tensors`; None where no
+@dataclass(frozen=True)
+class CompiledSolve:
+    """A solve that `compile=True` keeps a graph of.
+
+    Attributes:
+        name: of the problem and its solver.
+        shapes: of the tensors that enter the graph, each with its dtype; None for sizes that may vary.
+        first_call_s: seconds of the first call, nearly all of them the compilation; None before its end.
+        calls: of the graph that gave a result.
+        fallback: why there is no graph and the eager loop runs; None where there is one.
+    """
+
+    name: str
+    shapes: tuple[tuple[tuple[int | None, ...], torch.dtype], ...]
+    first_call_s: float | None
+    calls: int
+    fallback: str | None
+
+
+@dataclass
+class _Graph:
+    """A graph in the cache, with what is reported of it; `varying` holds (tensor, dimension) of varying sizes."""
+
+    name: str
+    shapes: _Shapes
+    varying: _Places
+    run: Callable[..., Any]
+    first_call_s: float | None = None
+    calls: int = 0
+    fallback: str | None = None
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        # Detached: whether a gradient is wanted is no reason to compile again.
+        inputs = [t.detach() for t in tensors]
+        for i, dim in self.varying:
+            torch._dynamo.mark_dynamic(inputs[i], dim)
+        return self.run(*inputs)
+
+    def report(self) -> CompiledSolve:
+        """What the user sees."""
+        shapes = tuple((shape, dtype) for shape, _, dtype, _ in _opened(self.shapes, self.varying))
+        return CompiledSolve(self.name, shapes, self.first_call_s, self.calls, self.fallback)
+
+
+@dataclass
+class _Made:
+    """The graphs made for one key: how many, the shapes of the last, and which sizes are seen to vary."""
+
+    count: int = 0
+    last: _Shapes | None = None
+    varying: _Places = ()
+    fixed: bool = False  # whether a graph of varying sizes was tried in vain
+
+
+def compile_statistics() -> tuple[CompiledSolve, ...]:
+    """The solves that `compile=True` keeps graphs of, from the one used longest ago to the one used last.
+
+    A snapshot: what is solved afterwards does not change it. At most `CAPACITY` graphs are kept in a process.
+    """
+    with _lock:
+        return tuple(graph.report() for graph in _graphs.values())
+
+
+def run_as_graph(
+    name: str, key: Hashable, function: Callable[..., Any], *tensors: Tensor, varies: bool = False
+) -> Any:
+    """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
     graph can be had, which a `CompileWarning` that begins with `name` tells once.
 
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
-    static arguments, the solver. A graph in the cache runs in place of another `function` of the same key.
+    static arguments, the solver. A graph in the cache runs in place of another `function` of the same key. Where
+    the batch `varies`, the graph for a second batch size leaves that size open.
     """
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
-    full_key = (key, shapes)
-    with _lock:
-        if full_key not in _graphs:
-            _graphs[full_key] = _compile(function)
-        graph = _graphs[full_key]
-        _graphs.move_to_end(full_key)
-        while len(_graphs) > CAPACITY:
-            _graphs.popitem(last=False)
-    if graph is None:
+    index, graph = _kept(name, key, shapes, function, varies)
+    if graph.fallback is not None:
         return None
+    begin, done = time.perf_counter(), False
     # Imported on first use: the compiler takes as long to import as all of torch.
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
     try:
-        # Detached: whether a gradient is wanted is no reason to compile again.
-        return graph(*(t.detach() for t in tensors))
-    except (TorchDynamoException, InductorError, AssertionError) as error:
+        out = graph(*tensors)
+        done = True
+        with _lock:
+            graph.calls += 1
+            graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+        return out
+    except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
-        warnings.warn(
-            f"{name}: compile=True could not make one graph ({type(error).__name__}: {_reason(error)}); the eager "
-            "loop runs instead",
-            CompileWarning,
-            stacklevel=users_line(),
-        )
-        _graphs[full_key] = None
-        return None
+        if not graph.varying:
+            done = True
+            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+            return None
+        with _lock:
+            _problems.setdefault(key, _Made()).fixed = True
+    finally:
+        if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+            with _lock:
+                if _graphs.get(index) is graph:
+                    del _graphs[index]
+    return run_as_graph(name, key, function, *tensors)  # the size is not left open again
+
+
+def _kept(
+    name: str, key: Hashable, shapes: _Shapes, function: Callable[..., Any], varies: bool
+) -> tuple[Hashable, _Graph]:
+    """The graph in the cache, which is put there first where it is missing, and where it is there."""
+    message = None
+    with _lock:
+        made = _problems.setdefault(key, _Made())
+        _problems.move_to_end(key)
+        if (key, shapes) not in _graphs and made.last is not None and not made.varying:
+            made.varying = _vary(made.last, shapes)
+        fits = varies and not made.fixed and (key, shapes) not in _graphs and _can_vary(shapes, made.varying)
+        varying = made.varying if fits else ()
+        index = (key, _opened(shapes, varying))
+        if index not in _graphs:
+            made.count += 1
+            if made.count % MANY == 0 and made.last is not None:
+                message = (
+                    f"{name}: compile=True makes graph {made.count} for the same problem, as "
+                    f"{_change(made.last, shapes)}; pad batches to a few sizes, or use compile=False"
+                )
+            made.last = shapes
+            _graphs[index] = _Graph(name, shapes, varying, _compile(function, None if varying else False))
+        _graphs.move_to_end(index)
+        graph = _graphs[index]
+        for kept in (_graphs, _problems):
+            while len(kept) > CAPACITY:
+                kept.popitem(last=False)
+    if message is not None:
+        warnings.warn(message, CompileWarning, stacklevel=users_line())
+    return index, graph
+
+
+def _fall_back(graph: _Graph, reason: str, seconds: float) -> None:
+    """Note that there is no `graph`, and warn of it."""
+    with _lock:
+        graph.fallback, graph.first_call_s = reason, seconds
+        graph.run = _released
+    warnings.warn(
+        f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
+        CompileWarning,
+        stacklevel=users_line(),
+    )
+
+
+def _vary(old: _Shapes, new: _Shapes) -> _Places:
+    """Where a batch size stands, if all that differs is one size that became another; else nothing."""
+    if [(len(a[0]), *a[2:]) for a in old] != [(len(b[0]), *b[2:]) for b in new]:
+        return ()
+    changes = {
+        (i, dim): (m, n)
+        for i, (a, b) in enumerate(zip(old, new))
+        for dim, (m, n) in enumerate(zip(a[0], b[0]))
+        if m != n
+    }
+    return tuple(changes) if len(set(changes.values())) == 1 else ()
+
+
+def _can_vary(shapes: _Shapes, varying: _Places) -> bool:
+    """Whether sizes at `varying` can be left open. The compiler treats sizes 0 and 1 apart; and of what is not
+    contiguous it would have to be told how strides follow from sizes."""
+    return all(shapes[i][0][dim] > 1 and _is_contiguous(*shapes[i][:2]) for i, dim in varying)
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return strides == tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _opened(shapes: _Shapes, varying: _Places) -> tuple[tuple[Any, ...], ...]:
+    """`shapes` with None for sizes at `varying`, and for the strides there."""
+    opened: list[tuple[Any, ...]] = list(shapes)
+    for i, dim in varying:
+        shape, _, *rest = opened[i]
+        opened[i] = ((*shape[:dim], None, *shape[dim + 1 :]), None, *rest)
+    return tuple(opened)
+
+
+def _change(old: _Shapes, new: _Shapes) -> str:
+    """What differs between the tensors of two graphs."""
+    pairs = enumerate(zip(old, new))
+    changes = [f"its tensor {i} changed from {_shown(*a)} to {_shown(*b)}" for i, (a, b) in pairs if a != b]
+    return ", ".join(changes) or "the graph that it had was dropped for others"
+
+
+def _shown(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    memory = "" if _is_contiguous(shape, strides) else f" with strides {strides}"
+    return f"{shape}{memory}, {dtype} on {device}"
+
+
+def _released(*tensors: Tensor) -> Any:
+    """In place of a graph that failed, which would keep its function alive."""
+    raise RuntimeError("there is no graph")
 
 
 def _reason(error: BaseException) -> str:
@@ -69,13 +240,13 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
     def solve(*tensors: Tensor) -> Any:
         return function(*tensors)
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    return torch.compile(solve, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    return torch.compile(solve, fullgraph=True, dynamic=dynamic, options={"cpp_wrapper": True})
 
 
 def compiled_search(key: Hashable) -> Callable[..., Found]:
@@ -101,7 +272,7 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
             return search(solver, condition, z0, theta, r0)
 
-        found = run_as_graph(name, (key, solver), solve, z0, r0, *theta)
+        found = run_as_graph(name, (key, solver), solve, z0, r0, *theta, varies=True)
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 
     return run

@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,7 +205,10 @@ class Opened:
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
         _ = self.host  # made now: a trace cannot
-        key = (f, layout, str(self.args_spec), self.static, self.places)
+        # With their types, and signs of zeros, as 2, 2.0 and True are equal but do not compute the same.
+        static = tuple((type(s), s, repr(s) if isinstance(s, float | complex) else None) for s in self.static)
+        # Of the batch only the size varies, which the tensors' shapes tell.
+        key = (f, replace(layout, batch=0), str(self.args_spec), static, self.places)
         try:
             hash(key)
         except TypeError as error:

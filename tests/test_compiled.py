@@ -1,0 +1,247 @@
+"""Graphs of whole solves: which are kept, when they are made anew, and that none is stale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+import implicitly as im
+from implicitly import compiled
+
+# PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
+]
+PICARD = im.FixedPointIteration(rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    compiled._graphs.clear()
+    compiled._problems.clear()
+
+
+class Cell(nn.Module):
+    def __init__(self, hidden=4):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, hidden), nn.Linear(hidden, 4)
+        self.scale, self.calls = 0.3, 0
+
+    def forward(self, z, x):
+        step = self.scale * torch.tanh(self.outer(torch.tanh(self.inner(z)))) + x
+        return step if self.training else step + 1
+
+
+def solve(f, *args, compile=True, solver=PICARD):
+    return im.fixed_point(f, torch.zeros_like(args[0]), *args, solver=solver, compile=compile).value.detach()
+
+
+def assert_right(f, *args, solver=PICARD):
+    assert_close(
+        solve(f, *args, solver=solver), solve(f, *args, solver=solver, compile=False), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("solver", [PICARD, im.Anderson(rtol=1e-5)])
+def test_the_second_batch_size_leaves_the_size_open(solver):
+    cell = Cell()
+    for batch in (32, 48, 7, 20, 32):
+        assert_right(cell, torch.randn(batch, 4), solver=solver)
+    assert counters["stats"]["unique_graphs"] == 2
+    first, second = sorted(im.compile_statistics(), key=lambda kept: kept.calls)
+    assert (first.calls, second.calls) == (2, 3)
+    assert first.shapes[0] == ((32, 4), torch.float32)
+    assert second.shapes[0] == ((None, 4), torch.float32)
+    for kept in (first, second):
+        assert kept.name == f"fixed_point with {type(solver).__name__}"
+        assert kept.first_call_s is not None
+        assert kept.first_call_s > 0
+        assert kept.fallback is None
+    # Of one sample, and of another dtype, there are graphs of their own.
+    assert_right(cell, torch.randn(1, 4), solver=solver)
+    assert_right(cell.double(), torch.randn(7, 4, dtype=torch.float64), solver=solver)
+    assert len(im.compile_statistics()) == 4
+
+
+def fake(function, dynamic):
+    return function
+
+
+def test_graphs_that_are_made_again_and_again_are_told_of(monkeypatch):
+    monkeypatch.setattr(compiled, "_compile", fake)
+    run = lambda a, b: compiled.run_as_graph("solve", "key", torch.add, a, b, varies=True)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in range(1, compiled.MANY):
+            run(torch.zeros(size + 1, size), torch.zeros(1))
+    with pytest.warns(im.CompileWarning, match=r"graph 8 .* 0 changed from \(8, 7\), .*32.* to \(3, 3\).* pad"):
+        run(torch.zeros(3, 3), torch.zeros(1))
+    for size in range(10, 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(torch.zeros(size + 1, size), torch.zeros(1))
+    assert len(im.compile_statistics()) == compiled.CAPACITY
+
+
+def test_what_is_interrupted_is_compiled_again(monkeypatch):
+    from torch._inductor.graph import GraphLowering
+
+    cell, x = Cell(), torch.randn(3, 4)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphLowering, "codegen", interrupted)
+        patch.setattr(GraphLowering, "codegen_with_cpp_wrapper", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            solve(cell, x)
+    assert im.compile_statistics() == ()
+    assert_right(cell, x)
+    (kept,) = im.compile_statistics()
+    assert kept.calls == 1
+
+
+def test_what_changes_in_f_is_not_stale():
+    cell, x = Cell(), torch.randn(3, 4)
+    assert_right(cell, x)
+    before = solve(cell, x)
+    cell.eval()
+    assert_right(cell, x)
+    assert not torch.allclose(solve(cell, x), before)
+    cell.train()
+    assert_right(cell, x)
+    cell.scale = 0.6
+    assert_right(cell, x)
+    cell.inner, cell.outer = nn.Linear(4, 6), nn.Linear(6, 4)
+    assert_right(cell, x)
+    cell.inner.weight = nn.Parameter(torch.randn(6, 4))
+    assert_right(cell, x)
+
+
+def scaled(z, x, power):
+    return 0.3 * torch.tanh(z) + x + (1 if isinstance(power, float) else 2)
+
+
+def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own():
+    x = torch.randn(3, 4)
+    for power in (2, 2.0):
+        assert_right(scaled, x, power)
+
+
+def test_closures_of_the_same_code_and_functions_made_after_others_died():
+    x = torch.randn(3, 4)
+    for shift in (1.0, 2.0, 3.0):
+        assert_right(lambda z, x, shift=shift: 0.3 * torch.tanh(z) + x + shift, x)
+
+    def closure(shift):
+        return lambda z, x: 0.3 * torch.tanh(z) + x + shift
+
+    for shift in (1.0, 2.0):
+        assert_right(closure(shift), x)
+
+
+class Effect(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls, self.seen = kind, 0, []
+
+    def forward(self, z, x):
+        if self.kind == "count":
+            self.calls += 1
+        elif self.kind == "append":
+            self.seen.append(1)
+        elif self.kind == "print":
+            print("called")
+        elif z.detach().sum() > 1e9:
+            return z
+        return 0.3 * torch.tanh(z) + x
+
+
+@pytest.mark.parametrize("kind", ["count", "append", "print", "branch"])
+def test_side_effects_and_branches_run_eagerly_and_are_told_once(kind, capsys):
+    x = torch.randn(3, 4)
+    expected = solve(Effect(kind), x, compile=False)
+    expected_effects = effects(Effect(kind), x, False, capsys)
+    f = Effect(kind)
+    with pytest.warns(im.CompileWarning, match="fixed_point .* eager"):
+        assert effects(f, x, True, capsys) == expected_effects
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        assert effects(f, x, True, capsys) == expected_effects
+        assert torch.equal(solve(f, x), expected)
+    (kept,) = im.compile_statistics()
+    assert kept.fallback is not None
+
+
+def effects(f, x, compile, capsys):
+    """What a solve leaves behind."""
+    f.calls, f.seen = 0, []
+    capsys.readouterr()
+    solve(f, x, compile=compile)
+    return f.calls, len(f.seen), capsys.readouterr().out
+
+
+SCRIPT = """
+    import json, warnings
+    from pathlib import Path
+    import os, torch, implicitly as im
+
+    def f(z, x):
+        return 0.3 * torch.tanh(z) + x
+
+    x = torch.ones(3, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        value = im.fixed_point(f, torch.zeros(3, 4), x, solver=im.FixedPointIteration(), compile=True).value
+    expected = im.fixed_point(f, torch.zeros(3, 4), x, solver=im.FixedPointIteration()).value
+    (kept,) = im.compile_statistics()
+    made = [str(p) for p in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.so")]
+    told = [str(w.message) for w in told if issubclass(w.category, im.CompileWarning)]
+    print(json.dumps([torch.allclose(value, expected), kept.first_call_s, kept.fallback, sorted(made), told]))
+"""
+
+
+def in_a_process(tmp_path, **environment):
+    import json
+
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    # PyTorch 2.13 caches no graphs with a while_loop as a whole ("Can't cache HigherOrderOperator"); what the C++
+    # compiler made, which takes most of the time, it finds again.
+    right, first_s, fallback, made, _ = in_a_process(tmp_path)
+    assert (right, fallback) == (True, None)
+    assert made
+    right, second_s, fallback, found, _ = in_a_process(tmp_path)
+    assert (right, fallback) == (True, None)
+    assert found == made
+    assert second_s < first_s
+
+
+def test_without_a_compiler_the_eager_loop_runs_and_says_so(tmp_path):
+    right, _, fallback, _, told = in_a_process(tmp_path, CXX="/nonexistent")
+    assert right
+    assert fallback is not None
+    assert len(told) == 1
+    assert "eager" in told[0]
