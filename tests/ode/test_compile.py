@@ -250,3 +250,17 @@ def test_unrolling_a_graph_is_refused():
 def test_args_that_cannot_be_compared_are_refused():
     with pytest.raises(TypeError, match="hashable"):
         im.odeint(lambda t, y, s: -y, torch.ones(1), (0.0, 0.5), {1, 2}, compile=True)
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_the_compiler_makes_code_of_a_solve_with_outputs(batch_dims):
+    # Traced alone, as above, a loop may hold a constant tensor, of which the compiler makes no valid code.
+    torch.manual_seed(0)
+    y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        assert_same(squared_tanh, y0, t, batch_dims=batch_dims)
+
+
+def squared_tanh(t, y, w):
+    return torch.tanh(y * w) - y**3

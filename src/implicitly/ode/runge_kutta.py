@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,12 +47,10 @@ class RungeKutta(Method):
         if tableau.extra:
             for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
                 slopes.append(F(moment, advanced(step.y, length, row, slopes)))
-        coefficients = dense_matrix(tableau, step.y.dtype, step.y.device)
-        powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
-        weights = powers @ coefficients.T * to_tensor(step.dt)[:, None, None]
-        used = [i for i, row in enumerate(tableau.dense) if any(row)]
+        used = tuple(i for i, row in enumerate(tableau.dense) if any(row))
+        weights = dense_weights(tableau, used, part) * to_tensor(step.dt)[:, None, None]
         slope = torch.stack([slopes[i] for i in used], dim=1)
-        return torch.baddbmm(step.y.unsqueeze(1), weights[:, :, used], slope)
+        return torch.baddbmm(step.y.unsqueeze(1), weights, slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +97,25 @@ class ExplicitRungeKutta(RungeKutta):
         return high**2 / (high**2 + 0.01 * low**2).sqrt().clamp(min=torch.finfo(high.dtype).tiny)
 
 
+def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tensor:
+    """What the stages `used` weigh in the dense output at `part` `(B, W)` of a step: `(B, W, len(used))`."""
+    assert tableau.dense is not None
+    if torch.compiler.is_compiling():
+        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+        rows = [tableau.dense[i] for i in used]
+        return torch.stack(
+            [functools.reduce(lambda p, c: (p + c) * part, row[::-1], 0.0 * part) for row in rows], 2
+        )
+    coefficients = dense_matrix(tableau, used, part.dtype, part.device)
+    powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
+    return powers @ coefficients.T
+
+
 @remembered(64)
-def dense_matrix(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The coefficients `(s, p)` of the dense output."""
-    return torch.tensor(tableau.dense, dtype=dtype, device=device)
+def dense_matrix(tableau: Tableau, used: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The coefficients `(len(used), p)` of the dense output, by stages and powers."""
+    assert tableau.dense is not None
+    return torch.tensor([tableau.dense[i] for i in used], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
