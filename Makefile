@@ -54,6 +54,7 @@ bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (
 
 bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing
 	@$(BIN)/python -m benchmarks --smoke $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu --device cpu --smoke
 
 clean:  ## Remove .venv, caches and builds (runs/ stays)
 	rm -rf $(VENV) $(JAX_VENV) build dist .pytest_cache .ruff_cache .hypothesis
