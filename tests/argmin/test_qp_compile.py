@@ -37,6 +37,7 @@ def traced(monkeypatch):
     kept, made = type(compiled._graphs)(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
     monkeypatch.setattr(compiled, "_graphs", kept)
+    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
     torch._dynamo.reset()
     counters.clear()
     # A graph that cannot be had would make every comparison here one of the eager loop with itself.

@@ -26,6 +26,7 @@ def traced(monkeypatch):
     kept, made = type(compiled._graphs)(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
     monkeypatch.setattr(compiled, "_graphs", kept)
+    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
     torch._dynamo.reset()
     # A graph that cannot be had would make every comparison here one of the eager loop with itself.
     with warnings.catch_warnings():

@@ -130,7 +130,8 @@ class InteriorPoint(ProgramSolver):
         def near(*tensors: Tensor) -> Point:
             return self._near(System.of_tensors(*tensors), embedded)
 
-        found = run_as_graph("qp with InteriorPoint", ("qp", self, embedded), near, *system.tensors)
+        key = ("qp", self, embedded, system.program.sizes)
+        found = run_as_graph("qp with InteriorPoint", key, near, *system.tensors)
         return None if found is None else Point(*(t[:count] if t.ndim else t for t in found))
 
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
