@@ -1,10 +1,14 @@
 """Settings that every test shares."""
 
 import gc
+import warnings
 
 import pytest
 import torch
 from hypothesis import settings
+
+import implicitly as im
+from implicitly import compiled
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("suite")
@@ -29,3 +33,21 @@ def only_what_the_test_makes():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs of `compile=True` are traced but not generated; those that are kept."""
+    from torch._dynamo.utils import counters  # the compiler takes as long to import as all of torch
+
+    kept, made = type(compiled._graphs)(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
+    monkeypatch.setattr(compiled, "_graphs", kept)
+    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
+    torch._dynamo.reset()
+    counters.clear()
+    # A graph that cannot be had would make every comparison one of the eager loop with itself.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        yield kept
+    torch._dynamo.reset()

@@ -31,22 +31,6 @@ pytestmark = [
 RESULTS = ("value", "dual_inequality", "dual_equality", "slack")
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs are traced but not generated; those that are kept."""
-    kept, made = type(compiled._graphs)(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
-    monkeypatch.setattr(compiled, "_graphs", kept)
-    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
-    torch._dynamo.reset()
-    counters.clear()
-    # A graph that cannot be had would make every comparison here one of the eager loop with itself.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", im.CompileWarning)
-        yield kept
-    torch._dynamo.reset()
-
-
 def assert_same(*args: Tensor, rtol=1e-11, atol=1e-12, **options) -> ProgramSolution:
     """Values, duals, statuses and gradients are those of the eager loop."""
     args = tuple(t.detach().clone().requires_grad_() for t in args)
@@ -189,7 +173,7 @@ def test_transforms_of_torch_func(traced):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at it
 @pytest.mark.parametrize("m", [6, 14])
 def test_inside_of_what_the_user_compiles(m):
-    """The compiler looks into the solve, and makes graphs of what parts of it it can."""
+    """The compiler leaves the solve alone, and makes graphs of what is around it."""
     torch._dynamo.reset()
     args = [t.requires_grad_() for t in program(batch=5, n=6, m=m, q=1, seed=3)]
 

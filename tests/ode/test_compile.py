@@ -13,26 +13,10 @@ import torch
 from torch import nn
 
 import implicitly as im
-from implicitly import compiled
 
 D = torch.float64
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs are traced but not generated; those that are kept."""
-    kept, made = type(compiled._graphs)(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
-    monkeypatch.setattr(compiled, "_graphs", kept)
-    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
-    torch._dynamo.reset()
-    # A graph that cannot be had would make every comparison here one of the eager loop with itself.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", im.CompileWarning)
-        yield kept
-    torch._dynamo.reset()
 
 
 def turning(t, y, w):

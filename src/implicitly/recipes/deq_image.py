@@ -117,8 +117,9 @@ class Quick(im.nn.DEQ):
     """
 
     def __init__(self, cell: Cell, solver: im.Anderson, steps: int, images: int) -> None:
-        self.last = im.nn.LastEpoch(max(1, images))
-        super().__init__(cell, adjoint=im.JacobianFreeAdjoint(), on_failure="ignore", warm_start=self.last)
+        last = im.nn.LastEpoch(max(1, images))
+        super().__init__(cell, adjoint=im.JacobianFreeAdjoint(), on_failure="ignore", warm_start=last)
+        self.last = last
         self.accurate, self.approaching = solver, dataclasses.replace(solver, rtol=0, max_steps=steps)
 
     def forward(self, x: Tensor, z0: Tensor | None = None, *, index: Tensor | None = None) -> Tensor:
