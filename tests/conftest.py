@@ -14,11 +14,24 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tensors of the tests live: cpu, or cuda")
+
+
 def pytest_configure(config):
+    if config.getoption("device") != "cpu":
+        torch.set_default_device(config.getoption("device"))
     # torch.func's forward mode compiles its own decompositions by torch.jit.script on first use.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     # The tensors are small, and workers of pytest-xdist share the cores.
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    device = torch.device(config.getoption("device")).type
+    for item in items:
+        if device != "cpu" and "host" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="is of the host alone"))
 
 
 @pytest.fixture(autouse=True)

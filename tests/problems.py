@@ -117,10 +117,17 @@ def polished(F: Callable[..., Tensor], z0: Tensor) -> Callable[..., Tensor]:
     return exact
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator where tensors of the tests live."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def draw(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers of a fixed seed; from numpy, since `torch.vmap` refuses to draw."""
     parts = 2 if dtype.is_complex else 1
-    numbers = torch.from_numpy(np.random.default_rng(seed).standard_normal((*shape, parts)))
+    numbers = torch.as_tensor(
+        np.random.default_rng(seed).standard_normal((*shape, parts)), device=torch.get_default_device()
+    )
     return scale * (torch.view_as_complex(numbers) if dtype.is_complex else numbers[..., 0]).to(dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 import implicitly as im
 from implicitly import history
 from implicitly.history import KEPT, empty_slots, with_room, write
+from tests.problems import seeded
 
 
 def test_the_next_solve_of_a_thread_gets_the_memory_of_the_last():
@@ -36,7 +37,7 @@ def test_two_solves_at_once_do_not_meet():
     def inner(z, x):
         return im.fixed_point(lambda w, z: 0.3 * torch.cos(w + z), torch.zeros_like(z), z).value + 0.2 * x
 
-    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(3, 50, generator=seeded(0), dtype=torch.float64)
     with torch.no_grad():
         z = im.fixed_point(inner, torch.zeros_like(x), x, solver=im.Anderson(rtol=1e-10)).value
         torch.testing.assert_close(inner(z, x), z, rtol=1e-8, atol=1e-8)

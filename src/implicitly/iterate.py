@@ -387,7 +387,7 @@ class _Loop:
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
-        calls = torch.as_tensor(c.calls, dtype=torch.int64)
+        calls = c.calls if isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
         return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
 
     def take_rows(self, rows: Tensor) -> _Loop:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.problems import seeded
+
 D = torch.float64
 NAMES = ("Q", "p", "G", "h", "A", "b")
 
 
 def program(batch=3, n=4, m=5, q=1, shared=(), seed=0, ridge=0.3, dtype=D) -> tuple[Tensor, ...]:
     """A feasible strictly convex program, `shared` the arguments without a batch; batch None: none has one."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
 
     def draw(name: str, *shape: int) -> Tensor:
         lead = () if batch is None or name in shared else (batch,)

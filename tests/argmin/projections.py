@@ -15,6 +15,7 @@ from torch import Tensor, func
 from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
+from tests.problems import seeded
 
 Tensors = tuple[Tensor, ...]
 Generator = torch.Generator
@@ -45,7 +46,7 @@ class Row:
     objective: Callable[..., Tensor] | None = None  # g of a proximal map, `(*lead,)`
 
     def draw(self, lead: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensors]:
-        g = torch.Generator().manual_seed(seed)
+        g = seeded(seed)
         z = scale * normal(g, *lead, *self.entries)
         return z, self.parameters(g, lead)
 
@@ -246,7 +247,7 @@ def check_projection(row: Row, seed: int, scale: float, dtype: torch.dtype = tor
     """Feasible, nearest (variational inequality), idempotent and nonexpansive."""
     z, parameters = row.draw((6,), seed, scale)
     z, parameters = z.to(dtype), tuple(p.to(dtype) for p in parameters)
-    g = torch.Generator().manual_seed(seed + 1)
+    g = seeded(seed + 1)
     x = row.f(z, *parameters)
     size = max(float(t.abs().max()) for t in (z, *parameters))
     near = tolerance(dtype, size)
@@ -269,7 +270,7 @@ def check_proximal(row: Row, seed: int, scale: float, dtype: torch.dtype = torch
     """The objective, strongly convex, is larger by at least 1/2 |y - x|^2 at every other point y."""
     z, parameters = row.draw((6,), seed, scale)
     z, parameters = z.to(dtype), tuple(p.to(dtype) for p in parameters)
-    g = torch.Generator().manual_seed(seed + 1)
+    g = seeded(seed + 1)
     x = row.f(z, *parameters)
     assert row.objective is not None
 
@@ -313,7 +314,7 @@ def _curved(row: Row) -> Callable[..., Tensor]:
 def check_third_order(row: Row, seed: int) -> None:
     """Third derivatives: the second along a direction, checked by differences."""
     inputs = tracked(row, (2,), seed)
-    g = torch.Generator().manual_seed(7)
+    g = seeded(7)
     directions = [normal(g, *t.shape) for t in inputs]
 
     def second(*inputs: Tensor) -> Tensor:

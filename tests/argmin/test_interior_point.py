@@ -9,10 +9,11 @@ from torch import Tensor
 import implicitly as im
 from implicitly.iterate import Status
 from tests.argmin.programs import D, program, sample
+from tests.problems import seeded
 
 
 def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+    return torch.randn(*shape, generator=seeded(seed), dtype=D)
 
 
 @pytest.mark.parametrize(("n", "m", "q"), [(8, 6, 2), (6, 20, 2), (10, 4, 0)])
@@ -143,7 +144,7 @@ def test_the_tolerance_can_be_chosen():
 @pytest.mark.parametrize("seed", [1, 8, 14])
 def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
     # The last row is minus a positive combination of others, its bound a little less than theirs.
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(64, *shape, generator=generator, dtype=D)
@@ -164,7 +165,7 @@ def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_only_proof_of_infeasibility_may_need_multipliers_of_all_sizes(dtype):
     # Half of the inequalities contradict each other in one way, the others leave room in every other direction.
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     L, A, G = (torch.randn(64, k, 50, generator=generator, dtype=dtype) for k in (50, 10, 50))
     p, b, h = (torch.randn(64, k, generator=generator, dtype=dtype) for k in (50, 10, 50))
     weights = 0.1 + torch.rand(64, 24, generator=generator, dtype=dtype)
@@ -176,7 +177,7 @@ def test_the_only_proof_of_infeasibility_may_need_multipliers_of_all_sizes(dtype
 
 def test_a_slow_start_is_no_stagnation():
     # One of these 4,096 programs has an active set that cannot be told before the last steps, and τ grows slowly.
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     L = torch.rand(20, 20, generator=generator, dtype=D)
     G = torch.randn(40, 20, generator=generator, dtype=D)
     torch.randn(0, 20, generator=generator, dtype=D)

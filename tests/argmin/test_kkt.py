@@ -12,6 +12,7 @@ from implicitly.argmin.condensed import Condensed
 from implicitly.argmin.kkt import Factors, active_set, base_matrix, jacobian_product, relaxed
 from implicitly.argmin.program import QuadraticProgram, equilibrate, natural_residual
 from tests.argmin.programs import D, program
+from tests.problems import seeded
 
 
 def dense(pr: QuadraticProgram, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def dense(pr: QuadraticProgram, alpha: Tensor, beta: Tensor) -> Tensor:
 
 
 def parts(kind: str, m: int, seed: int) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     draw = torch.rand(3, m, generator=g, dtype=D)
     if kind == "active":
         alpha = (draw > 0.7).to(D)
@@ -44,7 +45,7 @@ def test_solves_with_the_factors_are_those_with_the_matrix(kind, shared, q, cond
         factors = Factors.of(scaled, base_matrix(scaled), alpha, beta)
     assert bool(factors.usable.all())
     J = dense(scaled, alpha, beta)
-    r = torch.randn(3, 2, J.shape[1], generator=torch.Generator().manual_seed(3), dtype=D)
+    r = torch.randn(3, 2, J.shape[1], generator=seeded(3), dtype=D)
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if condensed else {"rtol": 1e-6, "atol": 1e-6}
     for transposed in (False, True):
         exact = torch.linalg.solve(J.mT if transposed else J, r.mT).mT
@@ -55,9 +56,9 @@ def test_solves_with_the_factors_are_those_with_the_matrix(kind, shared, q, cond
 
 def test_the_jacobian_is_that_of_the_condition():
     pr = QuadraticProgram(*program(n=5, m=4, q=2, seed=1))
-    w = torch.randn(3, 11, generator=torch.Generator().manual_seed(1), dtype=D)
-    alpha = (torch.rand(3, 4, generator=torch.Generator().manual_seed(2), dtype=D) > 0.5).to(D)
-    v = torch.randn(3, 11, generator=torch.Generator().manual_seed(3), dtype=D)
+    w = torch.randn(3, 11, generator=seeded(1), dtype=D)
+    alpha = (torch.rand(3, 4, generator=seeded(2), dtype=D) > 0.5).to(D)
+    v = torch.randn(3, 11, generator=seeded(3), dtype=D)
     moved = torch.func.jvp(active_set(alpha, *pr.tensors), (w,), (v,))[1]
     torch.testing.assert_close(jacobian_product(pr, alpha, 1 - alpha, v.unsqueeze(1)).squeeze(1), moved)
     lam = w[:, 7:]

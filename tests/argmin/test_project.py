@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import implicitly as im
 from tests.argmin import projections as rows
 from tests.argmin.projections import DERIVED, PROJECTIONS, PROXIMAL, SINKHORN, Row
+from tests.problems import seeded
 
 project = im.project
 EVERY = (*PROJECTIONS, *PROXIMAL, *DERIVED)
@@ -83,7 +84,7 @@ def test_integers_are_refused(row: Row):
 
 def test_cones_and_their_duals_take_the_point_apart():
     """Moreau: z = P(z) - P*(-z), and the two parts are orthogonal."""
-    z = torch.randn(200, 3, dtype=D, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50])
+    z = torch.randn(200, 3, dtype=D, generator=seeded(0)) * torch.tensor([1e-3, 1, 50])
     for cone, dual in (
         (project.exponential_cone, project.dual_exponential_cone),
         (project.second_order_cone, project.second_order_cone),
@@ -91,7 +92,7 @@ def test_cones_and_their_duals_take_the_point_apart():
         part, rest = cone(z), dual(-z)
         torch.testing.assert_close(part - rest, z)
         assert float(((part * rest).sum(-1).abs() / z.square().sum(-1)).max()) < 1e-14
-    Z = torch.randn(5, 4, 4, dtype=D, generator=torch.Generator().manual_seed(1))
+    Z = torch.randn(5, 4, 4, dtype=D, generator=seeded(1))
     part, rest = project.psd_cone(Z), project.psd_cone(-Z)
     torch.testing.assert_close(part - rest, (Z + Z.mT) / 2)
     assert float((part @ rest).abs().max()) < 1e-12
@@ -129,7 +130,7 @@ def test_the_exponential_cone_in_its_corners(z: list[float], expected: list[floa
 
 
 def test_repeated_eigenvalues_have_derivatives_of_every_order():
-    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=D, generator=torch.Generator().manual_seed(2))).Q
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=D, generator=seeded(2))).Q
     for values in ([1, 1, 1, 1], [1, 1, -1, -1], [2, 2, 2, -1], [-1, -1, -1, -1]):
         Z = ((rotation * torch.tensor(values, dtype=D)) @ rotation.T).requires_grad_()
         assert gradcheck(project.psd_cone, Z, check_forward_ad=True)
@@ -207,7 +208,7 @@ def test_large_numbers_keep_the_digits_of_small_differences():
 @pytest.mark.parametrize("increasing", [True, False])
 def test_isotonic_is_that_of_scipy(increasing: bool):
     optimize = pytest.importorskip("scipy.optimize")
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     for n in range(1, 70):
         z = 10 * torch.randn(n, dtype=D, generator=g).cumsum(0)
         z = z.round() if n % 2 else z  # ties
@@ -220,7 +221,7 @@ def test_isotonic_is_that_of_scipy(increasing: bool):
 
 
 def _problem(n: int = 5, m: int = 4, batch: tuple[int, ...] = (3,)) -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     cost = torch.rand(*batch, n, m, dtype=D, generator=g)
     return cost, torch.rand(n, dtype=D, generator=g).softmax(0), torch.rand(m, dtype=D, generator=g).softmax(0)
 
@@ -239,7 +240,7 @@ def test_the_plan_has_its_marginals_and_the_form_of_sinkhorn(epsilon: float):
 
 def test_a_cold_plan_is_that_of_the_linear_program():
     optimize = pytest.importorskip("scipy.optimize")
-    cost = torch.rand(6, 6, dtype=D, generator=torch.Generator().manual_seed(4))
+    cost = torch.rand(6, 6, dtype=D, generator=seeded(4))
     even = torch.full((6,), 1 / 6, dtype=D)
     X = project.sinkhorn(cost, even, even, 1e-3)
     rows_, columns = optimize.linear_sum_assignment(cost.numpy())
@@ -250,7 +251,7 @@ def test_a_cold_plan_is_that_of_the_linear_program():
 @pytest.mark.parametrize("epsilon", [0.1, 3e-3])
 def test_cold_plans_converge_and_have_derivatives(epsilon: float):
     """Also where the plan falls into parts that hardly touch, as it does with even marginals."""
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
     cost = torch.randn(16, 4, 4, dtype=D, generator=g).requires_grad_()
     row = torch.rand(16, 4, dtype=D, generator=g).softmax(-1)
     row[::2] = 0.25
@@ -336,7 +337,7 @@ def test_half_precision_is_rounded_once(row: Row, dtype: torch.dtype):
 
 @pytest.mark.parametrize("f", [project.simplex, project.second_order_cone, project.isotonic, im.soft_rank])
 def test_maps_that_need_no_search_compile_into_one_graph(f):
-    z = torch.randn(3, 5, dtype=D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = torch.randn(3, 5, dtype=D, generator=seeded(0)).requires_grad_()
     x = torch.compile(f, fullgraph=True, backend="aot_eager")(z)
     torch.testing.assert_close(x, f(z))
     expected = torch.autograd.grad(f(z).sin().sum(), z)

@@ -13,13 +13,14 @@ import implicitly as im
 from implicitly.argmin.chain import jumps
 from tests.argmin import projections as rows
 from tests.argmin.projections import PROXIMAL, Row
+from tests.problems import seeded
 
 prox, project = im.prox, im.project
 D = torch.float64
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=D, generator=seeded(seed))
 
 
 @pytest.mark.parametrize("row", PROXIMAL, ids=repr)

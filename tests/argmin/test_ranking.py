@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import func
 
 import implicitly as im
+from tests.problems import seeded
 
 D = torch.float64
 
@@ -24,7 +25,7 @@ def test_sparsemax_is_that_of_the_paper():
 
 
 def test_sparsemax_along_any_dimension():
-    z = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(3, 4, 5, generator=seeded(0))
     for dim in range(-3, 3):
         x = im.sparsemax(z, dim=dim)
         torch.testing.assert_close(x.sum(dim), torch.ones_like(x.sum(dim)))
@@ -38,7 +39,7 @@ def test_sparsemax_along_any_dimension():
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 30), batch=st.integers(1, 3))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_soft_operators_become_hard_and_keep_the_sum(seed: int, n: int, batch: int):
-    z = torch.randn(batch, n, dtype=D, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(batch, n, dtype=D, generator=seeded(seed))
     order = z.argsort(-1)
     ranks = order.argsort(-1).to(D) + 1
     gap = z.sort(-1).values.diff(dim=-1).amin(-1) if n > 1 else torch.ones(batch, dtype=D)
@@ -73,7 +74,7 @@ def test_ranks_of_close_numbers_are_linear_in_them():
 
 
 def test_ranks_keep_their_digits_in_single_precision():
-    z = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(200, generator=seeded(1))
     gap = float(z.sort().values.diff().amin())
     ranks = im.soft_rank(z, gap / 2)
     torch.testing.assert_close(ranks, z.argsort().argsort().float() + 1, rtol=0, atol=1e-3)

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad
 from torch.testing import assert_close
 
 import implicitly as im
+from tests.problems import seeded
 
 D = torch.float64
 TIGHT = im.Dopri5(rtol=1e-10, atol=1e-12)
@@ -38,7 +39,7 @@ def fields():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def _seed():
     torch.manual_seed(0)
 
 
@@ -241,7 +242,7 @@ def test_its_parameters_and_state_are_those_of_f():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_compute_the_same_and_share_nothing(copied):
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     layer = im.nn.NeuralODE(im.nn.Autonomous(mlp()), regularisers=[im.nn.JacobianFrobenius(generator)])
     x = torch.randn(3, WIDTH)
     sum(v.sum() for v in layer(x)[1]).backward()
@@ -368,12 +369,12 @@ def test_kinetic_energy_of_a_decay(batch_dims):
 @pytest.mark.parametrize("batch_dims", [0, 1])
 def test_jacobian_of_a_diagonal_field_is_known_from_any_signs(batch_dims):
     rates = torch.tensor([0.5, 1.0, 2.0], dtype=D)
-    regulariser = im.nn.JacobianFrobenius(torch.Generator().manual_seed(0))
+    regulariser = im.nn.JacobianFrobenius(seeded(0))
     layer = im.nn.NeuralODE(
         Linear(-rates.diag()), (0.0, 2.0), TIGHT, batch_dims=batch_dims, regularisers=[regulariser]
     )
     state = torch.get_rng_state()
-    _, (squares,) = layer(torch.randn(4, WIDTH, dtype=D, generator=torch.Generator().manual_seed(1)))
+    _, (squares,) = layer(torch.randn(4, WIDTH, dtype=D, generator=seeded(1)))
     assert_close(squares, torch.full((4,), 2 * float(rates.square().sum()), dtype=D))
     assert torch.equal(torch.get_rng_state(), state)  # PyTorch's global generator was left alone
     assert layer.evaluations == 2 * layer.solution.evaluations
@@ -381,7 +382,7 @@ def test_jacobian_of_a_diagonal_field_is_known_from_any_signs(batch_dims):
 
 def test_the_jacobian_is_estimated_without_bias():
     matrix = torch.randn(WIDTH, WIDTH, dtype=D)
-    regulariser = im.nn.JacobianFrobenius(torch.Generator().manual_seed(0))
+    regulariser = im.nn.JacobianFrobenius(seeded(0))
     layer = im.nn.NeuralODE(Linear(matrix), solver=im.RK4(dt=0.5), regularisers=[regulariser])
     _, (squares,) = layer(torch.randn(20_000, WIDTH, dtype=D))
     exact = float(matrix.square().sum())
@@ -391,7 +392,7 @@ def test_the_jacobian_is_estimated_without_bias():
 
 
 def both():
-    return (im.nn.KineticEnergy(), im.nn.JacobianFrobenius(torch.Generator().manual_seed(0)))
+    return (im.nn.KineticEnergy(), im.nn.JacobianFrobenius(seeded(0)))
 
 
 @pytest.mark.parametrize("batch_dims", [0, 1])

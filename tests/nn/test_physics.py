@@ -6,6 +6,7 @@ from torch import nn
 
 import implicitly as im
 from implicitly.nn import HamiltonianField, LagrangianField
+from tests.problems import seeded
 
 D = torch.float64
 
@@ -32,7 +33,7 @@ fields = pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
 
 
 def states(*batch, n=2):
-    return torch.randn(*batch, 2 * n, dtype=D, generator=torch.Generator().manual_seed(1))
+    return torch.randn(*batch, 2 * n, dtype=D, generator=seeded(1))
 
 
 def polar(y):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import implicitly as im
 from tests.nn.cells import Conv, Dense, Tree
+from tests.problems import seeded
 
 DOUBLE = torch.float64
 
@@ -29,7 +30,7 @@ def jacobians(f, z, *args):
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def case(name):

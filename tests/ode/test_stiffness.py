@@ -11,6 +11,7 @@ import torch
 import implicitly as im
 from implicitly.ode.problem import Field
 from implicitly.ode.stiffness import Halt, real_limit
+from tests.problems import seeded
 
 D = torch.float64
 ONE = torch.ones(1, dtype=D)
@@ -101,7 +102,7 @@ def test_the_rate_is_the_largest_modulus_of_an_eigenvalue(eigenvalue):
         block = torch.tensor([[eigenvalue.real, -eigenvalue.imag], [eigenvalue.imag, eigenvalue.real]], dtype=D)
     else:
         block = torch.tensor([[eigenvalue]], dtype=D)
-    basis = torch.randn(4, 4, dtype=D, generator=torch.Generator().manual_seed(1))
+    basis = torch.randn(4, 4, dtype=D, generator=seeded(1))
     blocks = [block, *(torch.tensor([[-0.1 * k]], dtype=D) for k in range(4 - len(block)))]
     A = basis @ torch.block_diag(*blocks) @ basis.inverse()
 

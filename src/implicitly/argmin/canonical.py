@@ -235,7 +235,7 @@ class CanonicalProgram:
 
     def wanted(self) -> Tensor:
         """`(n + m,)`, 1 for those entries of (x, multipliers) on which the variables depend, else 0."""
-        entries = torch.zeros(self.pattern.n + self.pattern.m, dtype=torch.float64)
+        entries = torch.zeros(self.pattern.n + self.pattern.m, dtype=torch.float64, device="cpu")
         for v in self.variables:
             entries[v.source + (self.pattern.n if v.dual else 0)] = 1.0
         return entries
@@ -477,5 +477,8 @@ def _dual_slot(variable: Any, constraint: Any, names: _Names) -> VariableSlot:
         )
     places = names.row(constraint) + np.arange(variable.size).reshape(variable.shape, order="F").reshape(-1)
     return VariableSlot(
-        tuple(variable.shape), torch.from_numpy(places), torch.ones(variable.size, dtype=torch.float64), dual=True
+        tuple(variable.shape),
+        torch.from_numpy(places),
+        torch.ones(variable.size, dtype=torch.float64, device="cpu"),
+        dual=True,
     )

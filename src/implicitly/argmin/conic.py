@@ -93,7 +93,7 @@ class Cones:
         projections = {"second_order": second_order_cone, "exponential": dual_exponential_cone}
         blocks = []
         for (kind, width), starts in found.items():
-            rows = torch.tensor(starts).unsqueeze(1) + torch.arange(width)
+            rows = torch.tensor(starts, device="cpu").unsqueeze(1) + torch.arange(width, device="cpu")
             if isinstance(kind, tuple):
                 project = partial(dual_power_cone, exponents=kind)
             else:
@@ -123,7 +123,7 @@ class Cones:
     @cached_property
     def _order(self) -> Tensor:
         """Where each row stands once the blocks follow each other."""
-        rows = [torch.arange(self.linear), *(block.rows.reshape(-1) for block in self.blocks)]
+        rows = [torch.arange(self.linear, device="cpu"), *(block.rows.reshape(-1) for block in self.blocks)]
         return torch.cat(rows).argsort()
 
     def jacobians(self, v: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -139,7 +139,7 @@ class Cones:
                 continue
             pull = vjp(block.project_dual, x)[1]
             d = x.shape[-1]
-            eye = torch.eye(d, dtype=v.dtype).reshape(d, 1, 1, d).expand(d, *x.shape)
+            eye = torch.eye(d, dtype=v.dtype, device="cpu").reshape(d, 1, 1, d).expand(d, *x.shape)
             found.append(vmap(lambda g, pull=pull: pull(g)[0])(eye).permute(1, 2, 0, 3))
         return diagonal, found
 
@@ -147,7 +147,7 @@ class Cones:
         """The derivative of the dual projection at `v` `(B, m)` as matrices `(B, m, m)`."""
         diagonal, blocks = self.jacobians(v)
         D = v.new_zeros(len(v), self.size, self.size)
-        index = torch.arange(self.linear)
+        index = torch.arange(self.linear, device="cpu")
         D[:, index, index] = diagonal
         for block, part in zip(self.blocks, blocks):
             D[:, block.rows.unsqueeze(2), block.rows.unsqueeze(1)] = part
@@ -238,7 +238,7 @@ class Pattern:
     @cached_property
     def full(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all of P: which number, row, column."""
-        index = torch.cat([torch.arange(len(self.P_rows)), self.mirror])
+        index = torch.cat([torch.arange(len(self.P_rows), device="cpu"), self.mirror])
         rows = torch.cat([self.P_rows, self.P_columns[self.mirror]])
         return index, rows, torch.cat([self.P_columns, self.P_rows[self.mirror]])
 
@@ -269,4 +269,4 @@ class Pattern:
 def _product(M: Tensor, rows: Tensor, columns: Tensor, x: Tensor, size: int) -> Tensor:
     """M x `(B, size)` of sparse matrices with numbers `M` `(B or 1, nnz)` and `x` `(B, ·)`."""
     terms = M * x.index_select(1, columns)
-    return torch.zeros(len(x), size, dtype=terms.dtype).index_add(1, rows, terms)
+    return torch.zeros(len(x), size, dtype=terms.dtype, device="cpu").index_add(1, rows, terms)

@@ -235,7 +235,7 @@ class Jacobian:
     def _left_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted:
         what no solution has, or what an inverse of another matrix misses."""
-        every = torch.cos(torch.arange(1.0, z.shape[1] + 1, dtype=z.dtype) ** 2)
+        every = torch.cos(torch.arange(1.0, z.shape[1] + 1, dtype=z.dtype, device=z.device) ** 2)
         g = torch.stack([every, every * self.family.wanted]).unsqueeze(1).expand(2, *z.shape)
         g = torch.where(self.left_out.unsqueeze(1), 0.0, g)
         u = self.solve(g.flatten(0, 1), transposed=True).reshape(g.shape)
@@ -264,7 +264,7 @@ class Jacobian:
         J[:, n:, n:].diagonal(dim1=1, dim2=2).sub_(1.0)
         left_out = self.left_out[rows]
         if happens(left_out):
-            J[left_out] = torch.eye(n + m, dtype=z.dtype)
+            J[left_out] = torch.eye(n + m, dtype=z.dtype, device=z.device)
         return J
 
 
@@ -278,7 +278,7 @@ class DenseFactors:
     @classmethod
     def of(cls, jacobian: Jacobian) -> DenseFactors:
         """Factorise."""
-        J = jacobian.dense(torch.arange(len(jacobian.z)), PROXIMAL)
+        J = jacobian.dense(torch.arange(len(jacobian.z), device="cpu"), PROXIMAL)
         return cls(*torch.linalg.lu_factor_ex(J)[:2])
 
     def put(self, rows: Tensor, part: DenseFactors) -> None:
@@ -383,7 +383,7 @@ def _sparse_numbers(jacobian: Jacobian) -> Any:
     """The entries of the larger matrix `(B, entries)`, in that order."""
     pattern, n, m = jacobian.family.pattern, jacobian.family.pattern.n, jacobian.family.pattern.m
     diagonal, blocks = jacobian.family.cones.jacobians(jacobian.z[:, n:])
-    one, little = torch.ones(1, m, dtype=torch.float64), torch.full((1, n), PROXIMAL, dtype=torch.float64)
+    one, little = diagonal.new_ones(1, m), diagonal.new_full((1, n), PROXIMAL)
     P, A = jacobian.theta[0][:, pattern.full[0]], jacobian.theta[2]
     numbers = [P, little, A, A, (1 - PROXIMAL) * one, -one, one, -diagonal, *(-D.flatten(1) for D in blocks)]
     return torch.cat([t.expand(len(jacobian.z), -1) for t in numbers], dim=1).numpy()

@@ -34,7 +34,7 @@ def smallest_curvature(operator: Map, like: Tensor) -> tuple[Tensor, Tensor]:
 def _lanczos(operator: Map, like: Tensor) -> Tensor:
     """The operator's matrix `(B, k, k)` on the Krylov space of a random vector, orthogonalised in full."""
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(like.shape[1], generator=generator, dtype=like.dtype).to(like.device)
+    first = torch.randn(like.shape[1], generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     v = (first / first.norm()).expand_as(like)
     basis, images = [], []
     for _ in range(PRODUCTS):

@@ -54,7 +54,7 @@ class QuadraticForm:
         chosen = list({int(pattern.A_rows[i]): i for i in usable}.values())  # one for each row
         definitions, out = pattern.A_rows[chosen], pattern.A_columns[chosen]
         kept, equations = _others(pattern.n, out), _others(zero, definitions)
-        inequalities = torch.arange(zero, pattern.m)
+        inequalities = torch.arange(zero, pattern.m, device="cpu")
         index, rows, columns = pattern.full
         whole, of_A = P[index.numpy()], (A, pattern.A_rows, pattern.A_columns)
         matrices = (
@@ -119,14 +119,16 @@ class QuadraticForm:
 
 def _others(count: int, some: Tensor) -> Tensor:
     """The numbers below `count` that are not among `some`."""
-    return torch.ones(count, dtype=torch.bool).index_fill(0, some, False).nonzero()[:, 0]
+    return torch.ones(count, dtype=torch.bool, device="cpu").index_fill(0, some, False).nonzero()[:, 0]
 
 
 def _dense(matrix: Any, rows: Tensor, columns: Tensor, *wanted: Tensor) -> Any:
     """Rows of `matrix` as the entries of a dense matrix, of `wanted` rows and columns; they stand at `rows` and
     `columns`, each."""
     size = 1 + max(int(t.max()) if len(t) else 0 for t in (rows, columns, *wanted))
-    new_row, new_column = (torch.full((size,), -1).index_copy(0, w, torch.arange(len(w))) for w in wanted)
+    new_row, new_column = (
+        torch.full((size,), -1, device="cpu").index_copy(0, w, torch.arange(len(w), device="cpu")) for w in wanted
+    )
     i, j = new_row[rows], new_column[columns]
     inside = (i >= 0) & (j >= 0)
     places = (i * len(wanted[1]) + j)[inside].numpy()

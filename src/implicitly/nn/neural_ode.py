@@ -198,7 +198,7 @@ class NeuralODE(nn.Module):
         if not any(isinstance(m, PerSolve) for m in self.f.modules()):
             return {}
         first = pytree.tree_leaves(y)[0]
-        t0 = times[..., 0] if isinstance(times, Tensor) else torch.as_tensor(times[0])
+        t0 = times[..., 0] if isinstance(times, Tensor) else torch.tensor(times[0], device="cpu")
         t0 = t0.to(device=first.device, dtype=_time_dtype(first))
         if self.batch_dims:
             t0 = t0.expand(len(first)).reshape(-1, *(1 for _ in first.shape[1:]))
@@ -265,10 +265,10 @@ def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta
     samples = len(y) if batch_dims else 1
     width = y.numel() // max(samples, 1) * (2 if y.is_complex() else 1)
     for name in ("rtol", "atol"):
-        if torch.as_tensor(getattr(solver, name)).ndim:
+        value = getattr(solver, name)
+        if isinstance(value, Tensor) and value.ndim:
             raise ValueError(
-                f"with regularisers, {name} must be one number, got a tensor of shape "
-                f"{tuple(getattr(solver, name).shape)}"
+                f"with regularisers, {name} must be one number, got a tensor of shape {tuple(value.shape)}"
             )
     return replace(solver, norm=_Leading(solver.norm, width))
 
@@ -294,7 +294,7 @@ def _check_times(t: Any, batch_dims: int) -> None:
     """Raise TypeError / ValueError for what cannot be times, whatever x will be."""
     if not isinstance(t, Tensor | Sequence) or isinstance(t, str):
         raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
-    times = torch.as_tensor(t, dtype=torch.float64).detach()
+    times = torch.as_tensor(t, dtype=torch.float64, device=None if isinstance(t, Tensor) else "cpu").detach()
     if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < 2:
         allowed = "(T,) or (B, T)" if batch_dims else "(T,)"
         raise ValueError(f"t must have the shape {allowed} with T >= 2, got {tuple(times.shape)}")

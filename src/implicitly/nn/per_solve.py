@@ -213,7 +213,7 @@ class SpectralNorm(_Reparametrised):
         matrix = self.raw.detach().flatten(1)
         # A start that no structure of a weight makes orthogonal to its leading direction, without drawing from the
         # global generator; then enough steps to be near that direction.
-        start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
+        start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0), device="cpu").to(matrix)
         self.register_buffer("u", _power(matrix, start, 15))
 
     def decide(self, x: Tensor) -> Tensor | None:

@@ -67,7 +67,7 @@ class LastEpoch(WarmStart):
             raise ValueError(f"LastEpoch: size is the number of samples in the data set, got {size}")
         self.size = size
         self._leaves: list[Tensor] | None = None
-        self._known = torch.zeros(size, dtype=torch.bool)
+        self._known = torch.zeros(size, dtype=torch.bool, device="cpu")
 
     def start(self, like: Any, index: Tensor | None) -> Any:
         """Each sample's last equilibrium where it was seen, its cold start otherwise."""

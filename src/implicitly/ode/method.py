@@ -130,7 +130,7 @@ class Method(ABC):
             return
         if isinstance(self.rtol, float) and self.rtol >= 2 * eps:
             return
-        rtol, atol = torch.as_tensor(self.rtol), torch.as_tensor(self.atol)
+        rtol, atol = (torch.as_tensor(x, device=getattr(x, "device", "cpu")) for x in (self.rtol, self.atol))
         if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol == 0))).any()):
             raise ValueError(
                 f"{type(self).__name__}: {dtype} cannot resolve rtol={float(rtol.min()):g}; the smallest it can "

@@ -62,7 +62,7 @@ class Halt:
         pull = recorded(partial(field.at, self.t.detach()), (self.y.detach(),), [0])
         generator = torch.Generator().manual_seed(0)  # not the user's draws
         v, logs = torch.zeros_like(self.y), []
-        v[row] = torch.randn(self.y.shape[1:], generator=generator, dtype=torch.float64).to(v)
+        v[row] = torch.randn(self.y.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(v)
         for _ in range(steps):
             (v,) = pull(v / v.norm().clamp(min=torch.finfo(v.real.dtype).tiny), [0])
             logs.append(float(v.norm().log()))

@@ -1,0 +1,245 @@
+"""Every entry where its tensors lie, whatever PyTorch's default device is.
+
+`meta` in place of the default holds no numbers: a tensor made inside without a device of its own would end there,
+and whatever it met would raise. On an NVIDIA device the same calls must give the values of the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import implicitly as im
+from tests.problems import draw
+
+D, BATCH, N = torch.float64, 3, 4
+
+pytestmark = pytest.mark.host  # names its devices itself
+
+
+class Case:
+    """`solve` of float64 inputs, which it differentiates, and any parameters of its own."""
+
+    def __init__(self, name: str, solve: Callable[..., Tensor], *inputs: Tensor):
+        self.name, self.solve, self.inputs = name, solve, inputs
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def run(self, device: str) -> list[Tensor]:
+        """The value and the gradients, on the CPU."""
+        inputs = [x.to(device).requires_grad_() for x in self.inputs]
+        value = self.solve(*inputs)
+        assert value.device.type == device
+        weights = torch.linspace(-1, 2, value.numel(), dtype=D, device=device)
+        gradients = torch.autograd.grad(value.flatten() @ weights, inputs)
+        assert {g.device.type for g in gradients} == {device}
+        return [x.detach().cpu() for x in (value, *gradients)]
+
+
+W = draw(N, N, seed=1) * 0.2
+X = draw(BATCH, N, seed=2)
+SPREAD = torch.linspace(0.5, 2, N, dtype=D).diag() + W @ W.mT
+
+
+def cell(z: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    return torch.tanh(z @ W + x)
+
+
+def fixed_point(**options) -> Callable[..., Tensor]:
+    return lambda x, W: im.fixed_point(cell, torch.zeros_like(x), x, W, **options).value
+
+
+def root(**options) -> Callable[..., Tensor]:
+    return lambda x, W: im.root(lambda z, x, W: z + z**3 + z @ W - x, torch.zeros_like(x), x, W, **options).value
+
+
+def decay(t: Tensor, y: Tensor, W: Tensor) -> Tensor:
+    return torch.tanh(y @ W) - y * t
+
+
+def trajectory(times: tuple[float, ...] = (0.0, 0.3, 1.0), **options) -> Callable[..., Tensor]:
+    return lambda y, W: im.odeint(decay, y, times, W, batch_dims=1, **options).value
+
+
+def motion(solver: im.Leapfrog) -> Callable[..., Tensor]:
+    def solve(q: Tensor, W: Tensor) -> Tensor:
+        def pull(t: Tensor, y: tuple[Tensor, Tensor], W: Tensor) -> tuple[Tensor, Tensor]:
+            return y[1], -torch.sin(y[0]) @ (W @ W.mT)
+
+        return im.odeint(pull, (q, torch.zeros_like(q)), (0.0, 0.5), W, solver=solver, batch_dims=1).value[0]
+
+    return solve
+
+
+def objective(z: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    return ((z - x) ** 2).sum(-1) + 0.1 * (z**4).sum(-1) + ((z @ W) ** 2).sum(-1)
+
+
+def minimum(**options) -> Callable[..., Tensor]:
+    return lambda x, W: im.argmin(objective, torch.zeros_like(x), x, W, **options).value
+
+
+def squares(**options) -> Callable[..., Tensor]:
+    def residuals(z: Tensor, x: Tensor, W: Tensor) -> Tensor:
+        return torch.cat([z + z**3 - x, z @ W], -1)
+
+    return lambda x, W: im.least_squares(residuals, torch.zeros_like(x), x, W, **options).value
+
+
+def program(**options) -> Callable[..., Tensor]:
+    def solve(p: Tensor, Q: Tensor) -> Tensor:
+        G = torch.cat([torch.eye(N, dtype=D, device=p.device), -torch.eye(N, dtype=D, device=p.device)])
+        A, b = torch.ones_like(G[:1]), torch.full_like(G[:1, 0], 0.3)
+        return im.qp(Q, p, G, torch.full_like(G[:, 0], 0.5), A, b, **options).value
+
+    return solve
+
+
+def linear(solver: im.GMRES, symmetric: bool = False) -> Callable[..., Tensor]:
+    def solve(b: Tensor, W: Tensor) -> Tensor:
+        M = W + 2 * torch.eye(N, dtype=D, device=W.device)
+        M = M @ M.mT if symmetric else M
+        return im.linear_solve(lambda z, M: z @ M, b, M, solver=solver).value
+
+    return solve
+
+
+def arrival(y: Tensor, W: Tensor) -> Tensor:
+    falls = im.Event(lambda t, y, W: y[..., 0] - 0.4)
+    return im.odeint(decay, y, (0.0, 5.0), W, batch_dims=1, event=falls).t
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = im.nn.SpectralNorm(nn.Linear(N, N, dtype=D), bound=0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.inside(z) + x)
+
+
+def made(module: Callable[[], nn.Module]) -> nn.Module:
+    """A module on the CPU, the same each time."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return module()
+
+
+def deq(x: Tensor, W: Tensor) -> Tensor:
+    memory = im.nn.LastEpoch(BATCH)
+    layer = im.nn.DEQ(made(Cell).to(x.device), solver=im.Anderson(**TIGHT), warm_start=memory)
+    index = torch.arange(BATCH, device=x.device)
+    with torch.no_grad():
+        layer(x @ W, index=index)
+    return layer(x @ W, index=index)
+
+
+def neural_ode(x: Tensor, W: Tensor) -> Tensor:
+    f = made(lambda: im.nn.TimeSequential(im.nn.GatedTime(nn.Linear(N, N, dtype=D)), nn.Tanh()))
+    return im.nn.NeuralODE(f.to(x.device), t=(0.0, 0.5, 1.0))(x @ W)
+
+
+def convex_layer(p: Tensor, Q: Tensor) -> Tensor:
+    cp = pytest.importorskip("cvxpy")
+    z, centre = cp.Variable(N), cp.Parameter(N)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(z - centre) + cp.norm(z, 2)), [z >= 0])
+    layer = im.nn.ConvexLayer(problem, parameters=[centre], variables=[z])
+    return layer(p @ Q)[0]
+
+
+TIGHT = {"rtol": 1e-11}
+BALLS = (im.project.box, im.project.simplex, im.project.l1_ball, im.project.l2_ball, im.project.linf_ball)
+PROXIMAL = (im.prox.l1, im.prox.l2, im.prox.linf, im.prox.total_variation)
+FIXED_POINTS = (
+    im.FixedPointIteration(**TIGHT),
+    im.Anderson(**TIGHT),
+    im.Broyden(**TIGHT),
+    im.Broyden(line_search=True, **TIGHT),
+    im.Newton(**TIGHT),
+    im.NewtonKrylov(**TIGHT),
+)
+ADJOINTS = (
+    *(im.ImplicitAdjoint(linear_solver=s(**TIGHT)) for s in (im.GMRES, im.BiCGStab, im.DenseLU, im.Neumann)),
+    im.JacobianFreeAdjoint(),
+    im.PhantomAdjoint(steps=3),
+    im.UnrolledAdjoint(),
+)
+METHODS = (
+    im.Dopri5(),
+    im.Dopri8(),
+    im.Tsit5(),
+    im.Bosh3(),
+    im.RK4(dt=0.1),
+    im.Adams(),
+    im.Kvaerno3(),
+    im.Kvaerno5(),
+    im.ImplicitEuler(dt=0.1),
+    im.ImplicitMidpoint(dt=0.1),
+    im.Trapezoid(dt=0.1),
+    im.ReversibleHeun(dt=0.1),
+)
+
+
+def named(kind: str, things: tuple, make: Callable[..., Callable[..., Tensor]], *inputs: Tensor) -> list[Case]:
+    return [Case(f"{kind}-{type(t).__name__}", make(t), *inputs) for t in things]
+
+
+CASES = [
+    *named("fixed_point", FIXED_POINTS, lambda s: fixed_point(solver=s), X, W),
+    *named("adjoint", ADJOINTS, lambda a: fixed_point(solver=im.Anderson(**TIGHT), adjoint=a), X, W),
+    Case("fixed_point-in_dims", fixed_point(solver=im.Anderson(**TIGHT), in_dims=(0, None)), X, W),
+    *named(
+        "root", (im.Broyden(**TIGHT), im.Newton(**TIGHT), im.NewtonKrylov(**TIGHT)), lambda s: root(solver=s), X, W
+    ),
+    *named("odeint", METHODS, lambda s: trajectory(solver=s), X, W),
+    Case("odeint-BacksolveAdjoint", trajectory(adjoint=im.BacksolveAdjoint()), X, W),
+    Case("odeint-UnrolledAdjoint", trajectory(adjoint=im.UnrolledAdjoint()), X, W),
+    *named("odeint", (im.Leapfrog(dt=0.1), im.Yoshida4(dt=0.1), im.BlanesMoan4(dt=0.1)), motion, X, W),
+    Case("odeint-event", arrival, X.abs() + 0.5, W),
+    *named(
+        "argmin",
+        (
+            im.GradientDescent(rtol=1e-9, max_steps=2000),
+            im.LBFGS(rtol=1e-9),
+            im.Newton(**TIGHT),
+        ),
+        lambda s: minimum(solver=s),
+        X,
+        W,
+    ),
+    Case("argmin-ball", minimum(constraint=lambda z, x, W: im.project.l2_ball(z)), X, W),
+    Case("argmin-equality", minimum(constraint=im.Equality(lambda z, x, W: z.sum(-1, keepdim=True) - 1)), X, W),
+    *named("least_squares", (im.GaussNewton(), im.LevenbergMarquardt()), lambda s: squares(solver=s), X, W),
+    *named("qp", (im.InteriorPoint(), im.ADMM()), lambda s: program(solver=s), X, SPREAD),
+    *named("linear_solve", (im.GMRES(**TIGHT), im.BiCGStab(**TIGHT), im.DenseLU()), linear, X, W),
+    Case("linear_solve-CG", linear(im.CG(**TIGHT), symmetric=True), X, W),
+    Case("ConvexLayer", convex_layer, X, SPREAD),
+    Case("DEQ", deq, X, W),
+    Case("NeuralODE", neural_ode, X, W),
+    *(Case(f"project-{f.__name__}", lambda z, W, f=f: f(z @ W), X, W) for f in BALLS),
+    *(Case(f"prox-{f.__name__}", lambda z, W, f=f: f(z @ W, 0.1), X, W) for f in PROXIMAL),
+    *(Case(f.__name__, lambda z, W, f=f: f(z @ W), X, W) for f in (im.sparsemax, im.soft_sort, im.soft_rank)),
+]
+
+
+def test_tensors_made_inside_lie_where_the_inputs_do(case):
+    expected = case.run("cpu")
+    with torch.device("meta"):
+        found = case.run("cpu")
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA device here")
+def test_an_accelerator_gives_what_a_cpu_gives(case):
+    for one, other in zip(case.run("cuda"), case.run("cpu")):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", CASES, ids=repr)
