@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu`: every family on an NVIDIA device: times, FLOP/s beside the device's own, waits.
+"""`python -m benchmarks.gpu`: every family on an NVIDIA device: times, FLOP/s and bytes/s beside the device's own
+limits, how often the host waits, and two peers.
 
 With `--device cpu --smoke` the same runs, briefly, where there is no such device; its numbers mean nothing.
 """
@@ -13,23 +14,32 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import implicitly as im
 from benchmarks.harness import environment
-from benchmarks.ode import VectorField
+from benchmarks.ode import TOLERANCE, VectorField, ours, theirs
+from benchmarks.peers import TorchDEQ
 from benchmarks.qp import draw
 from implicitly.recipes.deq_image import Cell
 
 HERE = Path(__file__).parent
 NO_DEVICE = 2  # exit code
+LEGEND = """\
+% of products: floating-point operations of matrix products and convolutions a second, beside those of one
+large matrix product of the dtype. % of copies: bytes that the operations read and write, each by itself, a
+second, beside those of one large copy (more than 100: they stayed in a cache). Waits: how often the host
+waited for the device."""
 DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 
 
@@ -40,6 +50,8 @@ class Case:
     name: str
     run: Callable[[], object]
     graph: bool = False  # whether it takes a fixed number of steps, so that a CUDA graph can hold it
+    dtype: torch.dtype = torch.float32  # that its products are computed in
+    eager: Callable[[], object] | None = None  # where it is compiled: what does the same, to be counted
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,12 @@ class Measured:
     """What was found about a case."""
 
     name: str
+    dtype: str
     ms: list[float] = field(default_factory=list)
     flops: int = 0
+    bytes: int = 0  # that the operations read and write, each by itself
     waits: int = 0
+    peak_MiB: float | None = None  # memory taken on top of what was there before
     graph_ms: list[float] | None = None
     graph_error: str | None = None  # why no CUDA graph could be had
 
@@ -57,6 +72,28 @@ class Measured:
     def median(self) -> float:
         """Of the times, ms."""
         return statistics.median(self.ms)
+
+
+class Work(TorchDispatchMode):
+    """Counts what operations do: `flops` of matrix products and convolutions, and `bytes` read and written.
+
+    PyTorch's own `FlopCounterMode` also follows modules, which a backward pass inside of a backward pass forbids.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        if not func.is_view:
+            read = {t.data_ptr(): t.nbytes for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            written = [t.nbytes for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+            self.bytes += sum(read.values()) + sum(written)
+        return out
 
 
 @dataclass(frozen=True)
@@ -137,12 +174,23 @@ class Machine:
             found[f"matmul_{str(dtype)[6:]}_TFLOP_per_s"] = 2e-9 * (n // 2) ** 3 / product
         return found
 
+    def peak(self, run: Callable[[], object]) -> float | None:
+        """MiB that a run takes at most, on top of what was taken before; None on a CPU."""
+        if not self.is_cuda:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
     def measure(self, case: Case, budget_s: float) -> Measured:
         """All about one case."""
         case.run()
-        with FlopCounterMode(display=False) as counter:
-            case.run()
-        waits = self.waits(case.run)
+        with Work() as work:
+            (case.eager or case.run)()
+        waits, peak = self.waits(case.run), self.peak(case.run)
         ms = self.times(case.run, budget_s)
         replays = error = None
         if case.graph and self.is_cuda:
@@ -150,55 +198,65 @@ class Machine:
                 replays = self.times(self.captured(case.run), budget_s / 2)
             except RuntimeError as caught:  # one that cannot be captured is to be known of, with all the others
                 error = str(caught).splitlines()[0]
-        return Measured(case.name, ms, counter.get_total_flops(), waits, replays, error)
+        dtype = str(case.dtype)[6:]
+        return Measured(case.name, dtype, ms, work.flops, work.bytes, waits, peak, replays, error)
 
 
-def gradient(solve: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
-    """The solve and its derivative by `inputs`."""
-    return lambda: torch.autograd.grad(solve().square().mean(), inputs)
+def both(case: Case, inputs: Sequence[Tensor]) -> Iterator[Case]:
+    """The case of a differentiable tensor: its value alone, and with the derivative by `inputs`."""
+    yield change(case, "forward", torch.no_grad())
+    yield change(case, "gradient", lambda run: lambda: torch.autograd.grad(run().square().mean(), inputs))
 
 
-def without(solve: Callable[[], Tensor]) -> Callable[[], object]:
-    """The solve alone."""
-    return torch.no_grad()(solve)
+def change(case: Case, what: str, by: Callable[[Any], Any]) -> Case:
+    """The case with what it runs wrapped."""
+    eager = None if case.eager is None else by(case.eager)
+    return replace(case, name=f"{case.name}, {what}", run=by(case.run), eager=eager)
 
 
 def fixed_points(machine: Machine) -> Iterator[Case]:
-    """The convolutional cell of `deq-image`, in float32 and under autocast, and a number of steps."""
+    """The convolutional cell of `deq-image`, in float32 and under autocast, compiled, and a number of steps."""
     batch, device = machine.size(256, 2), machine.device
     torch.manual_seed(0)
     cell, x = Cell(48, 64, 8).to(device), torch.randn(batch, 48, 16, 16, device=device)
     parameters, zero = list(cell.parameters()), torch.zeros_like(x)
-    for name, dtype, rtol in (("float32", None, 1e-3), ("bfloat16", torch.bfloat16, 5e-2)):
 
-        def solve(dtype: torch.dtype | None = dtype, rtol: float = rtol) -> Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                solver = im.Anderson(rtol=rtol)
-                return im.fixed_point(cell, zero, x, solver=solver, in_dims=0, on_failure="ignore").value
+    def solve(solver: im.Anderson = im.Anderson(rtol=1e-3), **options: Any) -> Tensor:
+        return im.fixed_point(cell, zero, x, solver=solver, on_failure="ignore", **options).value
 
-        yield Case(f"DEQ cell, Anderson, {name}, forward", without(solve))
-        yield Case(f"DEQ cell, Anderson, {name}, gradient", gradient(solve, parameters))
+    def low_precision() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return solve(im.Anderson(rtol=5e-2))
 
-    def budget(adjoint: Any = im.JacobianFreeAdjoint()) -> Tensor:
-        solver = im.Anderson(rtol=0, max_steps=10)
-        return im.fixed_point(cell, zero, x, solver=solver, adjoint=adjoint, on_failure="ignore").value
-
-    yield Case("DEQ cell, 10 Anderson steps, forward", without(budget), graph=True)
+    peer = TorchDEQ("anderson", 1e-3, 25)
+    budget = partial(solve, im.Anderson(rtol=0, max_steps=10), adjoint=im.JacobianFreeAdjoint())
+    compiled = Case("DEQ cell, Anderson, compile=True", partial(solve, compile=True), eager=solve)
+    yield from both(Case("DEQ cell, Anderson", solve), parameters)
+    yield from both(compiled, parameters)
+    yield from both(Case("DEQ cell, Anderson, torchdeq", lambda: peer(lambda z: cell(z, x), zero)), parameters)
+    yield from both(Case("DEQ cell, Anderson, bfloat16", low_precision, dtype=torch.bfloat16), parameters)
+    yield from both(Case("DEQ cell, 10 Anderson steps, JFB", budget, graph=True), parameters)
 
 
 def trajectories(machine: Machine) -> Iterator[Case]:
     """The network of the `ode` benchmark, at its size and a larger one."""
+    rk4 = im.RK4(dt=0.05)
     for batch in (machine.size(128, 4), machine.size(8192, 8)):
         torch.manual_seed(0)
         f = VectorField().to(machine.device)
         y0, t = torch.randn(batch, 2, device=machine.device), torch.tensor([0.0, 1.0], device=machine.device)
-        for name, solver in (("Dopri5", im.Dopri5(rtol=1e-5, atol=1e-5)), ("RK4, 20 steps", im.RK4(dt=0.05))):
+        name, parameters = f"ODE, batch {batch}", list(f.parameters())
+        solve, compiled = partial(ours, f, y0, t), partial(dopri5_as_graph, f, y0, t)
+        yield from both(Case(f"{name}, Dopri5", solve), parameters)
+        yield from both(Case(f"{name}, Dopri5, compile=True", compiled, eager=solve), parameters)
+        yield from both(Case(f"{name}, Dopri5, torchdiffeq", partial(theirs, f, y0, t)), parameters)
+        fixed = partial(im.odeint, f, y0, t, solver=rk4)
+        yield from both(Case(f"{name}, RK4, 20 steps", lambda fixed=fixed: fixed().value[-1]), parameters)
 
-            def solve(f=f, y0=y0, t=t, solver=solver) -> Tensor:
-                return im.odeint(f, y0, t, solver=solver).value[-1]
 
-            yield Case(f"ODE, batch {batch}, {name}, forward", without(solve))
-            yield Case(f"ODE, batch {batch}, {name}, gradient", gradient(solve, list(f.parameters())))
+def dopri5_as_graph(f: VectorField, y0: Tensor, t: Tensor) -> Tensor:
+    """As `ours`, compiled."""
+    return im.odeint(f, y0, t, solver=im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE), compile=True).value[-1]
 
 
 def programs(machine: Machine) -> Iterator[Case]:
@@ -213,24 +271,23 @@ def programs(machine: Machine) -> Iterator[Case]:
         ("QP, InteriorPoint", lambda: im.qp(*args).value, args),
         ("QP of shared matrices, ADMM", lambda: im.qp(*shared, solver=im.ADMM()).value, shared),
     ):
-        yield Case(f"{name}, forward", without(solve))
-        yield Case(f"{name}, gradient", gradient(solve, inputs))
+        yield from both(Case(name, solve, dtype=inputs[0].dtype), inputs)
     x = torch.randn(machine.size(65536, 8), 100, device=machine.device, requires_grad=True)
-    for name, project in (("simplex", im.project.simplex), ("l1 ball", im.project.l1_ball)):
-        yield Case(f"projection, {name}, forward", without(lambda project=project: project(x)))
-        yield Case(f"projection, {name}, gradient", gradient(lambda project=project: project(x), [x]))
+    for project in (im.project.simplex, im.project.l1_ball):
+        yield from both(Case(f"projection, {project.__name__}", partial(project, x)), [x])
 
 
 def table(found: list[Measured], limits: dict[str, float]) -> str:
     """Everything measured, for people."""
-    peak = limits["matmul_float32_TFLOP_per_s"]
     rows = []
     for m in found:
-        rate = 1e-9 * m.flops / m.median
+        products = 1e-9 * m.flops / m.median / limits[f"matmul_{m.dtype}_TFLOP_per_s"]
+        moved = 1e-6 * m.bytes / m.median / limits["copy_GB_per_s"]
         graph = m.graph_error or ("" if m.graph_ms is None else f"{statistics.median(m.graph_ms):.2f}")
         times = f"{m.median:.2f} ({min(m.ms):.2f} to {max(m.ms):.2f})"
-        rows.append((m.name, times, graph, m.waits, f"{rate:.3f}", f"{100 * rate / peak:.1f}"))
-    headers = ["measured", "ms", "CUDA graph, ms", "waits", "TFLOP/s", "% of a float32 product's"]
+        peak = "" if m.peak_MiB is None else f"{m.peak_MiB:.0f}"
+        rows.append((m.name, times, graph, m.waits, f"{100 * products:.1f}", f"{100 * moved:.1f}", peak))
+    headers = ["measured", "ms", "CUDA graph, ms", "waits", "% of products", "% of copies", "peak, MiB"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -254,24 +311,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; only errors count")
-    parser.add_argument("--seconds", type=float, default=400, help="how long all of the timings may take")
+    parser.add_argument("--seconds", type=float, default=420, help="no case is begun after so many seconds")
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke test writes none")
     chosen = parser.parse_args(arguments)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.gpu: no NVIDIA device here; --device cpu --smoke shows that it runs", file=sys.stderr)
         return NO_DEVICE
-    machine = Machine(torch.device(chosen.device), chosen.smoke)
+    begin, machine = time.perf_counter(), Machine(torch.device(chosen.device), chosen.smoke)
     limits = machine.limits()
     cases = [*fixed_points(machine), *trajectories(machine), *programs(machine)]
-    each = 0.0 if chosen.smoke else chosen.seconds / (1.5 * len(cases))
-    found = []
+    each = 0.0 if chosen.smoke else chosen.seconds / (3 * len(cases))
+    found, left_out = [], []
     for case in cases:
+        if time.perf_counter() - begin > chosen.seconds:
+            left_out.append(case.name)
+            continue
         print(case.name, "...", flush=True)
         found.append(machine.measure(case, each))
-    print(f"\n{table(found, limits)}\n\n{limits}")
+    print(f"\n{table(found, limits)}\n\n{LEGEND}\n{limits}")
+    if left_out:
+        print(f"No time was left for: {'; '.join(left_out)}")
     out = chosen.out or (None if chosen.smoke else HERE / "results" / "gpu.json")
     if out is not None:
-        content = {**surroundings(machine), "limits": limits, "cases": [asdict(m) for m in found]}
+        content = {
+            **surroundings(machine),
+            "limits": limits,
+            "cases": [asdict(m) for m in found],
+            "left_out": left_out,
+        }
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"Numbers: {out}")
     return 0
