@@ -30,7 +30,7 @@ import implicitly as im
 from benchmarks.harness import environment
 from benchmarks.ode import TOLERANCE, VectorField, ours, theirs
 from benchmarks.peers import TorchDEQ
-from benchmarks.qp import draw
+from benchmarks.programs import draw
 from implicitly.recipes.deq_image import Cell
 
 HERE = Path(__file__).parent

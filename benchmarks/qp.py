@@ -17,6 +17,7 @@ from torch import Tensor
 
 import implicitly as im
 from benchmarks.harness import JAX_PYTHON, Effort, Row, Spread, alternate, ratios
+from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -26,7 +27,6 @@ with warnings.catch_warnings():
 
 PEER = f"qpth {importlib.metadata.version('qpth')}, cvxpylayers {importlib.metadata.version('cvxpylayers')}"
 PACKAGES = ("implicitly", "torch", "qpth", "cvxpylayers", "cvxpy")
-D = torch.float64
 
 CAPTION = """\
 Float64, eager, as in qpth's own examples: Q = LL' + I/10 with L uniform, G and A normal, h = G z0 + s, b = A z0.
@@ -34,21 +34,7 @@ Residual: the norm of the optimality conditions of the worst sample. Error of z:
 (whose residual bounds it). Error of the gradient: of its product with a random direction in p, G, h, A and b,
 relative, against central differences. Medians of {rounds} rounds in alternation (least to greatest)."""
 
-Programs = tuple[Tensor, ...]
 Solve = Callable[..., Tensor]
-
-
-def draw(batch: int, n: int, m: int, q: int, shared: bool = False) -> Programs:
-    """Feasible programs; `shared`: with the same matrices."""
-    generator = torch.Generator().manual_seed(0)
-    lead = () if shared else (batch,)
-    L = torch.rand(*lead, n, n, generator=generator, dtype=D)
-    G, A = (torch.randn(*lead, k, n, generator=generator, dtype=D) for k in (m, q))
-    z0, p = (torch.randn(batch, n, generator=generator, dtype=D) for _ in range(2))
-    h = (G @ z0.unsqueeze(2)).squeeze(2) + torch.rand(batch, m, generator=generator, dtype=D)
-    Q = L @ L.mT + 0.1 * torch.eye(n, dtype=D)
-    args = (Q, p, G, h, *((A, (A @ z0.unsqueeze(2)).squeeze(2)) if q else ()))
-    return tuple(t.requires_grad_() for t in args)
 
 
 def ours(*args: Tensor, **options: Any) -> Tensor:
