@@ -140,7 +140,7 @@ def deq(x: Tensor, W: Tensor) -> Tensor:
 
 def neural_ode(x: Tensor, W: Tensor) -> Tensor:
     f = made(lambda: im.nn.TimeSequential(im.nn.GatedTime(nn.Linear(N, N, dtype=D)), nn.Tanh()))
-    return im.nn.NeuralODE(f.to(x.device), t=(0.0, 0.5, 1.0))(x @ W)
+    return im.nn.NeuralODE(f.to(x.device), t=(0.0, 0.5, 1.0), solver=im.Dopri5(**CLOSE))(x @ W)
 
 
 def convex_layer(p: Tensor, Q: Tensor) -> Tensor:
@@ -168,18 +168,20 @@ ADJOINTS = (
     im.PhantomAdjoint(steps=3),
     im.UnrolledAdjoint(),
 )
+# Steps of another length have another error: it must be less than what is compared.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 METHODS = (
-    im.Dopri5(),
-    im.Dopri8(),
-    im.Tsit5(),
-    im.Bosh3(),
+    im.Dopri5(**CLOSE),
+    im.Dopri8(**CLOSE),
+    im.Tsit5(**CLOSE),
+    im.Bosh3(rtol=1e-7, atol=1e-7),
     im.RK4(dt=0.1),
-    im.Adams(),
-    im.Kvaerno3(),
-    im.Kvaerno5(),
-    im.ImplicitEuler(dt=0.1),
-    im.ImplicitMidpoint(dt=0.1),
-    im.Trapezoid(dt=0.1),
+    im.Adams(**CLOSE),
+    im.Kvaerno3(rtol=1e-7, atol=1e-7),
+    im.Kvaerno5(**CLOSE),
+    im.ImplicitEuler(dt=0.1, **CLOSE),
+    im.ImplicitMidpoint(dt=0.1, **CLOSE),
+    im.Trapezoid(dt=0.1, **CLOSE),
     im.ReversibleHeun(dt=0.1),
 )
 
@@ -226,6 +228,10 @@ CASES = [
 ]
 
 
+every_case = pytest.mark.parametrize("case", CASES, ids=repr)
+
+
+@every_case
 def test_tensors_made_inside_lie_where_the_inputs_do(case):
     expected = case.run("cpu")
     with torch.device("meta"):
@@ -234,12 +240,25 @@ def test_tensors_made_inside_lie_where_the_inputs_do(case):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_f_finds_the_default_device_of_the_forward_pass_in_the_backward_pass():
+    seen = []
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        seen.append(torch.get_default_device().type)
+        return 0.5 * torch.tanh(z) + x
+
+    x = X.clone().requires_grad_()
+    with torch.device("meta"):
+        value = im.fixed_point(f, torch.zeros_like(x), x).value
+    forward = len(seen)
+    value.sum().backward()
+    assert len(seen) > forward
+    assert set(seen) == {"meta"}
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA device here")
+@every_case
 def test_an_accelerator_gives_what_a_cpu_gives(case):
     for one, other in zip(case.run("cuda"), case.run("cpu")):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
-
-
-def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", CASES, ids=repr)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -114,7 +114,7 @@ def happens(mask: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     mask = unwrapped(mask)
-    return mask.device.type != "cpu" or bool(mask.any())
+    return mask.numel() > 0 and (mask.device.type != "cpu" or bool(mask.any()))
 
 
 def some(mask: Array) -> bool:

@@ -191,6 +191,7 @@ class Opened:
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
     device_type: str  # of the state
     autocast: torch.dtype | None
+    default_device: torch.device | None  # where it is not the CPU
     captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
 
     @functools.cached_property
@@ -234,15 +235,19 @@ class Opened:
         exchanged = {name: parameters[i] for name, i in self.places}
 
         def call(state: Any) -> Any:
-            if self.autocast is not None or casts(self.device_type):
-                # The backward pass must see the arithmetic of the forward pass, wherever it is called from.
-                with torch.autocast(
-                    self.device_type, self.autocast, self.autocast is not None, cache_enabled=False
-                ):
-                    return self._call(own, exchanged, state, args)
-            return self._call(own, exchanged, state, args)
+            if self.autocast is None and self.default_device is None and not casts(self.device_type):
+                return self._call(own, exchanged, state, args)
+            # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
+            # called from; an accelerator's is a thread of autograd's own, which has no default device.
+            with self._arithmetic(), self.default_device or nullcontext():
+                return self._call(own, exchanged, state, args)
 
         return call
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return full_precision(self.device_type)
+        return torch.autocast(self.device_type, self.autocast, cache_enabled=False)
 
     def _call(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
         transformed = not torch.compiler.is_compiling() and under_transform()
@@ -297,6 +302,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                     parameters.append(tensor)
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
+    default = torch.device("cpu") if torch.compiler.is_compiling() else torch.get_default_device()
     theta = (*tensors, *parameters)
     return Opened(
         f,
@@ -308,6 +314,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         static,
         device.type,
         autocast,
+        None if default.type == "cpu" else default,
         tuple(captured),
     )
 
@@ -458,9 +465,18 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def _knows_autocast(device_type: str) -> bool:
+    """Some, such as `meta`, do not."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the whole compiler: PyTorch 2.11 cannot trace it.
+_knows_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def casts(device_type: str) -> bool:
-    """Whether autocast is on for such devices. Some, such as `meta`, know of none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on for such devices."""
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

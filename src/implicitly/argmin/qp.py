@@ -18,6 +18,7 @@ from implicitly.graph_break import one_break
 from implicitly.host import happens
 from implicitly.implicit import Report
 from implicitly.iterate import Found, Solution, Status
+from implicitly.tree import unwrapped
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[
 def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
     """The program with 0 <= 1 for rows Gz <= inf, which say nothing, and 0 <= -1 for Gz <= -inf."""
     infinite = program.h.isinf()
-    if not happens(infinite):
+    # On an accelerator this waits: else matrices that the batch shares would get one copy a sample.
+    if not bool(unwrapped(infinite).any()):
         return program
     h = torch.where(infinite, program.h.sign(), program.h)
     G = torch.where(infinite.unsqueeze(-1), 0.0, program.G)
