@@ -7,6 +7,7 @@ and whatever it met would raise. On an NVIDIA device the same calls must give th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.host  # names its devices itself
 class Case:
     """`solve` of float64 inputs, which it differentiates, and any parameters of its own."""
 
-    def __init__(self, name: str, solve: Callable[..., Tensor], *inputs: Tensor):
-        self.name, self.solve, self.inputs = name, solve, inputs
+    def __init__(self, name: str, solve: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-8):
+        self.name, self.solve, self.inputs, self.tolerance = name, solve, inputs, tolerance
 
     def __repr__(self) -> str:
         return self.name
@@ -186,8 +187,8 @@ METHODS = (
 )
 
 
-def named(kind: str, things: tuple, make: Callable[..., Callable[..., Tensor]], *inputs: Tensor) -> list[Case]:
-    return [Case(f"{kind}-{type(t).__name__}", make(t), *inputs) for t in things]
+def named(kind: str, things: tuple, make: Callable[..., Any], *inputs: Tensor, **options: float) -> list[Case]:
+    return [Case(f"{kind}-{type(t).__name__}", make(t), *inputs, **options) for t in things]
 
 
 CASES = [
@@ -197,11 +198,11 @@ CASES = [
     *named(
         "root", (im.Broyden(**TIGHT), im.Newton(**TIGHT), im.NewtonKrylov(**TIGHT)), lambda s: root(solver=s), X, W
     ),
-    *named("odeint", METHODS, lambda s: trajectory(solver=s), X, W),
-    Case("odeint-BacksolveAdjoint", trajectory(adjoint=im.BacksolveAdjoint()), X, W),
-    Case("odeint-UnrolledAdjoint", trajectory(adjoint=im.UnrolledAdjoint()), X, W),
+    *named("odeint", METHODS, lambda s: trajectory(solver=s), X, W, tolerance=1e-5),
+    Case("odeint-BacksolveAdjoint", trajectory(adjoint=im.BacksolveAdjoint()), X, W, tolerance=1e-4),
+    Case("odeint-UnrolledAdjoint", trajectory(adjoint=im.UnrolledAdjoint()), X, W, tolerance=1e-4),
     *named("odeint", (im.Leapfrog(dt=0.1), im.Yoshida4(dt=0.1), im.BlanesMoan4(dt=0.1)), motion, X, W),
-    Case("odeint-event", arrival, X.abs() + 0.5, W),
+    Case("odeint-event", arrival, X.abs() + 0.5, W, tolerance=1e-4),
     *named(
         "argmin",
         (
@@ -261,4 +262,4 @@ def test_f_finds_the_default_device_of_the_forward_pass_in_the_backward_pass():
 @every_case
 def test_an_accelerator_gives_what_a_cpu_gives(case):
     for one, other in zip(case.run("cuda"), case.run("cpu")):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=case.tolerance, atol=case.tolerance)

@@ -147,6 +147,23 @@ def test_no_reference_cycle_keeps_a_solution_alive(adjoint):
         gc.enable()
 
 
+def test_samples_that_failed_keep_nothing_alive():
+    """Unless in_dims tells, a failed one might be in any tensor: gradients of all are watched."""
+    cell = wide_cell()
+
+    def solve() -> None:
+        x = X.clone()
+        x[1] = torch.nan
+        im.fixed_point(cell, Z0, x, on_failure="ignore").value.nansum().backward()
+
+    solve()
+    gc.collect()
+    before = len(living_tensors())
+    solve()
+    gc.collect()
+    assert len(living_tensors()) == before
+
+
 def test_a_failed_solve_frees_everything_once_its_error_is_gone():
     x = X.clone().requires_grad_()
     gc.collect()

@@ -365,12 +365,13 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
         t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
     else:
         return t
+    shape = tuple(t.shape)  # a hook that holds its own tensor would keep it, and its graph, for ever
 
     def tell(gradient: Tensor) -> None:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
             warnings.warn(
                 f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
-                f"of a tensor of shape {tuple(t.shape)} NaN. Say with in_dims which args hold the samples: then "
+                f"of a tensor of shape {shape} NaN. Say with in_dims which args hold the samples: then "
                 "failed ones are left out",
                 ConvergenceWarning,
                 stacklevel=users_line(),

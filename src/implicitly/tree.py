@@ -470,7 +470,7 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-# What `torch.compiler.assume_constant_result` does, which imports the whole compiler: PyTorch 2.11 cannot trace it.
+# As `torch.compiler.assume_constant_result` does, which imports the whole compiler. PyTorch 2.11 cannot trace it.
 _knows_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

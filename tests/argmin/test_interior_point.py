@@ -28,8 +28,8 @@ def test_solutions_are_clarabels(n, m, q):
     for i in range(8):
         Q, p, G, h, A, b = sample(args, i)
         cones = [clarabel.ZeroConeT(q), clarabel.NonnegativeConeT(m)]
-        rows, right = sparse.csc_matrix(torch.cat([A, G]).numpy()), torch.cat([b, h]).numpy()
-        Q, p = sparse.csc_matrix(Q.numpy()), p.numpy()
+        rows, right = sparse.csc_matrix(torch.cat([A, G]).numpy(force=True)), torch.cat([b, h]).numpy(force=True)
+        Q, p = sparse.csc_matrix(Q.numpy(force=True)), p.numpy(force=True)
         other = clarabel.DefaultSolver(Q, p, rows, right, cones, settings).solve()
         torch.testing.assert_close(sol.value[i], torch.tensor(other.x, dtype=D), rtol=1e-6, atol=1e-7)
         duals = torch.cat([sol.dual_equality[i], sol.dual_inequality[i]])
@@ -48,7 +48,7 @@ def test_linear_programs_are_those_of_highs():
     sol = im.qp(torch.zeros(n, n, dtype=D), c, G, h, A, b)
     assert sol.residual.max() < 1e-9
     for i in range(8):
-        arrays = (t[i].detach().numpy() for t in (c, G, h, A, b))
+        arrays = (t[i].detach().numpy(force=True) for t in (c, G, h, A, b))
         other = optimize.linprog(*arrays, bounds=(None, None), method="highs")
         torch.testing.assert_close((c[i] @ sol.value[i]).item(), other.fun, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(sol.value[i].detach(), torch.tensor(other.x, dtype=D), rtol=1e-7, atol=1e-7)
@@ -114,7 +114,9 @@ def test_all_that_can_happen_in_one_batch():
     # A linear program has a solution where -p is a combination of the rows of G with factors >= 0.
     optimize = pytest.importorskip("scipy.optimize")
     for i in range(10, 20):
-        dual = optimize.linprog(h[i].numpy(), A_eq=G[i].mT.numpy(), b_eq=-p[i].numpy(), method="highs")
+        dual = optimize.linprog(
+            h[i].numpy(force=True), A_eq=G[i].mT.numpy(force=True), b_eq=-p[i].numpy(force=True), method="highs"
+        )
         assert sol.status[i] == (0 if dual.status == 0 else Status.UNBOUNDED), i
 
 

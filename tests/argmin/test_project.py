@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,8 +212,10 @@ def test_isotonic_is_that_of_scipy(increasing: bool):
         z = 10 * torch.randn(n, dtype=D, generator=g).cumsum(0)
         z = z.round() if n % 2 else z  # ties
         w = 0.1 + torch.rand(n, dtype=D, generator=g)
-        expected = optimize.isotonic_regression(z.numpy(), weights=w.numpy(), increasing=increasing).x
-        torch.testing.assert_close(project.isotonic(z, w, increasing), torch.from_numpy(np.array(expected)))
+        expected = optimize.isotonic_regression(
+            z.numpy(force=True), weights=w.numpy(force=True), increasing=increasing
+        ).x
+        torch.testing.assert_close(project.isotonic(z, w, increasing), torch.tensor(expected))
 
 
 # ------------------------------------------------------------------------------------------------ transport
@@ -243,8 +244,8 @@ def test_a_cold_plan_is_that_of_the_linear_program():
     cost = torch.rand(6, 6, dtype=D, generator=seeded(4))
     even = torch.full((6,), 1 / 6, dtype=D)
     X = project.sinkhorn(cost, even, even, 1e-3)
-    rows_, columns = optimize.linear_sum_assignment(cost.numpy())
-    torch.testing.assert_close(X.argmax(1), torch.from_numpy(columns))
+    rows_, columns = optimize.linear_sum_assignment(cost.numpy(force=True))
+    torch.testing.assert_close(X.argmax(1), torch.tensor(columns))
     torch.testing.assert_close((X * cost).sum(), cost[rows_, columns].sum() / 6, rtol=1e-3, atol=0)
 
 

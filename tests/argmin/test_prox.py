@@ -102,9 +102,9 @@ def test_total_variation_agrees_with_a_cone_program():
     for seed in range(3):
         z, w = normal(20, seed=seed), normal(19, seed=seed + 9).abs()
         x = cp.Variable(20)
-        distance = cp.sum_squares(x - z.numpy()) / 2
-        cp.Problem(cp.Minimize(distance + w.numpy() @ cp.abs(cp.diff(x)))).solve(cp.CLARABEL)
-        torch.testing.assert_close(prox.total_variation(z, w), torch.from_numpy(x.value), atol=1e-6, rtol=1e-6)
+        distance = cp.sum_squares(x - z.numpy(force=True)) / 2
+        cp.Problem(cp.Minimize(distance + w.numpy(force=True) @ cp.abs(cp.diff(x)))).solve(cp.CLARABEL)
+        torch.testing.assert_close(prox.total_variation(z, w), torch.tensor(x.value), atol=1e-6, rtol=1e-6)
 
 
 def test_total_variation_of_known_signals():
@@ -127,7 +127,7 @@ def test_projections_agree_with_a_cone_program(seed: int):
     cp = pytest.importorskip("cvxpy", reason="needs the extra: implicitly[convex]")
     z, Z = 2 * normal(3, seed=seed), normal(3, 3, seed=seed)
     x, X = cp.Variable(3), cp.Variable((3, 3), symmetric=True)
-    numbers, matrix = z.numpy(), Z.numpy()
+    numbers, matrix = z.numpy(force=True), Z.numpy(force=True)
     cases = [
         (project.simplex(z, 1.5), x, numbers, [x >= 0, cp.sum(x) == 1.5]),
         (project.l1_ball(z), x, numbers, [cp.norm1(x) <= 1]),
@@ -140,7 +140,7 @@ def test_projections_agree_with_a_cone_program(seed: int):
         extra = 0.5 * cp.normNuc(variable) if variable is Y else 0
         distance = cp.sum_squares(variable - point) / 2
         cp.Problem(cp.Minimize(distance + extra), constraints).solve(cp.CLARABEL)
-        torch.testing.assert_close(ours, torch.from_numpy(np.array(variable.value)), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(ours, torch.tensor(np.array(variable.value)), atol=2e-5, rtol=2e-5)
 
 
 def test_a_gradient_step_through_a_map_is_that_of_the_smooth_part():

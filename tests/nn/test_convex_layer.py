@@ -76,7 +76,7 @@ def logistic():
     X, y = normal(6, 2), torch.tensor([1.0, -1, 1, 1, -1, -1], dtype=D)
     W, lam, beta = cp.Parameter((6, 2)), cp.Parameter(nonneg=True), cp.Variable(2)
     problem = cp.Problem(
-        cp.Minimize(cp.sum(cp.logistic(-cp.multiply(y.numpy(), W @ beta))) + lam * cp.sum_squares(beta))
+        cp.Minimize(cp.sum(cp.logistic(-cp.multiply(y.numpy(force=True), W @ beta))) + lam * cp.sum_squares(beta))
     )
     return problem, [W, lam], [beta], [X, torch.tensor([0.5, 1.5], dtype=D)]
 
@@ -119,7 +119,7 @@ def solved_by_cvxpy(problem, parameters, variables, values, sample, **options):
         warnings.filterwarnings("ignore", message="Solution may be inaccurate")  # 1e-11 is a lot to ask for
         warnings.filterwarnings("ignore", message=".*a sparse CVXPY expression")
         for p, v in zip(parameters, values, strict=True):
-            p.value = (v[sample] if v.ndim > len(p.shape) else v).numpy()
+            p.value = (v[sample] if v.ndim > len(p.shape) else v).numpy(force=True)
         problem.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11, **options)
     dense = [v.value.toarray() if hasattr(v.value, "toarray") else v.value for v in variables]
     return [torch.as_tensor(v, dtype=D) for v in dense]
@@ -509,7 +509,7 @@ def test_values_that_are_refused():
         ((a.long(), c), TypeError, "int64"),
         ((a, c.double()), ValueError, "mix dtypes"),
         ((a, c.to("meta")), ValueError, "mix devices"),
-        ((a.numpy(), c), TypeError, "must be a tensor, got a ndarray"),
+        ((a.numpy(force=True), c), TypeError, "must be a tensor, got a ndarray"),
         ((a, -c), ValueError, "declared not to be negative; its value has -1"),
     ]
     for values, error, says in cases:
@@ -549,7 +549,7 @@ def test_a_missing_package_says_what_to_install(package, monkeypatch):
 
 def test_programs_of_the_same_matrices_may_be_split():
     z, q, h = cp.Variable(5), cp.Parameter(5), cp.Parameter(6)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(z) + q @ z), [normal(6, 5).numpy() @ z <= h])
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(z) + q @ z), [normal(6, 5).numpy(force=True) @ z <= h])
     values = [normal(8, 5).requires_grad_(), torch.rand(8, 6, dtype=D, requires_grad=True)]
     results = []
     for solver in (im.ADMM(), im.InteriorPoint()):

@@ -51,7 +51,9 @@ def test_polynomials_are_integrated_exactly_whatever_the_lengths(order, sign, as
     past, dt = sign * past, sign * random.uniform(0.2, 1, 5)
     part = np.array([[0.0, 0.3, 1.0]] * 5)
     found = integrals(*(as_array(x) for x in (past, dt, part)))
-    slopes, defect, end = (np.asarray(x) for x in (found.slopes, found.defect, found.end[..., -1]))
+    slopes, defect, end = (
+        torch.as_tensor(x).numpy(force=True) for x in (found.slopes, found.defect, found.end[..., -1])
+    )
     polynomial = np.polynomial.Polynomial(random.normal(size=count + 1))  # of degree p - 1
     missed = polynomial(dt) - (end * polynomial(-past)).sum(1)
     total = (slopes * polynomial(-past)[:, :, None]).sum(1) + defect * missed[:, None]
