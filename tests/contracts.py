@@ -359,8 +359,10 @@ def check_independence(problem: Problem, solver: SolverRow, rows: list[int], giv
     together, gradients_together = _differentiated(problem, list(range(problem.batch)), **options)
     chosen, gradients_chosen = _differentiated(problem, rows, **options)
     index = torch.tensor(rows)
+    # An accelerator decomposes many matrices otherwise than one, which rounds otherwise.
+    rounding = 1e-12 if index.device.type == "cpu" else 1e-9
     assert chosen.steps.tolist() == together.steps[index].tolist()
-    assert_close(chosen.value, pytree.tree_map(lambda t: t[index], together.value), 1e-12)
+    assert_close(chosen.value, pytree.tree_map(lambda t: t[index], together.value), rounding)
     for whole, part, dim in zip(gradients_together, gradients_chosen, problem.in_dims or ()):
         if dim is not None:
             assert_close(part, whole[index], 1e-9)

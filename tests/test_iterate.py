@@ -203,6 +203,7 @@ class Recorder:
 ONE_CALL_A_STEP = [im.FixedPointIteration(max_steps=500), im.Anderson(), im.Broyden()]
 
 
+@pytest.mark.host  # elsewhere some steps are taken before it is asked whether there is still one to take
 @pytest.mark.parametrize("solver", ONE_CALL_A_STEP, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("dropping", [False, True])
 def test_evaluations_are_the_calls_of_f_and_steps_the_iterations(solver, dropping):

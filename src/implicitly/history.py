@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.tree import is_wrapped
+from implicitly.tree import is_near, is_wrapped
 
 # Slots there is room for at first. Many solves need no more.
 ROOM = 10
@@ -35,7 +35,7 @@ def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    if like.device.type != "cpu":
+    if not is_near(like):
         return like.new_empty(shape)
     dtype = np.dtype(str(like.dtype).removeprefix("torch."))  # asking a tensor is not possible under torch.func
     return torch.from_numpy(_workspace.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape))

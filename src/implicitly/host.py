@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.tree import is_wrapped, under_transform, unwrapped
+from implicitly.tree import is_near, is_wrapped, under_transform, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any
@@ -71,12 +71,12 @@ def library(x: Array) -> ModuleType:
 
 def on_host(*tensors: Tensor) -> bool:
     """Whether the numbers of all `tensors` can be looked at without waiting."""
-    return not torch.compiler.is_compiling() and all(x.device.type == "cpu" and not is_wrapped(x) for x in tensors)
+    return not torch.compiler.is_compiling() and all(is_near(x) and not is_wrapped(x) for x in tensors)
 
 
 def to_host(x: Tensor) -> Array:
     """`x`, detached, as an array of the kind to be used where it lies."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not is_near(x):
         return x.detach()
     if not under_transform():
         return x.detach().numpy()
@@ -114,7 +114,7 @@ def happens(mask: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     mask = unwrapped(mask)
-    return mask.numel() > 0 and (mask.device.type != "cpu" or bool(mask.any()))
+    return mask.numel() > 0 and (not is_near(mask) or bool(mask.any()))
 
 
 def some(mask: Array) -> bool:

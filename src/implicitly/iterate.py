@@ -24,7 +24,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
 from implicitly.host import happens, on_host, to_host
-from implicitly.tree import row_norm, unwrapped
+from implicitly.tree import is_near, row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -450,7 +450,7 @@ def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
     if isinstance(answer, bool):
         return answer
     stride = 2 ** int(math.log2(max(1, LATE * k)))
-    return bool(answer.device.type != "cpu" and k % stride) or bool(unwrapped(answer).any())
+    return bool(k % stride and not is_near(answer)) or bool(unwrapped(answer).any())
 
 
 def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

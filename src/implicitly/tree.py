@@ -395,6 +395,11 @@ def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[i
     return of
 
 
+def is_near(x: Tensor) -> bool:
+    """Whether `x` lies in the host's own memory, and not on an accelerator that it would wait for."""
+    return x.device.type == "cpu"
+
+
 def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:
     """A `(B, ...)` tensor that `vmap` maps over dimension `dim`, of `size`, as `(size * B, ...)`."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

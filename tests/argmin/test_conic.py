@@ -9,6 +9,8 @@ from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.power_cone import dual_power_cone, power_cone
 from implicitly.iterate import Status
 
+pytestmark = pytest.mark.host  # as Clarabel is
+
 D = torch.float64
 CONES = Cones(2, 3, (3, 3, 4), (2,), 2, ((0.3, 0.7), (0.2, 0.3, 0.5)))
 

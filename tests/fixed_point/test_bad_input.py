@@ -70,7 +70,8 @@ def test_another_dtype_than_z_is_refused_and_where_it_usually_comes_from():
 
 
 def test_another_device_than_z_is_refused():
-    refused(ValueError, f"f must return the device of z0: expected {Z0.device}, got meta", f=lambda z, x: z.to("meta"))
+    expected = f"f must return the device of z0: expected {Z0.device}, got meta"
+    refused(ValueError, expected, f=lambda z, x: z.to("meta"))
 
 
 def test_a_state_of_several_dtypes_or_devices_is_refused():

@@ -94,6 +94,7 @@ def test_the_norm_of_an_equilibrium_reaches_the_parameters():
     assert cell.linear.weight.grad.abs().min() > 0
 
 
+@pytest.mark.host  # other weights are drawn elsewhere, for which Anderson may stagnate before they contract
 def test_training_on_the_norm_makes_the_cell_contract_more():
     cell = Dense(8, norm=2.0)
     x = torch.randn(16, 8)

@@ -119,7 +119,9 @@ def permutahedron(z: Tensor, w: Tensor) -> Tensor:
 def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
     """`permutahedron` of finite rows."""
     z, w = torch.broadcast_tensors(z, w.sort(-1, descending=True).values)
-    order = z.detach().argsort(-1, descending=True)
+    order = z.detach().argsort(
+        dim=-1, descending=True, stable=True
+    )  # ties alike in every derivative, on any device
     descending = z.gather(-1, order)
     blocks = outside(_blocks, w - descending)
     # A block keeps its differences, and takes the mean of w.

@@ -35,7 +35,7 @@ from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
-from implicitly.tree import is_batched, is_plain, is_recorded, merge_rows, of_places, unwrapped
+from implicitly.tree import is_batched, is_near, is_plain, is_recorded, merge_rows, of_places, unwrapped
 
 # Where in `Integrated` the times are that samples got to.
 REACHED = Integrated._fields.index("t")
@@ -110,7 +110,7 @@ class Work:
             key = (self.key, self.method)
             found = integrate_as_graph(key, partial(self.stepper, False), times, y0, k0, theta, self.record)
         if found is None:
-            host = not torch.compiler.is_compiling() and times.device.type == "cpu"
+            host = not torch.compiler.is_compiling() and is_near(times)
             found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
         found, y, self.calls = found
         self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
