@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from implicitly.history import combine, empty_slots, filled, products, with_room, write, write_cross, write_result
-from implicitly.host import happens
+from implicitly.host import happens, remembered
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
+from implicitly.tree import is_near, records
 
 LARGEST_WEIGHTS = 1e4
 
@@ -83,23 +84,50 @@ def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
     weights, believable = _least(gram, count)
     if not happens(~believable):
         return weights
-    # Once more without the systems that mean nothing: what they left must not reach a derivative.
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    weights, _ = _least(torch.where(believable[:, None, None], gram, eye), count)
-    index = slot.reshape(1) if isinstance(slot, Tensor) else torch.full((1,), slot, device=gram.device)
-    return where_rows(believable, weights, torch.zeros_like(weights).index_fill(1, index, 1.0))
+    if records():  # once more without the systems that mean nothing: what they left must not reach a derivative
+        eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        weights, _ = _least(torch.where(believable[:, None, None], gram, eye), count)
+    newest = torch.arange(gram.shape[1], device=gram.device) == slot
+    return where_rows(believable, weights, newest.to(weights.dtype))
 
 
 def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The solution `(B, c)` of G w = 1, scaled to sum 1, and where `(B,)` to believe it."""
-    # Residuals shrink by orders of magnitude over the history; a Cholesky factorisation is as accurate as if they
-    # all had length 1.
-    factor, info = torch.linalg.cholesky_ex(gram)
-    right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
-    if isinstance(count, Tensor):
-        right = right * (torch.arange(gram.shape[1], device=gram.device) < count)[:, None]
-    weights = torch.cholesky_solve(right, factor)[:, :, 0]
+    """The solution `(B, c)` of G w = 1, scaled to sum 1, and where `(B,)` to believe it.
+
+    Residuals shrink by orders of magnitude over the history; both ways are as accurate as if they all had length 1.
+    """
+    if is_near(gram) and not torch.compiler.is_compiling():
+        factor, info = torch.linalg.cholesky_ex(gram)
+        right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
+        weights, definite = torch.cholesky_solve(right, factor)[:, :, 0], info == 0
+    else:
+        weights, definite = _eliminated(gram, count)
     weights = weights / weights.sum(1, keepdim=True)
     # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
     # contracts by q needs weights of about 1 / (1 - q).) NaN compares false.
-    return weights, (weights.abs().sum(1) < LARGEST_WEIGHTS) & (info == 0)
+    return weights, (weights.abs().sum(1) < LARGEST_WEIGHTS) & definite
+
+
+def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The solution `(B, c)` of G w = 1 by Gauss and Jordan's elimination, and which G `(B,)` are positive definite.
+
+    An accelerator's decompositions wait for it, which no CUDA graph can hold, and round in another way for another
+    size of the batch; a compiler can fuse them with nothing.
+    """
+    if isinstance(count, Tensor):  # nothing is asked of empty slots
+        right = (torch.arange(gram.shape[1], device=gram.device) < count).to(gram.dtype)
+        whole = torch.cat([gram, right[:, None].expand(len(gram), -1, 1)], dim=2)
+    else:
+        whole = torch.nn.functional.pad(gram, (0, 1), value=1.0)
+    others = _others(gram.shape[1], gram.dtype, gram.device)
+    for j in range(gram.shape[1]):
+        row = whole[:, j : j + 1] / whole[:, j : j + 1, j : j + 1]
+        whole = torch.addcmul(whole, whole[:, :, j : j + 1] * others[:, j : j + 1], row, value=-1)
+    pivots = whole.diagonal(dim1=1, dim2=2)
+    return whole[:, :, -1] / pivots, (pivots > 0).all(1)
+
+
+@remembered(64)
+def _others(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(count, count)`, 0 on the diagonal and 1 beside it."""
+    return 1 - torch.eye(count, dtype=dtype, device=device)
