@@ -94,7 +94,7 @@ def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
 def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """The solution `(B, c)` of G w = 1, scaled to sum 1, and where `(B,)` to believe it.
 
-    Residuals shrink by orders of magnitude over the history; both ways are as accurate as if they all had length 1.
+    Residuals shrink by orders of magnitude over the history; either way is as accurate as if all had length 1.
     """
     if is_near(gram) and not torch.compiler.is_compiling():
         factor, info = torch.linalg.cholesky_ex(gram)
@@ -109,7 +109,7 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The solution `(B, c)` of G w = 1 by Gauss and Jordan's elimination, and which G `(B,)` are positive definite.
+    """The solution `(B, c)` of G w = 1 by elimination (Gauss and Jordan), and where `(B,)` G is positive definite.
 
     An accelerator's decompositions wait for it, which no CUDA graph can hold, and round in another way for another
     size of the batch; a compiler can fuse them with nothing.
