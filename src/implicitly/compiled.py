@@ -249,15 +249,19 @@ def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[...
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options={"cpp_wrapper": True})
 
 
-def compiled_search(key: Hashable) -> Callable[..., Found]:
-    """`search` as one graph, kept under `key`, the solver, and the shapes and dtypes of what it is called with.
+def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:
+    """`search` of the condition `own` as one graph, kept under its name, `key`, the solver, and the shapes and
+    dtypes of what it is called with.
 
-    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs.
+    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs. So it
+    does, without a word, for another condition: `own` as mapped by `vmap`.
     """
 
     def run(
         solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
+        if condition is not own:
+            return search(solver, condition, z0, theta, r0)
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         name = f"{condition.name} with {type(solver).__name__}"
         if solver.nests:
@@ -272,7 +276,7 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
             return search(solver, condition, z0, theta, r0)
 
-        found = run_as_graph(name, (key, solver), solve, z0, r0, *theta, varies=True)
+        found = run_as_graph(name, (own.name, key, solver), solve, z0, r0, *theta, varies=True)
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 
     return run
