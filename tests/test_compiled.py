@@ -245,3 +245,64 @@ def test_without_a_compiler_the_eager_loop_runs_and_says_so(tmp_path):
     assert fallback is not None
     assert len(told) == 1
     assert "eager" in told[0]
+
+
+# ------------------------------------------------------------------------------------- a solve inside of a solve
+
+INNER_PICARD = im.FixedPointIteration(rtol=1e-12)
+INNER = {
+    "linear_solve": lambda z, A: im.linear_solve(lambda v, A: v @ A.mT, z, A),
+    "fixed_point": lambda z, A: im.fixed_point(
+        lambda y, z, A: 0.2 * torch.tanh(y @ A) + z, torch.zeros_like(z), z, A, solver=INNER_PICARD
+    ),
+    "argmin": lambda z, A: im.argmin(
+        lambda y, z, A: ((y @ A.mT - z) ** 2).sum(1), torch.zeros_like(z), z, A, in_dims=(0, None)
+    ),
+    "qp": lambda z, A: im.qp(A @ A.mT, z),
+    "odeint": lambda z, A: im.odeint(lambda t, y, A: -y @ A, z, torch.linspace(0, 1, 2).to(z), A),
+}
+
+
+def holds_a_solve(name):
+    """An f whose value takes a solve by `name`, and which contracts."""
+
+    def f(z, x, A):
+        value = INNER[name](z + x, A).value
+        return 0.3 * torch.tanh(value[-1] if name == "odeint" else value) + x
+
+    return f
+
+
+def as_field(f):
+    return lambda t, y, x, A: f(y, x, A) - y
+
+
+OUTER = {
+    "fixed_point": lambda f, x, A, **how: im.fixed_point(f, torch.zeros_like(x), x, A, solver=INNER_PICARD, **how),
+    "odeint": lambda f, x, A, **how: im.odeint(
+        as_field(f), torch.zeros_like(x), torch.linspace(0, 1, 2).to(x), x, A, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_solve_inside_of_a_compiled_one_makes_it_eager_and_is_named(outer, inner):
+    A, x = 3 * torch.eye(3).double() + 0.3 * torch.randn(3, 3).double(), torch.randn(2, 3).double()
+    f = holds_a_solve(inner)
+
+    def solved(**how):
+        inputs = (x.clone().requires_grad_(), A.clone().requires_grad_())
+        value = OUTER[outer](f, *inputs, **how).value
+        return value, *torch.autograd.grad(value.sin().sum(), inputs)
+
+    expected = solved()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", im.CompileWarning)
+        actual = solved(compile=True)
+    told = [str(w.message) for w in told if issubclass(w.category, im.CompileWarning)]
+    assert len(told) == 1
+    assert told[0].startswith(f"{outer} with")
+    assert f"f itself calls {inner}, and a graph cannot hold one solve inside of another" in told[0]
+    for a, b in zip(actual, expected):
+        assert torch.equal(a, b)

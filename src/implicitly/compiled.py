@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitly.graph_break import REASON
 from implicitly.implicit import Condition, search, users_line
 from implicitly.iterate import Found, Solver
 
@@ -235,7 +237,10 @@ def _released(*tensors: Tensor) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says first: its first line, and the next one where that only announces it."""
+    """That f calls a solve of its own; else what an error says first: its first line, and the next one where that
+    only announces it."""
+    if nested := re.search(rf"<function (\w+) at .*{re.escape(REASON)}", str(error)):
+        return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
