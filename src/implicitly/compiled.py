@@ -8,8 +8,9 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,13 +67,16 @@ class _Graph:
     first_call_s: float | None = None
     calls: int = 0
     fallback: str | None = None
+    abandoned: bool = False  # amid its compilation
+    making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What to run it with."""
         # Detached: whether a gradient is wanted is no reason to compile again.
         inputs = [t.detach() for t in tensors]
         for i, dim in self.varying:
             torch._dynamo.mark_dynamic(inputs[i], dim)
-        return self.run(*inputs)
+        return inputs
 
     def report(self) -> CompiledSolve:
         """What the user sees."""
@@ -107,39 +111,45 @@ def run_as_graph(
 
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
     static arguments, the solver. A graph in the cache runs in place of another `function` of the same key. Where
-    the batch `varies`, the graph for a second batch size leaves that size open.
+    the batch `varies`, the graph for a second batch size leaves that size open. Threads that ask for one graph
+    wait for the one of them that makes it.
     """
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     index, graph = _kept(name, key, shapes, function, varies)
-    if graph.fallback is not None:
-        return None
-    begin, done = time.perf_counter(), False
-    # Imported on first use: the compiler takes as long to import as all of torch.
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
-    try:
-        out = graph(*tensors)
-        done = True
-        with _lock:
-            graph.calls += 1
-            graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
-        return out
-    except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
-        # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
-        # says so.
-        if not graph.varying:
-            done = True
-            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+    with graph.making if graph.first_call_s is None else nullcontext():
+        if graph.abandoned:
+            return run_as_graph(name, key, function, *tensors, varies=varies)
+        run = graph.run  # read first: that there is a fallback is noted before the graph is released
+        if graph.fallback is not None:
             return None
-        with _lock:
-            _problems.setdefault(key, _Made()).fixed = True
-    finally:
-        if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+        begin, done = time.perf_counter(), False
+        # Imported on first use: the compiler takes as long to import as all of torch.
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+        from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+        try:
+            out = run(*graph.inputs(tensors))
+            done = True
             with _lock:
-                if _graphs.get(index) is graph:
-                    del _graphs[index]
+                graph.calls += 1
+                graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+            return out
+        except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
+            # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
+            # says so.
+            if not graph.varying:
+                done = True
+                _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+                return None
+            with _lock:
+                _problems.setdefault(key, _Made()).fixed = True
+        finally:
+            if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+                with _lock:
+                    graph.abandoned = True
+                    if _graphs.get(index) is graph:
+                        del _graphs[index]
     return run_as_graph(name, key, function, *tensors)  # the size is not left open again
 
 
@@ -178,8 +188,11 @@ def _kept(
 def _fall_back(graph: _Graph, reason: str, seconds: float) -> None:
     """Note that there is no `graph`, and warn of it."""
     with _lock:
+        told = graph.fallback is not None
         graph.fallback, graph.first_call_s = reason, seconds
         graph.run = _released
+    if told:  # by another thread
+        return
     warnings.warn(
         f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
         CompileWarning,

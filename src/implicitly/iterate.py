@@ -266,7 +266,7 @@ def iterate(
     F = bind(*theta)
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
     carry = loop.start(F, z, r, scale)
-    droppable = carries is not None and not torch.compiler.is_compiling()
+    droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
     k, step, going = 0, partial(loop.step, F), partial(loop.worth_a_step, droppable)
     if leave_last and loop.budget_only:
         k, carry = repeat(step, carry, going, solver.max_steps - 1)
@@ -309,7 +309,7 @@ class _Loop:
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
         calls: int | Tensor = int(r is None)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             calls = torch.full((), calls, dtype=torch.int64, device=z.device)
         r = F(z) if r is None else r
         norm = row_norm(r)
@@ -395,7 +395,7 @@ class _Loop:
         """Whether to take another step before samples are dropped, or all are done."""
         if c.status is None:
             return c.steps.shape[0] > 0
-        if self.budget_only and not (on_host(c.status) or torch.compiler.is_compiling()):
+        if self.budget_only and not (on_host(c.status) or torch.compiler.is_dynamo_compiling()):
             return True  # the number of steps is known; nothing is asked that an accelerator has to answer
         running = is_running(c.status)
         if not droppable:
@@ -470,7 +470,7 @@ def repeat(
 
     Traced by `torch.compile` this is one `while_loop` graph; otherwise a Python loop.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         flat, spec = pytree.tree_flatten(carry)
         start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k
 
