@@ -206,6 +206,7 @@ def iterations(adjoint):
     return getattr(adjoint, "steps", 1), getattr(adjoint, "damping", 1.0)
 
 
+@pytest.mark.host  # elsewhere it is not asked whether all went well until then, and f is called once more
 @pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
 @pytest.mark.parametrize("solver", BUDGETS, ids=repr)
 def test_the_last_call_of_a_number_of_steps_is_the_first_that_is_recorded(solver, adjoint):
@@ -260,6 +261,7 @@ def _fails_at(call, sample=1):
     return f, calls
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
 @pytest.mark.parametrize("in_dims", [None, (None, 0, 0)])
 @pytest.mark.parametrize("call", [1, 3, 4])
@@ -313,6 +315,7 @@ def test_a_failure_at_the_shared_call_is_reported():
             )
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
 def test_transforms_share_the_call_too(adjoint):
     solver, W = im.Anderson(rtol=0, max_steps=3), matrix(3, 0.8, 52)
