@@ -149,3 +149,9 @@ def test_public_names_are_what_the_package_says_and_nothing_else():
     for name in im.__all__:
         assert hasattr(im, name), name
     assert len(set(im.__all__)) == len(im.__all__)
+
+
+def test_whether_code_is_traced_is_asked_of_this_thread():
+    """`torch.compiler.is_compiling` is true in all threads while one compiles; `is_dynamo_compiling` is not."""
+    for file in FILES:
+        assert "compiler.is_compiling" not in file.read_text(), file

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import warnings
 
 import pytest
@@ -245,3 +247,171 @@ def test_without_a_compiler_the_eager_loop_runs_and_says_so(tmp_path):
     assert fallback is not None
     assert len(told) == 1
     assert "eager" in told[0]
+
+
+# ------------------------------------------------------------------------------------------------------ threads
+
+
+def in_threads(*work):
+    """What each of `work` returns, or the exception that it raises, all begun at once."""
+    go, results = threading.Barrier(len(work)), [None] * len(work)
+
+    def run(i):
+        go.wait()
+        try:
+            results[i] = work[i]()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)  # those that wait for each other are left
+        assert not thread.is_alive()
+    return results
+
+
+def test_threads_share_graphs_of_the_same_key_and_make_those_of_others(traced):
+    def tanh(z, x, W):
+        return torch.tanh(z @ W) + x
+
+    def sine(z, x, W):
+        return torch.sin(z @ W) + x
+
+    W = 0.1 * torch.randn(4, 4)
+    cases = [
+        (f, torch.randn(batch, 4), solver) for f in (tanh, sine) for batch in (3, 3, 5) for solver in (PICARD,)
+    ]
+
+    def gradients(f, x, solver, compile):
+        inputs = (x.clone().requires_grad_(), W.clone().requires_grad_())
+        value = im.fixed_point(f, torch.zeros_like(x), *inputs, solver=solver, compile=compile).value
+        return value.detach(), *torch.autograd.grad(value.sin().sum(), inputs)
+
+    def repeatedly(case):
+        return [gradients(*case, compile=True) for _ in range(3)]
+
+    results = in_threads(*(lambda case=case: repeatedly(case) for case in cases))
+    for case, result in zip(cases, results):
+        if isinstance(result, BaseException):
+            raise result
+        expected = gradients(*case, compile=False)
+        for actual in result:
+            assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    kept = traced.values()
+    assert len(kept) == 4
+    assert sum(graph.calls for graph in kept) == 3 * len(cases)
+
+
+def test_of_a_graph_that_cannot_be_had_threads_tell_once(monkeypatch):
+    begun = []
+
+    def fails(*tensors):
+        begun.append(1)
+        time.sleep(0.05)
+        raise AssertionError("no graph")
+
+    monkeypatch.setattr(compiled, "_compile", lambda function, dynamic: fails)
+    run = lambda: compiled.run_as_graph("solve", "key", torch.neg, torch.zeros(3))  # noqa: E731
+    with pytest.warns(im.CompileWarning, match="no graph") as told:
+        assert in_threads(*[run] * 5) == [None] * 5
+    assert len(told) == len(begun) == 1
+
+
+def test_a_thread_that_waits_for_a_graph_whose_compilation_is_interrupted_makes_its_own(monkeypatch):
+    begun = []
+
+    def interrupted_once(*tensors):
+        begun.append(1)
+        if len(begun) == 1:
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        return "done"
+
+    monkeypatch.setattr(compiled, "_compile", lambda function, dynamic: interrupted_once)
+    run = lambda: compiled.run_as_graph("solve", "key", torch.neg, torch.zeros(3))  # noqa: E731
+    results = in_threads(run, run, run)
+    assert sum(isinstance(result, KeyboardInterrupt) for result in results) == 1
+    assert results.count("done") == 2
+    (kept,) = im.compile_statistics()
+    assert kept.calls == 2
+
+
+def test_solves_of_other_threads_stay_eager_while_one_compiles():
+    """`torch.compiler.is_compiling` is true in all threads then."""
+    x, seen = torch.randn(3, 4), []
+    expected = solve(scaled, x, 2, compile=False)
+
+    def backend(graph, inputs):
+        (result,) = in_threads(lambda: (torch.compiler.is_compiling(), solve(scaled, x, 2, compile=False)))
+        seen.append(result)
+        return graph
+
+    assert torch.equal(torch.compile(torch.sin, backend=backend)(x), x.sin())
+    ((compiling, value),) = seen
+    assert compiling
+    assert torch.equal(value, expected)
+    # As a loop in a graph it would also be right, and have compiled one.
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------- a solve inside of a solve
+
+INNER_PICARD = im.FixedPointIteration(rtol=1e-12)
+INNER = {
+    "linear_solve": lambda z, A: im.linear_solve(lambda v, A: v @ A.mT, z, A),
+    "fixed_point": lambda z, A: im.fixed_point(
+        lambda y, z, A: 0.2 * torch.tanh(y @ A) + z, torch.zeros_like(z), z, A, solver=INNER_PICARD
+    ),
+    "argmin": lambda z, A: im.argmin(
+        lambda y, z, A: ((y @ A.mT - z) ** 2).sum(1), torch.zeros_like(z), z, A, in_dims=(0, None)
+    ),
+    "qp": lambda z, A: im.qp(A @ A.mT, z),
+    "odeint": lambda z, A: im.odeint(lambda t, y, A: -y @ A, z, torch.linspace(0, 1, 2).to(z), A),
+}
+
+
+def holds_a_solve(name):
+    """An f whose value takes a solve by `name`, and which contracts."""
+
+    def f(z, x, A):
+        value = INNER[name](z + x, A).value
+        return 0.3 * torch.tanh(value[-1] if name == "odeint" else value) + x
+
+    return f
+
+
+def as_field(f):
+    return lambda t, y, x, A: f(y, x, A) - y
+
+
+OUTER = {
+    "fixed_point": lambda f, x, A, **how: im.fixed_point(f, torch.zeros_like(x), x, A, solver=INNER_PICARD, **how),
+    "odeint": lambda f, x, A, **how: im.odeint(
+        as_field(f), torch.zeros_like(x), torch.linspace(0, 1, 2).to(x), x, A, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_solve_inside_of_a_compiled_one_makes_it_eager_and_is_named(outer, inner):
+    A, x = 3 * torch.eye(3).double() + 0.3 * torch.randn(3, 3).double(), torch.randn(2, 3).double()
+    f = holds_a_solve(inner)
+
+    def solved(**how):
+        inputs = (x.clone().requires_grad_(), A.clone().requires_grad_())
+        value = OUTER[outer](f, *inputs, **how).value
+        return value, *torch.autograd.grad(value.sin().sum(), inputs)
+
+    expected = solved()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", im.CompileWarning)
+        actual = solved(compile=True)
+    told = [str(w.message) for w in told if issubclass(w.category, im.CompileWarning)]
+    assert len(told) == 1
+    assert told[0].startswith(f"{outer} with")
+    assert f"f itself calls {inner}, and a graph cannot hold one solve inside of another" in told[0]
+    for a, b in zip(actual, expected):
+        assert torch.equal(a, b)

@@ -46,7 +46,7 @@ class Adjoint(ABC):
 
     def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
         """The solver's result, without gradients."""
-        run = compiled_search((condition.name, problem.key)) if compile else None
+        run = compiled_search(condition, problem.key) if compile else None
         return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
 
     @abstractmethod

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from implicitly.graph_break import REASON
 from implicitly.implicit import Condition, search, users_line
 from implicitly.iterate import Found, Solver
 
@@ -64,13 +67,16 @@ class _Graph:
     first_call_s: float | None = None
     calls: int = 0
     fallback: str | None = None
+    abandoned: bool = False  # amid its compilation
+    making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What to run it with."""
         # Detached: whether a gradient is wanted is no reason to compile again.
         inputs = [t.detach() for t in tensors]
         for i, dim in self.varying:
             torch._dynamo.mark_dynamic(inputs[i], dim)
-        return self.run(*inputs)
+        return inputs
 
     def report(self) -> CompiledSolve:
         """What the user sees."""
@@ -105,39 +111,45 @@ def run_as_graph(
 
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
     static arguments, the solver. A graph in the cache runs in place of another `function` of the same key. Where
-    the batch `varies`, the graph for a second batch size leaves that size open.
+    the batch `varies`, the graph for a second batch size leaves that size open. Threads that ask for one graph
+    wait for the one of them that makes it.
     """
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     index, graph = _kept(name, key, shapes, function, varies)
-    if graph.fallback is not None:
-        return None
-    begin, done = time.perf_counter(), False
-    # Imported on first use: the compiler takes as long to import as all of torch.
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
-    try:
-        out = graph(*tensors)
-        done = True
-        with _lock:
-            graph.calls += 1
-            graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
-        return out
-    except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
-        # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
-        # says so.
-        if not graph.varying:
-            done = True
-            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+    with graph.making if graph.first_call_s is None else nullcontext():
+        if graph.abandoned:
+            return run_as_graph(name, key, function, *tensors, varies=varies)
+        run = graph.run  # read first: that there is a fallback is noted before the graph is released
+        if graph.fallback is not None:
             return None
-        with _lock:
-            _problems.setdefault(key, _Made()).fixed = True
-    finally:
-        if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+        begin, done = time.perf_counter(), False
+        # Imported on first use: the compiler takes as long to import as all of torch.
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+        from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+        try:
+            out = run(*graph.inputs(tensors))
+            done = True
             with _lock:
-                if _graphs.get(index) is graph:
-                    del _graphs[index]
+                graph.calls += 1
+                graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+            return out
+        except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
+            # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
+            # says so.
+            if not graph.varying:
+                done = True
+                _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+                return None
+            with _lock:
+                _problems.setdefault(key, _Made()).fixed = True
+        finally:
+            if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+                with _lock:
+                    graph.abandoned = True
+                    if _graphs.get(index) is graph:
+                        del _graphs[index]
     return run_as_graph(name, key, function, *tensors)  # the size is not left open again
 
 
@@ -176,8 +188,11 @@ def _kept(
 def _fall_back(graph: _Graph, reason: str, seconds: float) -> None:
     """Note that there is no `graph`, and warn of it."""
     with _lock:
+        told = graph.fallback is not None
         graph.fallback, graph.first_call_s = reason, seconds
         graph.run = _released
+    if told:  # by another thread
+        return
     warnings.warn(
         f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
         CompileWarning,
@@ -235,7 +250,10 @@ def _released(*tensors: Tensor) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says first: its first line, and the next one where that only announces it."""
+    """That f calls a solve of its own; else what an error says first: its first line, and the next one where that
+    only announces it."""
+    if nested := re.search(rf"<function (\w+) at .*{re.escape(REASON)}", str(error)):
+        return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
@@ -249,15 +267,19 @@ def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[...
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options={"cpp_wrapper": True})
 
 
-def compiled_search(key: Hashable) -> Callable[..., Found]:
-    """`search` as one graph, kept under `key`, the solver, and the shapes and dtypes of what it is called with.
+def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:
+    """`search` of the condition `own` as one graph, kept under its name, `key`, the solver, and the shapes and
+    dtypes of what it is called with.
 
-    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs.
+    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs. So it
+    does, without a word, for another condition: `own` as mapped by `vmap`.
     """
 
     def run(
         solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
+        if condition is not own:
+            return search(solver, condition, z0, theta, r0)
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         name = f"{condition.name} with {type(solver).__name__}"
         if solver.nests:
@@ -272,7 +294,7 @@ def compiled_search(key: Hashable) -> Callable[..., Found]:
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
             return search(solver, condition, z0, theta, r0)
 
-        found = run_as_graph(name, (key, solver), solve, z0, r0, *theta, varies=True)
+        found = run_as_graph(name, (own.name, key, solver), solve, z0, r0, *theta, varies=True)
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 
     return run

@@ -45,7 +45,7 @@ def value_and_descent(
     objective: Callable[[Tensor], Tensor], z: Tensor, theta: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """The `objective`, one value a row of `z`, and minus its gradient; `theta` is what else it depends on."""
-    if torch.compiler.is_compiling() or not is_plain(z, *theta):
+    if torch.compiler.is_dynamo_compiling() or not is_plain(z, *theta):
         value, pull = pullback(objective, z)
         return value, -pull(torch.ones_like(value))[0]
     # For nobody to differentiate: autograd takes a third of the time of torch.func.
@@ -159,7 +159,7 @@ def wolfe(
     line = _Line(F, z, d, value if below is None else below, slope, flattens=below is None)
     zero = torch.zeros_like(slope)
     first, first_r, first_slope = line.at(length)
-    calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1
+    calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
     # Nothing is to be had where the objective does not fall at first, as for samples that have finished.
     done = ~((slope < 0) & value.isfinite())
     b = _Bracket(

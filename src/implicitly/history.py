@@ -27,7 +27,7 @@ def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     What was never written is never read (see `filled`), save in a traced loop, where all of it is there and zero.
     """
     batch, n = like.shape
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         first, second = like.new_zeros(2, batch, slots, n).unbind(0)
     else:  # slot by slot in memory
         first, second = _empty(like, 2, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)

@@ -33,7 +33,7 @@ def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def call(*args: Any) -> R:
-            return function(*args) if torch.compiler.is_compiling() else kept(*args)  # pyright: ignore[reportCallIssue]
+            return function(*args) if torch.compiler.is_dynamo_compiling() else kept(*args)  # pyright: ignore[reportCallIssue]
 
         return cast(Callable[P, R], call)
 
@@ -71,12 +71,12 @@ def library(x: Array) -> ModuleType:
 
 def on_host(*tensors: Tensor) -> bool:
     """Whether the numbers of all `tensors` can be looked at without waiting."""
-    return not torch.compiler.is_compiling() and all(is_near(x) and not is_wrapped(x) for x in tensors)
+    return not torch.compiler.is_dynamo_compiling() and all(is_near(x) and not is_wrapped(x) for x in tensors)
 
 
 def to_host(x: Tensor) -> Array:
     """`x`, detached, as an array of the kind to be used where it lies."""
-    if torch.compiler.is_compiling() or not is_near(x):
+    if torch.compiler.is_dynamo_compiling() or not is_near(x):
         return x.detach()
     if not under_transform():
         return x.detach().numpy()
@@ -111,7 +111,7 @@ def to_tensor(x: Array) -> Tensor:
 
 def happens(mask: Tensor) -> bool:
     """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     mask = unwrapped(mask)
     return mask.numel() > 0 and (not is_near(mask) or bool(mask.any()))

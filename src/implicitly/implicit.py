@@ -41,6 +41,7 @@ from implicitly.iterate import (
     Status,
     is_success,
     iterate,
+    last_step,
 )
 from implicitly.linear import Affine
 from implicitly.tree import (
@@ -184,22 +185,50 @@ def find(
     theta: tuple[Tensor, ...],
     r0: Tensor | None = None,
     run: Callable[..., Found] | None = None,
+    *,
+    leave_last: bool = False,
 ) -> Found:
     """A point that satisfies `condition`, from `z0` `(B, n)`; no gradients are recorded.
 
-    `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one).
+    `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one). `leave_last`: as of
+    `iterate`; where `Found.ahead` tells that the last call was left, `arrive` ends the solve.
     """
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
-    found = _Find.apply(solver, condition, run or search, len(start), *starts, *theta)
-    z, status, residual, steps, evaluations, *estimate = found
-    return Found(z, status, residual, steps, evaluations, tuple(estimate))
+    run = partial(search, leave_last=True) if leave_last else run or search
+    found = _Find.apply(solver, condition, run, len(start), *starts, *theta)
+    z, status, residual, steps, evaluations, *rest = found
+    known = {"ahead" if leave_last else "estimate": tuple(rest)}
+    return Found(z, status, residual, steps, evaluations, **known)
+
+
+def arrive(found: Found, r: Tensor, solver: Solver, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
+    """The end of the solve `found`, whose last residual `r` `(B, n)`, at `found.ahead`, was left to the caller."""
+    starts = [t.detach() for t in (*found.ahead, r, found.z, found.residual)]
+    z, status, residual, steps, _ = _Find.apply(solver, condition, _last_step, len(starts), *starts, *theta)
+    return Found(z, status, residual, steps, found.evaluations + 1)
+
+
+def _last_step(
+    solver: Solver, condition: Condition, z: Tensor, theta: tuple[Tensor, ...], *known: Tensor
+) -> Found:
+    with full_precision(z.device.type):
+        return last_step(solver, z, *known)
 
 
 def search(
-    solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+    solver: Solver,
+    condition: Condition,
+    z0: Tensor,
+    theta: tuple[Tensor, ...],
+    r0: Tensor | None = None,
+    *,
+    leave_last: bool = False,
 ) -> Found:
-    """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records."""
+    """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records.
+
+    `leave_last`: as of `iterate`; then without an estimate.
+    """
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
@@ -211,7 +240,7 @@ def search(
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         scale = row_norm(r0) if condition.scale is None else condition.scale(condition.at(*theta), z0, r0)
     with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
-        return iterate(
+        found = iterate(
             solver,
             condition.at,
             theta,
@@ -223,7 +252,9 @@ def search(
             scale=scale,
             carries=condition.carries,
             verify=solver.recurrent,
+            leave_last=leave_last,
         )
+    return found._replace(estimate=()) if leave_last else found
 
 
 class Opaque(torch.autograd.Function):
@@ -254,20 +285,21 @@ class _Find(Opaque):
     @staticmethod
     def forward(solver, condition, run, starts, *tensors):
         start, theta = tensors[:starts], tensors[starts:]
-        found = condition.examined(run(solver, condition, start[0], theta, *start[1:]), theta)
-        condition.report(condition.name, solver, found)
+        found = run(solver, condition, start[0], theta, *start[1:])
+        if not found.ahead:
+            found = condition.examined(found, theta)
+            condition.report(condition.name, solver, found)
         # Outputs must not alias inputs: a converged start is its own answer.
         z = found.z.clone() if found.z is start[0] else found.z
-        return z, *found[1:5], *found.estimate
+        return z, *found[1:5], *found.estimate, *found.ahead
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        solver, condition, _, starts, *tensors = args
+        solver, condition, run, starts, *tensors = args
         dims, size = in_dims[4:], info.batch_size
         start = [merge_rows(t, d, size) for t, d in zip(tensors[:starts], dims)]
         condition, theta = _mapped(condition, dims[starts:], size, tuple(tensors[starts:]))
-        # A compiled run is of one condition; the mapped one is another.
-        output = _Find.apply(solver, condition, search, starts, *start, *theta)
+        output = _Find.apply(solver, condition, run, starts, *start, *theta)
         outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
         return tuple(outputs), tuple(0 if t.ndim else None for t in output)
 

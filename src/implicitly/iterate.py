@@ -122,6 +122,11 @@ class Proposal(NamedTuple):
     verdict: Tensor | None = None
     progress: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all there is to it is where to evaluate the residual next."""
+        return all(x is None for x in (self.residual, self.singular, self.verdict, self.progress))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
@@ -201,7 +206,11 @@ class Solver(ABC):
 
 class Found(NamedTuple):
     """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count, what the solver
-    knows of the inverse Jacobian."""
+    knows of the inverse Jacobian.
+
+    While the last call of f is left to the caller, `ahead` holds the last iterate `(B, n)`, at which f is yet to
+    be called; `z` and `residual` are of the best one before it, and every sample is RUNNING.
+    """
 
     z: Tensor
     status: Tensor
@@ -209,6 +218,7 @@ class Found(NamedTuple):
     steps: Tensor
     evaluations: Tensor
     estimate: tuple[Tensor, ...] = ()
+    ahead: tuple[Tensor, ...] = ()
 
 
 class _Carry(NamedTuple):
@@ -238,6 +248,7 @@ def iterate(
     floor: float = 0.0,
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
+    leave_last: bool = False,
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
@@ -249,12 +260,22 @@ def iterate(
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
+        leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
+            nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
     """
     F = bind(*theta)
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
     carry = loop.start(F, z, r, scale)
-    droppable = carries is not None and not torch.compiler.is_compiling()
-    k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, droppable), solver.max_steps)
+    droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
+    k, step, going = 0, partial(loop.step, F), partial(loop.worth_a_step, droppable)
+    if leave_last and loop.budget_only:
+        k, carry = repeat(step, carry, going, solver.max_steps - 1)
+        if carry.status is None:
+            new = solver.propose(F, k, carry.z, carry.r, carry.memory)
+            if new.is_plain:
+                return loop.ahead(carry, new)
+            k, carry = k + 1, loop.judge(F, k, carry, new)
+    k, carry = repeat(step, carry, going, solver.max_steps, k)
     found = loop.outcome(k, carry)
     rows: Tensor | None = None
     while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
@@ -288,7 +309,7 @@ class _Loop:
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
         calls: int | Tensor = int(r is None)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             calls = torch.full((), calls, dtype=torch.int64, device=z.device)
         r = F(z) if r is None else r
         norm = row_norm(r)
@@ -303,7 +324,10 @@ class _Loop:
         return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
 
     def step(self, F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
-        new = self.solver.propose(F, k, c.z, c.r, c.memory)
+        return self.judge(F, k, c, self.solver.propose(F, k, c.z, c.r, c.memory))
+
+    def judge(self, F: Residual, k: int | Tensor, c: _Carry, new: Proposal) -> _Carry:
+        """What is known after step `k` to what was proposed."""
         running = None if c.status is None else is_running(c.status)
         z = new.z if running is None else where_rows(running, new.z, c.z)
         if new.residual is None:
@@ -371,7 +395,7 @@ class _Loop:
         """Whether to take another step before samples are dropped, or all are done."""
         if c.status is None:
             return c.steps.shape[0] > 0
-        if self.budget_only and not (on_host(c.status) or torch.compiler.is_compiling()):
+        if self.budget_only and not (on_host(c.status) or torch.compiler.is_dynamo_compiling()):
             return True  # the number of steps is known; nothing is asked that an accelerator has to answer
         running = is_running(c.status)
         if not droppable:
@@ -390,8 +414,29 @@ class _Loop:
         calls = c.calls if isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
         return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
 
+    def ahead(self, c: _Carry, new: Proposal) -> Found:
+        """The last step, all samples running, but for the call of f at what was proposed."""
+        status = torch.full_like(c.steps, int(Status.RUNNING))
+        steps = torch.full_like(c.steps, self.solver.max_steps)
+        calls = torch.as_tensor(c.calls + new.calls, dtype=torch.int64)
+        return Found(c.best, status, c.best_norm, steps, calls, ahead=(new.z,))
+
     def take_rows(self, rows: Tensor) -> _Loop:
         return replace(self, rtol=self.rtol[rows]) if isinstance(self.rtol, Tensor) else self
+
+
+def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Tensor) -> Found:
+    """How a number of steps ends at `z` `(B, n)` with the residual `r`, after which no others are counted.
+
+    Where that is not finite the answer is the `best` iterate before, whose residual is `best_norm` `(B,)`.
+    """
+    norm = row_norm(r)
+    finite = norm.isfinite()
+    if happens(~finite):
+        z, norm = where_rows(finite, z, best), torch.where(finite, norm, best_norm)
+    status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NON_FINITE))
+    steps = torch.full_like(status, solver.max_steps)
+    return Found(z, status, norm, steps, steps.new_zeros(()))
 
 
 def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> Found:
@@ -425,7 +470,7 @@ def repeat(
 
     Traced by `torch.compile` this is one `while_loop` graph; otherwise a Python loop.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         flat, spec = pytree.tree_flatten(carry)
         start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k
 

@@ -229,7 +229,7 @@ class Opened:
         tensors, parameters = iter(theta[:count]), theta[count:]
         flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
         args = pytree.tree_unflatten(flat, self.args_spec)
-        own = not torch.compiler.is_compiling() and all(
+        own = not torch.compiler.is_dynamo_compiling() and all(
             given is mine for given, mine in zip(parameters, self.theta[len(self.theta) - self.parameters :])
         )
         exchanged = {name: parameters[i] for name, i in self.places}
@@ -250,7 +250,7 @@ class Opened:
         return torch.autocast(self.device_type, self.autocast, cache_enabled=False)
 
     def _call(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
-        transformed = not torch.compiler.is_compiling() and under_transform()
+        transformed = not torch.compiler.is_dynamo_compiling() and under_transform()
         if own and not transformed:
             return self.f(state, *args)
         if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
@@ -302,7 +302,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                     parameters.append(tensor)
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
-    default = torch.device("cpu") if torch.compiler.is_compiling() else torch.get_default_device()
+    default = torch.device("cpu") if torch.compiler.is_dynamo_compiling() else torch.get_default_device()
     theta = (*tensors, *parameters)
     return Opened(
         f,
@@ -498,7 +498,7 @@ def under_transform() -> bool:
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether `x` belongs to a `torch.func` transform."""
-    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_dynamo_compiling() and functorch.is_functorch_wrapped_tensor(x)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -524,7 +524,7 @@ def is_tracked(x: Tensor) -> bool:
 
 def records() -> bool:
     """Whether a derivative or a transform may follow what is computed now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_transform()
 

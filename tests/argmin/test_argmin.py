@@ -17,6 +17,7 @@ from tests.contracts import (
     TRANSFORMS,
     AdjointRow,
     SolverRow,
+    as_vector,
     check_a_bad_sample,
     check_by_differences,
     check_dual_numbers,
@@ -25,6 +26,7 @@ from tests.contracts import (
     check_third_order,
     check_transform,
     check_value,
+    library,
 )
 
 D = torch.float64
@@ -97,6 +99,15 @@ def test_the_gradient_is_that_of_the_exact_answer(problem, solver, adjoint, dtyp
 )
 def test_derivatives_agree_with_finite_differences(problem, solver, adjoint):
     check_by_differences(problem, solver, adjoint)
+
+
+@pytest.mark.parametrize(
+    ("problem", "solver"), [row for row in CONDITIONS if row[0].name not in DIFFERENCED], ids=_id
+)
+def test_second_derivatives_agree_with_finite_differences(problem, solver):
+    """Along random directions, in reverse mode."""
+    f, v = library(problem, solver, GMRES), as_vector(problem).requires_grad_()
+    assert torch.autograd.gradgradcheck(f, v, fast_mode=True)
 
 
 @pytest.mark.parametrize(("problem", "solver", "adjoint"), ORDERS, ids=_id)

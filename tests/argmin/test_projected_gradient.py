@@ -96,3 +96,27 @@ def test_modules_in_constraints_get_their_gradients():
     constraint, x = Radius(), draw(2, 3, seed=2) * 5
     im.argmin(nearest, torch.zeros(2, 3, dtype=D), x, constraint=constraint).value.sum().backward()
     torch.testing.assert_close(constraint.radius.grad, (x / x.norm(dim=1, keepdim=True)).sum())
+
+
+@pytest.mark.host  # elsewhere it is not asked whether all went well until then, and f is called once more
+def test_the_last_of_a_number_of_steps_is_called_once_also_where_it_is_recorded():
+    problem, calls = NAMED["box"], []
+
+    def counted(z, *args):
+        calls.append(len(z))
+        return bowl(z, *args)
+
+    solver, adjoint = im.FixedPointIteration(rtol=0, max_steps=4), im.JacobianFreeAdjoint()
+    inputs = [arg.clone().requires_grad_() for arg in problem.args]
+    constraint = im.Projection(problem.constraint, step=0.3)
+    solution = im.argmin(counted, problem.z0, *inputs, constraint=constraint, solver=solver, adjoint=adjoint)
+    assert len(calls) == solution.evaluations == 5
+    with torch.enable_grad():
+        z = solution.value.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(bowl(z, *inputs).sum(), z, create_graph=True)
+        step = problem.constraint(z - 0.3 * gradient, *inputs)
+    actual, expected = (
+        torch.autograd.grad(x.sum(), inputs, allow_unused=True, materialize_grads=True)
+        for x in (solution.value, step)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)

@@ -59,6 +59,13 @@ def test_derivatives_of_everything_by_everything(shared):
     assert gradgradcheck(outputs, args, fast_mode=True)
 
 
+@pytest.mark.parametrize("seed", [1, 3])  # the first or the second of the inequalities is active
+def test_every_entry_of_the_second_derivative_of_a_small_program(seed):
+    args = [t.requires_grad_() for t in program(batch=1, n=2, m=2, q=1, seed=seed)]
+    assert (im.qp(*args).dual_inequality > 0.01).sum() == 1
+    assert gradgradcheck(outputs, args)
+
+
 def test_third_derivative():
     args = program(batch=1, n=2, m=2, q=0, seed=5)
 

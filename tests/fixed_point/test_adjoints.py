@@ -178,6 +178,192 @@ def test_the_jacobian_free_gradient_is_a_descent_direction_of_a_contraction():
         assert float(torch.nn.functional.cosine_similarity(a.flatten(), e.flatten(), dim=0)) > 0.8
 
 
+# ------------------------------------------------------------- the call of f that solve and gradient share
+
+BUDGETS = [
+    im.FixedPointIteration(rtol=0, max_steps=1),
+    im.FixedPointIteration(rtol=0, max_steps=4),
+    im.Anderson(rtol=0, max_steps=3),
+    im.Broyden(rtol=0, max_steps=3),
+    im.Broyden(rtol=0, max_steps=3, line_search=True),
+    im.Newton(rtol=0, max_steps=2),
+]
+INEXACT = [im.JacobianFreeAdjoint(), im.PhantomAdjoint(steps=3, damping=0.7)]
+
+
+def counted(f):
+    """f, and the list that gets an entry for each call."""
+    calls = []
+
+    def call(z, *args):
+        calls.append(len(z))
+        return f(z, *args)
+
+    return call, calls
+
+
+def iterations(adjoint):
+    return getattr(adjoint, "steps", 1), getattr(adjoint, "damping", 1.0)
+
+
+@pytest.mark.host  # elsewhere it is not asked whether all went well until then, and f is called once more
+@pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
+@pytest.mark.parametrize("solver", BUDGETS, ids=repr)
+def test_the_last_call_of_a_number_of_steps_is_the_first_that_is_recorded(solver, adjoint):
+    (f, calls), W = counted(_tanh), matrix(3, 0.8, 52)
+    with torch.no_grad():
+        expected = im.fixed_point(f, Z0, W, X, solver=solver, adjoint=adjoint)
+    assert len(calls) == expected.evaluations or isinstance(solver, im.Newton)  # which also calls it for Jacobians
+    alone = len(calls)
+    z, inputs = expected.value, (W.clone().requires_grad_(), X.clone().requires_grad_())
+    steps, damping = iterations(adjoint)
+    for _ in range(steps):
+        z = z + damping * (_tanh(z, *inputs) - z)
+
+    calls.clear()
+    solution = im.fixed_point(f, Z0, *inputs, solver=solver, adjoint=adjoint)
+    nested = isinstance(solver, im.Newton) or solver.nests  # their last call is made to choose the step
+    assert len(calls) == alone + steps - (not nested)
+    for name in ("value", "status", "residual", "steps"):
+        assert torch.equal(getattr(solution, name), getattr(expected, name)), name
+    assert solution.evaluations == expected.evaluations
+    assert not solution.residual.requires_grad
+    weights = draw(4, 3, seed=58)
+    actual = torch.autograd.grad(solution.value, inputs, weights, create_graph=True)
+    wanted = torch.autograd.grad(z, inputs, weights, create_graph=True)
+    assert_close(actual, wanted, 1e-14)
+    second = [torch.autograd.grad(sum(g.sin().sum() for g in group), inputs) for group in (actual, wanted)]
+    assert_close(*second, 1e-13)
+
+
+@pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
+@pytest.mark.parametrize("solver", [im.Anderson(), im.Anderson(rtol=0, max_steps=3)], ids=repr)
+def test_f_is_not_called_for_a_gradient_that_nobody_can_ask_for(solver, adjoint):
+    (f, calls), W = counted(_tanh), matrix(3, 0.8, 52)
+    solution = im.fixed_point(f, Z0, W, X, solver=solver, adjoint=adjoint)
+    assert len(calls) == solution.evaluations
+    assert not solution.value.requires_grad
+    calls.clear()
+    with torch.no_grad():
+        solution = im.fixed_point(f, Z0, W.requires_grad_(), X, solver=solver, adjoint=adjoint)
+    assert len(calls) == solution.evaluations
+
+
+def _fails_at(call, sample=1):
+    """Calls of an f like `_tanh` that is NaN for one sample from its `call`, counted from 1."""
+    calls = []
+
+    def f(z, W, x, name):
+        calls.append(len(z))
+        failing = (name == sample) & (len(calls) >= call) & (call > 0)
+        return torch.where(failing[:, None], torch.nan, _tanh(z, W, x))
+
+    return f, calls
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
+@pytest.mark.parametrize("in_dims", [None, (None, 0, 0)])
+@pytest.mark.parametrize("call", [1, 3, 4])
+def test_a_sample_that_fails_at_the_shared_call_keeps_its_best_iterate_and_harms_no_other(call, in_dims, adjoint):
+    """Four calls of three steps: the first of all, one on the way, and the last, which is the shared one."""
+    solver, names = im.Anderson(rtol=0, max_steps=3), torch.arange(4)
+    options = {"solver": solver, "adjoint": adjoint, "in_dims": in_dims, "on_failure": "ignore"}
+    with torch.no_grad():
+        expected = im.fixed_point(_fails_at(call)[0], Z0, matrix(3, 0.8, 52), X, names, **options)
+    assert expected.status.tolist() == [im.Status.MAX_STEPS, im.Status.NON_FINITE, *[im.Status.MAX_STEPS] * 2]
+
+    W, x = matrix(3, 0.8, 52).requires_grad_(), X.clone().requires_grad_()
+    f, calls = _fails_at(call)
+    solution = im.fixed_point(f, Z0, W, x, names, **options)
+    for name in ("value", "status", "residual", "steps"):
+        torch.testing.assert_close(
+            getattr(solution, name), getattr(expected, name), rtol=1e-14, atol=0, equal_nan=True
+        )
+    assert solution.evaluations == expected.evaluations
+    assert len(calls) == solution.evaluations + iterations(adjoint)[0]  # what failed is recorded again, without it
+
+    W_good, x_good = W.detach().requires_grad_(), x.detach().requires_grad_()
+    good = torch.tensor([0, 2, 3])
+    f, _ = _fails_at(0)
+    value = im.fixed_point(f, Z0[good], W_good, x_good[good], names[good], solver=solver, adjoint=adjoint).value
+    if in_dims is not None:  # else f is still NaN where it is recorded again, and the gradient says so
+        assert_close(
+            torch.autograd.grad(solution.value.sum(), (W, x)),
+            torch.autograd.grad(value.sum(), (W_good, x_good)),
+            1e-13,
+        )
+
+
+def test_a_failure_at_the_shared_call_is_reported():
+    for on_failure in ("warn", "raise"):
+        W = matrix(3, 0.8, 52).requires_grad_()
+        context = pytest.warns(im.ConvergenceWarning, match="sample 1: NON_FINITE after 3 steps")
+        if on_failure == "raise":
+            context = pytest.raises(im.SolverError, match="sample 1: NON_FINITE after 3 steps")
+        with context:
+            im.fixed_point(
+                _fails_at(4)[0],
+                Z0,
+                W,
+                X,
+                torch.arange(4),
+                solver=im.Anderson(rtol=0, max_steps=3),
+                adjoint=im.JacobianFreeAdjoint(),
+                in_dims=(None, 0, 0),
+                on_failure=on_failure,
+            )
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("adjoint", INEXACT, ids=repr)
+def test_transforms_share_the_call_too(adjoint):
+    solver, W = im.Anderson(rtol=0, max_steps=3), matrix(3, 0.8, 52)
+    steps, damping = iterations(adjoint)
+
+    def solve(W, x, f=_tanh):
+        return im.fixed_point(f, torch.zeros_like(x), W, x, solver=solver, adjoint=adjoint)
+
+    def followed(W, x):
+        z = solve(W.detach(), x.detach()).value
+        for _ in range(steps):
+            z = z + damping * (_tanh(z, W, x) - z)
+        return z
+
+    f, calls = counted(_tanh)
+    jacobian = torch.func.jacrev(lambda W: solve(W, X, f).value)(W)
+    assert len(calls) == 4 + steps - 1
+    expected = torch.autograd.functional.jacobian(lambda W: followed(W, X), W)
+    assert_close(jacobian, expected, 1e-13)
+    assert_close(torch.func.jacfwd(lambda W: solve(W, X).value)(W), expected, 1e-13)
+    xs = torch.stack([X, 2 * X, -X])
+    batched = torch.func.vmap(torch.func.jacrev(lambda W, x: solve(W, x).value), in_dims=(None, 0))(W, xs)
+    assert_close(batched[0], expected, 1e-13)
+    # Reports of the solve are no functions of anything, at any level.
+    of_residual = torch.func.jacrev(lambda W: torch.func.jacrev(lambda x: solve(W, x).residual)(X))(W)
+    assert not bool(of_residual.any())
+
+
+def test_samples_that_fail_at_the_shared_call_under_vmap_are_reported_as_one_batch():
+    def solve(W, x, name):
+        f = lambda z, W, x, name: _tanh(z, W, torch.where((z.abs() > 0).all() & (name > 4), torch.nan, x))  # noqa: E731
+        solver, adjoint = im.FixedPointIteration(rtol=0, max_steps=1), im.JacobianFreeAdjoint()
+        return im.fixed_point(
+            f, torch.zeros_like(x), W, x, name, solver=solver, adjoint=adjoint, in_dims=(None, 0, 0)
+        )
+
+    W, xs = matrix(3, 0.8, 52).requires_grad_(), torch.stack([X, 2 * X])
+    names = torch.arange(8).reshape(2, 4, 1)
+    with pytest.warns(im.ConvergenceWarning, match="3 of 8 samples .3 NON_FINITE.*sample 5"):
+        value, status = torch.func.vmap(lambda x, name: (lambda s: (s.value, s.status))(solve(W, x, name)))(
+            xs, names
+        )
+    assert (status == im.Status.NON_FINITE).flatten().tolist() == [False] * 5 + [True] * 3
+    assert not bool(value[1, 1:].any())  # the start
+    (gradient,) = torch.autograd.grad(value.sum(), W)
+    assert bool(gradient.isfinite().all())
+
+
 # ------------------------------------------------------------------------------------------- samples
 
 

@@ -81,7 +81,7 @@ class ProximalStep:
 
     def take(self, k: int | Tensor, z: Tensor, r: Tensor, m: Accelerated) -> Proposal:
         """The step from z, whose residual is `r`: zero for samples that have finished."""
-        calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1
+        calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
         trial = self._attempt(m, m.step, calls)
         if not self.fixed:
             idle = ~(m.value.isfinite() & m.r.isfinite().all(1)) | (row_norm(r) == 0)

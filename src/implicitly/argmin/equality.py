@@ -313,7 +313,7 @@ class _Merit:
         def halve(_: Any, t: _Trial) -> _Trial:
             return attempt(torch.where(t.good, t.length, t.length / 2), t.calls + 1)
 
-        calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_compiling() else 1
+        calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
         trial = attempt(torch.ones_like(self.norm), calls)
         return repeat(halve, trial, lambda t: (~t.good & running).any(), TRIALS)[1]
 

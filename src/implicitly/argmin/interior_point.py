@@ -137,7 +137,7 @@ class InteriorPoint(ProgramSolver):
     def _run(self, loop: _Loop | CondensedLoop) -> Point:
         part, state = loop, loop.start()
         k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
-        if torch.compiler.is_compiling():  # nothing is dropped
+        if torch.compiler.is_dynamo_compiling():  # nothing is dropped
             return loop.outcome(k, state)
         whole, rows = state, torch.arange(len(state.s), device=state.s.device)
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
@@ -151,7 +151,7 @@ class InteriorPoint(ProgramSolver):
 
 def _worth_a_step(state: _State | State) -> Any:
     running = is_running(state.status)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return running.any()
     count = running.sum()
     return (count == len(running)) | (count > DROP_BELOW * len(running))
@@ -253,7 +253,7 @@ class _Loop:
 
     def step(self, k: int | Tensor, c: _State) -> _State:
         """A predictor, and a corrector with the centring that it asks for."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self = replace(self, system=System.of_tensors(*views(*self.system.tensors)))
         program, tau = self.program, c.tau
         n, q, m = program.sizes

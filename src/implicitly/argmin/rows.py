@@ -91,7 +91,7 @@ def check_values(fine: Tensor, value: Tensor, message: str) -> None:
 
     Values are not looked at while a graph is traced.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     fine = unwrapped(fine.detach())
     if bool(fine.all()):
@@ -134,7 +134,7 @@ def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
     All `tensors` must have the same leading dimensions; f returns tensors, or a tuple of them, that have them too.
     """
     detached = [t.detach() for t in tensors]
-    if torch.compiler.is_compiling():  # a graph has no transforms to step out of
+    if torch.compiler.is_dynamo_compiling():  # a graph has no transforms to step out of
         return f(*detached)
     return _Outside.apply(f, *detached)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from implicitly.adjoints import Adjoint
 from implicitly.host import happens
-from implicitly.implicit import Condition, constant, is_usable, without_failed
+from implicitly.implicit import Condition, arrive, constant, find, is_usable, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
+from implicitly.tree import is_recorded
 
 
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
@@ -26,7 +27,9 @@ def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
 class PhantomAdjoint(Adjoint):
     """An inexact gradient: through `steps` damped iterations of f from the solution.
 
-    Biased but cheap, with memory of `steps` calls of f. Geng et al., "On Training Implicit Models", NeurIPS 2021.
+    Biased but cheap, with memory of `steps` calls of f. Where the solver takes a number of steps (`rtol=0`), its
+    last call of f is the first of these, on a CPU and without `compile`; else they are calls of their own. Those
+    are not in `Solution.evaluations`. Geng et al., "On Training Implicit Models", NeurIPS 2021.
     """
 
     steps: int = 5
@@ -40,27 +43,47 @@ class PhantomAdjoint(Adjoint):
         """Raise ValueError for a root."""
         _needs_iterations(self, iterates)
 
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, with the derivative of the iterations that would follow."""
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, with the derivative of the iterations that would follow."""
+        theta, r = problem.theta, None
+        wanted = any(is_recorded(t) for t in theta)
+        if wanted and not compile:
+            found = find(solver, condition, problem.z0, theta, problem.r0, leave_last=True)
+        else:
+            found = super().find(solver, condition, problem, compile)
+        if found.ahead:  # f is to be recorded at the last iterate anyway: that call also tells how the solve ended
+            r = condition.residual(*found.ahead, *theta)
+            found = arrive(found, r, solver, condition, theta)
+        return found._replace(z=self._followed(found, r, condition, theta)) if wanted else found
+
+    def _followed(self, found: Found, r: Tensor | None, condition: Condition, theta: tuple[Tensor, ...]) -> Tensor:
+        """The found point `(B, n)` with its derivative; `r` is the residual there where it was recorded."""
         usable = is_usable(found.status)
-        z, theta = found.z.detach(), problem.theta
+        z = found.z.detach()
         if not happens(usable):
             return constant(z, theta)
-        if happens(~usable):
-            z, theta = without_failed(usable, z, theta, condition)
-        iterate = z
+        failed = happens(~usable)
+        if failed:
+            (z, theta), r = without_failed(usable, z, theta, condition), None
         residual = condition.at(*theta)
-        for _ in range(self.steps):
-            iterate = torch.add(iterate, residual(iterate), alpha=self.damping)
+        iterate = z
+        for k in range(self.steps):
+            r = residual(iterate) if k or r is None else r
+            iterate = torch.add(iterate, r, alpha=self.damping)
         # The value stays the solution; only the derivative is that of the iterations.
-        derivative = torch.where(usable[:, None], iterate - iterate.detach(), 0.0)
-        return found.z.detach() + derivative
+        derivative = iterate - iterate.detach()
+        return found.z.detach() + (torch.where(usable[:, None], derivative, 0.0) if failed else derivative)
+
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point, which has its derivative."""
+        return found.z
 
 
 @dataclass(frozen=True)
 class JacobianFreeAdjoint(Adjoint):
     """An inexact gradient: through one iteration of f, as if (I - J)^-1 were I.
 
+    It is `PhantomAdjoint(steps=1)`, whose call of f may be the solver's last.
     Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
     """
 
@@ -68,6 +91,10 @@ class JacobianFreeAdjoint(Adjoint):
         """Raise ValueError for a root."""
         _needs_iterations(self, iterates)
 
+    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+        """The solver's result, with the derivative of one iteration."""
+        return PhantomAdjoint(steps=1).find(solver, condition, problem, compile)
+
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, with the derivative of one iteration."""
-        return PhantomAdjoint(steps=1).attach(found, condition, problem)
+        """The found point, which has its derivative."""
+        return found.z

@@ -235,7 +235,7 @@ class _Field:
 
     def __call__(self, t: Tensor, state: Any, held: dict[str, Tensor], drawn: tuple[Any, ...], *args: Any) -> Any:
         def f(t: Tensor, y: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self.calls.total += 1
             if not held:
                 return self.f(t, y, *args)

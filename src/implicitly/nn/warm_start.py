@@ -75,11 +75,13 @@ class LastEpoch(WarmStart):
         index = self._checked(index, len(cold[0]))
         if self._leaves is None or any(s.shape[1:] != c.shape[1:] for s, c in zip(self._leaves, cold)):
             return None
-        known = self._known[index.cpu()].to(cold[0].device)
-        leaves = [
-            torch.where(known.reshape(-1, *([1] * (c.ndim - 1))), s[index.to(s.device)].to(c), c)
-            for s, c in zip(self._leaves, cold)
-        ]
+        known = self._known[index.cpu()]
+        leaves = [s.index_select(0, index.to(s.device)).to(c) for s, c in zip(self._leaves, cold)]
+        if not known.all():  # as in the first epoch
+            leaves = [
+                torch.where(known.to(c.device).reshape(-1, *([1] * (c.ndim - 1))), s, c)
+                for s, c in zip(leaves, cold)
+            ]
         return pytree.tree_unflatten(leaves, spec)
 
     def store(self, value: Any, index: Tensor | None) -> None:

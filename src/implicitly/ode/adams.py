@@ -141,7 +141,7 @@ def _shares(fresh: Array, dt: Array) -> tuple[Array | None, Array | None]:
     """The lengths of the `fresh` samples' steps and of the others', each 0 for the rest; None: there are none."""
     # On an accelerator this waits, which takes less time than the calls of f that the other kind of step makes.
     seen = unwrapped(fresh) if isinstance(fresh, Tensor) else fresh
-    looks = not torch.compiler.is_compiling()
+    looks = not torch.compiler.is_dynamo_compiling()
     if looks and not bool(seen.any()):
         return None, dt
     if looks and bool(seen.all()):

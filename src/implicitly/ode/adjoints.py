@@ -110,7 +110,7 @@ class Work:
             key = (self.key, self.method)
             found = integrate_as_graph(key, partial(self.stepper, False), times, y0, k0, theta, self.record)
         if found is None:
-            host = not torch.compiler.is_compiling() and is_near(times)
+            host = not torch.compiler.is_dynamo_compiling() and is_near(times)
             found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
         found, y, self.calls = found
         self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)

@@ -202,7 +202,7 @@ class Newton:
             least = to_host(8 * torch.finfo(y.dtype).eps * method.norm(y / scale))
             if method.stage_solver is not None:
                 return cls(method, None, scale, least, True)
-            J = None if fresh or torch.compiler.is_compiling() else F.notes.get("jacobian")
+            J = None if fresh or torch.compiler.is_dynamo_compiling() else F.notes.get("jacobian")
             if fresh := J is None:
                 J = jacobian(F, F.moments(t[None])[0], y, method.limit_gib)
                 F.notes["jacobian"] = J
@@ -246,7 +246,7 @@ class Newton:
 
     def _iterate(self, F: Field, stage: Stage, z: Tensor) -> tuple[Tensor, Array]:
         """Newton's iterates from z, and which samples `(B,)` it did not find."""
-        xp, traced = library(self.least), torch.compiler.is_compiling()
+        xp, traced = library(self.least), torch.compiler.is_dynamo_compiling()
         ones = xp.ones_like(self.least)
         # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
         gain = within(self.gain * ones, 1e-16, 1.0) ** 0.8
@@ -307,7 +307,7 @@ class Newton:
 
 def _attaches(F: Field) -> bool:
     """Whether a step is taken for its derivative, and so has converged before; of a graph, `once` says it."""
-    return F.once or (records() and not torch.compiler.is_compiling())
+    return F.once or (records() and not torch.compiler.is_dynamo_compiling())
 
 
 def _goes_on(it: Iterate) -> bool | Tensor:
@@ -321,7 +321,7 @@ FEW = 16
 
 def jacobian(F: Field, moment: Tensor, y: Tensor, limit_gib: float) -> Tensor:
     """df/dy `(B, n, n)`, one matrix a sample."""
-    if y.shape[1] <= FEW and not torch.compiler.is_compiling() and is_plain(y, moment, *F.theta):
+    if y.shape[1] <= FEW and not torch.compiler.is_dynamo_compiling() and is_plain(y, moment, *F.theta):
         leaf = y.detach().requires_grad_()
         with torch.enable_grad():
             return _rows(F(moment, leaf), leaf)

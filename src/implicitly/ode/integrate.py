@@ -120,7 +120,7 @@ class Stepper:
 
     def __post_init__(self):
         self.seen = to_host(self.times) if self.host else self.times.detach()
-        self.moving = not torch.compiler.is_compiling() and is_tracked(self.times)
+        self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
         xp = library(self.seen)
         self.plain = xp.zeros_like(self.begin, dtype=xp.int8)
 

@@ -100,7 +100,7 @@ class ExplicitRungeKutta(RungeKutta):
 def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tensor:
     """What the stages `used` weigh in the dense output at `part` `(B, W)` of a step: `(B, W, len(used))`."""
     assert tableau.dense is not None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
         rows = [tableau.dense[i] for i in used]
         return torch.stack(

@@ -255,7 +255,10 @@ class Training(ImageTraining):
             case im.nn.DEQ(solution=im.Solution() as forward, backward_solution=im.Solution() as backward):
                 return forward.evaluations, backward.evaluations
             case Quick(solution=im.Solution() as forward):
-                return forward.evaluations + 1, 1  # once more, recorded
+                # The recorded call is the solve's last. An accelerator is not asked whether all went well until
+                # then, so there it is one more.
+                shared = forward.status.device.type == "cpu"
+                return forward.evaluations + (not shared), 1
             case Unrolled() as body:
                 return body.times, body.times
             case Residual() as body:
