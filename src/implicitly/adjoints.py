@@ -175,6 +175,8 @@ class _Unrolled(Adjoint):
         """The solver's result, with autograd recording."""
         if compile:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        if torch.compiler.is_compiling():
+            return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
         found = condition.examined(found, problem.theta)
         condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))

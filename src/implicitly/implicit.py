@@ -189,6 +189,9 @@ def find(
 
     `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one).
     """
+    if torch.compiler.is_compiling():  # nothing needs to be opaque to who traces all of it
+        with torch.no_grad():
+            return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
     found = _Find.apply(solver, condition, run or search, len(start), *starts, *theta)
@@ -197,9 +200,17 @@ def find(
 
 
 def search(
-    solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+    solver: Solver,
+    condition: Condition,
+    z0: Tensor,
+    theta: tuple[Tensor, ...],
+    r0: Tensor | None = None,
+    unrolled: bool = False,
 ) -> Found:
-    """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records."""
+    """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records.
+
+    `unrolled`: exactly `max_steps` steps, one after the other, in a traced graph.
+    """
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
@@ -223,6 +234,7 @@ def search(
             scale=scale,
             carries=condition.carries,
             verify=solver.recurrent,
+            unrolled=unrolled,
         )
 
 
@@ -312,14 +324,15 @@ class Backward:
         usable = is_usable(found.status)
         if not self.solver.budget_only:
             halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
-            usable = usable & ((found.status == Status.CONVERGED) | halfway)
+            usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
         u = torch.where(usable[:, None], found.z, 0.0)
         return attach(condition, u, theta, Backward(self.solver))
 
 
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
-    return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+    # As numbers: to the tracer a tensor and a member of an enumeration are never equal.
+    return is_success(status) | (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED))
 
 
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
@@ -376,7 +389,7 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
                 stacklevel=users_line(),
             )
 
-    if t.requires_grad and not is_wrapped(t):
+    if t.requires_grad and not is_wrapped(t) and not torch.compiler.is_compiling():
         t.register_hook(tell)
     return t
 

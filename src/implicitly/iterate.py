@@ -200,14 +200,14 @@ class Solver(ABC):
 
 
 class Found(NamedTuple):
-    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count, what the solver
-    knows of the inverse Jacobian."""
+    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count (a number where steps are
+    unrolled into a graph), what the solver knows of the inverse Jacobian."""
 
     z: Tensor
     status: Tensor
     residual: Tensor
     steps: Tensor
-    evaluations: Tensor
+    evaluations: Tensor | int
     estimate: tuple[Tensor, ...] = ()
 
 
@@ -238,6 +238,7 @@ def iterate(
     floor: float = 0.0,
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
+    unrolled: bool = False,
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
@@ -249,12 +250,14 @@ def iterate(
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
+        unrolled: see `repeat`.
     """
     F = bind(*theta)
-    loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
+    loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_compiling()
-    k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, droppable), solver.max_steps)
+    going = partial(loop.worth_a_step, droppable)
+    k, carry = repeat(partial(loop.step, F), carry, going, solver.max_steps, unrolled=unrolled)
     found = loop.outcome(k, carry)
     rows: Tensor | None = None
     while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
@@ -280,6 +283,7 @@ class _Loop:
     atol: float
     floor: float
     relative_to_iterate: bool
+    unrolled: bool = False
 
     @property
     def budget_only(self) -> bool:
@@ -288,7 +292,7 @@ class _Loop:
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
         calls: int | Tensor = int(r is None)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.unrolled:
             calls = torch.full((), calls, dtype=torch.int64, device=z.device)
         r = F(z) if r is None else r
         norm = row_norm(r)
@@ -387,7 +391,7 @@ class _Loop:
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
-        calls = torch.as_tensor(c.calls, dtype=torch.int64)
+        calls = c.calls if self.unrolled else torch.as_tensor(c.calls, dtype=torch.int64)
         return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
 
     def take_rows(self, rows: Tensor) -> _Loop:
@@ -420,11 +424,17 @@ def repeat(
     going: Callable[[Any], bool | Tensor],
     limit: int,
     k: int | Tensor = 0,
+    unrolled: bool = False,
 ) -> tuple[int | Tensor, Any]:
     """`carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
 
-    Traced by `torch.compile` this is one `while_loop` graph; otherwise a Python loop.
+    Traced by `torch.compile` this is one `while_loop` graph, or, `unrolled`, `limit` steps one after the other,
+    through which autograd can go; otherwise a Python loop.
     """
+    if unrolled:
+        for k in range(limit):
+            carry = body(k, carry)
+        return limit, carry
     if torch.compiler.is_compiling():
         flat, spec = pytree.tree_flatten(carry)
         start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k

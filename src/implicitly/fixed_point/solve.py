@@ -6,16 +6,30 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
+from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.newton import Newton
-from implicitly.graph_break import one_break
+from implicitly.fixed_point.picard import FixedPointIteration
+from implicitly.graph_break import one_break, one_break_unless
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 
-@one_break
+def _is_traceable(
+    *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
+) -> bool:
+    """Whether a fixed point is plain operations, and so is its derivative."""
+    return (
+        isinstance(solver, FixedPointIteration | Anderson)
+        and solver.budget_only
+        and isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
+        and not compile
+    )
+
+
+@one_break_unless(_is_traceable)
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

@@ -21,7 +21,7 @@ from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoin
 from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
-from implicitly.tree import LOW_PRECISION, unwrapped
+from implicitly.tree import LOW_PRECISION, real_dtype, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 Times = Sequence[float] | Tensor
@@ -145,7 +145,7 @@ class NeuralODE(nn.Module):
         drawn = tuple(r.draw(y) for r in rates.regularisers)
         start, solver = y, self.solver
         if rates.regularisers:
-            none = torch.zeros(len(y), dtype=y.dtype.to_real(), device=y.device)
+            none = torch.zeros(len(y), dtype=real_dtype(y.dtype), device=y.device)
             start = (y, *(none for _ in rates.regularisers))
             solver = _controlled_by(y, self.batch_dims, solver)
         solution = odeint(
@@ -279,7 +279,7 @@ def _count(t: Times) -> int:
 
 def _time_dtype(x: Tensor) -> torch.dtype:
     """In what `odeint` keeps times beside a state of x's dtype."""
-    return torch.float32 if x.dtype in LOW_PRECISION else x.dtype.to_real()
+    return torch.float32 if x.dtype in LOW_PRECISION else real_dtype(x.dtype)
 
 
 def _like(t: Times, x: Any) -> Times:
