@@ -17,7 +17,7 @@ from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 
-def _is_traceable(
+def is_traceable(
     *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
 ) -> bool:
     """Whether a fixed point is plain operations, and so is its derivative."""
@@ -29,7 +29,7 @@ def _is_traceable(
     )
 
 
-@one_break_unless(_is_traceable)
+@one_break_unless(is_traceable)
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

@@ -231,6 +231,8 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
+    if torch.compiler.is_compiling():  # of numbers, which `unroll.plan` has looked at
+        return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
     if not _all(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")

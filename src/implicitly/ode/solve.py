@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.compiled import CompileWarning
-from implicitly.graph_break import one_break
+from implicitly.graph_break import one_break_unless
 from implicitly.host import happens
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
@@ -23,6 +23,7 @@ from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
+from implicitly.ode.unroll import is_unrollable, solve_in_graph
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -49,7 +50,22 @@ class Trajectory(Solution):
     event_count: Tensor
 
 
-@one_break
+def is_traceable(
+    f: Any,
+    y0: Any,
+    t: Any,
+    *args: Any,
+    solver: Any = None,
+    adjoint: Any = RecursiveCheckpointAdjoint(),
+    event: Any = None,
+    compile: bool = False,
+    **options: Any,
+) -> bool:
+    """Whether a trajectory is plain operations, which a compiled model can have in its graph."""
+    return event is None and not compile and is_unrollable(solver, adjoint, t)
+
+
+@one_break_unless(is_traceable)
 def odeint(
     f: Callable[..., Any],
     y0: Any,
@@ -95,12 +111,16 @@ def odeint(
     Ordinary Differential Equations", NeurIPS 2018.
     """
     events = events_of(event)
+    traced = torch.compiler.is_compiling()
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
-        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording, events=events
+        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=traced or adjoint.recording, events=events
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)
+    if traced:
+        found = solve_in_graph(solver, problem, t, forget=not isinstance(adjoint, UnrolledAdjoint))
+        return _trajectory(problem, _not_again, *found)
     problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
@@ -153,6 +173,14 @@ def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Calla
         return problem.stacked(values.gather(1, back))
 
     return interpolate
+
+
+def _not_again(t: Any) -> Any:
+    """The `interpolate` of a solve in a graph, of which nothing is left but its outputs."""
+    raise ValueError(
+        "interpolate takes the steps of a solve again, and this one is part of a graph of torch.compile; ask for "
+        "these times in t"
+    )
 
 
 def _silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
