@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicitly.graph_break import one_break
+from implicitly.graph_break import one_break_unless
 from implicitly.implicit import users_line
 from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
@@ -21,6 +21,7 @@ from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoin
 from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
+from implicitly.ode.unroll import is_unrollable
 from implicitly.tree import LOW_PRECISION, real_dtype, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -43,6 +44,10 @@ _KINKED = (
 
 class SmoothnessWarning(UserWarning):
     """A vector field is not smooth, so that solvers need shorter steps than their order promises."""
+
+
+def _is_traceable(layer: NeuralODE, x: Any, *args: Any, t: Any = None) -> bool:
+    return not layer.compile_solve and is_unrollable(layer.solver, layer.adjoint, layer.t if t is None else t)
 
 
 class NeuralODE(nn.Module):
@@ -122,7 +127,7 @@ class NeuralODE(nn.Module):
         self._calls = _Calls()
         _warn_of_kinks(f)
 
-    @one_break
+    @one_break_unless(_is_traceable)
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
         """Where the trajectory from `x` `(B, ...)` leads.
 
@@ -135,7 +140,7 @@ class NeuralODE(nn.Module):
             entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
             last, `(B,)` each, differentiable.
         """
-        if t is not None:
+        if t is not None and not torch.compiler.is_compiling():  # there it is numbers that have been looked at
             _check_times(t, self.batch_dims)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)

@@ -60,10 +60,15 @@ def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> t
 plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def _constant(x: float) -> float:
+    """`x` as a constant of the graph: the tracer leaves numbers open that it has seen to vary, but no key."""
+    return next(iter({float(x)}))
+
+
 def _steps(method: Method, times: Any, single: bool) -> tuple[Planned, ...]:
     assert method.dt is not None
-    length, limit = min(method.dt, method.dt_max), min(LONGEST, method.max_steps)
-    steps = plan(tuple(float(t) for t in times), length, limit, single)
+    length, limit = _constant(min(method.dt, method.dt_max)), int(_constant(min(LONGEST, method.max_steps)))
+    steps = plan(tuple(_constant(t) for t in times), length, limit, single)
     return tuple(Planned(*step) for step in steps)
 
 
