@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.func import jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
@@ -191,7 +192,7 @@ def find(
     """
     if torch.compiler.is_compiling():  # nothing needs to be opaque to who traces all of it
         with torch.no_grad():
-            return search(solver, condition, z0, theta, r0, unrolled=True)
+            return search(solver, condition, z0, theta, r0, unrolled=solver.budget_only)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
     found = _Find.apply(solver, condition, run or search, len(start), *starts, *theta)
@@ -289,6 +290,9 @@ class _Find(Opaque):
 
 def attach(condition: Condition, z: Tensor, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """`z` `(B, n)`, which satisfies `condition`, with the derivative that the theorem gives it."""
+    if torch.compiler.is_compiling():
+        z = z.detach()
+        return _Answered.apply(condition.residual(z, *theta), z, partial(backward.answer, condition, theta))
     return _Attach.apply(condition, backward, z.detach(), *theta)
 
 
@@ -308,6 +312,21 @@ class Backward:
     use: str = "start"
     listen: Callable[[Found], None] | None = None
 
+    def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
+        """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
+        theta = (g, z, *(t.detach() for t in theta))
+        transpose = transposed(condition, afresh=not self.solver.budget_only)
+        found = find(self.solver, transpose, torch.zeros_like(g), theta, g)
+        return self.usable(found, g)
+
+    def usable(self, found: Found, b: Tensor) -> Tensor:
+        """What was found for `b`, 0 where a solve broke down: no derivative rather than an arbitrary one."""
+        usable = is_usable(found.status)
+        if not self.solver.budget_only:
+            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
+            usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
+        return torch.where(usable[:, None], found.z, 0.0)
+
     def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
@@ -320,13 +339,7 @@ class Backward:
             found = found._replace(z=inverse(found.z))
         if self.listen is not None and not is_wrapped(b):
             self.listen(found)
-        # A solve that broke down gives no derivative rather than an arbitrary one; it has been reported.
-        usable = is_usable(found.status)
-        if not self.solver.budget_only:
-            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
-            usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
-        u = torch.where(usable[:, None], found.z, 0.0)
-        return attach(condition, u, theta, Backward(self.solver))
+        return attach(condition, self.usable(found, b), theta, Backward(self.solver))
 
 
 def is_usable(status: Tensor) -> Tensor:
@@ -457,6 +470,25 @@ class _Attach(torch.autograd.Function):
         return out.reshape(size, -1, out.shape[1]), 0
 
 
+class _Answered(torch.autograd.Function):
+    """z with the derivative of the theorem in a traced graph: the cotangent g of z is that u of its residual.
+
+    What else the condition depends on is reached from the residual, by plain operations.
+    """
+
+    @staticmethod
+    def forward(ctx, residual, z, answer):
+        ctx.save_for_backward(z)
+        ctx.answer = answer
+        return z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        return ctx.answer(g, z), None, None
+
+
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """J v: by forward mode inside of torch.func, whose levels nest; else by two reverse passes, as dual numbers
     do not."""
@@ -473,15 +505,20 @@ def transposed(
     condition: Condition,
     rows: int = 0,
     recorded_pull: Callable[[Tensor, list[int]], tuple[Tensor, ...]] | None = None,
+    afresh: bool = False,
 ) -> Condition:
     """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves.
 
-    `recorded_pull` is R, `recorded` at all the `rows` samples, where the caller has it.
+    `recorded_pull` is R, `recorded` at all the `rows` samples, where the caller has it. `afresh`: each product
+    calls R again, as the loop of a traced graph cannot hold what was recorded outside of it.
     """
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
         if (known := recorded_pull) is not None and len(z) == rows:
             return lambda u: -known(u, [0])[0]
+        if afresh:
+            residual = condition.at(*theta)
+            return lambda u: -pullback(residual, z)[1](u)[0]
         _, pull = pullback(condition.at(*theta), z)
         return lambda u: -pull(u)[0]
 

@@ -24,7 +24,10 @@ def is_traceable(
     return (
         isinstance(solver, FixedPointIteration | Anderson)
         and solver.budget_only
-        and isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
+        and (
+            isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
+            or (isinstance(adjoint, ImplicitAdjoint) and adjoint.listen is None)
+        )
         and not compile
     )
 

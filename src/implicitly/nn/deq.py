@@ -159,7 +159,7 @@ class DEQ(nn.Module):
 
     def _listening(self) -> Adjoint:
         self.backward_solution = None
-        if not isinstance(self.adjoint, ImplicitAdjoint):
+        if not isinstance(self.adjoint, ImplicitAdjoint) or torch.compiler.is_compiling():
             return self.adjoint
 
         def listen(found: Found) -> None:
