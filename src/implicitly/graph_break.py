@@ -21,6 +21,9 @@ from torch._C._dynamo import eval_frame
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Steps that are traced at most: a graph has all of them one behind the other, and takes as long to compile.
+LONGEST = 100
+
 REASON = "implicitly: a solve is one break; compile what is inside with compile=True or a compiled f"
 
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)  # pyright: ignore

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.func import jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
@@ -483,7 +482,6 @@ class _Answered(torch.autograd.Function):
         return z.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         (z,) = ctx.saved_tensors
         return ctx.answer(g, z), None, None

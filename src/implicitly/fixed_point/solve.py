@@ -8,9 +8,10 @@ from typing import Any
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
+from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton
 from implicitly.fixed_point.picard import FixedPointIteration
-from implicitly.graph_break import one_break, one_break_unless
+from implicitly.graph_break import LONGEST, one_break_unless
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout
@@ -20,10 +21,11 @@ from implicitly.unrolled import UnrolledAdjoint
 def is_traceable(
     *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
 ) -> bool:
-    """Whether a fixed point is plain operations, and so is its derivative."""
+    """Whether a number of steps is asked for that is known before, and the derivative fits into a graph, too."""
     return (
-        isinstance(solver, FixedPointIteration | Anderson)
+        isinstance(solver, FixedPointIteration | Anderson | Broyden)
         and solver.budget_only
+        and solver.max_steps <= LONGEST
         and (
             isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
             or (isinstance(adjoint, ImplicitAdjoint) and adjoint.listen is None)
@@ -82,7 +84,7 @@ def fixed_point(
     return problem.solution(found, how.attach(found, condition, problem))
 
 
-@one_break
+@one_break_unless(is_traceable)
 def root(
     residual: Callable[..., Any],
     z0: Any,

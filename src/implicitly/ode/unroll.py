@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from implicitly.graph_break import LONGEST
 from implicitly.iterate import Status
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.integrate import Integrated, step_length
@@ -24,9 +25,6 @@ from implicitly.ode.problem import Problem
 from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
 from implicitly.unrolled import UnrolledAdjoint
-
-# Steps that are unrolled at most: the time to compile a graph grows with its size.
-LONGEST = 256
 
 
 class Planned(NamedTuple):
