@@ -191,7 +191,7 @@ def find(
     """
     if torch.compiler.is_compiling():  # nothing needs to be opaque to who traces all of it
         with torch.no_grad():
-            return search(solver, condition, z0, theta, r0, unrolled=solver.budget_only)
+            return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
     found = _Find.apply(solver, condition, run or search, len(start), *starts, *theta)
@@ -314,8 +314,7 @@ class Backward:
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
         """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
         theta = (g, z, *(t.detach() for t in theta))
-        transpose = transposed(condition, afresh=not self.solver.budget_only)
-        found = find(self.solver, transpose, torch.zeros_like(g), theta, g)
+        found = find(self.solver, transposed(condition), torch.zeros_like(g), theta, g)
         return self.usable(found, g)
 
     def usable(self, found: Found, b: Tensor) -> Tensor:
@@ -503,20 +502,15 @@ def transposed(
     condition: Condition,
     rows: int = 0,
     recorded_pull: Callable[[Tensor, list[int]], tuple[Tensor, ...]] | None = None,
-    afresh: bool = False,
 ) -> Condition:
     """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves.
 
-    `recorded_pull` is R, `recorded` at all the `rows` samples, where the caller has it. `afresh`: each product
-    calls R again, as the loop of a traced graph cannot hold what was recorded outside of it.
+    `recorded_pull` is R, `recorded` at all the `rows` samples, where the caller has it.
     """
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
         if (known := recorded_pull) is not None and len(z) == rows:
             return lambda u: -known(u, [0])[0]
-        if afresh:
-            residual = condition.at(*theta)
-            return lambda u: -pullback(residual, z)[1](u)[0]
         _, pull = pullback(condition.at(*theta), z)
         return lambda u: -pull(u)[0]
 

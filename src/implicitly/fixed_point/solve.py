@@ -21,17 +21,16 @@ from implicitly.unrolled import UnrolledAdjoint
 def is_traceable(
     *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
 ) -> bool:
-    """Whether a number of steps is asked for that is known before, and the derivative fits into a graph, too."""
-    return (
-        isinstance(solver, FixedPointIteration | Anderson | Broyden)
-        and solver.budget_only
-        and solver.max_steps <= LONGEST
-        and (
-            isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
-            or (isinstance(adjoint, ImplicitAdjoint) and adjoint.listen is None)
-        )
-        and not compile
-    )
+    """Whether the numbers of steps, forwards and backwards, are known before: then they fit into a graph."""
+    if compile or not (isinstance(solver, FixedPointIteration | Anderson | Broyden) and _is_short(solver)):
+        return False
+    if isinstance(adjoint, ImplicitAdjoint):
+        return adjoint.listen is None and _is_short(adjoint.backward_solver)
+    return isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
+
+
+def _is_short(solver: Solver) -> bool:
+    return solver.budget_only and solver.max_steps <= LONGEST and not solver.nests
 
 
 @one_break_unless(is_traceable)
