@@ -19,7 +19,7 @@ from implicitly.graph_break import one_break, one_break_unless
 from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once
-from implicitly.nn.warm_start import WarmStart
+from implicitly.nn.warm_start import LastBatch, WarmStart
 from implicitly.tree import unwrapped
 
 
@@ -33,6 +33,9 @@ def _zeros_like(x: Any) -> Any:
 
 
 def _is_traceable(layer: DEQ, *args: Any, **options: Any) -> bool:
+    # What `LastEpoch` is asked for it looks up, and checks.
+    if layer.training and not isinstance(layer.warm_start, LastBatch | None):
+        return False
     return is_traceable(solver=layer.solver, adjoint=layer.adjoint, compile=layer.compile_solve)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.compiled import CompileWarning
-from implicitly.graph_break import one_break_unless
+from implicitly.graph_break import one_break, one_break_unless
 from implicitly.host import happens
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
@@ -123,7 +123,7 @@ def odeint(
         return _trajectory(problem, _not_again, *found)
     problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
-    interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
+    interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, _silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -152,27 +152,26 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
     )
 
 
-def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Callable[[Any], Any]:
-    def interpolate(t: Any) -> Any:
-        wanted = times_of(t, problem.layout, ordered=False)
-        begin, end = problem.times[:, :1], problem.times[:, -1:]
-        sign = (end - begin).detach().sign()
-        outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
-        if happens(outside.any(1)) and bool(unwrapped(outside).any()):
-            raise ValueError("interpolate: times must lie between the first and the last one of the solve")
-        order = (sign * wanted.detach()).argsort(dim=1)
-        times = wanted.expand(order.shape[0], -1).gather(1, order)
-        rows = max(len(times), len(begin))
-        asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
-        # Eagerly: a graph would be made for each number of times.
-        values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
-        # No step passes the start itself.
-        at_start = (times == begin).unsqueeze(2)
-        values = torch.where(at_start, problem.y0.unsqueeze(1), values)
-        back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
-        return problem.stacked(values.gather(1, back))
-
-    return interpolate
+@one_break
+def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], t: Any) -> Any:
+    """The solution at times t: the steps of the solve taken again, with outputs there."""
+    wanted = times_of(t, problem.layout, ordered=False)
+    begin, end = problem.times[:, :1], problem.times[:, -1:]
+    sign = (end - begin).detach().sign()
+    outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
+    if happens(outside.any(1)) and bool(unwrapped(outside).any()):
+        raise ValueError("interpolate: times must lie between the first and the last one of the solve")
+    order = (sign * wanted.detach()).argsort(dim=1)
+    times = wanted.expand(order.shape[0], -1).gather(1, order)
+    rows = max(len(times), len(begin))
+    asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
+    # Eagerly: a graph would be made for each number of times.
+    values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
+    # No step passes the start itself.
+    at_start = (times == begin).unsqueeze(2)
+    values = torch.where(at_start, problem.y0.unsqueeze(1), values)
+    back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
+    return problem.stacked(values.gather(1, back))
 
 
 def _not_again(t: Any) -> Any:
