@@ -114,7 +114,14 @@ def odeint(
     traced = torch.compiler.is_compiling()
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
-        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=traced or adjoint.recording, events=events
+        f,
+        y0,
+        t,
+        args,
+        batch_dims=batch_dims,
+        in_dims=in_dims,
+        recording=traced or adjoint.recording,
+        events=events,
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)

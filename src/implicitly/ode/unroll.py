@@ -36,7 +36,7 @@ class Planned(NamedTuple):
 
 
 def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> tuple[tuple[Any, ...], ...]:
-    """The steps through `times`, each as the fields of `Planned`; none where these are no times, or steps too many.
+    """The steps through `times`, each as the fields of `Planned`; none for wrong times or too many steps.
 
     `single`: in float32, else in float64.
     """
