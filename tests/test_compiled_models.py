@@ -1,4 +1,5 @@
-"""Models with solves in them under `torch.compile`: right values and gradients, one graph break a solve."""
+"""Models with solves in them under `torch.compile`: right values and gradients, and one graph break a solve, or
+none where the number of steps is known."""
 
 from __future__ import annotations
 
@@ -7,15 +8,21 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 import implicitly as im
-from implicitly.graph_break import one_break
+from implicitly.graph_break import LONGEST, one_break
+from implicitly.ode.unroll import plan
 
 SIZE = 4
 
@@ -23,6 +30,7 @@ SIZE = 4
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated. Methods on autograd functions"),
 ]
 
 
@@ -94,11 +102,6 @@ class Trajectory(Weighted):
         return im.odeint(lambda t, y, w: -w * y, x, (0.0, 0.5, 1.0), self.weight).value[-1]
 
 
-class Steps(Weighted):
-    def forward(self, x: Tensor) -> Tensor:
-        return im.odeint(lambda t, y, w: -w * y, x, (0.0, 1.0), self.weight, solver=RK4).value[-1]
-
-
 class Quadratic(Weighted):
     def forward(self, x: Tensor) -> Tensor:
         bound = torch.ones(SIZE)
@@ -144,22 +147,15 @@ def warm() -> nn.Module:
     return im.nn.DEQ(Plain(), warm_start=im.nn.LastBatch())
 
 
-def unrolled() -> nn.Module:
-    return FixedPoint(solver=BUDGET, adjoint=im.UnrolledAdjoint(), on_failure="ignore")
-
-
 SOLVES: dict[str, Callable[[], nn.Module]] = {
     "DEQ": lambda: im.nn.DEQ(Plain()),
     "DEQ, parametrised": lambda: im.nn.DEQ(Cell()),
     "DEQ, budget": lambda: im.nn.DEQ(Plain(), BUDGET, on_failure="ignore"),
     "DEQ, warm": warm,
     "NeuralODE": lambda: im.nn.NeuralODE(Field()),
-    "NeuralODE, RK4": lambda: im.nn.NeuralODE(Field(), solver=RK4),
     "fixed_point": FixedPoint,
-    "fixed_point, unrolled": unrolled,
     "root": Root,
     "odeint": Trajectory,
-    "odeint, RK4": Steps,
     "qp": Quadratic,
     "argmin": Minimum,
     "least_squares": Squares,
@@ -322,6 +318,282 @@ def test_the_entries_keep_their_names_and_signatures():
     assert list(inspect.signature(im.odeint).parameters)[:3] == ["f", "y0", "t"]
 
 
+# ------------------------------------------------------------------------ steps whose number is known
+
+
+class Steps(Weighted):
+    """Constant steps, which pass outputs on the way; the method is made here."""
+
+    def __init__(
+        self, method: Callable[..., Any] = im.RK4, times=(0.0, 0.3, 0.4, 1.0), dt: float = 0.25, **options
+    ):
+        super().__init__()
+        self.field, self.method, self.times, self.dt, self.options = Field(), method, times, dt, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        def slope(t: Tensor, y: Tensor, w: Tensor) -> Tensor:
+            return self.field(t, y) - w * y * torch.cos(t)
+
+        solution = im.odeint(slope, x, self.times, self.weight, solver=self.method(dt=self.dt), **self.options)
+        weights = torch.arange(1.0, 1.0 + len(self.times), dtype=x.dtype)
+        return torch.einsum("t...,t->...", solution.value, weights)
+
+
+class Pair(nn.Module):
+    """A state of two tensors, and a start that unrolling differentiates."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.cell, self.options = Plain(), options
+
+    def forward(self, x: Tensor) -> Tensor:
+        def f(z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.cell(z[1], x), 0.5 * z[0].sin()
+
+        return sum(im.fixed_point(f, (0.1 * x, 0.2 * x), x, **self.options).value)
+
+
+class Balance(Weighted):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        def residual(z: Tensor, x: Tensor, w: Tensor) -> Tensor:
+            return 0.2 * z**3 + z * w - x
+
+        return im.root(residual, torch.zeros_like(x), x, self.weight, **self.options).value
+
+
+class Deciding(nn.Module):
+    """Decides a mask and a norm once a solve."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = im.nn.SpectralNorm(nn.Linear(SIZE, SIZE)), im.nn.Dropout(0.3)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(0.7 * self.linear(z) + x))
+
+
+FEW = im.FixedPointIteration(max_steps=5, rtol=0)
+ANDERSON = im.Anderson(max_steps=6, rtol=0, history=3)
+BROYDEN = im.Broyden(max_steps=6, rtol=0)
+FREE, PHANTOM, UNROLLED = im.JacobianFreeAdjoint(), im.PhantomAdjoint(3, damping=0.7), im.UnrolledAdjoint()
+NEUMANN, KRYLOV = (im.ImplicitAdjoint(s(max_steps=4, rtol=0)) for s in (im.Neumann, im.GMRES))
+ADJOINTS = {"free": FREE, "phantom": PHANTOM, "unrolled": UNROLLED, "Neumann": NEUMANN, "GMRES": KRYLOV}
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    **{
+        f"{type(solver).__name__}, {name}": partial(Pair, solver=solver, adjoint=adjoint)
+        for solver in (FEW, ANDERSON, BROYDEN)
+        for name, adjoint in ADJOINTS.items()
+    },
+    "one system": lambda: Pair(solver=ANDERSON, adjoint=KRYLOV, batch_dims=0),
+    "root, unrolled": lambda: Balance(solver=ANDERSON, adjoint=UNROLLED),
+    "root, implicit": lambda: Balance(solver=BROYDEN, adjoint=KRYLOV),
+    "DEQ": lambda: im.nn.DEQ(Plain(), FEW, FREE),
+    "DEQ, implicit": lambda: im.nn.DEQ(Plain(), ANDERSON, KRYLOV),
+    "DEQ, decides": lambda: im.nn.DEQ(Deciding(), FEW, UNROLLED),
+    "DEQ, warm": lambda: im.nn.DEQ(Plain(), FEW, PHANTOM, warm_start=im.nn.LastBatch()),
+    **{
+        f"{method.__name__}, {batch_dims}": partial(Steps, method, batch_dims=batch_dims)
+        for method in (im.Euler, im.RK4, im.Dopri5, im.Dopri8, im.ReversibleHeun)
+        for batch_dims in (0, 1)
+    },
+    "backwards in time": lambda: Steps(times=(1.0, 0.5, -1.0)),
+    "odeint, unrolled": lambda: Steps(adjoint=UNROLLED),
+    "NeuralODE": lambda: im.nn.NeuralODE(Field(), solver=RK4),
+    "NeuralODE, times": lambda: Steps(im.Heun, (0.0, 2.0), dt=0.1),
+}
+
+
+def with_input(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The value, and the gradients of the input and of all parameters."""
+    torch.manual_seed(1)
+    y = model(x)
+    return y.detach(), *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))
+
+
+def batch(size: int = 3) -> Tensor:
+    return torch.randn(size, SIZE, dtype=torch.float64, requires_grad=True)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_known_numbers_of_steps_are_no_break(name):
+    model, x = Around(WHOLE[name]()).double(), batch()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(with_input(compiled, x), with_input(eager, x))
+        with torch.no_grad():
+            for mine, other in zip(model.parameters(), eager.parameters()):
+                mine.mul_(0.9), other.mul_(0.9)
+    assert breaks() == 0
+    assert graphs() == (2 if name == "DEQ, warm" else 1)  # the first time it is cold
+
+
+@pytest.mark.parametrize("name", ["DEQ, implicit", "NeuralODE"])
+def test_known_numbers_of_steps_by_inductor(name):
+    model, x = Around(WHOLE[name]()).double(), batch()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(with_input(compiled, x), with_input(copy.deepcopy(model), x))
+
+
+def test_what_is_logged_of_a_solve_in_a_graph():
+    for layer in (im.nn.DEQ(Plain(), ANDERSON, KRYLOV), im.nn.NeuralODE(Field(), (0.0, 0.2, 1.0), RK4)):
+        x, eager = torch.randn(3, SIZE), copy.deepcopy(layer)
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        eager(x)
+        for name in ("value", "status", "residual", "steps"):
+            torch.testing.assert_close(getattr(layer.solution, name), getattr(eager.solution, name), msg=name)
+        assert layer.solution.evaluations == eager.solution.evaluations
+
+
+def test_other_lengths_times_and_batches_make_graphs_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 20)
+    model = Around(im.nn.NeuralODE(Field(), (0.0, 1.0), im.Euler(dt=0.5))).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def check(size: int = 3) -> None:
+        x = batch(size)
+        torch.testing.assert_close(with_input(compiled, x), with_input(copy.deepcopy(model), x))
+
+    for size in (3, 4, 5, 6):
+        check(size)
+    assert graphs() == 2  # the second leaves the size open
+    for dt in (0.4, 0.25):
+        model.solve.solver = replace(model.solve.solver, dt=dt)
+        check()
+    for t in ((0.0, 0.7), (0.0, 1.3), (0.0, 0.5, 0.6)):
+        model.solve.t = t
+        check()
+    model.solve.solver = im.Midpoint(dt=0.3)
+    check()
+    assert breaks() == 0
+
+
+def test_samples_that_fail_are_told_by_their_status_and_have_no_gradient():
+    class Logarithm(Plain):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * torch.tanh(self.linear(z)) + x.log()
+
+    class Model(nn.Module):
+        def __init__(self, adjoint):
+            super().__init__()
+            self.cell, self.adjoint = Logarithm(), adjoint
+
+        def forward(self, x: Tensor) -> Tensor:
+            z0 = torch.zeros_like(x)
+            self.solution = im.fixed_point(
+                self.cell, z0, x, solver=FEW, adjoint=self.adjoint, in_dims=0, on_failure="ignore"
+            )
+            return torch.where(self.solution.residual.isfinite()[:, None], self.solution.value, 0.0)
+
+    x = batch().detach().abs() + 0.1
+    x[1, 2] = -1
+    for adjoint in (FREE, UNROLLED, KRYLOV):
+        model = Model(adjoint).double()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found = with_input(compiled, x.requires_grad_())
+        torch.testing.assert_close(found, with_input(copy.deepcopy(model), x))
+        assert all(bool(g.isfinite().all()) for g in found)
+        assert model.solution.status.tolist() == [im.Status.MAX_STEPS, im.Status.NON_FINITE, im.Status.MAX_STEPS]
+
+
+def test_a_trajectory_in_a_graph_that_fails_says_so():
+    def solve(y: Tensor) -> Any:
+        return im.odeint(lambda t, y: y**2, y, (0.0, 3.0), solver=im.Euler(dt=0.01 * 3), batch_dims=1)
+
+    found = torch.compile(solve, backend="aot_eager", fullgraph=True)(torch.tensor([[0.1], [1e30]]))
+    assert found.converged.tolist() == [True, False]
+    assert found.status[1] == im.Status.NON_FINITE
+    with pytest.raises(ValueError, match="ask for these times in t"):
+        found.interpolate((1.0,))
+
+
+def test_the_steps_of_a_graph_are_those_of_eager():
+    for dtype in (torch.float32, torch.float64):
+        for times, dt in (((0.0, 1.0), 0.1), ((1e3, 1e3 + 1), 0.1), ((2.0, 0.7, -1.0), 0.3), ((0.0, 0.2999), 0.1)):
+            seen = []
+
+            def f(t: Tensor, y: Tensor, seen: list[float] = seen) -> Tensor:
+                seen.append(float(t))
+                return -y
+
+            solution = im.odeint(f, torch.ones(1, dtype=dtype), times, solver=im.Euler(dt=dt))
+            steps = plan(times, dt, 100, dtype == torch.float32)
+            assert len(steps) == solution.steps
+            assert [t for t, _, _ in steps] == seen[:-1]
+    assert plan((0.0, 1.0), 0.1, 9, False) == plan((0.0, 1.0, 0.5), 0.1, 100, False) == ()
+    assert plan((0.0, float("nan")), 0.1, 100, False) == plan((0.0,), 0.1, 100, False) == ()
+
+
+def test_checkpoints_are_kept_in_a_graph_too():
+    def saved(adjoint) -> int:
+        torch._dynamo.reset()
+        kept = []
+
+        def count(module: torch.fx.GraphModule, inputs: Any) -> Any:
+            kept.append(len(module.graph.output_node().args[0]))
+            return make_boxed_func(module.forward)
+
+        backend = aot_autograd(fw_compiler=count, bw_compiler=lambda m, _: make_boxed_func(m.forward))
+        model = Steps(im.Euler, (0.0, 1.0), dt=1 / 36, adjoint=adjoint).double()
+        torch.compile(model, backend=backend, fullgraph=True)(batch())
+        return kept[0]
+
+    # Of 36 steps: a state and a slope after every sixth, and what is there in any case.
+    assert saved(im.RecursiveCheckpointAdjoint()) < 36 < saved(im.UnrolledAdjoint())
+
+
+def test_f_may_write_into_the_copy_that_it_gets():
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        return z.mul_(0.5).add_(x)
+
+    def solve(x: Tensor) -> Tensor:
+        return im.fixed_point(f, torch.zeros_like(x), x, solver=FEW, adjoint=FREE).value
+
+    x = batch()
+    torch.testing.assert_close(torch.compile(solve, backend="aot_eager", fullgraph=True)(x), x * (2 - 0.5**4))
+
+
+BROKEN: dict[str, Callable[[], nn.Module]] = {
+    "adaptive": lambda: FixedPoint(solver=im.Anderson(rtol=1e-4), adjoint=FREE),
+    "adaptive backwards": lambda: FixedPoint(solver=FEW),
+    "long": lambda: FixedPoint(solver=im.FixedPointIteration(max_steps=LONGEST + 1, rtol=0), adjoint=FREE),
+    "listens": lambda: FixedPoint(solver=FEW, adjoint=replace(KRYLOV, listen=lambda found: None)),
+    "Newton": lambda: FixedPoint(solver=im.Newton(max_steps=2, rtol=0), adjoint=KRYLOV),
+    "long trajectory": lambda: Steps(im.Euler, dt=1 / (LONGEST + 1)),
+    "implicit method": lambda: Steps(im.ImplicitEuler),
+    "backsolve": lambda: Steps(adjoint=im.BacksolveAdjoint()),
+    "times": lambda: Steps(times=torch.tensor([0.0, 1.0])),
+    "event": lambda: Steps(event=im.Event(lambda t, y, w: y.sum() + 100)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_other_solves_still_are_one_break(name):
+    check_equal(BROKEN[name]())
+    assert breaks() == 1, dict(counters["graph_break"])
+
+
+def test_interpolation_in_a_compiled_model():
+    class Model(Weighted):
+        def forward(self, x: Tensor) -> Tensor:
+            solution = im.odeint(lambda t, y, w: -w * y, x, (0.0, 1.0), self.weight, solver=self.solver)
+            return solution.interpolate((0.5,))[0]
+
+    for solver in (im.Dopri5(), RK4):
+        model = Model()
+        model.solver = solver
+        check_equal(model)
+
+
 def test_fullgraph_says_what_to_do():
     compiled = torch.compile(Around(im.nn.DEQ(Plain())), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile=True or a compiled f"):
@@ -332,7 +604,7 @@ def test_functions_called_in_it_are_not_traced_either():
     seen = []
 
     def inner(x: Tensor) -> Tensor:
-        seen.append(torch.compiler.is_compiling())
+        seen.append(torch.compiler.is_dynamo_compiling())
         return x + 1
 
     @one_break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -94,6 +94,11 @@ def check_choices(
     return adjoint
 
 
+def _gmres() -> Solver:
+    """The default, which the tracer of `torch.compile` can make, while it cannot take up an object."""
+    return GMRES()
+
+
 @dataclass(frozen=True)
 class ImplicitAdjoint(Adjoint):
     """The exact derivative at the solution, by the implicit function theorem: any order, both modes.
@@ -112,7 +117,7 @@ class ImplicitAdjoint(Adjoint):
     `on_failure` says.
     """
 
-    linear_solver: Solver = GMRES()
+    linear_solver: Solver = field(default_factory=_gmres)
     rtol: float | None = None
     max_steps: int | None = None
     inverse: str = "ignore"
@@ -175,6 +180,8 @@ class _Unrolled(Adjoint):
         """The solver's result, with autograd recording."""
         if compile:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        if torch.compiler.is_dynamo_compiling():
+            return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
         found = condition.examined(found, problem.theta)
         condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))

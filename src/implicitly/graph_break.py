@@ -21,31 +21,47 @@ from torch._C._dynamo import eval_frame
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Steps that are traced at most: a graph has all of them one behind the other, and takes as long to compile.
+LONGEST = 100
+
 REASON = "implicitly: a solve is one break; compile what is inside with compile=True or a compiled f"
 
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)  # pyright: ignore
 
 
-def one_break(solve: Callable[P, R]) -> Callable[P, R]:
-    """`solve`, which the tracer of `torch.compile` calls and never enters, nor what it calls in turn.
+def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes of a solve one that the tracer of `torch.compile` enters only for arguments that are `traceable`.
 
-    This is `torch.compiler.disable`, except that the compiler, which takes as long to import as all of torch, is
-    not imported for it: as long as nobody has, there is nothing to be disabled.
+    Else it calls the solve, and what that calls in turn, from outside of the graph. This is
+    `torch.compiler.disable`, except that the compiler, which takes as long to import as all of torch, is not
+    imported for it: as long as nobody has, there is nothing to be disabled.
     """
-    untraced: Any = None
 
-    @functools.wraps(solve)
-    def entry(*args: Any, **kwargs: Any) -> R:
-        nonlocal untraced
-        if untraced is None:
-            if "torch._dynamo" not in sys.modules:
-                return solve(*args, **kwargs)
-            untraced = torch.compiler.disable(solve, reason=REASON)
-        return untraced(*args, **kwargs)
+    def decorate(solve: Callable[P, R]) -> Callable[P, R]:
+        untraced: Any = None
 
-    # What `torch.compiler.disable` does with its own functions: a traced caller breaks before `entry`, ...
-    entry._torchdynamo_disable = True  # pyright: ignore[reportAttributeAccessIssue]
-    entry._torchdynamo_disable_msg = REASON  # pyright: ignore[reportAttributeAccessIssue]
-    # ... and `entry`, then called from outside of a graph, does not start another one.
-    eval_frame.set_code_exec_strategy(entry.__code__, _SKIP)  # pyright: ignore[reportAttributeAccessIssue]
-    return cast(Callable[P, R], entry)
+        @functools.wraps(solve)
+        def entry(*args: Any, **kwargs: Any) -> R:
+            if torch.compiler.is_dynamo_compiling():
+                if traceable(*args, **kwargs):
+                    return solve(*args, **kwargs)
+                torch._dynamo.graph_break(msg=REASON)  # the caller's: it then calls `entry` from outside
+            nonlocal untraced
+            if untraced is None:
+                if "torch._dynamo" not in sys.modules:
+                    return solve(*args, **kwargs)
+                untraced = torch.compiler.disable(solve, reason=REASON)
+            return untraced(*args, **kwargs)
+
+        # Called from outside of a graph, `entry` does not start another one.
+        eval_frame.set_code_exec_strategy(entry.__code__, _SKIP)  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(Callable[P, R], entry)
+
+    return decorate
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+one_break = one_break_unless(_never)

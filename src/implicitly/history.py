@@ -113,8 +113,10 @@ def read(buffer: Tensor, slot: int | Tensor) -> Tensor:
 
 
 def _unseen(*tensors: Tensor) -> bool:
-    """Whether neither autograd nor a transform looks on."""
-    return not torch.is_grad_enabled() and not any(is_wrapped(t) for t in tensors)
+    """Whether neither autograd nor a transform nor a tracer looks on."""
+    if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        return False
+    return not any(is_wrapped(t) for t in tensors)
 
 
 def filled(buffer: Tensor, count: int | Tensor) -> Tensor:

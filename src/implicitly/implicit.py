@@ -193,6 +193,9 @@ def find(
     `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one). `leave_last`: as of
     `iterate`; where `Found.ahead` tells that the last call was left, `arrive` ends the solve.
     """
+    if torch.compiler.is_dynamo_compiling():  # nothing needs to be opaque to who traces all of it
+        with torch.no_grad():
+            return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
     run = partial(search, leave_last=True) if leave_last else run or search
@@ -224,10 +227,12 @@ def search(
     r0: Tensor | None = None,
     *,
     leave_last: bool = False,
+    unrolled: bool = False,
 ) -> Found:
     """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records.
 
-    `leave_last`: as of `iterate`; then without an estimate.
+    `leave_last`: as of `iterate`; then without an estimate. `unrolled`: exactly `max_steps` steps, one after the
+    other, in a traced graph.
     """
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
@@ -253,6 +258,7 @@ def search(
             carries=condition.carries,
             verify=solver.recurrent,
             leave_last=leave_last,
+            unrolled=unrolled,
         )
     return found._replace(estimate=()) if leave_last else found
 
@@ -309,6 +315,9 @@ class _Find(Opaque):
 
 def attach(condition: Condition, z: Tensor, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """`z` `(B, n)`, which satisfies `condition`, with the derivative that the theorem gives it."""
+    if torch.compiler.is_dynamo_compiling():
+        z = z.detach()
+        return _Answered.apply(condition.residual(z, *theta), z, partial(backward.answer, condition, theta))
     return _Attach.apply(condition, backward, z.detach(), *theta)
 
 
@@ -328,6 +337,20 @@ class Backward:
     use: str = "start"
     listen: Callable[[Found], None] | None = None
 
+    def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
+        """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
+        theta = (g, z, *(t.detach() for t in theta))
+        found = find(self.solver, transposed(condition), torch.zeros_like(g), theta, g)
+        return self.usable(found, g)
+
+    def usable(self, found: Found, b: Tensor) -> Tensor:
+        """What was found for `b`, 0 where a solve broke down: no derivative rather than an arbitrary one."""
+        usable = is_usable(found.status)
+        if not self.solver.budget_only:
+            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
+            usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
+        return torch.where(usable[:, None], found.z, 0.0)
+
     def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
@@ -340,18 +363,13 @@ class Backward:
             found = found._replace(z=inverse(found.z))
         if self.listen is not None and not is_wrapped(b):
             self.listen(found)
-        # A solve that broke down gives no derivative rather than an arbitrary one; it has been reported.
-        usable = is_usable(found.status)
-        if not self.solver.budget_only:
-            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
-            usable = usable & ((found.status == Status.CONVERGED) | halfway)
-        u = torch.where(usable[:, None], found.z, 0.0)
-        return attach(condition, u, theta, Backward(self.solver))
+        return attach(condition, self.usable(found, b), theta, Backward(self.solver))
 
 
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
-    return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
+    # As numbers: to the tracer a tensor and a member of an enumeration are never equal.
+    return is_success(status) | (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED))
 
 
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
@@ -409,7 +427,7 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
                 stacklevel=users_line(),
             )
 
-    if t.requires_grad and not is_wrapped(t):
+    if t.requires_grad and not is_wrapped(t) and not torch.compiler.is_dynamo_compiling():
         t.register_hook(tell)
     return t
 
@@ -475,6 +493,24 @@ class _Attach(torch.autograd.Function):
         condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
         out = _Attach.apply(condition, backward, merge_rows(z, in_dims[2], size), *theta)
         return out.reshape(size, -1, out.shape[1]), 0
+
+
+class _Answered(torch.autograd.Function):
+    """z with the derivative of the theorem in a traced graph: the cotangent g of z is that u of its residual.
+
+    What else the condition depends on is reached from the residual, by plain operations.
+    """
+
+    @staticmethod
+    def forward(ctx, residual, z, answer):
+        ctx.save_for_backward(z)
+        ctx.answer = answer
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (z,) = ctx.saved_tensors
+        return ctx.answer(*gradients, z), None, None
 
 
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:

@@ -205,8 +205,8 @@ class Solver(ABC):
 
 
 class Found(NamedTuple):
-    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count, what the solver
-    knows of the inverse Jacobian.
+    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count (a number where steps are
+    unrolled into a graph), what the solver knows of the inverse Jacobian.
 
     While the last call of f is left to the caller, `ahead` holds the last iterate `(B, n)`, at which f is yet to
     be called; `z` and `residual` are of the best one before it, and every sample is RUNNING.
@@ -216,7 +216,7 @@ class Found(NamedTuple):
     status: Tensor
     residual: Tensor
     steps: Tensor
-    evaluations: Tensor
+    evaluations: Tensor | int
     estimate: tuple[Tensor, ...] = ()
     ahead: tuple[Tensor, ...] = ()
 
@@ -249,6 +249,7 @@ def iterate(
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
     leave_last: bool = False,
+    unrolled: bool = False,
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
@@ -262,9 +263,10 @@ def iterate(
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
         leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
             nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
+        unrolled: see `repeat`.
     """
     F = bind(*theta)
-    loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None)
+    loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
     k, step, going = 0, partial(loop.step, F), partial(loop.worth_a_step, droppable)
@@ -275,7 +277,7 @@ def iterate(
             if new.is_plain:
                 return loop.ahead(carry, new)
             k, carry = k + 1, loop.judge(F, k, carry, new)
-    k, carry = repeat(step, carry, going, solver.max_steps, k)
+    k, carry = repeat(step, carry, going, solver.max_steps, k, unrolled=unrolled)
     found = loop.outcome(k, carry)
     rows: Tensor | None = None
     while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
@@ -301,6 +303,7 @@ class _Loop:
     atol: float
     floor: float
     relative_to_iterate: bool
+    unrolled: bool = False
 
     @property
     def budget_only(self) -> bool:
@@ -309,7 +312,7 @@ class _Loop:
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
         calls: int | Tensor = int(r is None)
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() and not self.unrolled:
             calls = torch.full((), calls, dtype=torch.int64, device=z.device)
         r = F(z) if r is None else r
         norm = row_norm(r)
@@ -411,7 +414,7 @@ class _Loop:
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
-        calls = c.calls if isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
+        calls = c.calls if self.unrolled or isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
         return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
 
     def ahead(self, c: _Carry, new: Proposal) -> Found:
@@ -465,11 +468,17 @@ def repeat(
     going: Callable[[Any], bool | Tensor],
     limit: int,
     k: int | Tensor = 0,
+    unrolled: bool = False,
 ) -> tuple[int | Tensor, Any]:
     """`carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
 
-    Traced by `torch.compile` this is one `while_loop` graph; otherwise a Python loop.
+    Traced by `torch.compile` this is one `while_loop` graph, or, `unrolled`, `limit` steps one after the other,
+    through which autograd can go; otherwise a Python loop.
     """
+    if unrolled:
+        for k in range(limit):
+            carry = body(k, carry)
+        return limit, carry
     if torch.compiler.is_dynamo_compiling():
         flat, spec = pytree.tree_flatten(carry)
         start = torch.full((), 0, dtype=torch.int64, device=flat[0].device) + k

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, open_function, records, refuse_captured, watched
+from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, watched
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Problem:
         Raises ValueError where f changes z in place, or depends on a tracked tensor that is not in theta.
         """
         start, theta = layout.pack(z0), opened.theta
-        checking = records() and not recording  # else no gradient is wanted that could be lost
+        checking = loses(recording)
         start = start if recording else start.detach()
         theta = tuple(t.detach() for t in theta) if checking else theta
         # Where that is checked nothing requires a gradient, so neither may the result.
-        with torch.set_grad_enabled(checking or torch.is_grad_enabled()):
+        with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:

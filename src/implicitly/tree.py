@@ -18,6 +18,12 @@ from torch.func import functional_call, grad, vjp
 from torch.utils import _pytree as pytree
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the parts of complex numbers have; real dtypes are their own. (`dtype.to_real` cannot be traced.)"""
+    return _PARTS.get(dtype, dtype)
 
 
 def row_norm(matrix: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ class Layout:
                     f"{name} has a 0-d tensor, but batch_dims=1 takes dimension 0 as the batch; "
                     "pass batch_dims=0 for one system"
                 )
-        dtypes = {leaf.dtype.to_real() for leaf in flat}
+        dtypes = {real_dtype(leaf.dtype) for leaf in flat}
         devices = {leaf.device for leaf in flat}
         if len(dtypes) > 1 or len(devices) > 1:
             raise ValueError(f"{name} mixes dtypes or devices: {_describe(flat)}; convert them to one")
@@ -233,13 +239,14 @@ class Opened:
             given is mine for given, mine in zip(parameters, self.theta[len(self.theta) - self.parameters :])
         )
         exchanged = {name: parameters[i] for name, i in self.places}
+        default = None if torch.compiler.is_dynamo_compiling() else self.default_device
 
         def call(state: Any) -> Any:
-            if self.autocast is None and self.default_device is None and not casts(self.device_type):
+            if self.autocast is None and default is None and not casts(self.device_type):
                 return self._call(own, exchanged, state, args)
             # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
             # called from; an accelerator's is a thread of autograd's own, which has no default device.
-            with self._arithmetic(), self.default_device or nullcontext():
+            with self._arithmetic(), default or nullcontext():
                 return self._call(own, exchanged, state, args)
 
         return call
@@ -276,12 +283,20 @@ class _Host(nn.Module):
 
 
 def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opened:
-    """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept."""
+    """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept.
+
+    In a traced graph that is `args` alone: there autograd reaches all the rest by itself.
+    """
     if not callable(f):
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
     flat, spec = pytree.tree_flatten(args)
     tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
     static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
+    autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
+    if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
+        own = functools.partial(_on_a_copy, f)
+        return Opened(own, tensors, (), (), 0, spec, static, device.type, autocast, None, ())
+    default = torch.get_default_device()
     modules: dict[int, nn.Module] = {}
     captured: list[tuple[str, Tensor]] = []
     for name, value in _reached(f, args):
@@ -301,8 +316,6 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                     index[id(tensor)] = len(parameters)
                     parameters.append(tensor)
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
-    autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
-    default = torch.device("cpu") if torch.compiler.is_dynamo_compiling() else torch.get_default_device()
     theta = (*tensors, *parameters)
     return Opened(
         f,
@@ -317,6 +330,11 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         None if default.type == "cpu" else default,
         tuple(captured),
     )
+
+
+def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """`f(state, *args)`, which may write into its state: the tracer cannot tell whether it does."""
+    return f(pytree.tree_map_only(Tensor, torch.clone, state), *args)
 
 
 def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
@@ -454,7 +472,9 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
 
 
 def watched(call: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """`call(x)`; raises ValueError where it changes `x` in place."""
+    """`call(x)`; raises ValueError where it changes `x` in place, as far as that can be seen."""
+    if torch.compiler.is_dynamo_compiling():
+        return call(x)
     before = _version(x)
     value = call(x)
     if _version(x) != before:
@@ -527,6 +547,11 @@ def records() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_transform()
+
+
+def loses(recording: bool) -> bool:
+    """Whether the derivative of a tensor that f reaches by itself would be lost, unless a solve is `recording`."""
+    return not (recording or torch.compiler.is_dynamo_compiling()) and records()
 
 
 def is_recorded(x: Tensor) -> bool:

@@ -111,9 +111,9 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
         status = torch.where(degenerate, int(Status.DEGENERATE), status)
     known.append(jacobian)
     norm = norm.masked_fill(bad, float("nan"))
-    found = Found(z, status, norm, steps, steps.sum())
-    report("ConvexLayer", family.solver, found)  # pyright: ignore[reportArgumentType]
-    return found[:5]
+    found = (z, status, norm, steps, steps.sum())
+    report("ConvexLayer", family.solver, Found(*found))  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: Tensor) -> tuple[Tensor, Tensor]:

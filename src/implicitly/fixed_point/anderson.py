@@ -96,7 +96,7 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
 
     Residuals shrink by orders of magnitude over the history; either way is as accurate as if all had length 1.
     """
-    if is_near(gram) and not torch.compiler.is_compiling():
+    if is_near(gram) and not torch.compiler.is_dynamo_compiling():
         factor, info = torch.linalg.cholesky_ex(gram)
         right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
         weights, definite = torch.cholesky_solve(right, factor)[:, :, 0], info == 0

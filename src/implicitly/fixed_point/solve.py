@@ -6,16 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
+from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
+from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton
-from implicitly.graph_break import one_break
+from implicitly.fixed_point.picard import FixedPointIteration
+from implicitly.graph_break import LONGEST, one_break_unless
 from implicitly.iterate import Solution, Solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 
-@one_break
+def is_traceable(
+    *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
+) -> bool:
+    """Whether the numbers of steps, forwards and backwards, are known before: then they fit into a graph."""
+    if compile or not (isinstance(solver, FixedPointIteration | Anderson | Broyden) and _is_short(solver)):
+        return False
+    if isinstance(adjoint, ImplicitAdjoint):
+        return adjoint.listen is None and _is_short(adjoint.backward_solver)
+    return isinstance(adjoint, PhantomAdjoint | JacobianFreeAdjoint | UnrolledAdjoint)
+
+
+def _is_short(solver: Solver) -> bool:
+    return solver.budget_only and solver.max_steps <= LONGEST and not solver.nests
+
+
+@one_break_unless(is_traceable)
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -65,7 +83,7 @@ def fixed_point(
     return problem.solution(found, how.attach(found, condition, problem))
 
 
-@one_break
+@one_break_unless(is_traceable)
 def root(
     residual: Callable[..., Any],
     z0: Any,

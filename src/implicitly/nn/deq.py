@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from implicitly.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.adjoints import PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
-from implicitly.fixed_point.solve import fixed_point
-from implicitly.graph_break import one_break
+from implicitly.fixed_point.solve import fixed_point, is_traceable
+from implicitly.graph_break import one_break, one_break_unless
 from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once
-from implicitly.nn.warm_start import WarmStart
+from implicitly.nn.warm_start import LastBatch, WarmStart
 from implicitly.tree import unwrapped
 
 
@@ -30,6 +30,13 @@ def _whole_state(z: Any) -> Any:
 
 def _zeros_like(x: Any) -> Any:
     return pytree.tree_map(torch.zeros_like, x)
+
+
+def _is_traceable(layer: DEQ, *args: Any, **options: Any) -> bool:
+    # What `LastEpoch` is asked for it looks up, and checks.
+    if layer.training and not isinstance(layer.warm_start, LastBatch | None):
+        return False
+    return is_traceable(solver=layer.solver, adjoint=layer.adjoint, compile=layer.compile_solve)
 
 
 class DEQ(nn.Module):
@@ -79,7 +86,7 @@ class DEQ(nn.Module):
         self.solution: Solution | None = None
         self.backward_solution: Solution | None = None
 
-    @one_break
+    @one_break_unless(_is_traceable)
     def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
         """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
 
@@ -155,7 +162,7 @@ class DEQ(nn.Module):
 
     def _listening(self) -> Adjoint:
         self.backward_solution = None
-        if not isinstance(self.adjoint, ImplicitAdjoint):
+        if not isinstance(self.adjoint, ImplicitAdjoint) or torch.compiler.is_dynamo_compiling():
             return self.adjoint
 
         def listen(found: Found) -> None:

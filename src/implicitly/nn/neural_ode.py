@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicitly.graph_break import one_break
+from implicitly.graph_break import one_break_unless
 from implicitly.implicit import users_line
 from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
@@ -21,7 +21,8 @@ from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoin
 from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
-from implicitly.tree import LOW_PRECISION, unwrapped
+from implicitly.ode.unroll import is_unrollable
+from implicitly.tree import LOW_PRECISION, real_dtype, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 Times = Sequence[float] | Tensor
@@ -43,6 +44,10 @@ _KINKED = (
 
 class SmoothnessWarning(UserWarning):
     """A vector field is not smooth, so that solvers need shorter steps than their order promises."""
+
+
+def _is_traceable(layer: NeuralODE, x: Any, *args: Any, t: Any = None) -> bool:
+    return not layer.compile_solve and is_unrollable(layer.solver, layer.adjoint, layer.t if t is None else t)
 
 
 class NeuralODE(nn.Module):
@@ -122,7 +127,7 @@ class NeuralODE(nn.Module):
         self._calls = _Calls()
         _warn_of_kinks(f)
 
-    @one_break
+    @one_break_unless(_is_traceable)
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
         """Where the trajectory from `x` `(B, ...)` leads.
 
@@ -135,7 +140,9 @@ class NeuralODE(nn.Module):
             entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
             last, `(B,)` each, differentiable.
         """
-        if t is not None:
+        if (
+            t is not None and not torch.compiler.is_dynamo_compiling()
+        ):  # it has been looked at
             _check_times(t, self.batch_dims)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
@@ -145,7 +152,7 @@ class NeuralODE(nn.Module):
         drawn = tuple(r.draw(y) for r in rates.regularisers)
         start, solver = y, self.solver
         if rates.regularisers:
-            none = torch.zeros(len(y), dtype=y.dtype.to_real(), device=y.device)
+            none = torch.zeros(len(y), dtype=real_dtype(y.dtype), device=y.device)
             start = (y, *(none for _ in rates.regularisers))
             solver = _controlled_by(y, self.batch_dims, solver)
         solution = odeint(
@@ -279,7 +286,7 @@ def _count(t: Times) -> int:
 
 def _time_dtype(x: Tensor) -> torch.dtype:
     """In what `odeint` keeps times beside a state of x's dtype."""
-    return torch.float32 if x.dtype in LOW_PRECISION else x.dtype.to_real()
+    return torch.float32 if x.dtype in LOW_PRECISION else real_dtype(x.dtype)
 
 
 def _like(t: Times, x: Any) -> Times:

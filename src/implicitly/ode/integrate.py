@@ -181,10 +181,7 @@ class Stepper:
 
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
         """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
-        xp, left = library(c.t), self.end - c.t
-        last = c.length * (1 + STRETCH) >= abs(left)
-        # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
-        dt = xp.where(last, left, (c.t + c.length * xp.sign(left)) - c.t)
+        last, dt = step_length(c.t, c.length, self.end)
         step = self.method.step(self.bound.F, *self.located(c.t, dt, last), c.y, c.memory)
         with torch.no_grad():
             error = self._error(step)
@@ -309,6 +306,14 @@ class Stepper:
         """Where `(B, W)` in the step, from 0 to 1, the times in `columns` `(B, W)` are."""
         t, dt = to_tensor(step.t), to_tensor(step.dt)
         return (self.times.gather(1, columns) - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
+
+
+def step_length(t: Array, length: Array, end: Array) -> tuple[Array, Array]:
+    """Which samples `(B,)` a step of `length` from t leads to the `end`, and how long it is, with its sign."""
+    xp, left = library(t), end - t
+    last = length * (1 + STRETCH) >= abs(left)
+    # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
+    return last, xp.where(last, left, (t + length * xp.sign(left)) - t)
 
 
 def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) -> tuple[Tensor, Memory]:

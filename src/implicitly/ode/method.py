@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,11 @@ class Step(NamedTuple):
     error: Tensor | None  # the local error estimate `(B, n)`
     stages: tuple[Tensor, ...] = ()  # slopes `(B, n)`
     error_low: Tensor | None = None  # a second estimate, of lower order
+
+
+def _controller() -> Controller:
+    """The default, which the tracer of `torch.compile` can make, while it cannot take up an object."""
+    return Controller()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Method(ABC):
     dt_min: float = 0.0
     dt_max: float = float("inf")
     max_steps: int = 100_000
-    controller: Controller = Controller()
+    controller: Controller = field(default_factory=_controller)
     norm: Norm = rms_norm
     tstops: tuple[float, ...] = ()
 
@@ -68,11 +73,11 @@ class Method(ABC):
         name = type(self).__name__
         if self.dt is None and not self.adaptive:
             raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
-        for field in ("dt", "dt0"):
-            value = getattr(self, field)
+        for which in ("dt", "dt0"):
+            value = getattr(self, which)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(
-                    f"{name}: {field} must be a finite number > 0 (t says the direction), got {value}"
+                    f"{name}: {which} must be a finite number > 0 (t says the direction), got {value}"
                 )
         if self.dt is not None and self.dt0 is not None:
             raise ValueError(f"{name}: dt makes all steps equally long, so dt0 would count for nothing; pass one")
@@ -82,15 +87,15 @@ class Method(ABC):
             raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
         if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
-        for field in ("rtol", "atol"):
-            value = getattr(self, field)
+        for which in ("rtol", "atol"):
+            value = getattr(self, which)
             if isinstance(value, float | int):  # the usual case; a tensor of it takes longer to make
                 right = 0 <= value < float("inf")
             else:
                 value = torch.as_tensor(value)
                 right = bool((value.isfinite() & (value >= 0)).all())
             if not right:
-                raise ValueError(f"{name}: {field} must be finite and >= 0, got {getattr(self, field)}")
+                raise ValueError(f"{name}: {which} must be finite and >= 0, got {getattr(self, which)}")
 
     @property
     @abstractmethod

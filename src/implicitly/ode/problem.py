@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from implicitly.host import Array, library, on_host, to_host, to_tensor
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.tree import Layout, Opened, open_function, records, refuse_captured, unwrapped, watched
+from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, unwrapped, watched
 
 
 @dataclass
@@ -118,13 +118,13 @@ class Problem:
         carries = carries_of(opened, args, layout, in_dims)
         start, theta = layout.pack(y0), opened.theta
         probe, moment = start, times[:, 0].expand(layout.batch)
-        checking = records() and not recording  # else no gradient is wanted that could be lost
+        checking = loses(recording)
         if not recording:
             probe, moment = start.detach().clone(), moment.detach()
         theta = tuple(x.detach() for x in theta) if checking else theta
         show = _shown(layout)
         # Where that is checked nothing requires a gradient, so neither may the result.
-        with torch.set_grad_enabled(checking or torch.is_grad_enabled()):
+        with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
             value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *theta), probe)
         layout.check(value, "y0")
         k0 = layout.pack(value)
@@ -231,6 +231,8 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
+    if torch.compiler.is_dynamo_compiling():  # of numbers, which `unroll.plan` has looked at
+        return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
     if not _all(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")

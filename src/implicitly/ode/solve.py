@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.compiled import CompileWarning
-from implicitly.graph_break import one_break
+from implicitly.graph_break import one_break, one_break_unless
 from implicitly.host import happens
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
@@ -23,6 +23,7 @@ from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
+from implicitly.ode.unroll import is_unrollable, solve_in_graph
 from implicitly.tree import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -49,7 +50,22 @@ class Trajectory(Solution):
     event_count: Tensor
 
 
-@one_break
+def is_traceable(
+    f: Any,
+    y0: Any,
+    t: Any,
+    *args: Any,
+    solver: Any = None,
+    adjoint: Any = RecursiveCheckpointAdjoint(),
+    event: Any = None,
+    compile: bool = False,
+    **options: Any,
+) -> bool:
+    """Whether a trajectory is plain operations, which a compiled model can have in its graph."""
+    return event is None and not compile and is_unrollable(solver, adjoint, t)
+
+
+@one_break_unless(is_traceable)
 def odeint(
     f: Callable[..., Any],
     y0: Any,
@@ -95,15 +111,26 @@ def odeint(
     Ordinary Differential Equations", NeurIPS 2018.
     """
     events = events_of(event)
+    traced = torch.compiler.is_dynamo_compiling()
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
-        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=adjoint.recording, events=events
+        f,
+        y0,
+        t,
+        args,
+        batch_dims=batch_dims,
+        in_dims=in_dims,
+        recording=traced or adjoint.recording,
+        events=events,
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)
+    if traced:
+        found = solve_in_graph(solver, problem, t, forget=not isinstance(adjoint, UnrolledAdjoint))
+        return _trajectory(problem, _not_again, *found)
     problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
-    interpolate = _interpolator(problem, lambda problem: solve(solver, problem, _silent)[0].values)
+    interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, _silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -132,27 +159,34 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
     )
 
 
-def _interpolator(problem: Problem, solve: Callable[[Problem], Tensor]) -> Callable[[Any], Any]:
-    def interpolate(t: Any) -> Any:
-        wanted = times_of(t, problem.layout, ordered=False)
-        begin, end = problem.times[:, :1], problem.times[:, -1:]
-        sign = (end - begin).detach().sign()
-        outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
-        if happens(outside.any(1)) and bool(unwrapped(outside).any()):
-            raise ValueError("interpolate: times must lie between the first and the last one of the solve")
-        order = (sign * wanted.detach()).argsort(dim=1)
-        times = wanted.expand(order.shape[0], -1).gather(1, order)
-        rows = max(len(times), len(begin))
-        asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
-        # Eagerly: a graph would be made for each number of times.
-        values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
-        # No step passes the start itself.
-        at_start = (times == begin).unsqueeze(2)
-        values = torch.where(at_start, problem.y0.unsqueeze(1), values)
-        back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
-        return problem.stacked(values.gather(1, back))
+@one_break
+def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], t: Any) -> Any:
+    """The solution at times t: the steps of the solve taken again, with outputs there."""
+    wanted = times_of(t, problem.layout, ordered=False)
+    begin, end = problem.times[:, :1], problem.times[:, -1:]
+    sign = (end - begin).detach().sign()
+    outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
+    if happens(outside.any(1)) and bool(unwrapped(outside).any()):
+        raise ValueError("interpolate: times must lie between the first and the last one of the solve")
+    order = (sign * wanted.detach()).argsort(dim=1)
+    times = wanted.expand(order.shape[0], -1).gather(1, order)
+    rows = max(len(times), len(begin))
+    asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
+    # Eagerly: a graph would be made for each number of times.
+    values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
+    # No step passes the start itself.
+    at_start = (times == begin).unsqueeze(2)
+    values = torch.where(at_start, problem.y0.unsqueeze(1), values)
+    back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
+    return problem.stacked(values.gather(1, back))
 
-    return interpolate
+
+def _not_again(t: Any) -> Any:
+    """The `interpolate` of a solve in a graph, of which nothing is left but its outputs."""
+    raise ValueError(
+        "interpolate takes the steps of a solve again, and this one is part of a graph of torch.compile; ask for "
+        "these times in t"
+    )
 
 
 def _silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:

@@ -1,0 +1,128 @@
+"""Constant steps inside of a graph that the user compiles: `torch.compile(model)`.
+
+Where they begin and end is known before the solve, so nothing has to be decided in it: the steps become as many
+plain operations of the graph, and autograd finds their derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from implicitly.graph_break import LONGEST
+from implicitly.iterate import Status
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
+from implicitly.ode.integrate import Integrated, step_length
+from implicitly.ode.method import Memory, Method
+from implicitly.ode.problem import Problem
+from implicitly.ode.reversible_heun import ReversibleHeun
+from implicitly.ode.runge_kutta import ExplicitRungeKutta
+from implicitly.unrolled import UnrolledAdjoint
+
+
+class Planned(NamedTuple):
+    """A step from t, dt long, and the places of the outputs that it passes."""
+
+    t: float
+    dt: float
+    passed: tuple[int, ...]
+
+
+def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> tuple[tuple[Any, ...], ...]:
+    """The steps through `times`, each as the fields of `Planned`; none for wrong times or too many steps.
+
+    `single`: in float32, else in float64.
+    """
+    seen = np.array([times], dtype=np.float32 if single else np.float64)
+    sign = np.sign(seen[:, -1:] - seen[:, :1])
+    if seen.shape[1] < 2 or not np.isfinite(seen).all() or not (sign * np.diff(seen) > 0).all():
+        return ()
+    t, end, steps, last = seen[:, 0], seen[:, -1], [], False
+    while not last and len(steps) <= limit:
+        last, dt = step_length(t, np.full_like(t, length), end)
+        begin, stop, inner = sign * t, sign * (t + dt), sign * seen[:, 1:-1]
+        (passed,) = ((inner > begin) & (inner <= stop))[0].nonzero()
+        steps.append((float(t[0]), float(dt[0]), tuple((passed + 1).tolist())))
+        t = t + dt
+    return tuple(steps) if len(steps) <= limit else ()
+
+
+# What `torch.compiler.assume_constant_result` does; that imports the whole compiler.
+plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _constant(x: float) -> float:
+    """`x` as a constant of the graph: the tracer leaves numbers open that it has seen to vary, but no key."""
+    return next(iter({float(x)}))
+
+
+def _steps(method: Method, times: Any, single: bool) -> tuple[Planned, ...]:
+    assert method.dt is not None
+    length, limit = _constant(min(method.dt, method.dt_max)), int(_constant(min(LONGEST, method.max_steps)))
+    steps = plan(tuple(_constant(t) for t in times), length, limit, single)
+    return tuple(Planned(*step) for step in steps)
+
+
+def is_unrollable(method: Any, adjoint: Any, t: Any) -> bool:
+    """Whether a solve through times t is a number of plain steps that is known before."""
+    return (
+        isinstance(method, ExplicitRungeKutta | ReversibleHeun)
+        and method.dt is not None
+        and not method.tstops
+        and isinstance(adjoint, RecursiveCheckpointAdjoint | UnrolledAdjoint)
+        and isinstance(t, list | tuple)
+        and all(isinstance(x, float | int) for x in t)
+        and all(len(_steps(method, t, single)) > 0 for single in (True, False))
+    )
+
+
+def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -> tuple[Integrated, int]:
+    """The trajectory through the numbers `times`, recorded; and the calls of f.
+
+    Where its operations are to `forget` what they computed, they are done again in the backward pass: of N steps
+    only the states after every sqrt(N) are kept.
+    """
+    steps = _steps(method, times, problem.layout.work_dtype == torch.float32)
+    t = problem.rows(problem.times)
+    F = problem.field(*problem.theta)
+    y, memory = problem.y0, method.start(F, t[:, 0], problem.y0, problem.k0)
+    size = math.ceil(len(steps) ** 0.5) if forget and torch.is_grad_enabled() else len(steps)
+    outputs, calls = [y.unsqueeze(1)], F.calls
+    for i in range(0, len(steps), size):
+        block = partial(_advance, method, problem, steps[i : i + size])
+        if size < len(steps):
+            y, memory, passed, count = checkpoint(block, y, memory, use_reentrant=False)
+        else:
+            y, memory, passed, count = block(y, memory)
+        outputs, calls = [*outputs, *passed], calls + count
+    values = torch.cat([*outputs, y.unsqueeze(1)], dim=1)
+    status = torch.where(y.detach().isfinite().all(1), int(Status.CONVERGED), int(Status.NON_FINITE))
+    none, number = torch.zeros_like(status), torch.zeros_like(t[:, 0])
+    count = none + len(steps)
+    found = Integrated(
+        values, status, number, count, count, t[:, -1], number + steps[-1].dt, none, none - 1, none.clone()
+    )
+    return found, calls
+
+
+def _advance(
+    method: Method, problem: Problem, steps: Sequence[Planned], y: Tensor, memory: Memory
+) -> tuple[Tensor, Memory, list[Tensor], int]:
+    """States, outputs `(B, W, n)` on the way, and the calls of f of some steps."""
+    F = problem.field(*problem.theta)
+    outputs: list[Tensor] = []
+    for begin, length, passed in steps:
+        t, dt = (problem.times.new_full((y.shape[0],), x) for x in (begin, length))
+        step = method.step(F, t, dt, y, memory)
+        if passed:
+            part = (problem.times[:, passed[0] : passed[-1] + 1] - begin) / length
+            outputs.append(method.between(F, step, part.expand(y.shape[0], -1)))
+        y, memory = step.y1, step.memory
+    return y, memory, outputs, F.calls
