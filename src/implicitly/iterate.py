@@ -463,7 +463,7 @@ def repeat(
     body: Callable[[int | Tensor, Any], Any],
     carry: Any,
     going: Callable[[Any], bool | Tensor],
-    limit: int,
+    limit: int | Tensor,
     k: int | Tensor = 0,
 ) -> tuple[int | Tensor, Any]:
     """`carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
