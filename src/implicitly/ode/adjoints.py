@@ -68,7 +68,15 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
+
+    Where `compile=True` made one graph of a solve by an explicit Runge-Kutta method, the backward pass is a graph
+    too. Derivatives of it, transforms of `torch.func` and other methods run eagerly.
+
+    Args:
+        listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
     """
+
+    listen: Callable[[int], None] | None = None
 
     hybrid = True
 
@@ -76,7 +84,16 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         record = Record() if any(is_recorded(x) for x in inputs) else None
-        work = Work(method, problem.field, problem.carries, report, record, events=problem.events, key=problem.key)
+        work = Work(
+            method,
+            problem.field,
+            problem.carries,
+            report,
+            record,
+            events=problem.events,
+            key=problem.key,
+            listen=self.listen,
+        )
         if record is None:
             with torch.no_grad():
                 return work.run(*inputs), work.calls
@@ -99,6 +116,7 @@ class Work:
     calls: int = 0
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
+    listen: Callable[[int], None] | None = None
     as_graph: bool = False
 
     @property
@@ -106,12 +124,17 @@ class Work:
         """Whether something may end a step besides its length; the times got to are then differentiable."""
         return bool(self.events or self.method.tstops)
 
+    @property
+    def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
+        """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves."""
+        return (self.key, self.method), partial(replace(self, record=None, listen=None).stepper, False)
+
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
         found = None
         if self.key is not None:
-            key = (self.key, self.method)
-            found = integrate_as_graph(key, partial(self.stepper, False), times, y0, k0, theta, self.record)
+            key, stepper = self.graphs
+            found = integrate_as_graph(key, stepper, times, y0, k0, theta, self.record)
         self.as_graph = found is not None
         if found is None:
             host = not torch.compiler.is_dynamo_compiling() and is_near(times)
@@ -136,10 +159,13 @@ class Work:
         record = self.record
         assert record is not None
         if self.as_graph and record.states and isinstance(self.method, ExplicitRungeKutta):
-            key, stepper = (self.key, self.method), partial(self.stepper, False)
-            found = sweep_as_graph(key, stepper, record, steps, ended, inputs, wanted, *bars)
+            key, stepper = self.graphs
+            found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
             if found is not None:
-                return found
+                gradients, calls = found
+                if self.listen is not None:
+                    self.listen(calls)
+                return gradients
         return sweep(self, steps, ended, inputs, wanted, *bars)
 
     def outputs(

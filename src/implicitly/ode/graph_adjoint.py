@@ -26,6 +26,7 @@ from implicitly.ode.graph import window_of
 from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, restart
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.record import Record, State, Taken
+from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
 # Steps of one run of the graph, the states before all of which are in memory.
 BLOCK = 32
@@ -34,10 +35,14 @@ BLOCK = 32
 class Rows(NamedTuple):
     """Steps, in the order in which they were taken, of which one that passes many outputs is several rows.
 
-    All of the rows of a step pass outputs, and the last one moves on. Each field is `(N, B)`, but `lengths`
-    `(2, N, B)`: t and dt, and `flags` `(3, N, B)`: whether it is the last step of a sample, whether a sample accepted
-    it, and whether it moves on. The outputs between the ends of the solve that a row passes are those from `first`
-    on up to, not with, `stop`.
+    All of the rows of a step pass outputs, and the last one moves on. Of the outputs between the ends of the
+    solve, a row passes those from `first` on up to, not with, `stop`.
+
+    Attributes:
+        lengths: `(2, N, B)`: t and dt.
+        flags: `(3, N, B)`: whether the step is the last one of a sample, whether a sample accepted it, and whether
+            it moves on.
+        first, stop: `(N, B)`.
     """
 
     lengths: Tensor
@@ -99,9 +104,9 @@ class Pull:
         Args:
             counts: `(3,)` int64: how many rows to go on by, from the state before the first; how many to pull back
                 through, the first of those; and whether the first row is the first of the solve.
-            tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with what is carried), of which the first is
-                that before the first row; its cotangents after the last row; which samples `(B,)` finished; the
-                cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
+            tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with what is carried), of which the first
+                is that before the first row; its cotangents after the last row; which samples `(B,)` finished;
+                the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
 
         Returns:
             The state after the rows gone on by; its cotangents before the rows pulled back through; and those of
@@ -158,7 +163,11 @@ class Pull:
         return restart(self.stepper(times, *theta, moving=0 in self.shared), y0).memory
 
     def pulled(
-        self, f: Callable[..., tuple[Tensor, ...]], inputs: Any, state: tuple[Tensor, ...], bars: tuple[Tensor, ...]
+        self,
+        f: Callable[..., tuple[Tensor, ...]],
+        inputs: Any,
+        state: tuple[Tensor, ...],
+        bars: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """The cotangents of `state` and of the shared inputs for those `bars` of `f(inputs, *state)`."""
         chosen = [inputs[i] for i in self.shared]
@@ -194,6 +203,7 @@ def _always(carry: Any) -> bool:
 
 def sweep_as_graph(
     key: Hashable,
+    method: ExplicitRungeKutta,
     stepper: Callable[..., Stepper],
     record: Record,
     stacked: tuple[Tensor, ...],
@@ -201,43 +211,47 @@ def sweep_as_graph(
     inputs: tuple[Tensor, ...],
     wanted: list[int],
     g: Tensor,
-) -> list[Tensor] | None:
+) -> tuple[list[Tensor], int] | None:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
-    whose states `record` holds; None where no graph can be had. `key` names all that decides about `stepper`.
+    of at least one step, whose states `record` holds; and the calls of f. None where no graph can be had.
+
+    `key` names all that decides about `method` and `stepper`.
     """
-    times, y0, shared = inputs[0], inputs[1], [i for i in wanted if i != 1]
-    rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
-    starts = [begins[i] for i in sorted(record.states)] + [begins[-1]]
-    states = [record.states[i] for i in sorted(record.states)]
-    width = 1 + len(states[0].memory)
-    pull = Pull(stepper, tuple(shared), width)
-    name = f"the adjoint of odeint with {type(stepper(*inputs[:1], *inputs[2:], moving=False).method).__name__}"
     inputs = tuple(x.contiguous() for x in inputs)
-    fixed = (ended.finished, g[:, 1:-1].contiguous(), *inputs)
-    bars: tuple[Tensor, ...] = (g[:, -1].contiguous(), *(torch.zeros_like(m) for m in states[0].memory))
-    sums: list[Tensor] = []
+    (times, *_), shared = inputs, [i for i in wanted if i != 1]
+    rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
+    places = sorted(record.states)
+    states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
+    pull = Pull(stepper, tuple(shared), len(states[0]))
+    name = f"the derivative of odeint with {type(method).__name__}"
+    fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
+    bars = (g[:, -1].contiguous(), *(torch.zeros_like(x) for x in states[0][1:]))
+    sums, calls = [torch.zeros_like(inputs[i]) for i in shared], 0
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal calls
+        calls += 1 + on * method.calls(False) + back * method.calls(bool(window_of(times)))
         buffers = [x.new_empty(BLOCK + 1, *x.shape) for x in state]
         for buffer, x in zip(buffers, state):
             buffer[0] = x
         counts = torch.tensor([on, back, begin == 0 and back > 0], device=times.device)
         block = rows.block(begin, begin + max(on, back))
-        return run_as_graph(name, (key, "adjoint", pull.shared), pull.run, counts, *block, *buffers, *bars, *fixed)
+        return run_as_graph(
+            name, (key, "derivative", pull.shared), pull.run, counts, *block, *buffers, *bars, *fixed
+        )
 
-    for kept_state, (begin, end) in reversed(list(zip(states, pairwise(starts)))):
-        cuts, before = range(begin, end, BLOCK), [(kept_state.y, *kept_state.memory)]
+    segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))
+    for state, (begin, end) in reversed(list(segments)):
+        cuts, before = range(begin, end, BLOCK), [state]
         for cut in cuts[:-1]:
-            out = run(cut, BLOCK, 0, before[-1])
-            if out is None:
+            if (out := run(cut, BLOCK, 0, before[-1])) is None:
                 return None
-            before.append(out[:width])
+            before.append(out[: pull.width])
         for cut in reversed(cuts):
             count = min(BLOCK, end - cut)
-            out = run(cut, count - 1, count, before.pop())
-            if out is None:
+            if (out := run(cut, count - 1, count, before.pop())) is None:
                 return None
-            bars, found = out[width : 2 * width], out[2 * width :]
-            sums = [s + x for s, x in zip(sums, found)] if sums else list(found)
-    by = dict(zip(shared, sums))
-    return [bars[0] + g[:, 0] if i == 1 else by[i] for i in wanted]
+            bars, found = out[pull.width : 2 * pull.width], out[2 * pull.width :]
+            sums = [s + x for s, x in zip(sums, found)]
+    by = {1: bars[0] + g[:, 0], **dict(zip(shared, sums))}
+    return [by[i] for i in wanted], calls
