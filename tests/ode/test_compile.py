@@ -213,14 +213,25 @@ def derivatives(f, y0, t, *args, compile, retained=False, **options):
     return found
 
 
-def assert_same_derivatives(f, y0, t, *args, loose=1e-11, **options):
+def assert_same_derivatives(f, y0, t, *args, loose=1e-10, **options):
     found, right = (derivatives(f, y0, t, *args, compile=c, retained=c, **options) for c in (True, False))
     torch.testing.assert_close(found, right, rtol=loose, atol=loose)
     return found
 
 
-@pytest.mark.parametrize("times", [2, 5, 80])
-@pytest.mark.parametrize("method", [im.Dopri5(), im.Tsit5(), im.Dopri8(), im.RK4(dt=0.3)], ids=repr)
+@pytest.mark.parametrize(
+    ("method", "times"),
+    [
+        (im.Dopri5(), 2),
+        (im.Dopri5(), 5),
+        (im.Dopri5(), 80),  # of which steps pass more than a row of the graph does
+        (im.Dopri8(), 5),
+        (im.Tsit5(), 2),
+        (im.RK4(dt=0.3), 2),
+        (im.RK4(dt=0.3), 5),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else type(x).__name__,
+)
 def test_derivatives_are_those_of_the_eager_sweep(traced, method, times):
     y0, w = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D)
     assert_same_derivatives(turning, y0, torch.linspace(0, 4, times, dtype=D), w, solver=method, batch_dims=1)
@@ -241,13 +252,12 @@ def test_derivatives_are_those_of_finite_differences(traced):
 def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, monkeypatch):
     monkeypatch.setattr(record, "CHECKPOINTS", 2)
     y0, w, t = torch.randn(2, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 1, 6, dtype=D)
-    kept = []
-    for steps in (31, 32, 33, 700):
-        assert_same_derivatives(turning, y0, t, w, solver=im.Midpoint(dt=1 / steps))
-        value = im.odeint(turning, y0, t, w.requires_grad_(), solver=im.Midpoint(dt=1 / steps), compile=True).value
-        kept.append(len(trajectory_of(value).record.states))
-    assert kept == [1, 1, 1, 3]  # of 6 runs of the graph
-    assert len(traced) == 2
+    for steps, states in ((32, 1), (33, 1), (700, 3)):  # of 1, 1 and 6 runs of the graph
+        method = im.Midpoint(dt=1 / steps)
+        assert_same_derivatives(turning, y0, t, w, solver=method)
+        value = im.odeint(turning, y0, t, w.clone().requires_grad_(), solver=method, compile=True).value
+        assert len(trajectory_of(value).record.states) == states
+    assert len(traced) == 6  # for each method two, for all of its runs
 
 
 def trajectory_of(value):
@@ -277,7 +287,8 @@ def test_samples_that_failed_have_no_part_in_derivatives(traced):
     for method in (im.Dopri5(), im.Dopri5(max_steps=6), im.RK4(dt=0.1)):
         for options in ({}, {"in_dims": 0}):
             by_y0, _, by_w = assert_same_derivatives(rooted, y0, t, w, solver=method, batch_dims=1, **options)
-            assert not by_y0[1:2].any() and not by_w[1:2].any() and by_w[0].any()
+            assert not torch.cat([by_y0[1], by_w[1]]).any()
+            assert by_w[0].any()
             shared = assert_same_derivatives(rooted, y0, t, w[0], solver=method, batch_dims=1)
             assert all(x.isfinite().all() for x in shared)
 

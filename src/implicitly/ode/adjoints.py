@@ -158,7 +158,7 @@ class Work:
         """What `sweep` gives, as one graph where the solve was one and its method is explicit."""
         record = self.record
         assert record is not None
-        if self.as_graph and record.states and isinstance(self.method, ExplicitRungeKutta):
+        if self.as_graph and steps[0].numel() and isinstance(self.method, ExplicitRungeKutta):
             key, stepper = self.graphs
             found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
             if found is not None:

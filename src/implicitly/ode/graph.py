@@ -155,7 +155,7 @@ def integrate_as_graph(
     buffers = Buffers.empty(times, y0)
     flat, spec = pytree.tree_flatten(looping)
     # As a graph returns them: other strides would make a second graph for the second run.
-    flat = [x.contiguous() for x in flat]
+    flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
     method = taker.method
     loop = Loop(stepper, spec, in_place=not method.differentiates)
     first = torch.ones((), dtype=torch.bool, device=times.device)

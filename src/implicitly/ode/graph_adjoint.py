@@ -135,7 +135,7 @@ class Pull:
                 bars = (*bars, torch.where(inside.unsqueeze(2), shown, 0.0))
             f = partial(self.passed, taken, moves, columns, inside)
             found = self.pulled(f, places, state, bars)
-            return *found[:width], *(s + x for s, x in zip(carry[width:], found[width:]))
+            return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
 
         _, state = repeat(forward, tuple(x[0] for x in buffers), _always, on)
         sums = (torch.zeros_like(inputs[i]) for i in self.shared)
@@ -213,9 +213,9 @@ def sweep_as_graph(
     g: Tensor,
 ) -> tuple[list[Tensor], int] | None:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
-    of at least one step, whose states `record` holds; and the calls of f. None where no graph can be had.
+    whose states `record` holds, and the calls of f; None where no graph can be had.
 
-    `key` names all that decides about `method` and `stepper`.
+    It has at least one step and one sample. `key` names all that decides about `method` and `stepper`.
     """
     inputs = tuple(x.contiguous() for x in inputs)
     (times, *_), shared = inputs, [i for i in wanted if i != 1]
@@ -225,7 +225,8 @@ def sweep_as_graph(
     pull = Pull(stepper, tuple(shared), len(states[0]))
     name = f"the derivative of odeint with {type(method).__name__}"
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
-    bars = (g[:, -1].contiguous(), *(torch.zeros_like(x) for x in states[0][1:]))
+    # Cloned, so that the stride of a lone sample is that of any tensor like it.
+    bars = (g[:, -1].clone(memory_format=torch.contiguous_format), *(torch.zeros_like(x) for x in states[0][1:]))
     sums, calls = [torch.zeros_like(inputs[i]) for i in shared], 0
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
