@@ -279,17 +279,14 @@ def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
 
 
 def test_samples_that_failed_have_no_part_in_derivatives(traced):
-    def rooted(t, y, w):
-        return -torch.sqrt(y) * w  # NaN from 0 on
-
-    y0 = torch.tensor([[4.0], [float("nan")], [0.3], [2.0]], dtype=D)
+    y0 = torch.tensor([[0.3], [float("nan")], [1.0], [0.2]], dtype=D)  # the third blows up
     w, t = torch.full((4, 1), 1.1, dtype=D), torch.linspace(0, 1.5, 4, dtype=D)
-    for method in (im.Dopri5(), im.Dopri5(max_steps=6), im.RK4(dt=0.1)):
+    for method in (im.Dopri5(), im.Dopri5(max_steps=6), im.RK4(dt=0.02)):
         for options in ({}, {"in_dims": 0}):
-            by_y0, _, by_w = assert_same_derivatives(rooted, y0, t, w, solver=method, batch_dims=1, **options)
-            assert not torch.cat([by_y0[1], by_w[1]]).any()
+            by_y0, _, by_w = assert_same_derivatives(squared, y0, t, w, solver=method, batch_dims=1, **options)
+            assert not torch.cat([by_w[1], by_w[2], by_y0[1]]).any()
             assert by_w[0].any()
-            shared = assert_same_derivatives(rooted, y0, t, w[0], solver=method, batch_dims=1)
+            shared = assert_same_derivatives(squared, y0, t, w[0], solver=method, batch_dims=1)
             assert all(x.isfinite().all() for x in shared)
 
 

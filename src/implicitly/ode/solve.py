@@ -92,8 +92,7 @@ def odeint(
         TypeError, ValueError: for input that cannot be meant, before any step.
         SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
 
-    Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993; Chen et al., "Neural
-    Ordinary Differential Equations", NeurIPS 2018.
+    Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
     """
     events = events_of(event)
     _check_choices(solver, adjoint, on_failure, events, compile)
