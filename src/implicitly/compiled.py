@@ -23,8 +23,8 @@ from implicitly.iterate import Found, Solver
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]
 
-# Graphs kept; each keeps its function, and so its parameters, alive.
-CAPACITY = 16
+# Graphs kept, of which a trajectory has two; each keeps its function, and so its parameters, alive.
+CAPACITY = 32
 # Graphs of one key after which a warning says that shapes change too often, and again after as many more.
 MANY = 8
 
