@@ -23,8 +23,8 @@ from implicitly.iterate import Found, Solver
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]
 
-# Graphs kept; each keeps its function, and so its parameters, alive.
-CAPACITY = 16
+# Graphs kept, of which a trajectory has two; each keeps its function, and so its parameters, alive.
+CAPACITY = 32
 # Graphs of one key after which a warning says that shapes change too often, and again after as many more.
 MANY = 8
 
@@ -70,13 +70,10 @@ class _Graph:
     abandoned: bool = False  # amid its compilation
     making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
 
-    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What to run it with."""
-        # Detached: whether a gradient is wanted is no reason to compile again.
-        inputs = [t.detach() for t in tensors]
+    def mark(self, tensors: Sequence[Tensor]) -> None:
+        """Tell the compiler which sizes vary."""
         for i, dim in self.varying:
-            torch._dynamo.mark_dynamic(inputs[i], dim)
-        return inputs
+            torch._dynamo.mark_dynamic(tensors[i], dim)
 
     def report(self) -> CompiledSolve:
         """What the user sees."""
@@ -114,8 +111,11 @@ def run_as_graph(
     the batch `varies`, the graph for a second batch size leaves that size open. Threads that ask for one graph
     wait for the one of them that makes it.
     """
+    # Detached: whether a gradient is wanted is no reason to compile again.
+    tensors = tuple(t.detach().resolve_conj().resolve_neg() for t in tensors)
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
-    index, graph = _kept(name, key, shapes, function, varies)
+    kinds = tuple(type(t) for t in tensors if type(t) is not Tensor)
+    index, graph = _kept(name, (key, kinds) if kinds else key, shapes, function, varies)
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
             return run_as_graph(name, key, function, *tensors, varies=varies)
@@ -129,7 +129,8 @@ def run_as_graph(
         from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
         try:
-            out = run(*graph.inputs(tensors))
+            graph.mark(tensors)
+            out = run(*tensors)
             done = True
             with _lock:
                 graph.calls += 1
@@ -143,7 +144,7 @@ def run_as_graph(
                 _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
                 return None
             with _lock:
-                _problems.setdefault(key, _Made()).fixed = True
+                _problems.setdefault(index[0], _Made()).fixed = True
         finally:
             if not done:  # perhaps interrupted amid compilation: what was begun is not used again
                 with _lock:
@@ -155,7 +156,7 @@ def run_as_graph(
 
 def _kept(
     name: str, key: Hashable, shapes: _Shapes, function: Callable[..., Any], varies: bool
-) -> tuple[Hashable, _Graph]:
+) -> tuple[tuple[Hashable, Hashable], _Graph]:
     """The graph in the cache, which is put there first where it is missing, and where it is there."""
     message = None
     with _lock:
@@ -264,7 +265,25 @@ def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[...
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    return torch.compile(solve, fullgraph=True, dynamic=dynamic, options={"cpp_wrapper": True})
+    options = {"cpp_wrapper": True, "guard_filter_fn": _worth_a_look}
+    return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
+
+
+# A graph is kept under all that decides about its inputs, and neither the compiler's modules nor ours change.
+_KNOWN = (
+    "L['tensors']",
+    "G['__import_implicitly_dot_",
+    "G['__import_torch_dot__",
+    "G['__import_torch_dot_utils_dot_",
+)
+
+
+def _worth_a_look(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions for using a graph again are to be looked at in each call: those on what f is made of.
+
+    All together there are a thousand or two, and looking at them takes as long as a short solve.
+    """
+    return [not guard.name.startswith(_KNOWN) for guard in guards]
 
 
 def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:

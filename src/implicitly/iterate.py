@@ -466,7 +466,7 @@ def repeat(
     body: Callable[[int | Tensor, Any], Any],
     carry: Any,
     going: Callable[[Any], bool | Tensor],
-    limit: int,
+    limit: int | Tensor,
     k: int | Tensor = 0,
     unrolled: bool = False,
 ) -> tuple[int | Tensor, Any]:

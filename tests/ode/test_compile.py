@@ -6,13 +6,17 @@ code of it takes; what the loop computes is the same.
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import implicitly as im
+from implicitly.ode import graph_adjoint, record
+from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
 D = torch.float64
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
@@ -61,7 +65,8 @@ METHODS = [
 def test_takes_the_steps_of_the_eager_loop(traced, method):
     y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
     assert_same(turning, y0, t, solver=method, batch_dims=1)
-    assert len(traced) == 1
+    explicit = isinstance(method, ExplicitRungeKutta)  # whose backward pass is another graph
+    assert [graph.name.startswith("the derivative") for graph in traced.values()] == [False, True][: 1 + explicit]
 
 
 @pytest.mark.parametrize(
@@ -120,11 +125,11 @@ def test_one_graph_serves_a_training_run(traced):
         compiled_layer(y0).square().sum().backward()
         optimizer.step()
     assert compiled_layer.backward_evaluations > 0
-    assert len(traced) == 1
+    assert len(traced) == 2  # forwards and backwards
     net.eval()  # what f is made of decides about the graph, too
     torch.testing.assert_close(compiled_layer(y0), eager(y0))
     torch.testing.assert_close(compiled_layer(y0[:4]), eager(y0[:4]))
-    assert len(traced) == 2
+    assert len(traced) == 3
 
 
 def test_a_layer_that_decides_once_and_regularises(traced):
@@ -192,18 +197,162 @@ def test_forward_mode_and_second_derivatives(traced):
         torch.testing.assert_close(found, right)
 
 
+# ------------------------------------------------------------------------------------------- the backward pass
+
+
+def derivatives(f, y0, t, *args, compile, retained=False, **options):
+    """By the start, the times and the args, of a random sum of all outputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in (y0, t, *args)]
+    value = im.odeint(f, *inputs, on_failure="ignore", compile=compile, **options).value
+    torch.manual_seed(1)
+    total = (value.nan_to_num() * torch.randn_like(value)).sum()
+    found = torch.autograd.grad(total, inputs, retain_graph=retained)
+    if retained:
+        for a, b in zip(found, torch.autograd.grad(total, inputs)):
+            assert torch.equal(a, b)
+    return found
+
+
+def assert_same_derivatives(f, y0, t, *args, loose=1e-10, **options):
+    found, right = (derivatives(f, y0, t, *args, compile=c, retained=c, **options) for c in (True, False))
+    torch.testing.assert_close(found, right, rtol=loose, atol=loose)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "times"),
+    [
+        (im.Dopri5(), 2),
+        (im.Dopri5(), 5),
+        (im.Dopri5(), 80),  # of which steps pass more than a row of the graph does
+        (im.Dopri8(), 5),
+        (im.Tsit5(), 2),
+        (im.RK4(dt=0.3), 2),
+        (im.RK4(dt=0.3), 5),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else type(x).__name__,
+)
+def test_derivatives_are_those_of_the_eager_sweep(traced, method, times):
+    y0, w = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D)
+    assert_same_derivatives(turning, y0, torch.linspace(0, 4, times, dtype=D), w, solver=method, batch_dims=1)
+    assert len(traced) == 2
+
+
+def test_derivatives_are_those_of_finite_differences(traced):
+    y0, w = torch.randn(2, 2, dtype=D, requires_grad=True), torch.tensor(0.8, dtype=D, requires_grad=True)
+    t = torch.tensor([1.0, 0.6, 0.33, 0.04], dtype=D, requires_grad=True)
+
+    def solve(y0, t, w):
+        return im.odeint(turning, y0, t, w, solver=im.RK4(dt=0.1), compile=True).value
+
+    assert torch.autograd.gradcheck(solve, (y0, t, w))
+    assert len(traced) == 2
+
+
+def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, monkeypatch):
+    monkeypatch.setattr(record, "CHECKPOINTS", 2)
+    y0, w, t = torch.randn(2, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 1, 6, dtype=D)
+    for steps, states in ((32, 1), (33, 1), (700, 3)):  # of 1, 1 and 6 runs of the graph
+        method = im.Midpoint(dt=1 / steps)
+        assert_same_derivatives(turning, y0, t, w, solver=method)
+        value = im.odeint(turning, y0, t, w.clone().requires_grad_(), solver=method, compile=True).value
+        assert len(trajectory_of(value).record.states) == states
+    assert len(traced) == 6  # for each method two, for all of its runs
+
+
+def trajectory_of(value):
+    """What the solve behind a value left for its derivative."""
+    node = value.grad_fn
+    while not hasattr(node, "work"):
+        node = node.next_functions[0][0]
+    return node.work
+
+
+def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
+    w = torch.tensor(0.8, dtype=D, requires_grad=True)
+    value = im.odeint(turning, torch.randn(2, dtype=D), (0.0, 1.0), w, compile=True).value
+    left = weakref.ref(trajectory_of(value).record)
+    value.sum().backward()
+    del value
+    gc.collect()
+    assert left() is None
+
+
+def test_samples_that_failed_have_no_part_in_derivatives(traced):
+    y0 = torch.tensor([[0.3], [float("nan")], [1.0], [0.2]], dtype=D)  # the third blows up
+    w, t = torch.full((4, 1), 1.1, dtype=D), torch.linspace(0, 1.5, 4, dtype=D)
+    for method in (im.Dopri5(), im.Dopri5(max_steps=6), im.RK4(dt=0.02)):
+        for options in ({}, {"in_dims": 0}):
+            by_y0, _, by_w = assert_same_derivatives(squared, y0, t, w, solver=method, batch_dims=1, **options)
+            assert not torch.cat([by_w[1], by_w[2], by_y0[1]]).any()
+            assert by_w[0].any()
+            shared = assert_same_derivatives(squared, y0, t, w[0], solver=method, batch_dims=1)
+            assert all(x.isfinite().all() for x in shared)
+
+
+def test_derivatives_by_some_inputs_only(traced):
+    net, y0 = Net(), torch.randn(4, 2)
+    first, *others = net.parameters()
+    first.requires_grad_(False)
+    for t in (torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.4, 1.0])):
+        found, right = [], []
+        for c, to in ((True, found), (False, right)):
+            value = im.odeint(net, y0, t, compile=c).value
+            to += torch.autograd.grad(value.sum(), others[1:])
+        torch.testing.assert_close(found, right)
+
+
+def test_a_derivative_of_the_backward_pass(traced):
+    y0, t = torch.randn(2, dtype=D, requires_grad=True), (0.0, 0.5, 1.0)
+    w, found = torch.tensor(0.7, dtype=D, requires_grad=True), []
+    for c in (True, False):
+        value = im.odeint(turning, y0, t, w, compile=c).value
+        first = torch.autograd.grad(value.square().sum(), (y0, w), create_graph=True)
+        found.append((*first, *torch.autograd.grad(first[0].sum() * first[1], (y0, w))))
+    torch.testing.assert_close(*found)
+
+
+def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):
+    told = []
+    layer = im.nn.NeuralODE(Net(), adjoint=im.RecursiveCheckpointAdjoint(told.append), compile=True)
+    value = layer(torch.randn(6, 2))
+    assert layer.backward_evaluations == 0
+    value.sum().backward()
+    steps = int(layer.solution.steps)
+    # All steps but the last one to know the states, all for their derivatives, and the slope at the start.
+    assert layer.backward_evaluations == 6 * (2 * steps - 1) + 1 == sum(told)
+
+
+def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch):
+    monkeypatch.setattr(graph_adjoint, "run_as_graph", lambda *args: None)
+    y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 2, 3, dtype=D)
+    assert_same_derivatives(turning, y0, t, w)
+    assert len(traced) == 1
+
+
 # --------------------------------------------------------------------------------------------- where none is had
 
 
 def test_code_is_generated_for_a_network():
     net, y0 = Net(), torch.randn(6, 2)
+    net.net[0].weight.requires_grad_(False)
+    parameters = [x for x in net.parameters() if x.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("error", im.CompileWarning)
         graph = im.odeint(net, y0, (0.0, 1.0), compile=True)
+        found = torch.autograd.grad(graph.value.square().sum(), parameters)
     eager = im.odeint(net, y0, (0.0, 1.0))
     torch.testing.assert_close(graph.value, eager.value)
     assert torch.equal(graph.steps, eager.steps)
     assert graph.evaluations == eager.evaluations
+    torch.testing.assert_close(found, torch.autograd.grad(eager.value.square().sum(), parameters))
+    # The same graph serves tensors of other kinds, but of the same shapes.
+    count = len(im.compile_statistics())
+    with torch.inference_mode():
+        torch.testing.assert_close(im.odeint(net, y0.clone(), (0.0, 1.0), compile=True).value, eager.value)
+        negated = torch._neg_view(-y0)  # which looks like y0, but in memory is not
+        torch.testing.assert_close(im.odeint(net, negated, (0.0, 1.0), compile=True).value, eager.value)
+    assert len(im.compile_statistics()) == count
 
 
 def test_events_run_eagerly_and_say_so():

@@ -163,7 +163,7 @@ class NeuralODE(nn.Module):
             drawn,
             *args,
             solver=solver,
-            adjoint=self.adjoint,
+            adjoint=self._counting(calls),
             batch_dims=self.batch_dims,
             on_failure=self.on_failure,
             compile=self.compile_solve,
@@ -212,6 +212,20 @@ class NeuralODE(nn.Module):
         # Not detached, as the start of an equilibrium is: here the state at the start is the input.
         calls.total += 1
         return decide_once(self.f, t0, y, *args)[0]
+
+    def _counting(self, calls: _Calls) -> TrajectoryAdjoint | UnrolledAdjoint:
+        """The adjoint, whose graphs tell how often they call f."""
+        adjoint = self.adjoint
+        if not (self.compile_solve and isinstance(adjoint, RecursiveCheckpointAdjoint)):
+            return adjoint
+        listen = adjoint.listen
+
+        def told(count: int) -> None:
+            calls.total += count
+            if listen is not None:
+                listen(count)
+
+        return replace(adjoint, listen=told)
 
     def _remember(self, solution: Trajectory, value: Any) -> None:
         tensors = (value, solution.status, solution.residual, solution.steps)

@@ -18,6 +18,7 @@ from implicitly.host import on_host
 from implicitly.implicit import push
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
+from implicitly.ode.graph_adjoint import sweep_as_graph
 from implicitly.ode.hybrid import HybridStepper
 from implicitly.ode.integrate import (
     Bound,
@@ -34,6 +35,7 @@ from implicitly.ode.integrate import (
 from implicitly.ode.method import Method
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
+from implicitly.ode.runge_kutta import ExplicitRungeKutta
 from implicitly.ode.stiffness import Halt
 from implicitly.tree import is_batched, is_near, is_plain, is_recorded, merge_rows, of_places, unwrapped
 
@@ -66,7 +68,15 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
+
+    Where `compile=True` made one graph of a solve by an explicit Runge-Kutta method, the backward pass is a graph
+    too. Derivatives of it, transforms of `torch.func` and other methods run eagerly.
+
+    Args:
+        listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
     """
+
+    listen: Callable[[int], None] | None = None
 
     hybrid = True
 
@@ -74,7 +84,16 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         record = Record() if any(is_recorded(x) for x in inputs) else None
-        work = Work(method, problem.field, problem.carries, report, record, events=problem.events, key=problem.key)
+        work = Work(
+            method,
+            problem.field,
+            problem.carries,
+            report,
+            record,
+            events=problem.events,
+            key=problem.key,
+            listen=self.listen,
+        )
         if record is None:
             with torch.no_grad():
                 return work.run(*inputs), work.calls
@@ -86,7 +105,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 class Work:
     """A solve to be differentiated: how it is done, and what it leaves.
 
-    With a `key` it is one graph; see `Problem`.
+    With a `key` it is to be one graph, see `Problem`; `as_graph` says whether it was.
     """
 
     method: Method
@@ -97,18 +116,26 @@ class Work:
     calls: int = 0
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
+    listen: Callable[[int], None] | None = None
+    as_graph: bool = False
 
     @property
     def hybrid(self) -> bool:
         """Whether something may end a step besides its length; the times got to are then differentiable."""
         return bool(self.events or self.method.tstops)
 
+    @property
+    def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
+        """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves."""
+        return (self.key, self.method), partial(replace(self, record=None, listen=None).stepper, False)
+
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
         found = None
         if self.key is not None:
-            key = (self.key, self.method)
-            found = integrate_as_graph(key, partial(self.stepper, False), times, y0, k0, theta, self.record)
+            key, stepper = self.graphs
+            found = integrate_as_graph(key, stepper, times, y0, k0, theta, self.record)
+        self.as_graph = found is not None
         if found is None:
             host = not torch.compiler.is_dynamo_compiling() and is_near(times)
             found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
@@ -116,12 +143,30 @@ class Work:
         self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
         return found
 
-    def stepper(self, host: bool, times: Tensor, *theta: Tensor, once: bool = False) -> Stepper:
-        """What takes the steps at these inputs; see `Field` for `once`."""
+    def stepper(
+        self, host: bool, times: Tensor, *theta: Tensor, once: bool = False, moving: bool | None = None
+    ) -> Stepper:
+        """What takes the steps at these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
         bound = Bound(self.field, theta, self.carries, once)
         if self.hybrid:
-            return HybridStepper(self.method, bound, times, host, self.events)
-        return Stepper(self.method, bound, times, host)
+            return HybridStepper(self.method, bound, times, host, moving, events=self.events)
+        return Stepper(self.method, bound, times, host, moving)
+
+    def swept(
+        self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
+    ) -> list[Tensor]:
+        """What `sweep` gives, as one graph where the solve was one and its method is explicit."""
+        record = self.record
+        assert record is not None
+        if self.as_graph and steps[0].numel() and isinstance(self.method, ExplicitRungeKutta):
+            key, stepper = self.graphs
+            found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
+            if found is not None:
+                gradients, calls = found
+                if self.listen is not None:
+                    self.listen(calls)
+                return gradients
+        return sweep(self, steps, ended, inputs, wanted, *bars)
 
     def outputs(
         self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor
@@ -172,7 +217,7 @@ class _Trajectory(torch.autograd.Function):
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
             if is_plain(*bars, *inputs):
-                found = sweep(ctx.work, steps, ended, inputs, wanted, *bars)
+                found = ctx.work.swept(steps, ended, inputs, wanted, *bars)
             else:
                 of_wanted = of_places(partial(ctx.work.outputs, steps, ended), inputs, wanted)
                 found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](bars)

@@ -151,10 +151,11 @@ def integrate_as_graph(
     """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
     times = times.contiguous()
     taker = stepper(times, *theta)
-    # Contiguous, as a graph returns them: other strides would make a second graph for the second run.
-    looping = pytree.tree_map(torch.Tensor.contiguous, _begin(taker, y0, k0))
+    looping = _begin(taker, y0, k0)
     buffers = Buffers.empty(times, y0)
     flat, spec = pytree.tree_flatten(looping)
+    # As a graph returns them: other strides would make a second graph for the second run.
+    flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
     method = taker.method
     loop = Loop(stepper, spec, in_place=not method.differentiates)
     first = torch.ones((), dtype=torch.bool, device=times.device)

@@ -105,8 +105,8 @@ class Stepper:
 
     Attributes:
         host: whether numbers of a sample are arrays of the host.
+        moving: whether a derivative may reach the times; None: found out.
         seen: the times as numbers.
-        moving: whether a derivative may reach the times.
         plain: `Taken.ends` of a step that nothing special ends.
     """
 
@@ -114,13 +114,14 @@ class Stepper:
     bound: Bound
     times: Tensor
     host: bool
+    moving: bool | None = None
     seen: Array = given(init=False)
-    moving: bool = given(init=False)
     plain: Array = given(init=False)
 
     def __post_init__(self):
         self.seen = to_host(self.times) if self.host else self.times.detach()
-        self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
+        if self.moving is None:  # a trace cannot tell
+            self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
         xp = library(self.seen)
         self.plain = xp.zeros_like(self.begin, dtype=xp.int8)
 

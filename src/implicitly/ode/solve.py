@@ -97,7 +97,8 @@ def odeint(
             end are the state there; one at the time of a restart, as rounding has it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero.
-        compile: run the solve as one graph of `torch.compile`; a `CompileWarning` says where none can be had.
+        compile: run the solve as one graph of `torch.compile`, and with the default adjoint and an explicit
+            Runge-Kutta method its backward pass as another; a `CompileWarning` says where none can be had.
 
     Returns:
         `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
@@ -107,8 +108,7 @@ def odeint(
         TypeError, ValueError: for input that cannot be meant, before any step.
         SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
 
-    Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993; Chen et al., "Neural
-    Ordinary Differential Equations", NeurIPS 2018.
+    Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
     """
     events = events_of(event)
     traced = torch.compiler.is_dynamo_compiling()

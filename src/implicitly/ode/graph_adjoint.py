@@ -1,0 +1,258 @@
+"""The derivative of a solve as one graph: its noted steps, taken once more and pulled back through.
+
+A graph takes up to `BLOCK` noted steps. One loop computes the states between them again, without derivatives, into
+buffers; a second one goes backwards through the steps, and pulls the cotangents of the state, of what the method
+carries, and of all that is shared through each of them. The same graph with no step to pull back through gives the
+state after a block, where a solve kept states further apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.nn.functional import pad
+
+from implicitly.compiled import run_as_graph
+from implicitly.host import views
+from implicitly.iterate import repeat
+from implicitly.ode.graph import window_of
+from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, restart
+from implicitly.ode.method import Memory, Step
+from implicitly.ode.record import Record, State, Taken
+from implicitly.ode.runge_kutta import ExplicitRungeKutta
+
+# Steps of one run of the graph, the states before all of which are in memory.
+BLOCK = 32
+
+
+class Rows(NamedTuple):
+    """Steps, in the order in which they were taken, of which one that passes many outputs is several rows.
+
+    All of the rows of a step pass outputs, and the last one moves on. Of the outputs between the ends of the
+    solve, a row passes those from `first` on up to, not with, `stop`.
+
+    Attributes:
+        lengths: `(2, N, B)`: t and dt.
+        flags: `(3, N, B)`: whether the step is the last one of a sample, whether a sample accepted it, and whether
+            it moves on.
+        first, stop: `(N, B)`.
+    """
+
+    lengths: Tensor
+    flags: Tensor
+    first: Tensor
+    stop: Tensor
+
+    @classmethod
+    def of(cls, steps: Taken, times: Tensor) -> tuple[Rows, list[int]]:
+        """The rows of steps, each field `(N, B)`, for times `(B, T)`; also where the rows of each step begin."""
+        t, dt, last, accepted, _ = steps
+        lengths, flags, count = torch.stack([t, dt]), torch.stack([last, accepted, accepted]), len(t)
+        width = window_of(times)
+        if not width:
+            none = torch.zeros_like(accepted, dtype=torch.int64)
+            return cls(lengths, flags, none, none), list(range(count + 1))
+        sign = (times[:, -1:] - times[:, :1]).sign()
+        inner = (sign * times[:, 1:-1]).contiguous()
+        first, stop = (torch.searchsorted(inner, (sign * x.T).contiguous(), right=True).T for x in (t, t + dt))
+        stop = torch.where(accepted, stop, first)
+        repeats = (((stop - first).amax(1) + width - 1) // width).clamp(min=1)
+        begins = torch.cat([repeats.new_zeros(1), repeats.cumsum(0)])
+        index = torch.repeat_interleave(torch.arange(count, device=t.device), repeats)
+        place = torch.arange(len(index), device=t.device) - begins[index]
+        flags, moving = flags[:, index], (place == repeats[index] - 1).unsqueeze(1)
+        flags[2] &= moving
+        first, stop = first[index] + width * place.unsqueeze(1), stop[index]
+        first = torch.minimum(first, stop)
+        return cls(lengths[:, index], flags, first, torch.minimum(first + width, stop)), begins.tolist()
+
+    def block(self, begin: int, stop: int) -> Rows:
+        """The rows from `begin` on up to, not with, `stop`, and as many more as `BLOCK` has."""
+        return Rows(*(pad(x[..., begin:stop, :], (0, 0, 0, BLOCK - (stop - begin))) for x in self))
+
+    def row(self, k: Tensor) -> tuple[Taken, Tensor, Tensor, Tensor]:
+        """Row `k` `(1,)`: the step, who moves on `(B,)`, and `first` and `stop` `(B,)`."""
+        lengths, flags, first, stop = (x.index_select(-2, k).squeeze(-2) for x in self)
+        (t, dt), (last, accepted, moves) = lengths.unbind(), flags.unbind()
+        return Taken(t, dt, last, accepted, torch.zeros_like(t, dtype=torch.int8)), moves, first, stop
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What the graph computes.
+
+    Attributes:
+        stepper: `stepper(times, *theta, moving=...)` takes the steps, see `Stepper`.
+        shared: which inputs (times, y0, theta), without y0, a derivative is wanted by.
+        width: how many tensors are a state with what the method carries.
+    """
+
+    stepper: Callable[..., Stepper]
+    shared: tuple[int, ...]
+    width: int
+
+    def run(self, counts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Up to `BLOCK` rows.
+
+        Args:
+            counts: `(3,)` int64: how many rows to go on by, from the state before the first; how many to pull back
+                through, the first of those; and whether the first row is the first of the solve.
+            tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with what is carried), of which the first
+                is that before the first row; its cotangents after the last row; which samples `(B,)` finished;
+                the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
+
+        Returns:
+            The state after the rows gone on by; its cotangents before the rows pulled back through; and those of
+            the shared inputs.
+        """
+        count, width = len(Rows._fields), self.width
+        rows, given = Rows(*tensors[:count]), tensors[count:]
+        buffers, bars, (finished, g, *inputs) = given[:width], given[width : 2 * width], given[2 * width :]
+        on, back, first = counts.unbind()
+
+        def forward(k: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            times, _, *theta = views(*inputs)
+            _, after = moved(self.stepper(times, *theta, moving=False), *rows.row(k.reshape(1))[:2], state)
+            for buffer, x in zip(buffers, after):
+                buffer.index_copy_(0, (k + 1).reshape(1), x.unsqueeze(0))
+            return after
+
+        def backward(k: Any, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            at, places = (back - 1 - k).reshape(1), views(*inputs)
+            state = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in buffers)
+            taken, moves, *of = rows.row(at)
+            columns, inside = window(places[0], *of)
+            bars = carry[:width]
+            if columns.shape[1]:
+                shown = g.gather(1, columns.unsqueeze(2).expand(-1, -1, g.shape[2]))
+                bars = (*bars, torch.where(inside.unsqueeze(2), shown, 0.0))
+            f = partial(self.passed, taken, moves, columns, inside)
+            found = self.pulled(f, places, state, bars)
+            return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
+
+        _, state = repeat(forward, tuple(x[0] for x in buffers), _always, on)
+        sums = (torch.zeros_like(inputs[i]) for i in self.shared)
+        _, carry = repeat(backward, (*bars, *sums), _always, back)
+        # What is carried into the first step follows from y0.
+        bars = tuple(torch.where(first > 0, x, 0.0) for x in carry[1:width])
+        by_y0, *found = self.pulled(self.begun, tuple(inputs), (finite_start(inputs[1], finished),), bars)
+        return *state, carry[0] + by_y0, *carry[1:width], *(s + x for s, x in zip(carry[width:], found))
+
+    def passed(
+        self, taken: Taken, moves: Tensor, columns: Tensor, inside: Tensor, inputs: Any, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The state after a row, and the outputs `(B, W, n)` that it passes, if any may be."""
+        times, _, *theta = inputs
+        stepper = self.stepper(times, *theta, moving=0 in self.shared)
+        step, after = moved(stepper, taken, moves, state)
+        if not columns.shape[1]:
+            return after
+        part = torch.where(inside, stepper.part(step, columns + 1), 0.0)
+        return *after, stepper.method.between(stepper.bound.F, step, part)
+
+    def begun(self, inputs: Any, y0: Tensor) -> Memory:
+        """What is carried into the first step from `y0`."""
+        times, _, *theta = inputs
+        return restart(self.stepper(times, *theta, moving=0 in self.shared), y0).memory
+
+    def pulled(
+        self,
+        f: Callable[..., tuple[Tensor, ...]],
+        inputs: Any,
+        state: tuple[Tensor, ...],
+        bars: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """The cotangents of `state` and of the shared inputs for those `bars` of `f(inputs, *state)`."""
+        chosen = [inputs[i] for i in self.shared]
+
+        def of(*given: Tensor) -> tuple[Tensor, ...]:
+            full = list(inputs)
+            for i, x in zip(self.shared, given[len(state) :]):
+                full[i] = x
+            return f(full, *given[: len(state)])
+
+        return vjp(of, *state, *chosen)[1](bars)
+
+
+def moved(
+    stepper: Stepper, taken: Taken, moves: Tensor, state: tuple[Tensor, ...]
+) -> tuple[Step, tuple[Tensor, ...]]:
+    """A noted step, taken once more from `state`, and the state after it of the samples that move on."""
+    y, *memory = state
+    step, after, _ = again(stepper, taken, State(y, tuple(memory)), outputs=False)
+    y, memory = kept(moves, (after.y, after.memory), (y, tuple(memory)))
+    return step, (y, *memory)
+
+
+def window(times: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns `(B, W)` from `first` on, among the outputs between; and which of them are before `stop`."""
+    columns = first.unsqueeze(1) + torch.arange(window_of(times), device=times.device)
+    return columns.clamp(max=max(times.shape[1] - 3, 0)), columns < stop.unsqueeze(1)
+
+
+def _always(carry: Any) -> bool:
+    return True
+
+
+def sweep_as_graph(
+    key: Hashable,
+    method: ExplicitRungeKutta,
+    stepper: Callable[..., Stepper],
+    record: Record,
+    stacked: tuple[Tensor, ...],
+    ended: Ended,
+    inputs: tuple[Tensor, ...],
+    wanted: list[int],
+    g: Tensor,
+) -> tuple[list[Tensor], int] | None:
+    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
+    whose states `record` holds, and the calls of f; None where no graph can be had.
+
+    It has at least one step and one sample. `key` names all that decides about `method` and `stepper`.
+    """
+    inputs = tuple(x.contiguous() for x in inputs)
+    (times, *_), shared = inputs, [i for i in wanted if i != 1]
+    rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
+    places = sorted(record.states)
+    states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
+    pull = Pull(stepper, tuple(shared), len(states[0]))
+    name = f"the derivative of odeint with {type(method).__name__}"
+    fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
+    # Cloned, so that the stride of a lone sample is that of any tensor like it.
+    bars = (g[:, -1].clone(memory_format=torch.contiguous_format), *(torch.zeros_like(x) for x in states[0][1:]))
+    sums, calls = [torch.zeros_like(inputs[i]) for i in shared], 0
+
+    def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal calls
+        calls += 1 + on * method.calls(False) + back * method.calls(bool(window_of(times)))
+        buffers = [x.new_empty(BLOCK + 1, *x.shape) for x in state]
+        for buffer, x in zip(buffers, state):
+            buffer[0] = x
+        counts = torch.tensor([on, back, begin == 0 and back > 0], device=times.device)
+        block = rows.block(begin, begin + max(on, back))
+        return run_as_graph(
+            name, (key, "derivative", pull.shared), pull.run, counts, *block, *buffers, *bars, *fixed
+        )
+
+    segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))
+    for state, (begin, end) in reversed(list(segments)):
+        cuts, before = range(begin, end, BLOCK), [state]
+        for cut in cuts[:-1]:
+            if (out := run(cut, BLOCK, 0, before[-1])) is None:
+                return None
+            before.append(out[: pull.width])
+        for cut in reversed(cuts):
+            count = min(BLOCK, end - cut)
+            if (out := run(cut, count - 1, count, before.pop())) is None:
+                return None
+            bars, found = out[pull.width : 2 * pull.width], out[2 * pull.width :]
+            sums = [s + x for s, x in zip(sums, found)]
+    by = {1: bars[0] + g[:, 0], **dict(zip(shared, sums))}
+    return [by[i] for i in wanted], calls
