@@ -140,9 +140,7 @@ class NeuralODE(nn.Module):
             entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
             last, `(B,)` each, differentiable.
         """
-        if (
-            t is not None and not torch.compiler.is_dynamo_compiling()
-        ):  # it has been looked at
+        if t is not None and not torch.compiler.is_dynamo_compiling():  # it has been looked at
             _check_times(t, self.batch_dims)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
