@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
+from benchmarks.elsewhere import JaxProcess, PeerError
 from benchmarks.harness import Effort, Row, Spread, alternate, ratios, resident_mib
 from benchmarks.peers import TORCHDEQ, TorchDEQ
 from implicitly.recipes.deq_image import Cell
 from implicitly.viz import saved_bytes
 
-PEER = TORCHDEQ
+PEER = f"{TORCHDEQ}, or the one named"
 PACKAGES = ("implicitly", "torch", "numpy", "torchdeq")
 
 RTOL = 1e-3
@@ -45,7 +46,7 @@ Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def run(effort: Effort) -> list[Row]:
     """All of it."""
     rows = []
-    for measure in (overhead, exact_gradient, saved_for_backward, one_slow_sample, long_training):
+    for measure in (overhead, exact_gradient, beside_jaxopt, saved_for_backward, one_slow_sample, long_training):
         print(f"{measure.__name__.replace('_', ' ')} ...", flush=True)
         rows += measure(effort)
     return rows
@@ -147,6 +148,48 @@ def exact_gradient(effort: Effort) -> list[Row]:
         rows.append(Row(f"{name}: exact gradient, ms", *texts, f"{goal:g} times faster", met, numbers))
         texts = [f"{errors[who]:.1e}" for who in (name, peer)]
         rows.append(Row(f"{name}: gradient error", *texts, "no greater", errors[name] <= errors[peer]))
+    return rows
+
+
+def beside_jaxopt(effort: Effort) -> list[Row]:
+    """Anderson acceleration as a compiled program of JAX, in a process of its own; few rounds, as it is slow."""
+    if not effort.full:
+        return []
+    cell, z0, x = problem()
+    cotangent = torch.randn_like(x)
+    x.requires_grad_()
+    inputs, solver = [x, *cell.parameters()], SOLVERS["Anderson"]
+    wide = (t.detach().double() for t in (x, cotangent))
+    z, exact = unrolled_gradient(copy.deepcopy(cell).double(), *wide)
+    handed = {
+        **dict(cell.named_parameters()),
+        **{"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups, "history": solver.history},
+        # Its tolerance is absolute, and of the batch as a whole.
+        **{"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS},
+    }
+    solve = partial(ours, solver, cell, z0, x)
+    runs: dict[str, Callable[[], list[Tensor]]] = {
+        "forward": torch.no_grad()(lambda: [solve()]),
+        "gradient": lambda: list(torch.autograd.grad(solve(), inputs, cotangent)),
+    }
+    rows = []
+    try:
+        with JaxProcess("jax_deq", handed) as jax:
+            for part, run in runs.items():
+                what, right = f"Anderson: {'exact gradient' if part == 'gradient' else part}, ms", exact
+                found = {"ours": run(), "jaxopt": jax.result(part)}
+                if part == "forward":
+                    right, found["jaxopt"] = [z], found["jaxopt"][:1]
+                errors = {who: relative_error(tensors, right) for who, tensors in found.items()}
+                times = alternate({"ours": run, "jaxopt": jax.run(part)}, min(effort.rounds, 2))
+                shown = {w: f"{Spread.of(times[w]).show(1e3, 0)}, error {errors[w]:.1e}" for w in times}
+                faster = ratios(times["jaxopt"], times["ours"])
+                numbers = {w: {"seconds": times[w], "error": errors[w]} for w in times}
+                text = f"{shown['ours']}; {faster.show(1, 1)} times faster"
+                peer = f"jaxopt {jax.versions['jaxopt']}: {shown['jaxopt']}"
+                rows.append(Row(what, text, peer, "faster", faster.median > 1, numbers))
+    except PeerError as failure:
+        return [Row("Anderson, beside jaxopt", "", f"jaxopt: {failure}")]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Differential equations that are not stiff: solutions and gradients beside torchdiffeq, accuracy, memory."""
+"""Differential equations that are not stiff: solutions and gradients beside torchdiffeq, torchode and diffrax."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import counted, relative_error
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+from benchmarks.elsewhere import JaxProcess, PeerError
+from benchmarks.harness import Effort, Row, Spread, alternate, ratios, why_not
 from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torchdiffeq
+    import torchode
 
-PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}"
-PACKAGES = ("implicitly", "torch", "torchdiffeq")
+PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}, or the one named"
+PACKAGES = ("implicitly", "torch", "torchdiffeq", "torchode")
 TOLERANCE = 1e-5
 
 CAPTION = """\
@@ -53,13 +56,16 @@ def run(effort: Effort) -> list[Row]:
     return [
         *forward(effort, f, y0, t, exact.detach()),
         *gradients(effort, f, y0, t, gradient),
+        *beside_torchode(effort, f, y0, t, exact.detach(), gradient),
+        *beside_diffrax(effort, f, y0, t, exact.detach(), gradient),
         *samples(effort),
         *memory(effort),
     ]
 
 
-def ours(f: nn.Module, y0: Tensor, t: Tensor, adjoint: object = im.RecursiveCheckpointAdjoint()) -> Tensor:
-    return im.odeint(f, y0, t, solver=im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE), adjoint=adjoint).value[-1]
+def ours(f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any) -> Tensor:
+    solver = im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
+    return im.odeint(f, y0, t, solver=solver, adjoint=adjoint, **options).value[-1]
 
 
 def theirs(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
@@ -75,14 +81,9 @@ def theirs_continuous(f: nn.Module, y0: Tensor, t: Tensor, **options: str) -> Te
 @torch.no_grad()
 def forward(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor) -> list[Row]:
     """A solve without gradients."""
-
-    def as_graph() -> Tensor:
-        solver = im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
-        return im.odeint(f, y0, t, solver=solver, compile=True).value[-1]
-
     solves = {
         "ours": lambda: ours(f, y0, t),
-        "compiled": as_graph,
+        "compiled": lambda: ours(f, y0, t, compile=True),
         "theirs": lambda: theirs(f, y0, t),
     }
     texts, numbers = {}, {}
@@ -156,6 +157,103 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
     return rows
 
 
+def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
+    """Every sample with its own steps; the gradient is that of the steps, as autograd records them."""
+    term = torchode.ODETerm(f)
+    control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
+    problem = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(len(y0), -1))
+    return solver.solve(problem).ys[:, -1]
+
+
+def beside_torchode(
+    effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
+) -> list[Row]:
+    """Samples with steps of their own, as torchode has it, and one system, as above."""
+    parameters, name = list(f.parameters()), f"torchode {importlib.metadata.version('torchode')}"
+    solves = {
+        "by samples": lambda: ours(f, y0, t, batch_dims=1),
+        "one system": lambda: ours(f, y0, t),
+        "torchode": lambda: torchode_solve(f, y0, t),
+    }
+    failed = why_not(solves, ("by samples", "one system"))
+    solves = {who: solve for who, solve in solves.items() if who not in failed}
+    calls, errors = {}, {}
+    for who, solve in solves.items():
+        with counted(f) as count, torch.no_grad():
+            errors["forward", who] = float((solve().double() - exact).abs().max())
+            calls[who] = count()
+    gradients = {
+        who: lambda solve=solve: list(torch.autograd.grad(solve().square().sum(), parameters))
+        for who, solve in solves.items()
+    }
+    for who, compute in gradients.items():
+        errors["exact gradient", who] = relative_error(compute(), gradient)
+    rows = []
+    for part, runs in (
+        ("forward", {who: torch.no_grad()(solve) for who, solve in solves.items()}),
+        ("exact gradient", gradients),
+    ):
+        times = alternate(runs, 3 * effort.rounds)
+        shown = {
+            who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls forward, error {errors[part, who]:.0e}"
+            for who in solves
+        }
+        faster = {who: ratios(times["torchode"], times[who]) for who in times if "torchode" in times}
+        for who in ("by samples", "one system"):
+            text = shown[who] + (f"; {faster[who].show()} times faster" if faster else "")
+            numbers = {w: {"seconds": times[w], "error": errors[part, w], "calls": calls[w]} for w in times}
+            rows.append(Row(f"{part}, {who}, ms", text, f"{name}: {(shown | failed)['torchode']}", numbers=numbers))
+    return rows
+
+
+def beside_diffrax(
+    effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
+) -> list[Row]:
+    """Both as one compiled program, of PyTorch and of JAX."""
+    if not effort.full:
+        return []
+    parameters = list(f.parameters())
+    problem = {"y0": y0, "t": t, "tolerance": TOLERANCE}
+    problem |= {f"parameter{i}": p for i, p in enumerate(parameters)}
+
+    def by_parameters(adjoint: Any) -> Callable[[], list[Tensor]]:
+        solve = partial(ours, f, y0, t, adjoint, compile=True)
+        return lambda: list(torch.autograd.grad(solve().square().sum(), parameters))
+
+    runs: dict[str, tuple[str, Callable[[], Any]]] = {
+        "forward": ("forward, compile=True, ms", torch.no_grad()(lambda: ours(f, y0, t, compile=True))),
+        "checkpointed": ("exact gradient, compile=True, ms", by_parameters(im.RecursiveCheckpointAdjoint())),
+        "backsolve": ("continuous adjoint, compile=True, ms", by_parameters(im.BacksolveAdjoint())),
+    }
+
+    def error(part: str, found: Any) -> float:
+        return float((found.double() - exact).abs().max()) if part == "forward" else relative_error(found, gradient)
+
+    rows = []
+    try:
+        with JaxProcess("jax_ode", problem) as jax:
+            name = f"diffrax {jax.versions['diffrax']}"
+            for part, (what, run) in runs.items():
+                if part in jax.failed:
+                    rows.append(Row(what, "", f"{name}: {jax.failed[part]}"))
+                    continue
+                first, *others = jax.result(part)
+                errors = {
+                    "ours": error(part, run()),
+                    "diffrax": error(part, first if part == "forward" else others),
+                }
+                times = alternate({"ours": run, "diffrax": jax.run(part)}, 3 * effort.rounds)
+                shown = {w: f"{Spread.of(times[w]).show(1e3, 1)}, error {errors[w]:.0e}" for w in times}
+                slower = ratios(times["ours"], times["diffrax"])
+                numbers = {w: {"seconds": times[w], "error": errors[w]} for w in times}
+                text = f"{shown['ours']}; {slower.show()} times their time"
+                rows.append(Row(what, text, f"{name}: {shown['diffrax']}", numbers=numbers))
+    except PeerError as failure:
+        return [Row("compile=True, beside diffrax", "", f"diffrax: {failure}")]
+    return rows
+
+
 def samples(effort: Effort) -> list[Row]:
     """Of a batch one sample is 100 times as stiff: calls of f, weighted by the samples they are of."""
     torch.manual_seed(0)
@@ -181,23 +279,24 @@ def samples(effort: Effort) -> list[Row]:
 def memory(effort: Effort) -> list[Row]:
     """Bytes that a forward pass leaves for the backward pass, after few and after many steps."""
     y0 = torch.ones(10_000, requires_grad=True)
-    counts = [10, 100, 1000, 10_000] if effort.iterations > 100 else [10, 100]
+    counts = [10, 100, 1000, 10_000] if effort.full else [10, 100]
 
     def solve(steps: int) -> Tensor:
         return im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=im.Euler(dt=1 / steps)).value[-1]
 
-    def kept(steps: int) -> int:
-        """What autograd saved, and the states that the derivative keeps besides."""
-        value = solve(steps)
-        node = value.grad_fn
-        while node is not None and not hasattr(node, "work"):
-            node = node.next_functions[0][0]
-        assert node is not None
-        states = sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))
-        return saved_bytes(lambda: solve(steps)) + states
-
-    sizes = {steps: kept(steps) for steps in counts}
+    sizes = {steps: kept_bytes(lambda steps=steps: solve(steps)) for steps in counts}
     text = ", ".join(f"{steps}: {size / 2**20:.2f}" for steps, size in sizes.items())
     first, last = counts[0], counts[-1]
     met = sizes[last] <= sizes[first] * (last / first) ** 0.5
     return [Row("MiB kept for backward, by steps", text, "", "as the square root", met, {"bytes": sizes})]
+
+
+def kept_bytes(solve: Callable[[], Tensor]) -> int:
+    """What autograd saves while `solve` runs, and the states that `RecursiveCheckpointAdjoint` keeps besides."""
+    value: list[Tensor] = []
+    saved = saved_bytes(lambda: value.append(solve()))
+    node = value[0].grad_fn
+    while node is not None and not hasattr(node, "work"):
+        node = node.next_functions[0][0]
+    assert node is not None
+    return saved + sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import implicitly as im
-from benchmarks.harness import JAX_PYTHON, Effort, Row, Spread, alternate, ratios
+from benchmarks.elsewhere import JaxProcess, PeerError
+from benchmarks.harness import Effort, Row, Run, Spread, alternate, ratios, why_not
 from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
@@ -81,7 +77,7 @@ def gradient_error(found: Sequence[Tensor], args: Programs, weights: Tensor) -> 
 
 def run(effort: Effort) -> list[Row]:
     """All of it."""
-    full = effort.iterations > 100
+    full = effort.full
     print("quadratic programs ...", flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within the peers
@@ -113,6 +109,8 @@ def beside(
     effort: Effort, what: str, args: Programs, weights: Tensor, solves: dict[str, Solve], goals: dict[str, float]
 ) -> list[Row]:
     """Rows for solutions and for gradients."""
+    failed = why_not({w: lambda s=s: gradient(s, args, weights) for w, s in solves.items()}, ("ours", "InteriorPoint"))
+    solves = {who: solve for who, solve in solves.items() if who not in failed}
     with torch.no_grad():
         exact = im.qp(*args)
         off = {who: float((solve(*args) - exact.value).abs().max()) for who, solve in solves.items()}
@@ -129,46 +127,46 @@ def beside(
     }
     rows = []
     for part, seconds in times.items():
-        faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals}
+        faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals if who in solves}
         accuracy = off if part == "forward" else errors
-        shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves}
+        shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves} | failed
         mine = [shown["ours"], *(f"{ratio.show(1, 1)} times faster than {who}" for who, ratio in faster.items())]
         mine += [f"{who} {shown[who]}" for who in solves if who not in goals and who != "ours"]
         if part == "forward":
             mine.append(f"residual {float(exact.residual.max()):.0e}")
         peers = "; ".join(f"{who} {shown[who]}" for who in goals)
         goal = ", ".join(f"{goals[who]:.0f} times faster than {who}" for who in goals)
-        met = all(faster[who].median >= goals[who] for who in goals)
+        met = all(ratio.median >= goals[who] for who, ratio in faster.items()) if faster else None
         numbers = {w: {"seconds": seconds[w], "error": accuracy[w]} for w in solves}
         rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
     return rows
 
 
 def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> list[Row]:
-    """The same programs by a compiled program of JAX, in a process of its own right before ours."""
-    if not JAX_PYTHON.exists() or effort.iterations <= 100:
+    """The same programs by a compiled program of JAX, in a process of its own."""
+    if not effort.full:
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "programs.npz"
-        named = zip(("Q", "p", "G", "h", "A", "b", "weights"), (*args, weights))
-        np.savez(path, **{name: t.detach().numpy() for name, t in named})
-        command = [str(JAX_PYTHON), str(Path(__file__).parent / "jax_qp.py"), str(path), str(effort.rounds)]
-        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        with np.load(path.with_suffix(".out.npz")) as file:
-            found = {name: torch.from_numpy(file[name]) for name in file.files}
-    with torch.no_grad():
-        off = float((found["z"] - ours(*args)).abs().max())
-    wrong = gradient_error([found[f"gradient{i}"] for i in range(5)], args, weights)
-    runs = {
+    problem = dict(zip(("Q", "p", "G", "h", "A", "b", "weights"), (*args, weights)))
+    runs: dict[str, Run] = {
         "forward": torch.no_grad()(lambda: ours(*args)),
         "forward and gradient": lambda: gradient(ours, args, weights),
     }
-    times = alternate(runs, effort.rounds)
+    with torch.no_grad():
+        z = ours(*args)
     rows = []
-    for part, error in (("forward", off), ("forward and gradient", wrong)):
-        faster = Spread.of(told[part]).median / Spread.of(times[part]).median
-        text = f"{Spread.of(times[part]).show(1e3, 0)}; {faster:.1f} times faster"
-        peer = f"qpax {told['version']}: {Spread.of(told[part]).show(1e3, 0)}, error {error:.0e}"
-        numbers = {"ours": times[part], "theirs": told[part]}
-        rows.append(Row(f"{what}: {part}, ms", text, peer, "faster", faster > 1, numbers))
+    try:
+        with JaxProcess("jax_qp", problem) as jax:
+            _, *found = jax.result("forward and gradient")
+            off = float((jax.result("forward")[0] - z).abs().max())
+            errors = {"forward": off, "forward and gradient": gradient_error(found, args, weights)}
+            for part, run in runs.items():
+                seconds = alternate({"ours": run, "theirs": jax.run(part)}, effort.rounds)
+                faster = ratios(seconds["theirs"], seconds["ours"])
+                text = f"{Spread.of(seconds['ours']).show(1e3, 0)}; {faster.show(1, 1)} times faster"
+                peer = f"qpax {jax.versions['qpax']}: {Spread.of(seconds['theirs']).show(1e3, 0)}"
+                peer += f", error {errors[part]:.0e}"
+                numbers = {"versions": jax.versions, "seconds": seconds, "error": errors[part]}
+                rows.append(Row(f"{what}: {part}, ms", text, peer, "faster", faster.median > 1, numbers))
+    except PeerError as error:
+        return [Row(f"{what}, beside qpax", "", f"qpax: {error}")]
     return rows
