@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitly as im
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios, why_not
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, ratios
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -117,9 +117,9 @@ def beside(effort: Effort, what: str, program: Program, goal: float) -> Row:
         return torch.autograd.grad((weights * layer(*values)[0]).sum(), values)
 
     runs = {who: lambda layer=layer: gradient(layer) for who, layer in layers.items()}
-    failed = why_not(runs, ("ours",))
-    runs = {who: run for who, run in runs.items() if who not in failed}
-    errors = {who: gradient_error(compute(), ours, values, weights) for who, compute in runs.items()}
+    gradients, failed = outcomes(runs, ("ours",))
+    runs = {who: runs[who] for who in gradients}
+    errors = {who: gradient_error(found, ours, values, weights) for who, found in gradients.items()}
     seconds = alternate({who: runs[who] for who in ("ours", "default") if who in runs}, effort.rounds)
     seconds |= alternate({who: runs[who] for who in ("1e-9",) if who in runs}, min(effort.rounds, 3))
     shown = {w: f"{Spread.of(s).show(1e3, 0)}, error {errors[w]:.0e}" for w, s in seconds.items()} | failed

@@ -161,12 +161,10 @@ def beside_jaxopt(effort: Effort) -> list[Row]:
     inputs, solver = [x, *cell.parameters()], SOLVERS["Anderson"]
     wide = (t.detach().double() for t in (x, cotangent))
     z, exact = unrolled_gradient(copy.deepcopy(cell).double(), *wide)
-    handed = {
-        **dict(cell.named_parameters()),
-        **{"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups, "history": solver.history},
-        # Its tolerance is absolute, and of the batch as a whole.
-        **{"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS},
-    }
+    handed = dict(cell.named_parameters())
+    handed |= {"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups, "history": solver.history}
+    # Its tolerance is absolute, and of the batch as a whole.
+    handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
     solve = partial(ours, solver, cell, z0, x)
     runs: dict[str, Callable[[], list[Tensor]]] = {
         "forward": torch.no_grad()(lambda: [solve()]),

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -79,17 +79,19 @@ class Elsewhere:
 
 
 Run = Callable[[], object] | Elsewhere
+T = TypeVar("T")
 
 
-def alternate(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[str, list[float]]:
     """Seconds that each of `runs` takes, `rounds` times each, in alternation.
 
     Whatever else the machine does then falls on all of them alike, so ratios within a round mean more than
-    times. Every other round goes backwards. Each runs once beforehand, unmeasured; what takes less than `LEAST`
-    is run several times in a row, as it would be in a program, and the mean of these counts.
+    times. Every other round goes backwards. Each runs once beforehand, unmeasured, unless all are `warm` and have
+    done so; what takes less than `LEAST` is run several times in a row, as it would be in a program, and the
+    mean of these counts.
     """
     for run in runs.values():
-        if not isinstance(run, Elsewhere):
+        if not (warm or isinstance(run, Elsewhere)):
             run()
     once = {name: _seconds(run, 1) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(LEAST / seconds)) for name, seconds in once.items()}
@@ -115,17 +117,17 @@ def _seconds(run: Run, repeats: int) -> float:
         gc.enable()
 
 
-def why_not(runs: Mapping[str, Callable[[], object]], ours: Collection[str]) -> dict[str, str]:
-    """Of the peers among `runs`, those that raise an error, and what it says: for the table. Ours must run."""
-    reasons = {}
+def outcomes(runs: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tuple[dict[str, T], dict[str, str]]:
+    """What each of `runs` returns; and for peers that raise an error instead, what it says. Ours must run."""
+    values, failed = {}, {}
     for name, run in runs.items():
         try:
-            run()
+            values[name] = run()
         except Exception as error:
             if name in ours:
                 raise
-            reasons[name] = in_a_cell(error)
-    return reasons
+            failed[name] = in_a_cell(error)
+    return values, failed
 
 
 def in_a_cell(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import implicitly as im
 from benchmarks.cells import counted, relative_error
 from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios, why_not
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, ratios
 from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
@@ -63,7 +63,9 @@ def run(effort: Effort) -> list[Row]:
     ]
 
 
-def ours(f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any) -> Tensor:
+def ours(
+    f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any
+) -> Tensor:
     solver = im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
     return im.odeint(f, y0, t, solver=solver, adjoint=adjoint, **options).value[-1]
 
@@ -176,8 +178,8 @@ def beside_torchode(
         "one system": lambda: ours(f, y0, t),
         "torchode": lambda: torchode_solve(f, y0, t),
     }
-    failed = why_not(solves, ("by samples", "one system"))
-    solves = {who: solve for who, solve in solves.items() if who not in failed}
+    values, failed = outcomes(solves, ("by samples", "one system"))
+    solves = {who: solves[who] for who in values}
     calls, errors = {}, {}
     for who, solve in solves.items():
         with counted(f) as count, torch.no_grad():
@@ -203,7 +205,9 @@ def beside_torchode(
         for who in ("by samples", "one system"):
             text = shown[who] + (f"; {faster[who].show()} times faster" if faster else "")
             numbers = {w: {"seconds": times[w], "error": errors[part, w], "calls": calls[w]} for w in times}
-            rows.append(Row(f"{part}, {who}, ms", text, f"{name}: {(shown | failed)['torchode']}", numbers=numbers))
+            rows.append(
+                Row(f"{part}, {who}, ms", text, f"{name}: {(shown | failed)['torchode']}", numbers=numbers)
+            )
     return rows
 
 
@@ -228,7 +232,9 @@ def beside_diffrax(
     }
 
     def error(part: str, found: Any) -> float:
-        return float((found.double() - exact).abs().max()) if part == "forward" else relative_error(found, gradient)
+        return (
+            float((found.double() - exact).abs().max()) if part == "forward" else relative_error(found, gradient)
+        )
 
     rows = []
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import implicitly as im
 from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Run, Spread, alternate, ratios, why_not
+from benchmarks.harness import Effort, Row, Run, Spread, alternate, outcomes, ratios
 from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
@@ -109,13 +109,13 @@ def beside(
     effort: Effort, what: str, args: Programs, weights: Tensor, solves: dict[str, Solve], goals: dict[str, float]
 ) -> list[Row]:
     """Rows for solutions and for gradients."""
-    failed = why_not({w: lambda s=s: gradient(s, args, weights) for w, s in solves.items()}, ("ours", "InteriorPoint"))
-    solves = {who: solve for who, solve in solves.items() if who not in failed}
+    runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
+    gradients, failed = outcomes(runs, ("ours", "InteriorPoint"))
+    solves, runs = ({who: named[who] for who in gradients} for named in (solves, runs))
+    errors = {who: gradient_error(found, args, weights) for who, found in gradients.items()}
     with torch.no_grad():
         exact = im.qp(*args)
         off = {who: float((solve(*args) - exact.value).abs().max()) for who, solve in solves.items()}
-    runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
-    errors = {who: gradient_error(compute(), args, weights) for who, compute in runs.items()}
 
     def forward(solve: Solve) -> Tensor:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios, why_not
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, ratios
 from benchmarks.ode import VectorField, kept_bytes, ours, theirs
 from benchmarks.peers import TORCHDEQ, TorchDEQ
 from benchmarks.qp import draw, gradient, gradient_error, qpth
@@ -31,7 +31,7 @@ TORCHDIFFEQ, QPTH = (f"{name} {importlib.metadata.version(name)}" for name in ("
 RTOL, MAX_STEPS = 1e-3, 50
 
 CAPTION = """\
-A solve and its exact gradient, ms; compile=True where nothing else is said than that. Calls of f are those of both
+A solve and its exact gradient, ms; eager, and as graphs by compile=True. Calls of f are those of both
 passes. Peak: the most MiB of tensors alive at once in both passes. ODE by batch: the network and tolerances of the
 table of differential equations; by steps: that network, batch 32, Euler from 0 to 1, beside torchdiffeq's direct
 gradient, with the MiB kept between the passes. Fixed point: tanh(linear(z) + x) by Anderson to relative 1e-3. QP:
@@ -61,26 +61,30 @@ class Point:
     def row(self, rounds: int) -> Row:
         """All that is measured."""
         mine = [who for who in self.runs if who != self.peer]
-        failed = why_not(self.runs, mine)
-        runs = {who: run for who, run in self.runs.items() if who not in failed}
-        numbers: dict[str, dict[str, Any]] = {who: {"error": self.error(run())} for who, run in runs.items()}
-        kind, memory = self.memory
+        numbers: dict[str, dict[str, Any]] = {who: {} for who in self.runs}
+        values, failed = outcomes({who: partial(self._first, who, numbers[who]) for who in self.runs}, mine)
+        runs = {who: run for who, run in self.runs.items() if who in values}
+        seconds = alternate(runs, rounds, warm=True)
         for who in runs:
-            if who in ("eager", self.peer):  # no other measures what happens within a graph
-                numbers[who][f"{kind}_MiB"] = memory(who)
-                if self.f is not None:
-                    with counted(self.f) as count:
-                        runs[who]()
-                    numbers[who]["calls"] = count()
-        seconds = alternate(runs, rounds)
-        for who in runs:
-            numbers[who]["seconds"] = seconds[who]
-        shown = {who: _show(kind, numbers[who]) for who in runs} | failed
+            numbers[who] |= {"error": self.error(values[who]), "seconds": seconds[who]}
+        shown = {who: _show(self.memory[0], numbers[who]) for who in runs} | failed
         texts = []
         for who in mine:
-            faster = f", {ratios(seconds[self.peer], seconds[who]).median:.2g} times faster" if not failed else ""
+            faster = "" if failed else f", {ratios(seconds[self.peer], seconds[who]).median:.2g} times faster"
             texts.append(f"{who} {shown[who]}{faster}")
         return Row(self.what, "; ".join(texts), f"{self.peer} {shown[self.peer]}", numbers=numbers)
+
+    def _first(self, who: str, numbers: dict[str, Any]) -> Sequence[Tensor]:
+        """The gradient; outside of graphs, what it needs besides time."""
+        if who in ("eager", self.peer):
+            kind, memory = self.memory
+            numbers[f"{kind}_MiB"] = memory(who)
+            if self.f is not None:
+                with counted(self.f) as count:
+                    gradient = self.runs[who]()
+                numbers["calls"] = count()
+                return gradient
+        return self.runs[who]()
 
 
 def _show(kind: str, found: Mapping[str, Any]) -> str:
@@ -95,7 +99,7 @@ def run(effort: Effort) -> list[Row]:
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within the peers
-        for points in (trajectories, steps, fixed_points_by_batch, fixed_points_by_dimension, programs):
+        for points in (trajectories, steps, fixed_points, programs):
             print(f"{points.__name__.replace('_', ' ')} ...", flush=True)
             rows += points(effort)
     return rows
@@ -151,7 +155,9 @@ def constant_steps(count: int, effort: Effort) -> Point:
     torch.manual_seed(0)
     f, y0, t = VectorField(), torch.randn(32, 2), torch.tensor([0.0, 1.0])
 
-    def mine(f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any) -> Tensor:
+    def mine(
+        f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any
+    ) -> Tensor:
         return im.odeint(f, y0, t, solver=im.Euler(dt=1 / count), adjoint=adjoint, **options).value[-1]
 
     def direct(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
@@ -180,20 +186,15 @@ def constant_steps(count: int, effort: Effort) -> Point:
 # --- Fixed points -----------------------------------------------------------------------------------------
 
 
-def fixed_points_by_batch(effort: Effort) -> list[Row]:
-    """Of 64 units."""
-    points = {batch: fixed_point(batch, 64, effort) for batch in sizes(effort, (1, 16, 256, 4096))}
-    return [point.row(min(effort.rounds, 5)) for point in points.values()]
-
-
-def fixed_points_by_dimension(effort: Effort) -> list[Row]:
-    """In a batch of 32."""
-    points = {width: fixed_point(32, width, effort) for width in sizes(effort, (2, 16, 128, 1024))}
-    return [point.row(min(effort.rounds, 5)) for point in points.values()]
+def fixed_points(effort: Effort) -> list[Row]:
+    """By batch, of 64 units; by dimension, in a batch of 32."""
+    shapes = [(batch, 64) for batch in sizes(effort, (1, 16, 256, 4096))]
+    shapes += [(32, width) for width in sizes(effort, (2, 16, 128, 1024))]
+    return [fixed_point(*shape, effort).row(min(effort.rounds, 5)) for shape in shapes]
 
 
 def fixed_point(batch: int, width: int, effort: Effort) -> Point:
-    """A dense cell, by Anderson acceleration with 6 states, forward and backward."""
+    """A dense cell, by Anderson acceleration."""
     torch.manual_seed(0)
     cell, x, cotangent = DenseCell(width), torch.randn(batch, width), torch.randn(batch, width)
     wide = (t.double() for t in (x, cotangent))
@@ -202,9 +203,10 @@ def fixed_point(batch: int, width: int, effort: Effort) -> Point:
     inputs, z0 = [x, *cell.parameters()], torch.zeros_like(x)
     peer = TorchDEQ("anderson", RTOL, MAX_STEPS)
 
-    def mine(**options: Any) -> Tensor:
-        how: dict[str, Any] = {"solver": im.Anderson(rtol=RTOL, max_steps=MAX_STEPS), **options}
-        return im.fixed_point(cell, z0, x, adjoint=im.ImplicitAdjoint(rtol=RTOL), on_failure="raise", **how).value
+    def mine(compile: bool = False) -> Tensor:
+        solver, adjoint = im.Anderson(rtol=RTOL, max_steps=MAX_STEPS), im.ImplicitAdjoint(rtol=RTOL)
+        options: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "on_failure": "raise", "compile": compile}
+        return im.fixed_point(cell, z0, x, **options).value
 
     def both(solve: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
         return lambda: torch.autograd.grad(solve(), inputs, cotangent)
@@ -223,7 +225,7 @@ def programs(effort: Effort) -> list[Row]:
     """By batch, of 10 unknowns; by dimension, in a batch of 8."""
     shapes = [(batch, 10) for batch in sizes(effort, (1, 16, 256, 4096))]
     shapes += [(8, n) for n in sizes(effort, (2, 16, 128, 512))]
-    return [program(batch, n, effort).row(min(effort.rounds, 3)) for batch, n in shapes]
+    return [program(*shape, effort).row(min(effort.rounds, 3)) for shape in shapes]
 
 
 def program(batch: int, n: int, effort: Effort) -> Point:
