@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
+from implicitly.viz import peak_bytes
+
 # Seconds that a timing lasts at least.
 LEAST = 0.03
 
@@ -166,6 +168,11 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Most memory of tensors that `run` has alive at once, MiB; not what is inside an operation, or a graph."""
+    return peak_bytes(run) / 2**20
 
 
 def resident_mib() -> float:

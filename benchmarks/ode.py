@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import implicitly as im
 from benchmarks.cells import counted, relative_error
 from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, ratios
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
@@ -30,7 +30,8 @@ TOLERANCE = 1e-5
 CAPTION = """\
 A network of 2, 64, 64 and 2 units with tanh, batch 128, t from 0 to 1, Dopri5 with relative and absolute tolerance
 1e-5, float32, eager where nothing else is said. Errors: of the state, and relative of the gradient by the
-parameters, against Dopri8 at 1e-12 in float64. Medians of {rounds} rounds in alternation (least to greatest)."""
+parameters, against Dopri8 at 1e-12 in float64. Peak: most of tensors alive at once, forward and backward. Medians
+of {rounds} rounds in alternation (least to greatest)."""
 
 
 class VectorField(nn.Module):
@@ -138,9 +139,18 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
         "their adjoint, seminorm": gradient(lambda: theirs_continuous(f, y0, t, norm="seminorm")),
         "backsolve": gradient(lambda: ours(f, y0, t, im.BacksolveAdjoint())),
     }
-    errors = {who: relative_error(compute(), exact) for who, compute in runs.items()}
+    errors, calls = {}, {}
+    for who, compute in runs.items():
+        with counted(f) as count:
+            errors[who] = relative_error(compute(), exact)
+        calls[who] = count()
+    peaks = {who: peak_mib(compute) for who, compute in runs.items()}
     times = alternate(runs, 3 * effort.rounds)
-    shown = {who: f"{Spread.of(times[who]).show(1e3, 1)}, error {errors[who]:.0e}" for who in runs}
+    shown = {
+        who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls, error {errors[who]:.0e}, "
+        f"peak {peaks[who]:.1f} MiB"
+        for who in runs
+    }
     rows = []
     goals = (
         ("checkpointed", "theirs", 1.6),
@@ -150,7 +160,15 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
     )
     for who, peer, goal in goals:
         faster = ratios(times[peer], times[who])
-        numbers = {name: {"error": errors[name], "seconds": times[name]} for name in (who, peer)}
+        numbers = {
+            name: {
+                "error": errors[name],
+                "calls": calls[name],
+                "peak_MiB": peaks[name],
+                "seconds": times[name],
+            }
+            for name in (who, peer)
+        }
         what = "continuous adjoint, ms" if who == "backsolve" else f"exact gradient, {who}, ms"
         text = f"{shown[who]}; {faster.show()} times faster"
         theirs_shown = shown[peer] + (", seminorm" if "seminorm" in peer else "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import implicitly as im
 from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Run, Spread, alternate, outcomes, ratios
+from benchmarks.harness import Effort, Row, Run, Spread, alternate, outcomes, peak_mib, ratios
 from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
@@ -28,7 +28,8 @@ CAPTION = """\
 Float64, eager, as in qpth's own examples: Q = LL' + I/10 with L uniform, G and A normal, h = G z0 + s, b = A z0.
 Residual: the norm of the optimality conditions of the worst sample. Error of z: the largest entry against ours
 (whose residual bounds it). Error of the gradient: of its product with a random direction in p, G, h, A and b,
-relative, against central differences. Medians of {rounds} rounds in alternation (least to greatest)."""
+relative, against central differences. Peak: most of tensors alive at once, forward and backward. Medians of
+{rounds} rounds in alternation (least to greatest)."""
 
 Solve = Callable[..., Tensor]
 
@@ -113,6 +114,8 @@ def beside(
     gradients, failed = outcomes(runs, ("ours", "InteriorPoint"))
     solves, runs = ({who: named[who] for who in gradients} for named in (solves, runs))
     errors = {who: gradient_error(found, args, weights) for who, found in gradients.items()}
+    # cvxpylayers works in NumPy, where it cannot be seen.
+    peaks = {who: peak_mib(run) for who, run in runs.items() if who != "cvxpylayers"}
     with torch.no_grad():
         exact = im.qp(*args)
         off = {who: float((solve(*args) - exact.value).abs().max()) for who, solve in solves.items()}
@@ -130,6 +133,8 @@ def beside(
         faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals if who in solves}
         accuracy = off if part == "forward" else errors
         shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves} | failed
+        if part != "forward":
+            shown |= {w: f"{shown[w]}, peak {mib:.0f} MiB" for w, mib in peaks.items()}
         mine = [shown["ours"], *(f"{ratio.show(1, 1)} times faster than {who}" for who, ratio in faster.items())]
         mine += [f"{who} {shown[who]}" for who in solves if who not in goals and who != "ours"]
         if part == "forward":
@@ -137,7 +142,7 @@ def beside(
         peers = "; ".join(f"{who} {shown[who]}" for who in goals)
         goal = ", ".join(f"{goals[who]:.0f} times faster than {who}" for who in goals)
         met = all(ratio.median >= goals[who] for who, ratio in faster.items()) if faster else None
-        numbers = {w: {"seconds": seconds[w], "error": accuracy[w]} for w in solves}
+        numbers = {w: {"seconds": seconds[w], "error": accuracy[w], "peak_MiB": peaks.get(w)} for w in solves}
         rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
     return rows
 

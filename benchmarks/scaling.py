@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
-from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, ratios
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from benchmarks.ode import VectorField, kept_bytes, ours, theirs
 from benchmarks.peers import TORCHDEQ, TorchDEQ
 from benchmarks.qp import draw, gradient, gradient_error, qpth
-from implicitly.viz import peak_bytes, saved_bytes
+from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def run(effort: Effort) -> list[Row]:
 
 def peak(runs: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[str], float]]:
     """Most alive at once while one of `runs` runs."""
-    return "peak", lambda who: peak_bytes(runs[who]) / 2**20
+    return "peak", lambda who: peak_mib(runs[who])
 
 
 # --- Differential equations -------------------------------------------------------------------------------
