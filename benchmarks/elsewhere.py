@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Elsewhere
+from benchmarks.harness import Elsewhere, Row, Spread, alternate, ratios
 
 ROOT = Path(__file__).parents[1]
 # `make bench` sets it up.
@@ -33,7 +34,8 @@ class JaxProcess:
 
     Attributes:
         versions: of the packages it names.
-        failed: why a call of it could not run, by its name.
+        found: what its calls returned, as the leaves of a pytree, by their names.
+        failed: why a call could not run.
 
     Args:
         program: its module, such as "jax_ode".
@@ -44,6 +46,7 @@ class JaxProcess:
     """
 
     versions: dict[str, str]
+    found: dict[str, list[Tensor]]
     failed: dict[str, str]
 
     def __init__(self, program: str, tensors: Mapping[str, Tensor | float]):
@@ -85,12 +88,6 @@ class JaxProcess:
         self.errors.close()
         self.folder.cleanup()
 
-    def result(self, name: str) -> Sequence[Tensor]:
-        """What the call `name` returned, as the leaves of its pytree."""
-        if name in self.failed:
-            raise PeerError(self.failed[name])
-        return self.found[name]
-
     def run(self, name: str) -> Elsewhere:
         """The call `name`, to be timed."""
 
@@ -112,3 +109,53 @@ class JaxProcess:
             said = self.errors.read().strip().splitlines() or ["it says nothing"]
             raise PeerError(f"{self.program} ended with code {self.process.returncode}: {said[-1]}")
         return line
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: ours beside a call of a peer on JAX.
+
+    Attributes:
+        what: measured, in ms.
+        call: its name.
+        run: the same of ours.
+        error: of what either returns, as a list of tensors; further ones of the peer may stand before a gradient,
+            and after a solution.
+        goal, least: in words, and how many times faster than the peer that is.
+    """
+
+    what: str
+    call: str
+    run: Callable[[], Sequence[Tensor]]
+    error: Callable[[Sequence[Tensor]], float]
+    goal: str = ""
+    least: float | None = None
+
+
+def beside(
+    program: str,
+    package: str,
+    tensors: Mapping[str, Tensor | float],
+    lines: Sequence[Line],
+    rounds: int,
+    digits: int,
+) -> list[Row]:
+    """Ours beside the program `benchmarks/jax_*.py`, whose calls are of `package`."""
+    try:
+        with JaxProcess(program, tensors) as jax:
+            return [_row(jax, package, line, rounds, digits) for line in lines]
+    except PeerError as failure:
+        return [Row(line.what, "", f"{package}: {failure}", line.goal) for line in lines]
+
+
+def _row(jax: JaxProcess, package: str, line: Line, rounds: int, digits: int) -> Row:
+    peer = f"{package} {jax.versions[package]}"
+    if line.call in jax.failed:
+        return Row(line.what, "", f"{peer}: {jax.failed[line.call]}", line.goal)
+    errors = {"ours": line.error(line.run()), package: line.error(jax.found[line.call])}
+    seconds = alternate({"ours": line.run, package: jax.run(line.call)}, rounds)
+    faster = ratios(seconds[package], seconds["ours"])
+    ours, theirs = (f"{Spread.of(seconds[w]).show(1e3, digits)}, error {errors[w]:.0e}" for w in errors)
+    met = None if line.least is None else faster.median >= line.least
+    numbers = {"versions": jax.versions, "seconds": seconds, "error": errors}
+    return Row(line.what, f"{ours}; {faster.show()} times faster", f"{peer}: {theirs}", line.goal, met, numbers)

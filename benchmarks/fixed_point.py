@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
-from benchmarks.elsewhere import JaxProcess, PeerError
+from benchmarks.elsewhere import Line, beside
 from benchmarks.harness import Effort, Row, Spread, alternate, peak_mib, ratios, resident_mib
 from benchmarks.peers import TORCHDEQ, TorchDEQ
 from implicitly.recipes.deq_image import Cell
@@ -175,29 +175,19 @@ def beside_jaxopt(effort: Effort) -> list[Row]:
     # Its tolerance is absolute, and of the batch as a whole.
     handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
     solve = partial(ours, solver, cell, z0, x)
-    runs: dict[str, Callable[[], list[Tensor]]] = {
-        "forward": torch.no_grad()(lambda: [solve()]),
-        "gradient": lambda: list(torch.autograd.grad(solve(), inputs, cotangent)),
-    }
-    rows = []
-    try:
-        with JaxProcess("jax_deq", handed) as jax:
-            for part, run in runs.items():
-                what, right = f"Anderson: {'exact gradient' if part == 'gradient' else part}, ms", exact
-                found = {"ours": run(), "jaxopt": jax.result(part)}
-                if part == "forward":
-                    right, found["jaxopt"] = [z], found["jaxopt"][:1]
-                errors = {who: relative_error(tensors, right) for who, tensors in found.items()}
-                times = alternate({"ours": run, "jaxopt": jax.run(part)}, min(effort.rounds, 2))
-                shown = {w: f"{Spread.of(times[w]).show(1e3, 0)}, error {errors[w]:.1e}" for w in times}
-                faster = ratios(times["jaxopt"], times["ours"])
-                numbers = {w: {"seconds": times[w], "error": errors[w]} for w in times}
-                text = f"{shown['ours']}; {faster.show(1, 1)} times faster"
-                peer = f"jaxopt {jax.versions['jaxopt']}: {shown['jaxopt']}"
-                rows.append(Row(what, text, peer, "faster", faster.median > 1, numbers))
-    except PeerError as failure:
-        return [Row("Anderson, beside jaxopt", "", f"jaxopt: {failure}")]
-    return rows
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [solve()]
+
+    def gradient() -> list[Tensor]:
+        return list(torch.autograd.grad(solve(), inputs, cotangent))
+
+    lines = [
+        Line("Anderson: forward, ms", "forward", forward, lambda found: relative_error(found[:1], [z])),
+        Line("Anderson: exact gradient, ms", "gradient", gradient, lambda found: relative_error(found, exact)),
+    ]
+    return beside("jax_deq", "jaxopt", handed, lines, min(effort.rounds, 2), digits=0)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------

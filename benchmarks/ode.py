@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import counted, relative_error
-from benchmarks.elsewhere import JaxProcess, PeerError
+from benchmarks.elsewhere import Line, beside
 from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from implicitly.viz import saved_bytes
 
@@ -239,43 +239,27 @@ def beside_diffrax(
     problem = {"y0": y0, "t": t, "tolerance": TOLERANCE}
     problem |= {f"parameter{i}": p for i, p in enumerate(parameters)}
 
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(f, y0, t, compile=True)]
+
     def by_parameters(adjoint: Any) -> Callable[[], list[Tensor]]:
         solve = partial(ours, f, y0, t, adjoint, compile=True)
         return lambda: list(torch.autograd.grad(solve().square().sum(), parameters))
 
-    runs: dict[str, tuple[str, Callable[[], Any]]] = {
-        "forward": ("forward, compile=True, ms", torch.no_grad()(lambda: ours(f, y0, t, compile=True))),
-        "checkpointed": ("exact gradient, compile=True, ms", by_parameters(im.RecursiveCheckpointAdjoint())),
-        "backsolve": ("continuous adjoint, compile=True, ms", by_parameters(im.BacksolveAdjoint())),
-    }
+    def off(found: Sequence[Tensor]) -> float:
+        return float((found[0].double() - exact).abs().max())
 
-    def error(part: str, found: Any) -> float:
-        return (
-            float((found.double() - exact).abs().max()) if part == "forward" else relative_error(found, gradient)
-        )
+    def wrong(found: Sequence[Tensor]) -> float:
+        return relative_error(found[-len(gradient) :], gradient)
 
-    rows = []
-    try:
-        with JaxProcess("jax_ode", problem) as jax:
-            name = f"diffrax {jax.versions['diffrax']}"
-            for part, (what, run) in runs.items():
-                if part in jax.failed:
-                    rows.append(Row(what, "", f"{name}: {jax.failed[part]}"))
-                    continue
-                first, *others = jax.result(part)
-                errors = {
-                    "ours": error(part, run()),
-                    "diffrax": error(part, first if part == "forward" else others),
-                }
-                times = alternate({"ours": run, "diffrax": jax.run(part)}, 3 * effort.rounds)
-                shown = {w: f"{Spread.of(times[w]).show(1e3, 1)}, error {errors[w]:.0e}" for w in times}
-                slower = ratios(times["ours"], times["diffrax"])
-                numbers = {w: {"seconds": times[w], "error": errors[w]} for w in times}
-                text = f"{shown['ours']}; {slower.show()} times their time"
-                rows.append(Row(what, text, f"{name}: {shown['diffrax']}", numbers=numbers))
-    except PeerError as failure:
-        return [Row("compile=True, beside diffrax", "", f"diffrax: {failure}")]
-    return rows
+    exactly, backwards = (by_parameters(a) for a in (im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint()))
+    lines = [
+        Line("forward, compile=True, ms", "forward", forward, off),
+        Line("exact gradient, compile=True, ms", "checkpointed", exactly, wrong),
+        Line("continuous adjoint, compile=True, ms", "backsolve", backwards, wrong),
+    ]
+    return beside("jax_ode", "diffrax", problem, lines, 3 * effort.rounds, digits=1)
 
 
 def samples(effort: Effort) -> list[Row]:

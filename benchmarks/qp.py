@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import implicitly as im
-from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Run, Spread, alternate, outcomes, peak_mib, ratios
+from benchmarks import elsewhere
+from benchmarks.elsewhere import Line
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
@@ -151,27 +152,30 @@ def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> l
     """The same programs by a compiled program of JAX, in a process of its own."""
     if not effort.full:
         return []
-    problem = dict(zip(("Q", "p", "G", "h", "A", "b", "weights"), (*args, weights)))
-    runs: dict[str, Run] = {
-        "forward": torch.no_grad()(lambda: ours(*args)),
-        "forward and gradient": lambda: gradient(ours, args, weights),
-    }
-    with torch.no_grad():
-        z = ours(*args)
-    rows = []
-    try:
-        with JaxProcess("jax_qp", problem) as jax:
-            _, *found = jax.result("forward and gradient")
-            off = float((jax.result("forward")[0] - z).abs().max())
-            errors = {"forward": off, "forward and gradient": gradient_error(found, args, weights)}
-            for part, run in runs.items():
-                seconds = alternate({"ours": run, "theirs": jax.run(part)}, effort.rounds)
-                faster = ratios(seconds["theirs"], seconds["ours"])
-                text = f"{Spread.of(seconds['ours']).show(1e3, 0)}; {faster.show(1, 1)} times faster"
-                peer = f"qpax {jax.versions['qpax']}: {Spread.of(seconds['theirs']).show(1e3, 0)}"
-                peer += f", error {errors[part]:.0e}"
-                numbers = {"versions": jax.versions, "seconds": seconds, "error": errors[part]}
-                rows.append(Row(f"{what}: {part}, ms", text, peer, "faster", faster.median > 1, numbers))
-    except PeerError as error:
-        return [Row(f"{what}, beside qpax", "", f"qpax: {error}")]
-    return rows
+    Q, p, G, h, A, b = args
+    problem = {"Q": Q, "p": p, "G": G, "h": h, "A": A, "b": b, "weights": weights}
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(*args)]
+
+    z = forward()[0]
+    lines = [
+        Line(
+            f"{what}: forward, ms",
+            "forward",
+            forward,
+            lambda found: float((found[0] - z).abs().max()),
+            "faster",
+            1.0,
+        ),
+        Line(
+            f"{what}: forward and gradient, ms",
+            "forward and gradient",
+            lambda: gradient(ours, args, weights),
+            lambda found: gradient_error(found[-5:], args, weights),
+            "faster",
+            1.0,
+        ),
+    ]
+    return elsewhere.beside("jax_qp", "qpax", problem, lines, effort.rounds, digits=0)

@@ -134,12 +134,8 @@ def trajectory(batch: int, effort: Effort) -> Point:
     runs = {"eager": both(ours), TORCHDIFFEQ: both(theirs)}
     if effort.full:
         runs["compile=True"] = both(ours, compile=True)
-    error = partial(_error, by_parameters)
+    error = partial(relative_error, exact=by_parameters)
     return Point(f"ODE, batch {batch}", TORCHDIFFEQ, runs, error, peak(runs), f)
-
-
-def _error(exact: list[Tensor], found: Sequence[Tensor]) -> float:
-    return relative_error(list(found), exact)
 
 
 def steps(effort: Effort) -> list[Row]:
@@ -180,7 +176,7 @@ def constant_steps(count: int, effort: Effort) -> Point:
         measure = kept_bytes if who == "eager" else saved_bytes
         return measure(lambda: solves[who](f, y0, t)) / 2**20
 
-    return Point(f"ODE, {count} steps", TORCHDIFFEQ, runs, partial(_error, exact), ("kept", kept), f)
+    return Point(f"ODE, {count} steps", TORCHDIFFEQ, runs, partial(relative_error, exact=exact), ("kept", kept), f)
 
 
 # --- Fixed points -----------------------------------------------------------------------------------------
@@ -215,7 +211,7 @@ def fixed_point(batch: int, width: int, effort: Effort) -> Point:
     if effort.full:
         runs["compile=True"] = both(partial(mine, compile=True))
     what = f"fixed point, batch {batch}, {width} units"
-    return Point(what, TORCHDEQ, runs, partial(_error, exact), peak(runs), cell)
+    return Point(what, TORCHDEQ, runs, partial(relative_error, exact=exact), peak(runs), cell)
 
 
 # --- Quadratic programs -----------------------------------------------------------------------------------

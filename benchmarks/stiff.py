@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import implicitly as im
-from benchmarks.elsewhere import JaxProcess, PeerError
-from benchmarks.harness import Effort, Row, Run, Spread, alternate, ratios
+from benchmarks.elsewhere import Line, beside
+from benchmarks.harness import Effort, Row, Spread, alternate, ratios
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -176,18 +176,13 @@ def beside_diffrax(case: Case, effort: Effort) -> list[Row]:
     """The same method as a compiled program of JAX, in a process of its own."""
     if not effort.full:
         return []
-    what, goal = f"{case.name}, compile=True, ms", "5 times their time"
     problem = {"y0": case.y0, "t": case.t, "k": case.f.k, "rtol": case.rtol, "atol": case.atol}
-    runs: dict[str, Run] = {"ours": lambda: case.ours(compile=True)}
-    try:
-        with JaxProcess("jax_stiff", problem) as jax:
-            y, steps = jax.result("forward")
-            seconds = alternate({**runs, "theirs": jax.run("forward")}, effort.rounds)
-    except PeerError as error:
-        own = Spread.of(alternate(runs, effort.rounds)["ours"])
-        return [Row(what, own.show(1e3, 0), f"diffrax: {error}", goal)]
-    slower = ratios(seconds["ours"], seconds["theirs"])
-    text = f"{Spread.of(seconds['ours']).show(1e3, 0)}; {slower.show()} times their time"
-    shown = f"{Spread.of(seconds['theirs']).show(1e3, 0)}, error {case.error(y):.0e}, {int(steps)} steps"
-    numbers = {"versions": jax.versions, "seconds": seconds, "y": y.tolist(), "steps": int(steps)}
-    return [Row(what, text, f"diffrax {jax.versions['diffrax']}: {shown}", goal, slower.median <= 5, numbers)]
+    line = Line(
+        f"{case.name}, compile=True, ms",
+        "forward",
+        lambda: [case.ours(compile=True)],
+        lambda found: case.error(found[0]),
+        "5 times their time",
+        1 / 5,
+    )
+    return beside("jax_stiff", "diffrax", problem, [line], effort.rounds, digits=0)
