@@ -31,12 +31,12 @@ TORCHDIFFEQ, QPTH = (f"{name} {importlib.metadata.version(name)}" for name in ("
 RTOL, MAX_STEPS = 1e-3, 50
 
 CAPTION = """\
-A solve and its exact gradient, ms; eager, and as graphs by compile=True. Calls of f are those of both
-passes. Peak: the most MiB of tensors alive at once in both passes. ODE by batch: the network and tolerances of the
-table of differential equations; by steps: that network, batch 32, Euler from 0 to 1, beside torchdiffeq's direct
-gradient, with the MiB kept between the passes. Fixed point: tanh(linear(z) + x) by Anderson to relative 1e-3. QP:
-as many inequalities as unknowns, float64. Errors: of the gradient, as in the family's own table; by steps, against
-float64 with the same steps. Medians of at most {rounds} rounds in alternation (least to greatest)."""
+A solve and its exact gradient, ms; eager, and as graphs by compile=True. Calls of f are those of both passes.
+Peak: the most MiB of tensors alive at once in both passes. ODE by batch: the network and tolerances of the table of
+differential equations; by steps: that network, batch 32, Euler from 0 to 1, beside torchdiffeq's direct gradient,
+with the MiB kept between the passes. Fixed point: tanh(linear(z) + x) by Anderson to relative 1e-3. QP: as many
+inequalities as unknowns, float64. Errors: of the gradient, as in the family's own table; by steps, against float64
+with the same steps. Medians of at most {rounds} rounds in alternation; `benchmarks/results/scaling.json` has all."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,7 @@ class Point:
         seconds = alternate(runs, rounds, warm=True)
         for who in runs:
             numbers[who] |= {"error": self.error(values[who]), "seconds": seconds[who]}
-        shown = {who: _show(self.memory[0], numbers[who]) for who in runs} | failed
-        texts = []
-        for who in mine:
-            faster = "" if failed else f", {ratios(seconds[self.peer], seconds[who]).median:.2g} times faster"
-            texts.append(f"{who} {shown[who]}{faster}")
-        return Row(self.what, "; ".join(texts), f"{self.peer} {shown[self.peer]}", numbers=numbers)
+        return _row(self.what, self.peer, numbers, failed)
 
     def _first(self, who: str, numbers: dict[str, Any]) -> Sequence[Tensor]:
         """The gradient; outside of graphs, what it needs besides time."""
@@ -87,11 +82,28 @@ class Point:
         return self.runs[who]()
 
 
-def _show(kind: str, found: Mapping[str, Any]) -> str:
-    text = f"{Spread.of(found['seconds']).show(1e3, 1)}, error {found['error']:.0e}"
+def _row(what: str, peer: str, numbers: dict[str, dict[str, Any]], failed: Mapping[str, str]) -> Row:
+    """The medians; there is no room for the spread."""
+    shown = {who: _show(found) for who, found in numbers.items() if who not in failed} | failed
+    texts = []
+    for who in numbers:
+        if who != peer:
+            faster = ""
+            if not failed:
+                ratio = ratios(numbers[peer]["seconds"], numbers[who]["seconds"])
+                faster = f", {ratio.median:.2g} times faster"
+            texts.append(f"{who} {shown[who]}{faster}")
+    return Row(what, "; ".join(texts), f"{peer} {shown[peer]}", numbers=numbers)
+
+
+def _show(found: Mapping[str, Any]) -> str:
+    text = f"{1e3 * Spread.of(found['seconds']).median:.1f}, error {found['error']:.0e}"
     if "calls" in found:
         text += f", {found['calls']} calls"
-    return text + (f", {kind} {found[f'{kind}_MiB']:.3g} MiB" if f"{kind}_MiB" in found else "")
+    for kind in ("peak", "kept"):
+        if f"{kind}_MiB" in found:
+            text += f", {kind} {found[f'{kind}_MiB']:.3g} MiB"
+    return text
 
 
 def run(effort: Effort) -> list[Row]:

@@ -45,6 +45,17 @@ def test_a_peer_that_cannot_run_says_why():
     assert failed == {"peer": "NotImplementedError: batch / of one"}
 
 
+def test_a_point_of_scaling_stands_without_its_peer():
+    from benchmarks.scaling import Point
+
+    runs = {"eager": lambda: [torch.ones(2)], "peer 1.0": broken}
+    memory = ("peak", lambda who: 0.5 if who == "eager" else broken())
+    row = Point("a size", "peer 1.0", runs, lambda found: float(found[0].sum()), memory).row(rounds=1)
+    assert "error 2e+00, peak 0.5 MiB" in row.ours
+    assert "faster" not in row.ours
+    assert row.peer == "peer 1.0 NotImplementedError: batch / of one"
+
+
 def test_an_error_of_ours_is_an_error():
     with pytest.raises(NotImplementedError):
         outcomes({"ours": broken, "peer": lambda: 1}, ours=("ours",))
