@@ -36,7 +36,7 @@ Peak: the most MiB of tensors alive at once in both passes. ODE by batch: networ
 differential equations; by steps: that network, batch 32, Euler from 0 to 1, beside torchdiffeq's direct gradient,
 with the MiB kept between the passes. Fixed point: tanh(linear(z) + x) by Anderson to relative 1e-3. QP: as many
 inequalities as unknowns, float64. Errors: of the gradient, as in the family's own table; by steps, against float64
-with the same steps. Medians of at most {rounds} rounds in alternation; all is in benchmarks/results/scaling.json."""
+with the same steps. Medians of at most {rounds} rounds in alternation; all of them: benchmarks/results."""
 
 
 @dataclass(frozen=True)
