@@ -21,7 +21,6 @@ from implicitly.viz import saved_bytes
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torchdiffeq
-    import torchode
 
 PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}, or the one named"
 PACKAGES = ("implicitly", "torch", "torchdiffeq", "torchode")
@@ -179,6 +178,10 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
 
 def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
     """Every sample with its own steps; the gradient is that of the steps, as autograd records them."""
+    # Here, so that what only borrows from this file, such as benchmarks.gpu, does without it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torchode
     term = torchode.ODETerm(f)
     control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)

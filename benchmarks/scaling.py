@@ -18,7 +18,8 @@ from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradie
 from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from benchmarks.ode import VectorField, kept_bytes, ours, theirs
 from benchmarks.peers import TORCHDEQ, TorchDEQ
-from benchmarks.qp import draw, gradient, gradient_error, qpth
+from benchmarks.programs import draw
+from benchmarks.qp import gradient, gradient_error, qpth
 from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
