@@ -178,10 +178,8 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
 
 def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
     """Every sample with its own steps; the gradient is that of the steps, as autograd records them."""
-    # Here, so that what only borrows from this file, such as benchmarks.gpu, does without it.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchode
+    import torchode  # here, so that benchmarks.gpu, which borrows from this file, does without it
+
     term = torchode.ODETerm(f)
     control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
@@ -199,7 +197,9 @@ def beside_torchode(
         "one system": lambda: ours(f, y0, t),
         "torchode": lambda: torchode_solve(f, y0, t),
     }
-    values, failed = outcomes(solves, ("by samples", "one system"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values, failed = outcomes(solves, ("by samples", "one system"))
     solves = {who: solves[who] for who in values}
     calls, errors = {}, {}
     for who, solve in solves.items():
