@@ -86,9 +86,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "==> Installing the peers to compare with into $(VENV)"
-	@# qpth asks for NumPy 1, but runs with 2; it has to be built.
-	@{ $(PIP_INSTALL) $(EDITABLE) '.[bench]' && \
-		$(PIP_INSTALL) setuptools && $(PIP_INSTALL) --no-build-isolation --no-deps qpth==0.0.18; } >$(LOG) 2>&1 || { \
+	@# qpth asks for NumPy 1, but runs with 2; it has to be built. torchode needs torchtyping, which asks for an
+	@# older typeguard than there is here, but runs with this one.
+	@{ $(PIP_INSTALL) $(EDITABLE) '.[bench]' && $(PIP_INSTALL) setuptools && \
+		$(PIP_INSTALL) --no-build-isolation --no-deps qpth torchode torchtyping; } >$(LOG) 2>&1 || { \
 		$(SAY_FAILED); }
 	@touch $@
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,7 @@ def _repeat(step: Callable[[Tensor], Tensor], z: Tensor, tolerance: float, limit
     raise RuntimeError(f"the reference did not converge in {limit} plain iterations: {float(change.max()):.3g}")
 
 
-def relative_error(tensors: list[Tensor], exact: list[Tensor]) -> float:
+def relative_error(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """|tensors - exact| / |exact| of all of them as one vector."""
     difference = sum(float((t.double() - e).square().sum()) for t, e in zip(tensors, exact))
     return (difference / sum(float(e.square().sum()) for e in exact)) ** 0.5

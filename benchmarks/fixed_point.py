@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios, resident_mib
+from benchmarks.elsewhere import Line, beside
+from benchmarks.harness import Effort, Row, Spread, alternate, peak_mib, ratios, resident_mib
 from benchmarks.peers import TORCHDEQ, TorchDEQ
 from implicitly.recipes.deq_image import Cell
 from implicitly.viz import saved_bytes
 
-PEER = TORCHDEQ
+PEER = f"{TORCHDEQ}, or the one named"
 PACKAGES = ("implicitly", "torch", "numpy", "torchdeq")
 
 RTOL = 1e-3
@@ -37,7 +38,8 @@ Where nothing else is said: the convolutional cell of `deq-image` (48 and 64 cha
 float32); relative tolerance 1e-3 forward and backward; solvers as they are by default, torchdeq with
 `ift=True`, its exact gradient. Overhead: time of a forward solve / (calls of f x time of one call).
 Gradient error: relative, against float64 unrolled until converged to 1e-10. Rows evaluated: calls of f
-weighted by batch size. Medians of {rounds} rounds in alternation (least to greatest)."""
+weighted by batch size. Peak: most of tensors alive at once, forward and backward. Medians of {rounds} rounds
+in alternation (least to greatest)."""
 
 Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -45,7 +47,7 @@ Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def run(effort: Effort) -> list[Row]:
     """All of it."""
     rows = []
-    for measure in (overhead, exact_gradient, saved_for_backward, one_slow_sample, long_training):
+    for measure in (overhead, exact_gradient, beside_jaxopt, saved_for_backward, one_slow_sample, long_training):
         print(f"{measure.__name__.replace('_', ' ')} ...", flush=True)
         rows += measure(effort)
     return rows
@@ -62,7 +64,7 @@ def theirs(solver: TorchDEQ, cell: nn.Module, z0: Tensor, x: Tensor) -> Tensor:
     return solver(lambda z: cell(z, x), z0)
 
 
-def problem(batch: int = 32) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(batch: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The convolutional cell, where its solve starts, and x."""
     torch.manual_seed(0)
     cell = Cell(channels=48, inner_channels=64, groups=8)
@@ -76,7 +78,7 @@ def problem(batch: int = 32) -> tuple[nn.Module, Tensor, Tensor]:
 @torch.no_grad()
 def overhead(effort: Effort) -> list[Row]:
     """Time of a forward solve over that of its calls of f alone."""
-    cell, z0, x = problem()
+    cell, z0, x = problem(32 if effort.full else 2)
     at = cell(cell(z0, x), x)
     calls_at_once = 12  # about as many as a solve makes
 
@@ -118,7 +120,7 @@ def overhead(effort: Effort) -> list[Row]:
 
 def exact_gradient(effort: Effort) -> list[Row]:
     """Time of a forward and a backward pass, and how far the gradient is from the exact one."""
-    cell, z0, x = problem()
+    cell, z0, x = problem(32 if effort.full else 2)
     cotangent = torch.randn_like(x)
     x.requires_grad_()
     inputs = [x, *cell.parameters()]
@@ -128,20 +130,28 @@ def exact_gradient(effort: Effort) -> list[Row]:
     def gradient(solve: Solve) -> list[Tensor]:
         return list(torch.autograd.grad(solve(cell, z0, x), inputs, cotangent))
 
-    runs, errors = {}, {}
+    runs, errors, calls, peaks = {}, {}, {}, {}
     for name in SOLVERS:
         runs[name] = partial(gradient, partial(ours, SOLVERS[name]))
         runs[f"torchdeq {name}"] = partial(gradient, partial(theirs, PEERS[name]))
     for name, compute in runs.items():
-        errors[name] = relative_error(compute(), exact)
+        with counted(cell) as count:
+            errors[name] = relative_error(compute(), exact)
+        calls[name], peaks[name] = count(), peak_mib(compute)
 
     rows = []
     for name, goal in (("Anderson", 1.25), ("Broyden", 2.0)):
         peer = f"torchdeq {name}"
         times = alternate({who: runs[who] for who in (name, peer)}, effort.rounds)
         faster = ratios(times[peer], times[name])
-        numbers = {who: {"error": errors[who], "seconds": times[who]} for who in (name, peer)}
-        texts = [f"{Spread.of(times[who]).show(1e3, 0)}" for who in (name, peer)]
+        numbers = {
+            who: {"error": errors[who], "calls": calls[who], "peak_MiB": peaks[who], "seconds": times[who]}
+            for who in (name, peer)
+        }
+        texts = [
+            f"{Spread.of(times[who]).show(1e3, 0)}; {calls[who]} calls, peak {peaks[who]:.0f} MiB"
+            for who in (name, peer)
+        ]
         texts[0] += f"; {faster.show()} times faster"
         met = faster.median >= goal
         rows.append(Row(f"{name}: exact gradient, ms", *texts, f"{goal:g} times faster", met, numbers))
@@ -150,12 +160,42 @@ def exact_gradient(effort: Effort) -> list[Row]:
     return rows
 
 
+def beside_jaxopt(effort: Effort) -> list[Row]:
+    """Anderson acceleration as a compiled program of JAX, in a process of its own; few rounds, as it is slow."""
+    if not effort.full:
+        return []
+    cell, z0, x = problem(32)
+    cotangent = torch.randn_like(x)
+    x.requires_grad_()
+    inputs, solver = [x, *cell.parameters()], SOLVERS["Anderson"]
+    wide = (t.detach().double() for t in (x, cotangent))
+    z, exact = unrolled_gradient(copy.deepcopy(cell).double(), *wide)
+    handed = dict(cell.named_parameters())
+    handed |= {"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups, "history": solver.history}
+    # Its tolerance is absolute, and of the batch as a whole.
+    handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
+    solve = partial(ours, solver, cell, z0, x)
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [solve()]
+
+    def gradient() -> list[Tensor]:
+        return list(torch.autograd.grad(solve(), inputs, cotangent))
+
+    lines = [
+        Line("Anderson: forward, ms", "forward", forward, lambda found: relative_error(found[:1], [z])),
+        Line("Anderson: exact gradient, ms", "gradient", gradient, lambda found: relative_error(found, exact)),
+    ]
+    return beside("jax_deq", "jaxopt", handed, lines, min(effort.rounds, 2), digits=0)
+
+
 # --- Memory -----------------------------------------------------------------------------------------------
 
 
 def saved_for_backward(effort: Effort) -> list[Row]:
     """Bytes that a forward pass leaves for the backward pass, after few and after many iterations."""
-    cell, z0, x = problem(batch=2)
+    cell, z0, x = problem(2)
     x.requires_grad_()
     few, many = 5, effort.iterations
 

@@ -11,18 +11,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
 
+from implicitly.viz import peak_bytes
+
 # Seconds that a timing lasts at least.
 LEAST = 0.03
-# An environment of its own for peers on JAX; `make bench` sets it up.
-JAX_PYTHON = Path(__file__).parents[1] / ".venv-jax" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Effort:
     slow_samples: int  # samples in the batch of which one is slow
     iterations: int  # of the longer solve whose memory is measured
     training_steps: int
+
+    @property
+    def full(self) -> bool:
+        """Whether the numbers are to mean something."""
+        return self.iterations > 100
 
 
 FULL = Effort(rounds=15, slow_samples=256, iterations=500, training_steps=1000)
@@ -68,32 +73,69 @@ class Row:
     numbers: dict[str, Any] = field(default_factory=dict)  # what the texts were made from
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Elsewhere:
+    """A run in another process, which has warmed up and times itself: seconds of so many runs in a row."""
+
+    seconds: Callable[[int], float]
+
+
+Run = Callable[[], object] | Elsewhere
+T = TypeVar("T")
+
+
+def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[str, list[float]]:
     """Seconds that each of `runs` takes, `rounds` times each, in alternation.
 
     Whatever else the machine does then falls on all of them alike, so ratios within a round mean more than
-    times. Every other round goes backwards. Each runs once beforehand, unmeasured; what takes less than `LEAST`
-    is run several times in a row, as it would be in a program, and the mean of these counts.
+    times. Every other round goes backwards. Each runs once beforehand, unmeasured, unless all are `warm` and have
+    done so; what takes less than `LEAST` is run several times in a row, as it would be in a program, and the
+    mean of these counts.
     """
-    repeats = {}
-    for name, run in runs.items():
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, math.ceil(LEAST / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds):
+    for run in runs.values():
+        if not (warm or isinstance(run, Elsewhere)):
+            run()
+    once = {name: _seconds(run, 1) for name, run in runs.items()}
+    repeats = {name: max(1, math.ceil(LEAST / seconds)) for name, seconds in once.items()}
+    # Where all are slow, that was the first round.
+    times = {name: [once[name]] if max(repeats.values()) == 1 else [] for name in runs}
+    for index in range(len(next(iter(times.values()))), rounds):
         for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
-            gc.collect()
-            gc.disable()
-            try:
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    runs[name]()
-                times[name].append((time.perf_counter() - start) / repeats[name])
-            finally:
-                gc.enable()
+            times[name].append(_seconds(runs[name], repeats[name]) / repeats[name])
     return times
+
+
+def _seconds(run: Run, repeats: int) -> float:
+    if isinstance(run, Elsewhere):
+        return run.seconds(repeats)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def outcomes(runs: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tuple[dict[str, T], dict[str, str]]:
+    """What each of `runs` returns; and for peers that raise an error instead, what it says. Ours must run."""
+    values, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            values[name] = run()
+        except Exception as error:
+            if name in ours:
+                raise
+            failed[name] = in_a_cell(error)
+    return values, failed
+
+
+def in_a_cell(error: Exception) -> str:
+    """An error in a line that a table can hold."""
+    first = str(error).strip().partition("\n")[0].replace("|", "/")
+    return f"{type(error).__name__}: {first[:100]}"
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float], factor: float = 1.0) -> Spread:
@@ -102,11 +144,13 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float], factor: f
 
 
 def markdown(rows: Sequence[Row], peer: str, caption: str = "") -> str:
-    """The table, and below it how it came about."""
+    """The table, and below it how it came about; without the last two columns where no row has a goal."""
     cells = [(r.what, r.ours, r.peer, r.goal, {None: "", True: "yes", False: "no"}[r.met]) for r in rows]
+    headers = ["measured", "implicitly", peer, "goal", "met"]
+    columns = 5 if any(r.goal for r in rows) else 3
     table = tabulate(
-        cells,
-        headers=["measured", "implicitly", peer, "goal", "met"],
+        [row[:columns] for row in cells],
+        headers=headers[:columns],
         tablefmt="github",
         disable_numparse=True,
     )
@@ -124,6 +168,11 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Most memory of tensors that `run` has alive at once, MiB; not what is inside an operation, or a graph."""
+    return peak_bytes(run) / 2**20
 
 
 def resident_mib() -> float:

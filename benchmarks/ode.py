@@ -1,11 +1,12 @@
-"""Differential equations that are not stiff: solutions and gradients beside torchdiffeq, accuracy, memory."""
+"""Differential equations that are not stiff: solutions and gradients beside torchdiffeq, torchode and diffrax."""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from torch import Tensor, nn
 
 import implicitly as im
 from benchmarks.cells import counted, relative_error
-from benchmarks.harness import Effort, Row, Spread, alternate, ratios
+from benchmarks.elsewhere import Line, beside
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from implicitly.viz import saved_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torchdiffeq
 
-PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}"
-PACKAGES = ("implicitly", "torch", "torchdiffeq")
+PEER = f"torchdiffeq {importlib.metadata.version('torchdiffeq')}, or the one named"
+PACKAGES = ("implicitly", "torch", "torchdiffeq", "torchode")
 TOLERANCE = 1e-5
 
 CAPTION = """\
 A network of 2, 64, 64 and 2 units with tanh, batch 128, t from 0 to 1, Dopri5 with relative and absolute tolerance
 1e-5, float32, eager where nothing else is said. Errors: of the state, and relative of the gradient by the
-parameters, against Dopri8 at 1e-12 in float64. Medians of {rounds} rounds in alternation (least to greatest)."""
+parameters, against Dopri8 at 1e-12 in float64. Peak: most of tensors alive at once, forward and backward. Medians
+of {rounds} rounds in alternation (least to greatest)."""
 
 
 class VectorField(nn.Module):
@@ -53,13 +56,18 @@ def run(effort: Effort) -> list[Row]:
     return [
         *forward(effort, f, y0, t, exact.detach()),
         *gradients(effort, f, y0, t, gradient),
+        *beside_torchode(effort, f, y0, t, exact.detach(), gradient),
+        *beside_diffrax(effort, f, y0, t, exact.detach(), gradient),
         *samples(effort),
         *memory(effort),
     ]
 
 
-def ours(f: nn.Module, y0: Tensor, t: Tensor, adjoint: object = im.RecursiveCheckpointAdjoint()) -> Tensor:
-    return im.odeint(f, y0, t, solver=im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE), adjoint=adjoint).value[-1]
+def ours(
+    f: nn.Module, y0: Tensor, t: Tensor, adjoint: Any = im.RecursiveCheckpointAdjoint(), **options: Any
+) -> Tensor:
+    solver = im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
+    return im.odeint(f, y0, t, solver=solver, adjoint=adjoint, **options).value[-1]
 
 
 def theirs(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
@@ -75,14 +83,9 @@ def theirs_continuous(f: nn.Module, y0: Tensor, t: Tensor, **options: str) -> Te
 @torch.no_grad()
 def forward(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor) -> list[Row]:
     """A solve without gradients."""
-
-    def as_graph() -> Tensor:
-        solver = im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
-        return im.odeint(f, y0, t, solver=solver, compile=True).value[-1]
-
     solves = {
         "ours": lambda: ours(f, y0, t),
-        "compiled": as_graph,
+        "compiled": lambda: ours(f, y0, t, compile=True),
         "theirs": lambda: theirs(f, y0, t),
     }
     texts, numbers = {}, {}
@@ -135,9 +138,18 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
         "their adjoint, seminorm": gradient(lambda: theirs_continuous(f, y0, t, norm="seminorm")),
         "backsolve": gradient(lambda: ours(f, y0, t, im.BacksolveAdjoint())),
     }
-    errors = {who: relative_error(compute(), exact) for who, compute in runs.items()}
+    errors, calls = {}, {}
+    for who, compute in runs.items():
+        with counted(f) as count:
+            errors[who] = relative_error(compute(), exact)
+        calls[who] = count()
+    peaks = {who: peak_mib(compute) for who, compute in runs.items()}
     times = alternate(runs, 3 * effort.rounds)
-    shown = {who: f"{Spread.of(times[who]).show(1e3, 1)}, error {errors[who]:.0e}" for who in runs}
+    shown = {
+        who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls, error {errors[who]:.0e}, "
+        f"peak {peaks[who]:.1f} MiB"
+        for who in runs
+    }
     rows = []
     goals = (
         ("checkpointed", "theirs", 1.6),
@@ -147,13 +159,110 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
     )
     for who, peer, goal in goals:
         faster = ratios(times[peer], times[who])
-        numbers = {name: {"error": errors[name], "seconds": times[name]} for name in (who, peer)}
+        numbers = {
+            name: {
+                "error": errors[name],
+                "calls": calls[name],
+                "peak_MiB": peaks[name],
+                "seconds": times[name],
+            }
+            for name in (who, peer)
+        }
         what = "continuous adjoint, ms" if who == "backsolve" else f"exact gradient, {who}, ms"
         text = f"{shown[who]}; {faster.show()} times faster"
         theirs_shown = shown[peer] + (", seminorm" if "seminorm" in peer else "")
         told = {} if goal is None else {"goal": f"{goal:g} times faster", "met": faster.median >= goal}
         rows.append(Row(what, text, theirs_shown, numbers=numbers, **told))
     return rows
+
+
+def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
+    """Every sample with its own steps; the gradient is that of the steps, as autograd records them."""
+    import torchode  # here, so that benchmarks.gpu, which borrows from this file, does without it
+
+    term = torchode.ODETerm(f)
+    control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
+    problem = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(len(y0), -1))
+    return solver.solve(problem).ys[:, -1]
+
+
+def beside_torchode(
+    effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
+) -> list[Row]:
+    """Samples with steps of their own, as torchode has it, and one system, as above."""
+    parameters, name = list(f.parameters()), f"torchode {importlib.metadata.version('torchode')}"
+    solves = {
+        "by samples": lambda: ours(f, y0, t, batch_dims=1),
+        "one system": lambda: ours(f, y0, t),
+        "torchode": lambda: torchode_solve(f, y0, t),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values, failed = outcomes(solves, ("by samples", "one system"))
+    solves = {who: solves[who] for who in values}
+    calls, errors = {}, {}
+    for who, solve in solves.items():
+        with counted(f) as count, torch.no_grad():
+            errors["forward", who] = float((solve().double() - exact).abs().max())
+            calls[who] = count()
+    gradients = {
+        who: lambda solve=solve: list(torch.autograd.grad(solve().square().sum(), parameters))
+        for who, solve in solves.items()
+    }
+    for who, compute in gradients.items():
+        errors["exact gradient", who] = relative_error(compute(), gradient)
+    rows = []
+    for part, runs in (
+        ("forward", {who: torch.no_grad()(solve) for who, solve in solves.items()}),
+        ("exact gradient", gradients),
+    ):
+        times = alternate(runs, 3 * effort.rounds)
+        shown = {
+            who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls forward, error {errors[part, who]:.0e}"
+            for who in solves
+        }
+        faster = {who: ratios(times["torchode"], times[who]) for who in times if "torchode" in times}
+        for who in ("by samples", "one system"):
+            text = shown[who] + (f"; {faster[who].show()} times faster" if faster else "")
+            numbers = {w: {"seconds": times[w], "error": errors[part, w], "calls": calls[w]} for w in times}
+            rows.append(
+                Row(f"{part}, {who}, ms", text, f"{name}: {(shown | failed)['torchode']}", numbers=numbers)
+            )
+    return rows
+
+
+def beside_diffrax(
+    effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
+) -> list[Row]:
+    """Both as one compiled program, of PyTorch and of JAX."""
+    if not effort.full:
+        return []
+    parameters = list(f.parameters())
+    problem = {"y0": y0, "t": t, "tolerance": TOLERANCE}
+    problem |= {f"parameter{i}": p for i, p in enumerate(parameters)}
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(f, y0, t, compile=True)]
+
+    def by_parameters(adjoint: Any) -> Callable[[], list[Tensor]]:
+        solve = partial(ours, f, y0, t, adjoint, compile=True)
+        return lambda: list(torch.autograd.grad(solve().square().sum(), parameters))
+
+    def off(found: Sequence[Tensor]) -> float:
+        return float((found[0].double() - exact).abs().max())
+
+    def wrong(found: Sequence[Tensor]) -> float:
+        return relative_error(found[-len(gradient) :], gradient)
+
+    exactly, backwards = (by_parameters(a) for a in (im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint()))
+    lines = [
+        Line("forward, compile=True, ms", "forward", forward, off),
+        Line("exact gradient, compile=True, ms", "checkpointed", exactly, wrong),
+        Line("continuous adjoint, compile=True, ms", "backsolve", backwards, wrong),
+    ]
+    return beside("jax_ode", "diffrax", problem, lines, 3 * effort.rounds, digits=1)
 
 
 def samples(effort: Effort) -> list[Row]:
@@ -181,23 +290,24 @@ def samples(effort: Effort) -> list[Row]:
 def memory(effort: Effort) -> list[Row]:
     """Bytes that a forward pass leaves for the backward pass, after few and after many steps."""
     y0 = torch.ones(10_000, requires_grad=True)
-    counts = [10, 100, 1000, 10_000] if effort.iterations > 100 else [10, 100]
+    counts = [10, 100, 1000, 10_000] if effort.full else [10, 100]
 
     def solve(steps: int) -> Tensor:
         return im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=im.Euler(dt=1 / steps)).value[-1]
 
-    def kept(steps: int) -> int:
-        """What autograd saved, and the states that the derivative keeps besides."""
-        value = solve(steps)
-        node = value.grad_fn
-        while node is not None and not hasattr(node, "work"):
-            node = node.next_functions[0][0]
-        assert node is not None
-        states = sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))
-        return saved_bytes(lambda: solve(steps)) + states
-
-    sizes = {steps: kept(steps) for steps in counts}
+    sizes = {steps: kept_bytes(lambda steps=steps: solve(steps)) for steps in counts}
     text = ", ".join(f"{steps}: {size / 2**20:.2f}" for steps, size in sizes.items())
     first, last = counts[0], counts[-1]
     met = sizes[last] <= sizes[first] * (last / first) ** 0.5
     return [Row("MiB kept for backward, by steps", text, "", "as the square root", met, {"bytes": sizes})]
+
+
+def kept_bytes(solve: Callable[[], Tensor]) -> int:
+    """What autograd saves while `solve` runs, and the states that `RecursiveCheckpointAdjoint` keeps besides."""
+    value: list[Tensor] = []
+    saved = saved_bytes(lambda: value.append(solve()))
+    node = value[0].grad_fn
+    while node is not None and not hasattr(node, "work"):
+        node = node.next_functions[0][0]
+    assert node is not None
+    return saved + sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import implicitly as im
-from benchmarks.harness import JAX_PYTHON, Effort, Row, Spread, alternate, ratios
+from benchmarks import elsewhere
+from benchmarks.elsewhere import Line
+from benchmarks.harness import Effort, Row, Spread, alternate, outcomes, peak_mib, ratios
 from benchmarks.programs import D, Programs, draw
 
 with warnings.catch_warnings():
@@ -32,7 +29,8 @@ CAPTION = """\
 Float64, eager, as in qpth's own examples: Q = LL' + I/10 with L uniform, G and A normal, h = G z0 + s, b = A z0.
 Residual: the norm of the optimality conditions of the worst sample. Error of z: the largest entry against ours
 (whose residual bounds it). Error of the gradient: of its product with a random direction in p, G, h, A and b,
-relative, against central differences. Medians of {rounds} rounds in alternation (least to greatest)."""
+relative, against central differences. Peak: most of tensors alive at once, forward and backward. Medians of
+{rounds} rounds in alternation (least to greatest)."""
 
 Solve = Callable[..., Tensor]
 
@@ -81,7 +79,7 @@ def gradient_error(found: Sequence[Tensor], args: Programs, weights: Tensor) -> 
 
 def run(effort: Effort) -> list[Row]:
     """All of it."""
-    full = effort.iterations > 100
+    full = effort.full
     print("quadratic programs ...", flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within the peers
@@ -113,11 +111,15 @@ def beside(
     effort: Effort, what: str, args: Programs, weights: Tensor, solves: dict[str, Solve], goals: dict[str, float]
 ) -> list[Row]:
     """Rows for solutions and for gradients."""
+    runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
+    gradients, failed = outcomes(runs, ("ours", "InteriorPoint"))
+    solves, runs = ({who: named[who] for who in gradients} for named in (solves, runs))
+    errors = {who: gradient_error(found, args, weights) for who, found in gradients.items()}
+    # cvxpylayers works in NumPy, where it cannot be seen.
+    peaks = {who: peak_mib(run) for who, run in runs.items() if who != "cvxpylayers"}
     with torch.no_grad():
         exact = im.qp(*args)
         off = {who: float((solve(*args) - exact.value).abs().max()) for who, solve in solves.items()}
-    runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
-    errors = {who: gradient_error(compute(), args, weights) for who, compute in runs.items()}
 
     def forward(solve: Solve) -> Tensor:
         with torch.no_grad():
@@ -129,46 +131,51 @@ def beside(
     }
     rows = []
     for part, seconds in times.items():
-        faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals}
+        faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals if who in solves}
         accuracy = off if part == "forward" else errors
-        shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves}
+        shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves} | failed
+        if part != "forward":
+            shown |= {w: f"{shown[w]}, peak {mib:.0f} MiB" for w, mib in peaks.items()}
         mine = [shown["ours"], *(f"{ratio.show(1, 1)} times faster than {who}" for who, ratio in faster.items())]
         mine += [f"{who} {shown[who]}" for who in solves if who not in goals and who != "ours"]
         if part == "forward":
             mine.append(f"residual {float(exact.residual.max()):.0e}")
         peers = "; ".join(f"{who} {shown[who]}" for who in goals)
         goal = ", ".join(f"{goals[who]:.0f} times faster than {who}" for who in goals)
-        met = all(faster[who].median >= goals[who] for who in goals)
-        numbers = {w: {"seconds": seconds[w], "error": accuracy[w]} for w in solves}
+        met = all(ratio.median >= goals[who] for who, ratio in faster.items()) if faster else None
+        numbers = {w: {"seconds": seconds[w], "error": accuracy[w], "peak_MiB": peaks.get(w)} for w in solves}
         rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
     return rows
 
 
 def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> list[Row]:
-    """The same programs by a compiled program of JAX, in a process of its own right before ours."""
-    if not JAX_PYTHON.exists() or effort.iterations <= 100:
+    """The same programs by a compiled program of JAX, in a process of its own."""
+    if not effort.full:
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "programs.npz"
-        named = zip(("Q", "p", "G", "h", "A", "b", "weights"), (*args, weights))
-        np.savez(path, **{name: t.detach().numpy() for name, t in named})
-        command = [str(JAX_PYTHON), str(Path(__file__).parent / "jax_qp.py"), str(path), str(effort.rounds)]
-        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        with np.load(path.with_suffix(".out.npz")) as file:
-            found = {name: torch.from_numpy(file[name]) for name in file.files}
-    with torch.no_grad():
-        off = float((found["z"] - ours(*args)).abs().max())
-    wrong = gradient_error([found[f"gradient{i}"] for i in range(5)], args, weights)
-    runs = {
-        "forward": torch.no_grad()(lambda: ours(*args)),
-        "forward and gradient": lambda: gradient(ours, args, weights),
-    }
-    times = alternate(runs, effort.rounds)
-    rows = []
-    for part, error in (("forward", off), ("forward and gradient", wrong)):
-        faster = Spread.of(told[part]).median / Spread.of(times[part]).median
-        text = f"{Spread.of(times[part]).show(1e3, 0)}; {faster:.1f} times faster"
-        peer = f"qpax {told['version']}: {Spread.of(told[part]).show(1e3, 0)}, error {error:.0e}"
-        numbers = {"ours": times[part], "theirs": told[part]}
-        rows.append(Row(f"{what}: {part}, ms", text, peer, "faster", faster > 1, numbers))
-    return rows
+    Q, p, G, h, A, b = args
+    problem = {"Q": Q, "p": p, "G": G, "h": h, "A": A, "b": b, "weights": weights}
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(*args)]
+
+    z = forward()[0]
+    lines = [
+        Line(
+            f"{what}: forward, ms",
+            "forward",
+            forward,
+            lambda found: float((found[0] - z).abs().max()),
+            "faster",
+            1.0,
+        ),
+        Line(
+            f"{what}: forward and gradient, ms",
+            "forward and gradient",
+            lambda: gradient(ours, args, weights),
+            lambda found: gradient_error(found[-5:], args, weights),
+            "faster",
+            1.0,
+        ),
+    ]
+    return elsewhere.beside("jax_qp", "qpax", problem, lines, effort.rounds, digits=0)

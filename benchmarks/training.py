@@ -72,7 +72,7 @@ def run(effort: Effort) -> list[Row]:
     """All of it."""
     print("training ...", flush=True)
     data, config = digits(), Config()
-    limit = None if effort.iterations > 100 else 3
+    limit = None if effort.full else 3
     accuracies: dict[str, list[float]] = {name: [] for name in NETWORKS}
     seconds: dict[str, list[float]] = {name: [] for name in NETWORKS}
     for seed in range(min(3, effort.rounds)):

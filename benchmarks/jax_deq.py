@@ -1,0 +1,68 @@
+"""The convolutional cell of `fixed_point.py`, solved and differentiated by jaxopt's Anderson acceleration."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxopt import AndersonAcceleration
+from jaxopt.linear_solve import solve_gmres
+
+from benchmarks.jax_serve import problem, serve
+
+
+def convolution(x, weight):
+    """3x3, padded, without a bias."""
+    return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+
+def group_norm(x, weight, bias, groups):
+    """As in PyTorch, with its epsilon."""
+    apart = x.reshape(len(x), groups, -1)
+    mean, variance = apart.mean(2, keepdims=True), apart.var(2, keepdims=True)
+    normal = ((apart - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
+    return normal * weight[:, None, None] + bias[:, None, None]
+
+
+def cell(z, x, p, groups):
+    """f(z, x) of `recipes/deq_image.py`."""
+    y = group_norm(jax.nn.relu(convolution(z, p["conv_in.weight"])), *norm(p, "norm_inner"), groups)
+    branch = group_norm(x + convolution(y, p["conv_out.weight"]), *norm(p, "norm_branch"), groups)
+    return group_norm(jax.nn.relu(z + branch), *norm(p, "norm_sum"), groups)
+
+
+def norm(p, name):
+    """Weight and bias."""
+    return p[f"{name}.weight"], p[f"{name}.bias"]
+
+
+def main() -> None:
+    """Forward, and the gradient of a product with the cotangent."""
+    p = problem()
+    x, cotangent, groups = p.pop("x"), p.pop("cotangent"), int(p.pop("groups"))
+    atol, rtol, max_steps = float(p.pop("atol")), float(p.pop("rtol")), int(p.pop("max_steps"))
+    history = int(p.pop("history"))
+    options = {"history_size": history, "tol": atol, "maxiter": max_steps}
+    linear_solve = partial(solve_gmres, tol=rtol, maxiter=max_steps)
+    solver = AndersonAcceleration(partial(cell, groups=groups), implicit_diff_solve=linear_solve, **options)
+
+    @jax.jit
+    def forward(x, p):
+        z, state = solver.run(jnp.zeros_like(x), x, p)
+        return z, state.num_fun_eval
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def gradient(x, p):
+        return jnp.vdot(cotangent, forward(x, p)[0])
+
+    def by_parameters():
+        by_x, by_p = gradient(x, p)
+        return by_x, [by_p[name] for name in p]  # in PyTorch's order
+
+    serve({"forward": lambda: forward(x, p), "gradient": by_parameters}, ["jaxopt"])
+
+
+if __name__ == "__main__":
+    main()
