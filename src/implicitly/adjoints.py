@@ -9,25 +9,25 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from implicitly.compiled import compiled_search
 from implicitly.history import add_combined, combine, products
-from implicitly.host import happens
 from implicitly.implicit import (
     Backward,
     Condition,
     attach_usable,
     constant,
     find,
+    has_waited,
     is_usable,
     search,
+    some,
     without_failed,
 )
 from implicitly.iterate import Found, Solver
 from implicitly.linear import GMRES
 from implicitly.problem import Problem
-from implicitly.tree import is_wrapped, unwrapped
+from implicitly.tree import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -146,6 +146,9 @@ class ImplicitAdjoint(Adjoint):
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
+        traced = torch.compiler.is_dynamo_compiling()  # then what f depends on is not all in theta
+        if not (traced or any(is_recorded(t) for t in problem.theta)):
+            return found.z
         estimate = None
         # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
         if self.inverse != "ignore" and not is_wrapped(found.z):
@@ -184,12 +187,14 @@ class _Unrolled(Adjoint):
             return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
         found = condition.examined(found, problem.theta)
-        condition.report(condition.name, solver, pytree.tree_map(lambda t: unwrapped(t.detach()), found))
+        z, status, residual, steps = (unwrapped(t.detach()) for t in found[:4])
+        condition.report(condition.name, solver, Found(z, status, residual, steps, found.evaluations))
+        found = found._replace(looked_at=has_waited(solver, condition))
         usable = is_usable(found.status)
-        if not happens(~usable):
+        if not some(found, ~usable):
             return found
         # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
-        if not happens(usable):
+        if not some(found, usable):
             return found._replace(z=constant(found.z, problem.theta))
         z0, theta = without_failed(usable, problem.z0, problem.theta, condition)
         again = search(solver, condition, z0, theta)

@@ -201,15 +201,20 @@ def find(
     run = partial(search, leave_last=True) if leave_last else run or search
     found = _Find.apply(solver, condition, run, len(start), *starts, *theta)
     z, status, residual, steps, evaluations, *rest = found
-    known = {"ahead" if leave_last else "estimate": tuple(rest)}
+    known = {"ahead" if leave_last else "estimate": tuple(rest), "looked_at": has_waited(solver, condition)}
     return Found(z, status, residual, steps, evaluations, **known)
+
+
+def has_waited(solver: Solver, condition: Condition) -> bool:
+    """Whether a solve that has ended has looked at what it found, or its report has."""
+    return not solver.budget_only or condition.report.on_failure != "ignore"
 
 
 def arrive(found: Found, r: Tensor, solver: Solver, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
     """The end of the solve `found`, whose last residual `r` `(B, n)`, at `found.ahead`, was left to the caller."""
     starts = [t.detach() for t in (*found.ahead, r, found.z, found.residual)]
     z, status, residual, steps, _ = _Find.apply(solver, condition, _last_step, len(starts), *starts, *theta)
-    return Found(z, status, residual, steps, found.evaluations + 1)
+    return Found(z, status, residual, steps, found.evaluations + 1, looked_at=has_waited(solver, condition))
 
 
 def _last_step(
@@ -366,6 +371,12 @@ class Backward:
         return attach(condition, self.usable(found, b), theta, Backward(self.solver))
 
 
+def some(found: Found, mask: Tensor) -> bool:
+    """Whether any entry of `mask` `(B,)`, which tells how samples of `found` ended, is true; see `happens`."""
+    looks = found.looked_at and not torch.compiler.is_dynamo_compiling()
+    return bool(unwrapped(mask).any()) if looks else happens(mask)
+
+
 def is_usable(status: Tensor) -> Tensor:
     """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
     # As numbers: to the tracer a tensor and a member of an enumeration are never equal.
@@ -375,9 +386,9 @@ def is_usable(status: Tensor) -> Tensor:
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
     usable = is_usable(found.status)
-    if not happens(~usable):
+    if not some(found, ~usable):
         return attach(condition, found.z, theta, backward)
-    if not happens(usable):
+    if not some(found, usable):
         return constant(found.z, theta)
     z, theta = without_failed(usable, found.z, theta, condition)
     return torch.where(usable[:, None], attach(condition, z, theta, backward), found.z.detach())

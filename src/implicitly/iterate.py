@@ -24,7 +24,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
 from implicitly.host import happens, on_host, to_host
-from implicitly.tree import is_near, row_norm, unwrapped
+from implicitly.tree import is_near, is_wrapped, row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -209,7 +209,8 @@ class Found(NamedTuple):
     unrolled into a graph), what the solver knows of the inverse Jacobian.
 
     While the last call of f is left to the caller, `ahead` holds the last iterate `(B, n)`, at which f is yet to
-    be called; `z` and `residual` are of the best one before it, and every sample is RUNNING.
+    be called; `z` and `residual` are of the best one before it, and every sample is RUNNING. `looked_at` says
+    that the host has waited for the solve, if it had to, so that it may as well look at how the samples ended.
     """
 
     z: Tensor
@@ -219,6 +220,7 @@ class Found(NamedTuple):
     evaluations: Tensor | int
     estimate: tuple[Tensor, ...] = ()
     ahead: tuple[Tensor, ...] = ()
+    looked_at: bool = False
 
 
 class _Carry(NamedTuple):
@@ -323,7 +325,7 @@ class _Loop:
             status = torch.where(norm <= self.atol + self.rtol * scale, int(Status.CONVERGED), status)
         status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
         memory = self.solver.start(F, z, r)
-        status = status if happens(~is_running(status)) else None
+        status = None if self._is_blind(z) or self._all(is_running(status), 0) else status
         return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
 
     def step(self, F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
@@ -341,9 +343,13 @@ class _Loop:
         norm = row_norm(r)
         scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
         failing = new.singular is not None or new.verdict is not None
-        if running is None and not failing and self._uneventful(c, norm, scale):
-            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.stale * 0, calls=calls, memory=new.memory)
+        if running is None and not failing and self._uneventful(k, c, norm, scale):
+            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.steps, calls=calls, memory=new.memory)
         better = norm < c.best_norm
+        if running is None and not failing and new.progress is None and self._is_blind(norm):
+            # Samples that end in NaN are told apart at the end, by `last_step`.
+            best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
+            return c._replace(z=z, r=r, best=best, best_norm=best_norm, calls=calls, memory=new.memory)
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
         stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
         if new.progress is not None:
@@ -371,10 +377,22 @@ class _Loop:
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
-    def _uneventful(self, c: _Carry, norm: Tensor, scale: Tensor) -> bool:
+    def _is_blind(self, x: Tensor) -> bool:
+        """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""
+        return self.budget_only and not is_near(x) and not torch.compiler.is_dynamo_compiling()
+
+    def _all(self, mask: Tensor, k: int) -> bool:
+        """Whether `mask` `(B,)` is seen to be true of every sample after `k` steps; False where nobody looks."""
+        looks = not torch.compiler.is_dynamo_compiling() and _is_due(k, mask)
+        return looks and bool(unwrapped(mask).all())
+
+    def _uneventful(self, k: int | Tensor, c: _Carry, norm: Tensor, scale: Tensor) -> bool:
         """Whether it is plain to see that every sample came closer and none has arrived: the usual step."""
-        if not on_host(norm):
+        if isinstance(k, Tensor) or is_wrapped(norm) or self._is_blind(norm):
             return False
+        if not is_near(norm):
+            going_on = (norm < c.best_norm) & (norm > self.atol + self.rtol * scale)
+            return self._all(going_on, k + 1)
         size, best = to_host(norm), to_host(c.best_norm)
         going_on = size < best
         if not self.budget_only:
@@ -407,6 +425,11 @@ class _Loop:
         return (count == len(running)) | (count > DROP_BELOW * len(running))
 
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
+        calls = c.calls if self.unrolled or isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
+        estimate = self.solver.estimate(k, c.memory)
+        if c.status is None and self._is_blind(c.z):
+            found = last_step(self.solver, c.z, c.r, c.best, c.best_norm)
+            return found._replace(evaluations=calls, estimate=estimate)
         running = _running(c)
         status = torch.full_like(c.steps, int(Status.MAX_STEPS))
         if c.status is not None:
@@ -414,8 +437,7 @@ class _Loop:
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
-        calls = c.calls if self.unrolled or isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
-        return Found(z, status, residual, steps, calls, self.solver.estimate(k, c.memory))
+        return Found(z, status, residual, steps, calls, estimate)
 
     def ahead(self, c: _Carry, new: Proposal) -> Found:
         """The last step, all samples running, but for the call of f at what was proposed."""
@@ -503,8 +525,12 @@ def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
     """The `answer`, or True before a step `k` at which an accelerator is not to be waited for."""
     if isinstance(answer, bool):
         return answer
-    stride = 2 ** int(math.log2(max(1, LATE * k)))
-    return bool(k % stride and not is_near(answer)) or bool(unwrapped(answer).any())
+    return not _is_due(k, answer) or bool(unwrapped(answer).any())
+
+
+def _is_due(k: int | Tensor, answer: Tensor) -> bool:
+    """Whether to look at an `answer` after `k` steps: always on a CPU, ever more seldom on an accelerator."""
+    return is_near(answer) or bool(k % 2 ** int(math.log2(max(1, LATE * k))) == 0)
 
 
 def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -524,7 +550,11 @@ def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
 
 def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:
     """`whole` with `part` in place of its `rows`; counts go on."""
-    return pytree.tree_map(lambda w, p: _as_wide(w, p).index_copy(0, rows, p) if w.ndim else p, whole, part)
+
+    def put(w: Any, p: Any) -> Any:
+        return _as_wide(w, p).index_copy(0, rows, p) if isinstance(w, Tensor) and w.ndim else p
+
+    return pytree.tree_map(put, whole, part)
 
 
 def _as_wide(whole: Tensor, part: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitly.adjoints import Adjoint
-from implicitly.host import happens
-from implicitly.implicit import Condition, arrive, constant, find, is_usable, without_failed
+from implicitly.implicit import Condition, arrive, constant, find, is_usable, some, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
 from implicitly.tree import is_recorded
@@ -60,9 +59,9 @@ class PhantomAdjoint(Adjoint):
         """The found point `(B, n)` with its derivative; `r` is the residual there where it was recorded."""
         usable = is_usable(found.status)
         z = found.z.detach()
-        if not happens(usable):
+        if not some(found, usable):
             return constant(z, theta)
-        failed = happens(~usable)
+        failed = some(found, ~usable)
         if failed:
             (z, theta), r = without_failed(usable, z, theta, condition), None
         residual = condition.at(*theta)

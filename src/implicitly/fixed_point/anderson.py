@@ -87,8 +87,8 @@ def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
     if records():  # once more without the systems that mean nothing: what they left must not reach a derivative
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         weights, _ = _least(torch.where(believable[:, None, None], gram, eye), count)
-    newest = torch.arange(gram.shape[1], device=gram.device) == slot
-    return where_rows(believable, weights, newest.to(weights.dtype))
+    newest = _newest(slot, gram.shape[1], gram.dtype, gram.device)
+    return where_rows(believable, weights, newest)
 
 
 def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +125,12 @@ def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
         whole = torch.addcmul(whole, whole[:, :, j : j + 1] * others[:, j : j + 1], row, value=-1)
     pivots = whole.diagonal(dim1=1, dim2=2)
     return whole[:, :, -1] / pivots, (pivots > 0).all(1)
+
+
+@remembered(64)
+def _newest(slot: int | Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(count,)`, 1 in place `slot` and 0 elsewhere."""
+    return (torch.arange(count, device=device) == slot).to(dtype)
 
 
 @remembered(64)
