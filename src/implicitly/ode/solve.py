@@ -110,25 +110,24 @@ def odeint(
 
     Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
     """
-    events = events_of(event)
-    traced = torch.compiler.is_dynamo_compiling()
+    events, recording = events_of(event), adjoint.recording or torch.compiler.is_dynamo_compiling()
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
-        f,
-        y0,
-        t,
-        args,
-        batch_dims=batch_dims,
-        in_dims=in_dims,
-        recording=traced or adjoint.recording,
-        events=events,
+        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=recording, events=events
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)
-    if traced:
+    if torch.compiler.is_dynamo_compiling():
         found = solve_in_graph(solver, problem, t, forget=not isinstance(adjoint, UnrolledAdjoint))
         return _trajectory(problem, _not_again, *found)
     problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
+    return _solved(solver, problem, adjoint, on_failure)
+
+
+def _solved(
+    solver: Method, problem: Problem, adjoint: TrajectoryAdjoint | UnrolledAdjoint, on_failure: str
+) -> Trajectory:
+    """The trajectory with its derivative, after a report of samples that fell short."""
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, _silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)
