@@ -303,9 +303,11 @@ def sweep(
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
-    # What was computed from others does not: autograd would go on to those.
+    # What was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and
+    # as a parameter: each would get the gradient of both.
+    once = {id(x): sum(x is other for other in inputs) == 1 for x in inputs}
     leaves = [
-        x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach().requires_grad_(i in shared)
+        x if i > 1 and x.is_leaf and not x._backward_hooks and once[id(x)] else x.detach().requires_grad_(i in shared)
         for i, x in enumerate(inputs)
     ]
     record = work.record
