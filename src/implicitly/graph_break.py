@@ -42,7 +42,6 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
     def decorate(solve: Callable[P, R]) -> Callable[P, R]:
         untraced: Any = None
 
-        @functools.wraps(solve)
         def entry(*args: Any, **kwargs: Any) -> R:
             if torch.compiler.is_dynamo_compiling():
                 if traceable(*args, **kwargs):
@@ -56,8 +55,8 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
             return untraced(*args, **kwargs)
 
         # Code of its own: the compiler notes there that a frame is to be skipped.
-        entry.__code__ = entry.__code__.replace(co_name=f"{solve.__name__}_or_break")
-        return cast(Callable[P, R], entry)
+        entry.__code__ = entry.__code__.replace(co_name="entry_or_break")
+        return cast(Callable[P, R], functools.update_wrapper(entry, solve))
 
     return decorate
 

@@ -73,8 +73,8 @@ def fixed_point(
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
 
     Note:
-        In a model under `torch.compile`, a `FixedPointIteration`, `Anderson` or `Broyden` with `rtol=0` and at most
-        100 steps is part of the graph, with any adjoint (`ImplicitAdjoint` where its linear solver has a budget,
+        In a model under `torch.compile`, `FixedPointIteration`, `Anderson` or `Broyden` with `rtol=0` and at most
+        100 steps are part of the graph, with any adjoint (`ImplicitAdjoint` where its linear solver has a budget,
         too, as `im.Neumann(max_steps=5, rtol=0)`, and no `listen`); else the solve is one graph break.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
