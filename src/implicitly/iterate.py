@@ -216,7 +216,7 @@ class Found(NamedTuple):
     status: Tensor
     residual: Tensor
     steps: Tensor
-    evaluations: Tensor  # a number where steps are unrolled into a graph
+    evaluations: Tensor | int
     estimate: tuple[Tensor, ...] = ()
     ahead: tuple[Tensor, ...] = ()
 
