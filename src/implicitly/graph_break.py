@@ -1,9 +1,14 @@
 """A solve inside of a model that the user compiles: `torch.compile(model)`.
 
-How many steps a solve takes depends on values, its derivative is an autograd function that solves again, and
+Where the number of steps is known before, forwards and backwards (at most `LONGEST` of a fixed point with
+`rtol=0`, or of an explicit method with `dt` through times that are numbers), the steps become part of the graph,
+and the model is compiled as a whole. A graph cannot warn or raise: whatever `on_failure` says, samples that fail
+are told by `status` alone, and their NaN may reach gradients through steps that are recorded.
+
+Else how many steps a solve takes depends on values, its derivative is an autograd function that solves again, and
 its reports are warnings and errors with numbers in them: nothing that fits into one traced graph. Left to
 itself the tracer tries, breaks some twenty times, compiles the pieces between, and records through loops that
-are not meant to be recorded. So it is told to leave each solve alone, which costs one break: the model is
+are not meant to be recorded. So it is told to leave the solve alone, which costs one break: the model is
 compiled before and after, and the solve runs as it does without a compiler. To compile also what is inside,
 pass a compiled f (`nn.DEQ(torch.compile(cell))`), or `compile=True`.
 """
@@ -16,7 +21,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch._C._dynamo import eval_frame
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,8 +29,6 @@ R = TypeVar("R")
 LONGEST = 100
 
 REASON = "implicitly: a solve is one break; compile what is inside with compile=True or a compiled f"
-
-_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)  # pyright: ignore
 
 
 def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -40,12 +42,11 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
     def decorate(solve: Callable[P, R]) -> Callable[P, R]:
         untraced: Any = None
 
-        @functools.wraps(solve)
         def entry(*args: Any, **kwargs: Any) -> R:
             if torch.compiler.is_dynamo_compiling():
                 if traceable(*args, **kwargs):
                     return solve(*args, **kwargs)
-                torch._dynamo.graph_break(msg=REASON)  # the caller's: it then calls `entry` from outside
+                torch._dynamo.skip_frame(msg=REASON)  # inside of another frame this is a break of that one
             nonlocal untraced
             if untraced is None:
                 if "torch._dynamo" not in sys.modules:
@@ -53,9 +54,9 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
                 untraced = torch.compiler.disable(solve, reason=REASON)
             return untraced(*args, **kwargs)
 
-        # Called from outside of a graph, `entry` does not start another one.
-        eval_frame.set_code_exec_strategy(entry.__code__, _SKIP)  # pyright: ignore[reportAttributeAccessIssue]
-        return cast(Callable[P, R], entry)
+        # Code of its own: the compiler notes there that a frame is to be skipped.
+        entry.__code__ = entry.__code__.replace(co_name="entry_or_break")
+        return cast(Callable[P, R], functools.update_wrapper(entry, solve))
 
     return decorate
 

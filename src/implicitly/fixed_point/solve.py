@@ -61,7 +61,8 @@ def fixed_point(
             with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
         on_failure: "warn", "raise" or "ignore" when samples do not converge. Samples that diverged or met NaN
             have zero gradient (where f is undefined at finite arguments, only with `in_dims`);
-            others that fell short have the gradient at their best iterate.
+            others that fell short have the gradient at their best iterate. In the graph of a model that you
+            compile (see Note) nothing is announced; look at `status`.
         compile: run the whole solve as one graph of `torch.compile`.
 
     Returns:
@@ -70,6 +71,11 @@ def fixed_point(
     Raises:
         TypeError, ValueError: for input that cannot be meant, before any work.
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
+
+    Note:
+        In a model under `torch.compile`, `FixedPointIteration`, `Anderson` or `Broyden` with `rtol=0` and at most
+        100 steps are part of the graph, with any adjoint (`ImplicitAdjoint` where its linear solver has a budget,
+        too, as `im.Neumann(max_steps=5, rtol=0)`, and no `listen`); else the solve is one graph break.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
     """

@@ -57,7 +57,8 @@ class DEQ(nn.Module):
     Attributes:
         solution: the `Solution` of the last forward pass, detached; `value` is the whole equilibrium, and shares
             memory with what `forward` returned.
-        backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None.
+        backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None; None also where
+            the solve is part of the graph of a compiled model.
     """
 
     def __init__(

@@ -76,7 +76,8 @@ class NeuralODE(nn.Module):
         solution: the `Solution` of the last forward pass, detached; `value` has all times, `(T, *y.shape)`.
         evaluations: calls of f in the last forward pass, those of regularisers and of deciding once included; of
             a graph, those of its steps.
-        backward_evaluations: calls of f in backward passes through the last forward pass, 0 before the first.
+        backward_evaluations: calls of f in backward passes through the last forward pass, 0 before the first, and
+            where the solve is part of the graph of a compiled model.
 
     Raises:
         TypeError, ValueError: for what cannot be meant, at construction where it can be seen there.

@@ -303,10 +303,10 @@ def sweep(
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
-    # What was computed from others does not: autograd would go on to those.
+    # What was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and
+    # as a parameter: each would get the gradient of both.
     leaves = [
-        x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach().requires_grad_(i in shared)
-        for i, x in enumerate(inputs)
+        x if i > 1 and _stays(x, inputs) else x.detach().requires_grad_(i in shared) for i, x in enumerate(inputs)
     ]
     record = work.record
     assert record is not None
@@ -340,6 +340,11 @@ def sweep(
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
+
+
+def _stays(x: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether `x`, one of the `inputs`, may be differentiated by as it is."""
+    return x.is_leaf and not x._backward_hooks and sum(x is other for other in inputs) == 1
 
 
 def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:

@@ -33,6 +33,12 @@ class Trajectory(Solution):
     """What `odeint` returns: a `Solution` whose `residual` is the largest local error of the last step over its
     tolerance, and whose `steps` are the accepted ones.
 
+    In a model under `torch.compile`, at most 100 steps of an explicit Runge-Kutta method or `ReversibleHeun` with
+    `dt`, through times that are a tuple of numbers, are part of the graph, with `RecursiveCheckpointAdjoint` or
+    `UnrolledAdjoint` and without events. There `interpolate` is not to be had, and failures are not announced:
+    `status` tells of them, and their gradients are NaN. Other times or another dt make another graph. Every other
+    solve is one graph break.
+
     Attributes:
         t: `(B,)` the time that each sample got to, differentiable: of the event that ended it, or the last.
         rejected: `(B,)` the steps that were tried and found too long.
@@ -110,7 +116,8 @@ def odeint(
 
     Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
     """
-    events, recording = events_of(event), adjoint.recording or torch.compiler.is_dynamo_compiling()
+    events = events_of(event)
+    recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
         f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=recording, events=events
@@ -118,16 +125,15 @@ def odeint(
     solver.check(problem.dtype)
     problem = solver.checked(problem)
     if torch.compiler.is_dynamo_compiling():
-        found = solve_in_graph(solver, problem, t, forget=not isinstance(adjoint, UnrolledAdjoint))
-        return _trajectory(problem, _not_again, *found)
+        forget = not isinstance(adjoint, UnrolledAdjoint)
+        return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
     problem = problem.as_graph(f) if compile and not (events or solver.tstops) else problem
-    return _solved(solver, problem, adjoint, on_failure)
+    return _solved(solver, adjoint, problem, on_failure)
 
 
 def _solved(
-    solver: Method, problem: Problem, adjoint: TrajectoryAdjoint | UnrolledAdjoint, on_failure: str
+    solver: Method, adjoint: TrajectoryAdjoint | UnrolledAdjoint, problem: Problem, on_failure: str
 ) -> Trajectory:
-    """The trajectory with its derivative, after a report of samples that fell short."""
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, _silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)

@@ -102,7 +102,8 @@ def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -
         else:
             y, memory, passed, count = block(y, memory)
         outputs, calls = [*outputs, *passed], calls + count
-    values = torch.cat([*outputs, y.unsqueeze(1)], dim=1)
+    # With the times first in memory, as users get it: the compiler does not copy in all places where it should.
+    values = torch.cat([x.transpose(0, 1) for x in (*outputs, y.unsqueeze(1))]).transpose(0, 1)
     status = torch.where(y.detach().isfinite().all(1), int(Status.CONVERGED), int(Status.NON_FINITE))
     none, number = torch.zeros_like(status), torch.zeros_like(t[:, 0])
     count = none + len(steps)
