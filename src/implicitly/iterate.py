@@ -272,7 +272,7 @@ def iterate(
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
     k, step, going = 0, partial(loop.step, F), partial(loop.worth_a_step, droppable)
-    if leave_last and loop.budget_only:
+    if leave_last and loop.budget_only and not loop.is_blind(z):
         k, carry = repeat(step, carry, going, solver.max_steps - 1)
         if carry.status is None:
             new = solver.propose(F, k, carry.z, carry.r, carry.memory)
@@ -325,7 +325,7 @@ class _Loop:
             status = torch.where(norm <= self.atol + self.rtol * scale, int(Status.CONVERGED), status)
         status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
         memory = self.solver.start(F, z, r)
-        status = None if self._is_blind(z) or self._all(is_running(status), 0) else status
+        status = None if self.is_blind(z) or self._all(is_running(status), 0) else status
         return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
 
     def step(self, F: Residual, k: int | Tensor, c: _Carry) -> _Carry:
@@ -346,7 +346,7 @@ class _Loop:
         if running is None and not failing and self._uneventful(k, c, norm, scale):
             return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.steps, calls=calls, memory=new.memory)
         better = norm < c.best_norm
-        if running is None and not failing and new.progress is None and self._is_blind(norm):
+        if running is None and not failing and new.progress is None and self.is_blind(norm):
             # Samples that end in NaN are told apart at the end, by `last_step`.
             best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
             return c._replace(z=z, r=r, best=best, best_norm=best_norm, calls=calls, memory=new.memory)
@@ -377,7 +377,7 @@ class _Loop:
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
-    def _is_blind(self, x: Tensor) -> bool:
+    def is_blind(self, x: Tensor) -> bool:
         """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""
         return self.budget_only and not is_near(x) and not torch.compiler.is_dynamo_compiling()
 
@@ -388,7 +388,7 @@ class _Loop:
 
     def _uneventful(self, k: int | Tensor, c: _Carry, norm: Tensor, scale: Tensor) -> bool:
         """Whether it is plain to see that every sample came closer and none has arrived: the usual step."""
-        if isinstance(k, Tensor) or is_wrapped(norm) or self._is_blind(norm):
+        if isinstance(k, Tensor) or is_wrapped(norm) or self.is_blind(norm):
             return False
         if not is_near(norm):
             going_on = (norm < c.best_norm) & (norm > self.atol + self.rtol * scale)
@@ -427,7 +427,7 @@ class _Loop:
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
         calls = c.calls if self.unrolled or isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
         estimate = self.solver.estimate(k, c.memory)
-        if c.status is None and self._is_blind(c.z):
+        if c.status is None and self.is_blind(c.z):
             found = last_step(self.solver, c.z, c.r, c.best, c.best_norm)
             return found._replace(evaluations=calls, estimate=estimate)
         running = _running(c)
