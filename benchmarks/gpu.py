@@ -27,13 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import implicitly as im
-from benchmarks.harness import environment
+from benchmarks.harness import environment, write_between_markers
 from benchmarks.ode import TOLERANCE, VectorField, ours, theirs
 from benchmarks.peers import TorchDEQ
 from benchmarks.programs import draw
 from implicitly.recipes.deq_image import Cell
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "gpu.json"
 NO_DEVICE = 2  # exit code
 LEGEND = """\
 % of products: floating-point operations of matrix products and convolutions a second, beside those of one
@@ -291,6 +292,13 @@ def table(found: list[Measured], limits: dict[str, float]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def shown(results: dict[str, Any]) -> str:
+    """The table of an earlier run, and where it ran."""
+    where = f"{results['device']}, driver {results['driver']}, PyTorch {results['versions']['torch']}"
+    of = f"`benchmarks/results/{RESULTS.name}`: {where}, {results['date'][:10]}."
+    return f"{table([Measured(**m) for m in results['cases']], results['limits'])}\n\n{LEGEND} {of}"
+
+
 def surroundings(machine: Machine) -> dict[str, Any]:
     """Device, driver, versions, date."""
     told = {**environment(("implicitly", "torch")), "device": str(machine.device), "smoke": machine.smoke}
@@ -313,7 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; only errors count")
     parser.add_argument("--seconds", type=float, default=420, help="no case is begun after so many seconds")
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke test writes none")
+    parser.add_argument("--write-readme", action="store_true", help="only put results/gpu.json into README.md")
     chosen = parser.parse_args(arguments)
+    if chosen.write_readme:
+        write_between_markers(HERE.parent / "README.md", "gpu", shown(json.loads(RESULTS.read_text())))
+        return 0
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.gpu: no NVIDIA device here; --device cpu --smoke shows that it runs", file=sys.stderr)
         return NO_DEVICE
@@ -331,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{table(found, limits)}\n\n{LEGEND}\n{limits}")
     if left_out:
         print(f"No time was left for: {'; '.join(left_out)}")
-    out = chosen.out or (None if chosen.smoke else HERE / "results" / "gpu.json")
+    out = chosen.out or (None if chosen.smoke else RESULTS)
     if out is not None:
         content = {
             **surroundings(machine),
