@@ -242,15 +242,30 @@ def test_tensors_made_inside_lie_where_the_inputs_do(case):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@every_case
-def test_the_ways_of_an_accelerator_lead_to_the_same(case, monkeypatch):
-    """As long as none is at hand: the CPU taken for one, whose numbers are not to be looked at."""
-    expected = case.run("cpu")
+@pytest.fixture
+def as_an_accelerator(monkeypatch):
+    """The CPU taken for one, whose numbers are not to be looked at."""
     for name, module in list(sys.modules.items()):
         if name.startswith("implicitly.") and hasattr(module, "is_near"):
             monkeypatch.setattr(module, "is_near", lambda x: False)
+
+
+@every_case
+def test_the_ways_of_an_accelerator_lead_to_the_same(case, request):
+    expected = case.run("cpu")
+    request.getfixturevalue("as_an_accelerator")
     for one, other in zip(case.run("cpu"), expected):
         torch.testing.assert_close(one, other, rtol=case.tolerance, atol=case.tolerance)
+
+
+@pytest.mark.usefixtures("as_an_accelerator")
+def test_what_is_kept_of_a_solve_in_inference_mode_serves_autograd():
+    solve = fixed_point(solver=im.Anderson(history=7, **TIGHT), adjoint=im.UnrolledAdjoint())
+    with torch.inference_mode():
+        solve(X, W)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(solve(x, W).sum(), x)
+    assert bool(gradient.isfinite().all())
 
 
 def test_f_finds_the_default_device_of_the_forward_pass_in_the_backward_pass():

@@ -29,11 +29,15 @@ def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function whose last `size` results are kept; a traced graph has them as constants, and calls it itself."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        kept = functools.lru_cache(maxsize=size)(function)
+        @functools.lru_cache(maxsize=size)
+        def kept(*args: Any) -> R:
+            with torch.inference_mode(False):  # tensors that are kept have to serve autograd, too
+                return function(*args)  # pyright: ignore[reportCallIssue]
 
         @functools.wraps(function)
         def call(*args: Any) -> R:
-            return function(*args) if torch.compiler.is_dynamo_compiling() else kept(*args)  # pyright: ignore[reportCallIssue]
+            traced = torch.compiler.is_dynamo_compiling()
+            return function(*args) if traced else kept(*args)  # pyright: ignore[reportCallIssue]
 
         return cast(Callable[P, R], call)
 
