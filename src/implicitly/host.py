@@ -126,6 +126,11 @@ def some(mask: Array) -> bool:
     return happens(mask) if isinstance(mask, Tensor) else bool(mask.any())
 
 
+def every(mask: Array) -> bool:
+    """Whether all entries are true; an accelerator is waited for."""
+    return bool((unwrapped(mask) if isinstance(mask, Tensor) else mask).all())
+
+
 def all_of(mask: Tensor) -> bool:
     """Whether all entries are true where looking is cheap; False where it is not (tracing, an accelerator)."""
     return not happens(~mask)

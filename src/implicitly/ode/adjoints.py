@@ -33,6 +33,7 @@ from implicitly.ode.integrate import (
     states_before,
 )
 from implicitly.ode.method import Method
+from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
@@ -137,11 +138,31 @@ class Work:
             found = integrate_as_graph(key, stepper, times, y0, k0, theta, self.record)
         self.as_graph = found is not None
         if found is None:
+            found = self._planned(times, y0, k0, *theta)
+        if found is None:
             host = not torch.compiler.is_dynamo_compiling() and is_near(times)
             found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
-        found, y, self.calls = found
+        found, y, calls = found
+        self.calls += calls
         self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
         return found
+
+    def _planned(
+        self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor
+    ) -> tuple[Integrated, Tensor, int] | None:
+        """The solve by steps that are known before; None where they are not, or where one fails: which and when
+        is found by those that look after each step."""
+        plan = None if self.hybrid else planned(self.method, times)
+        if plan is None:
+            return None
+        record = None if self.record is None else Record()
+        F = self.field(*theta)
+        found = integrate_planned(plan, self.method, F, times, y0, k0, record)
+        if found is None:
+            self.calls += F.calls
+            return None
+        self.record = record
+        return *found, F.calls
 
     def stepper(
         self, host: bool, times: Tensor, *theta: Tensor, once: bool = False, moving: bool | None = None

@@ -16,7 +16,9 @@ Length = float | Tensor
 
 
 def as_length(dt: Array) -> Length:
-    """Lengths `(B,)` of a step, to be multiplied with slopes `(B, n)`."""
+    """Lengths `(B,)` of a step, or one for all samples, to be multiplied with slopes `(B, n)`."""
+    if isinstance(dt, float):
+        return dt
     if isinstance(dt, Tensor):
         return dt.unsqueeze(1)
     return float(dt[0]) if len(dt) == 1 else torch.from_numpy(dt).unsqueeze(1)
@@ -67,7 +69,9 @@ def _nodes(nodes: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def stage_times(t: Array, dt: Array, nodes: tuple[float, ...]) -> Array:
-    """t + c dt `(S, B)` for the S nodes c."""
+    """t + c dt `(S, B)` for the S nodes c; t itself where it is that, computed for many steps at once."""
+    if t.ndim == 2:
+        return t
     if isinstance(t, Tensor):
         return torch.stack([torch.add(t, dt, alpha=c) for c in nodes])
     return t + _nodes(nodes, dt.dtype) * dt

@@ -118,6 +118,14 @@ class Method(ABC):
         return False
 
     @property
+    def nodes(self) -> tuple[float, ...] | None:
+        """The nodes c of the times t + c dt at which any step calls f, in that order; None: steps differ.
+
+        A method with nodes has steps that say with NaN or inf in the state that there was some before.
+        """
+        return None
+
+    @property
     def splits(self) -> bool:
         """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
         return False
@@ -155,7 +163,11 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
-        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
+        """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`.
+
+        Of a method with `nodes` dt may be a float, the length for all samples, beside t `(S, B)`, the times of
+        the S nodes.
+        """
 
     @abstractmethod
     def between(self, F: Field, step: Step, part: Tensor) -> Tensor:

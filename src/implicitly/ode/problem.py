@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, library, on_host, to_host, to_tensor
+from implicitly.host import Array, every, library, on_host, to_host, to_tensor
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, unwrapped, watched
+from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, watched
 
 
 @dataclass
@@ -207,10 +207,6 @@ def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
     return lambda times: times.reshape(len(times), -1, *ones).unbind()
 
 
-def _all(mask: Array) -> bool:
-    return bool((unwrapped(mask) if isinstance(mask, Tensor) else mask).all())
-
-
 def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     """`t` as `(B, T)` or `(1, T)`, a start and later times where `ordered`.
 
@@ -234,9 +230,9 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # of numbers, which `unroll.plan` has looked at
         return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
-    if not _all(library(seen).isfinite(seen)):
+    if not every(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
     gaps = seen[:, 1:] - seen[:, :-1]
-    if ordered and not _all((gaps > 0).all(1) | (gaps < 0).all(1)):
+    if ordered and not every((gaps > 0).all(1) | (gaps < 0).all(1)):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows

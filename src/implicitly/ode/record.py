@@ -78,13 +78,25 @@ class Record:
 
     def note(self, taken: Taken, state: State) -> None:
         """Note a step from `state`."""
-        self._keep(len(self.steps), len(self.steps), state)
+        self.keep(len(self.steps), state)
         self.steps.append(taken)
 
     def note_many(self, taken: Taken, state: State) -> None:
         """Note steps, each field `(N, B)`, the first of them from `state`."""
         self._keep(len(self.blocks), sum(len(block.t) for block in self.blocks), state)
+        self.note_all(taken)
+
+    def note_all(self, taken: Taken) -> None:
+        """Note steps, each field `(N, B)`, the states before which came to `keep`."""
         self.blocks.append(Taken(*(x.clone() for x in taken)))
+
+    def wants(self, step: int) -> bool:
+        """Whether the state before a step, which are counted from 0, is one to `keep`."""
+        return step % self.spacing == 0
+
+    def keep(self, step: int, state: State) -> None:
+        """Keep the state before a step, if it is one of those to be kept."""
+        self._keep(step, step, state)
 
     def _keep(self, count: int, step: int, state: State) -> None:
         """Keep the state before a `step`, after `count` calls of this."""

@@ -45,6 +45,11 @@ class ReversibleHeun(Method):
         """Whether the error estimate uses the slope at the end: yes."""
         return True
 
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """The end of a step."""
+        return (1.0,)
+
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """The second state and its slope, `(B, n)` each."""
         return (y, k)
@@ -53,7 +58,7 @@ class ReversibleHeun(Method):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         (other, k), length = memory, as_length(dt)
         other = advanced(2 * y - other, length, (1.0,), (k,))
-        k1 = F(F.moments(stage_times(t, dt, (1.0,)))[0], other)
+        k1 = F(F.moments(stage_times(t, dt, self.nodes))[0], other)
         y1 = advanced(y, length, (0.5, 0.5), (k, k1))
         error = None
         if self.dt is None:

@@ -63,6 +63,11 @@ class ExplicitRungeKutta(RungeKutta):
         return self.tableau.fsal and self.tableau.error is not None and self.tableau.error[-1] != 0
 
     @property
+    def nodes(self) -> tuple[float, ...]:
+        """Those of the stages but the first, and the end."""
+        return self.tableau.moments
+
+    @property
     def stability(self) -> float:
         """The largest step times rate with which what decays at that rate does so in the method too."""
         return real_limit(self.tableau)
@@ -75,7 +80,7 @@ class ExplicitRungeKutta(RungeKutta):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         tableau, length = self.tableau, as_length(dt)
         slopes, y1 = list(memory), y
-        moments = F.moments(stage_times(t, dt, tableau.moments))
+        moments = F.moments(stage_times(t, dt, self.nodes))
         for row, moment in zip(tableau.a[1:], moments):
             y1 = advanced(y, length, row, slopes)
             slopes.append(F(moment, y1))

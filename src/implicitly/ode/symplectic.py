@@ -93,6 +93,11 @@ class Symplectic(Method):
         """Always."""
         return True
 
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """Those of drifts and kicks in turn."""
+        return self.splitting.moments
+
     def checked(self, problem: Problem) -> Problem:
         """`problem`, a separable one."""
         name, layout = type(self).__name__, problem.layout
@@ -116,8 +121,8 @@ class Symplectic(Method):
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         (q, p), (force,), length = halves(y), memory, as_length(dt)
-        kicks, drifts, nodes = self.splitting.kicks, self.splitting.drifts, self.splitting.moments
-        moments = iter(F.moments(stage_times(t, dt, nodes)))
+        kicks, drifts = self.splitting.kicks, self.splitting.drifts
+        moments = iter(F.moments(stage_times(t, dt, self.nodes)))
         p, k = advanced(p, length, kicks[:1], (force,)), None
         for drift, kick in zip(drifts, kicks[1:]):
             velocity, _ = halves(F(next(moments), torch.cat([q, p], dim=1)))

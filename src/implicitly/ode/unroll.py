@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -19,43 +18,23 @@ from torch.utils.checkpoint import checkpoint
 from implicitly.graph_break import LONGEST
 from implicitly.iterate import Status
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
-from implicitly.ode.integrate import Integrated, step_length
+from implicitly.ode.integrate import Integrated
 from implicitly.ode.method import Memory, Method
+from implicitly.ode.planned import Planned, arrived, plan, take
 from implicitly.ode.problem import Problem
 from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
 from implicitly.unrolled import UnrolledAdjoint
 
 
-class Planned(NamedTuple):
-    """A step from t, dt long, and the places of the outputs that it passes."""
-
-    t: float
-    dt: float
-    passed: tuple[int, ...]
-
-
-def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> tuple[tuple[Any, ...], ...]:
-    """The steps through `times`, each as the fields of `Planned`; none for wrong times or too many steps.
-
-    `single`: in float32, else in float64.
-    """
-    seen = np.array([times], dtype=np.float32 if single else np.float64)
-    sign = np.sign(seen[:, -1:] - seen[:, :1])
-    if seen.shape[1] < 2 or not np.isfinite(seen).all() or not (sign * np.diff(seen) > 0).all():
-        return ()
-    t, end, steps, last = seen[:, 0], seen[:, -1], [], False
-    while not last and len(steps) <= limit:
-        last, dt = step_length(t, np.full_like(t, length), end)
-        begin, stop, inner = sign * t, sign * (t + dt), sign * seen[:, 1:-1]
-        (passed,) = ((inner > begin) & (inner <= stop))[0].nonzero()
-        steps.append((float(t[0]), float(dt[0]), tuple((passed + 1).tolist())))
-        t = t + dt
-    return tuple(steps) if len(steps) <= limit else ()
+def steps_of(times: tuple[float, ...], length: float, limit: int, single: bool) -> tuple[tuple[Any, ...], ...]:
+    """The steps of `plan`, each as the fields of `Planned`; none where it is None."""
+    found = plan(times, length, limit, single)
+    return () if found is None else tuple(tuple(step) for step in found.steps())
 
 
 # What `torch.compiler.assume_constant_result` does; that imports the whole compiler.
-plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+steps_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _constant(x: float) -> float:
@@ -66,7 +45,7 @@ def _constant(x: float) -> float:
 def _steps(method: Method, times: Any, single: bool) -> tuple[Planned, ...]:
     assert method.dt is not None
     length, limit = _constant(min(method.dt, method.dt_max)), int(_constant(min(LONGEST, method.max_steps)))
-    steps = plan(tuple(_constant(t) for t in times), length, limit, single)
+    steps = steps_of(tuple(_constant(t) for t in times), length, limit, single)
     return tuple(Planned(*step) for step in steps)
 
 
@@ -105,25 +84,18 @@ def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -
     # With the times first in memory, as users get it: the compiler does not copy in all places where it should.
     values = torch.cat([x.transpose(0, 1) for x in (*outputs, y.unsqueeze(1))]).transpose(0, 1)
     status = torch.where(y.detach().isfinite().all(1), int(Status.CONVERGED), int(Status.NON_FINITE))
-    none, number = torch.zeros_like(status), torch.zeros_like(t[:, 0])
-    count = none + len(steps)
-    found = Integrated(
-        values, status, number, count, count, t[:, -1], number + steps[-1].dt, none, none - 1, none.clone()
-    )
-    return found, calls
+    return arrived(values, t[:, -1], status, len(steps), steps[-1].dt), calls
 
 
 def _advance(
     method: Method, problem: Problem, steps: Sequence[Planned], y: Tensor, memory: Memory
 ) -> tuple[Tensor, Memory, list[Tensor], int]:
     """States, outputs `(B, W, n)` on the way, and the calls of f of some steps."""
-    F = problem.field(*problem.theta)
+    F, nodes = problem.field(*problem.theta), method.nodes
+    assert nodes is not None
     outputs: list[Tensor] = []
-    for begin, length, passed in steps:
-        t, dt = (problem.times.new_full((y.shape[0],), x) for x in (begin, length))
-        step = method.step(F, t, dt, y, memory)
-        if passed:
-            part = (problem.times[:, passed[0] : passed[-1] + 1] - begin) / length
-            outputs.append(method.between(F, step, part.expand(y.shape[0], -1)))
-        y, memory = step.y1, step.memory
+    for step in steps:
+        moments = [problem.times.new_full((y.shape[0],), step.t + c * step.dt) for c in nodes]
+        y, memory, passed = take(method, F, problem.times, step, torch.stack(moments), y, memory)
+        outputs += passed
     return y, memory, outputs, F.calls

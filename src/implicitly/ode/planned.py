@@ -1,0 +1,148 @@
+"""Constant steps along times that the host knows: where they begin and end is decided before the solve.
+
+No step has to be judged then. An accelerator is asked one thing, after the last step: whether all is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicitly.host import every, finite_rows, on_host, remembered
+from implicitly.iterate import Status
+from implicitly.ode.combine import stage_times
+from implicitly.ode.integrate import Integrated, step_length
+from implicitly.ode.method import Memory, Method
+from implicitly.ode.problem import Field
+from implicitly.ode.record import Record, State, Taken
+from implicitly.tree import is_tracked
+
+# Steps between whose ends nobody looks for NaN or inf, which stay in a state once they are in it.
+LOOK = 16
+
+
+class Planned(NamedTuple):
+    """A step from t, dt long, that passes the outputs from `first` up to, not with, `stop`."""
+
+    t: float
+    dt: float
+    first: int
+    stop: int
+
+
+class Plan(NamedTuple):
+    """N steps: their beginnings, their lengths with the sign, and the places of the first output that each of
+    them does not pass, `(N,)`; `length` is what a next one would have."""
+
+    t: np.ndarray
+    dt: np.ndarray
+    stop: np.ndarray
+    length: float
+
+    def steps(self) -> Iterator[Planned]:
+        """One after the other."""
+        stop = self.stop.tolist()
+        return map(Planned, self.t.tolist(), self.dt.tolist(), [1, *stop[:-1]], stop)
+
+    def moments(self, nodes: tuple[float, ...], like: Tensor) -> tuple[Tensor, ...]:
+        """The times of the stages of every step, `(S, B)` beside `like` `(B, n)`: all of them are one tensor."""
+        times = torch.from_numpy(stage_times(self.t, self.dt, nodes).T).to(like.device)
+        return times.unsqueeze(2).expand(-1, -1, len(like)).unbind()
+
+    def taken(self, batch: int, device: torch.device) -> Taken:
+        """The steps as ones that all samples accepted, each field `(N, B)`."""
+        t, dt = (torch.from_numpy(x).to(device).unsqueeze(1).expand(-1, batch) for x in (self.t, self.dt))
+        last = torch.zeros_like(t, dtype=torch.bool)
+        last[-1] = True
+        return Taken(t, dt, last, torch.ones_like(last), torch.zeros_like(t, dtype=torch.int8))
+
+
+@remembered(16)
+def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> Plan | None:
+    """The steps of `length` through `times`; None for wrong times or more than `limit` steps.
+
+    `single`: in float32, else in float64.
+    """
+    seen = np.array([times], dtype=np.float32 if single else np.float64)
+    sign = np.sign(seen[:, -1:] - seen[:, :1])
+    if seen.shape[1] < 2 or not np.isfinite(seen).all() or not (sign * np.diff(seen) > 0).all():
+        return None
+    t, end, steps, last = seen[:, 0], seen[:, -1], [], False
+    if abs(end - t) > (limit + 1) * length:
+        return None
+    while not last and len(steps) <= limit:
+        last, dt = step_length(t, np.full_like(t, length), end)
+        steps.append((t[0], dt[0]))
+        t = t + dt
+    if len(steps) > limit:
+        return None
+    begin, dt = np.array(steps, dtype=seen.dtype).T.copy()
+    stop = 1 + np.searchsorted(sign[0] * seen[0, 1:-1], sign[0] * (begin + dt), side="right")
+    return Plan(begin, dt, stop, length)
+
+
+def planned(method: Method, times: Tensor) -> Plan | None:
+    """The steps of a solve through `times` `(B, T)`; None where only the solve can tell them.
+
+    Times on an accelerator are waited for.
+    """
+    shared = len(times) == 1 or (len(times) > 1 and times.stride(0) == 0)
+    if method.dt is None or method.nodes is None or method.tstops or not shared or is_tracked(times):
+        return None
+    known = tuple(times[0].tolist())
+    return plan(known, min(method.dt, method.dt_max), method.max_steps, times.dtype == torch.float32)
+
+
+def take(
+    method: Method, F: Field, times: Tensor, step: Planned, moments: Tensor, y: Tensor, memory: Memory
+) -> tuple[Tensor, Memory, tuple[Tensor, ...]]:
+    """The state and the memory after a step the stages of which are at `moments` `(S, B)`, and the outputs
+    `(B, W, n)` that it passes, if any, of all at `times` `(B, T)` or `(1, T)`."""
+    found = method.step(F, moments, step.dt, y, memory)
+    if step.first == step.stop:
+        return found.y1, found.memory, ()
+    part = (times[:, step.first : step.stop] - step.t) / step.dt
+    t, dt = (times.new_full((len(y),), x) for x in (step.t, step.dt))
+    outputs = method.between(F, found._replace(t=t, dt=dt), part.expand(len(y), -1))
+    return found.y1, found.memory, (outputs,)
+
+
+def integrate_planned(
+    plan: Plan, method: Method, F: Field, times: Tensor, y0: Tensor, k0: Tensor, record: Record | None
+) -> tuple[Integrated, Tensor] | None:
+    """As `integrate`, by the steps of a `plan`, which are noted in `record`; None where a sample met NaN or inf.
+
+    Where and when it did, nobody looked.
+    """
+    nodes, near, count = method.nodes, on_host(times), len(plan.t)
+    assert nodes is not None
+    if near and not every(finite_rows(k0.detach())):
+        return None
+    y, memory = y0, method.start(F, times[:, 0], y0, k0)
+    outputs = [y0.unsqueeze(1)]
+    for i, (step, moments) in enumerate(zip(plan.steps(), plan.moments(nodes, y0))):
+        if record is not None and record.wants(i):
+            record.keep(i, State(y.detach(), tuple(m.detach() for m in memory)))
+        y, memory, passed = take(method, F, times, step, moments, y, memory)
+        outputs += passed
+        if near and i % LOOK == LOOK - 1 and not every(finite_rows(y.detach())):
+            return None
+    # The slope at the start may be missing in the state where f is finite again.
+    if not every(finite_rows(y.detach() + 0 * k0.detach())):
+        return None
+    if record is not None:
+        record.note_all(plan.taken(len(y0), y0.device))
+    values = torch.cat([*outputs, y.unsqueeze(1)], dim=1)
+    return arrived(values, times[:, -1].expand(len(y0)), Status.CONVERGED, count, plan.length), y
+
+
+def arrived(values: Tensor, t: Tensor, status: int | Tensor, count: int, length: float) -> Integrated:
+    """The result of a solve that got to times `t` `(B,)` by `count` constant steps."""
+    none = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
+    number = torch.zeros_like(t)
+    ended, steps = (none + status, number, none + count, none + count), (t.clone(), number + length)
+    return Integrated(values, *ended, *steps, none, none - 1, none.clone())
