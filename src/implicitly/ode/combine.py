@@ -69,9 +69,7 @@ def _nodes(nodes: tuple[float, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def stage_times(t: Array, dt: Array, nodes: tuple[float, ...]) -> Array:
-    """t + c dt `(S, B)` for the S nodes c; t itself where it is that, computed for many steps at once."""
-    if t.ndim == 2:
-        return t
+    """t + c dt `(S, B)` for the S nodes c."""
     if isinstance(t, Tensor):
         return torch.stack([torch.add(t, dt, alpha=c) for c in nodes])
     return t + _nodes(nodes, dt.dtype) * dt

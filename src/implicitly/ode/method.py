@@ -162,11 +162,11 @@ class Method(ABC):
         """What to carry from y `(B, n)`, whose slope is k, at t `(B,)`."""
 
     @abstractmethod
-    def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
+    def step(self, F: Field, t: Array | tuple[Tensor, ...], dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`.
 
-        Of a method with `nodes` dt may be a float, the length for all samples, beside t `(S, B)`, the times of
-        the S nodes.
+        Of a method with `nodes` dt may be a float, the length for all samples, and t the times of the nodes, a
+        tuple of what f sees.
         """
 
     @abstractmethod

@@ -5,7 +5,8 @@ No step has to be judged then. An accelerator is asked one thing, after the last
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,9 @@ from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
 from implicitly.tree import is_tracked
 
-# Steps between whose ends nobody looks for NaN or inf, which stay in a state once they are in it.
-LOOK = 16
+# Of so many steps the times are made ready at once; and nobody looks for NaN or inf in between, which stay in a
+# state once they are in it.
+BLOCK = 16
 
 
 class Planned(NamedTuple):
@@ -48,10 +50,10 @@ class Plan(NamedTuple):
         stop = self.stop.tolist()
         return map(Planned, self.t.tolist(), self.dt.tolist(), [1, *stop[:-1]], stop)
 
-    def moments(self, nodes: tuple[float, ...], like: Tensor) -> tuple[Tensor, ...]:
-        """The times of the stages of every step, `(S, B)` beside `like` `(B, n)`: all of them are one tensor."""
-        times = torch.from_numpy(stage_times(self.t, self.dt, nodes).T).to(like.device)
-        return times.unsqueeze(2).expand(-1, -1, len(like)).unbind()
+    def stages(self, nodes: tuple[float, ...], like: Tensor) -> Tensor:
+        """The times of the stages of all steps, `(N * S, B)` beside `like` `(B, n)`."""
+        times = stage_times(self.t, self.dt, nodes).T.reshape(-1, 1)
+        return torch.from_numpy(times).to(like.device).expand(-1, len(like))
 
     def taken(self, batch: int, device: torch.device) -> Taken:
         """The steps as ones that all samples accepted, each field `(N, B)`."""
@@ -98,11 +100,11 @@ def planned(method: Method, times: Tensor) -> Plan | None:
 
 
 def take(
-    method: Method, F: Field, times: Tensor, step: Planned, moments: Tensor, y: Tensor, memory: Memory
+    method: Method, F: Field, times: Tensor, step: Planned, moments: Iterable[Tensor], y: Tensor, memory: Memory
 ) -> tuple[Tensor, Memory, tuple[Tensor, ...]]:
-    """The state and the memory after a step the stages of which are at `moments` `(S, B)`, and the outputs
-    `(B, W, n)` that it passes, if any, of all at `times` `(B, T)` or `(1, T)`."""
-    found = method.step(F, moments, step.dt, y, memory)
+    """The state and the memory after a step that calls f at `moments`, and the outputs `(B, W, n)` that it passes,
+    if any, of all at `times` `(B, T)` or `(1, T)`."""
+    found = method.step(F, tuple(moments), step.dt, y, memory)
     if step.first == step.stop:
         return found.y1, found.memory, ()
     part = (times[:, step.first : step.stop] - step.t) / step.dt
@@ -123,17 +125,17 @@ def integrate_planned(
     if near and not every(finite_rows(k0.detach())):
         return None
     y, memory = y0, method.start(F, times[:, 0], y0, k0)
-    outputs = [y0.unsqueeze(1)]
-    for i, (step, moments) in enumerate(zip(plan.steps(), plan.moments(nodes, y0))):
-        if record is not None and record.wants(i):
-            record.keep(i, State(y.detach(), tuple(m.detach() for m in memory)))
-        y, memory, passed = take(method, F, times, step, moments, y, memory)
-        outputs += passed
-        if near and i % LOOK == LOOK - 1 and not every(finite_rows(y.detach())):
+    outputs, steps, stages = [y0.unsqueeze(1)], plan.steps(), plan.stages(nodes, y0).split(BLOCK * len(nodes))
+    for begin, block in zip(range(0, count, BLOCK), stages):
+        moments = iter(F.moments(block))
+        for i, step in enumerate(islice(steps, BLOCK), begin):
+            if record is not None and record.wants(i):
+                record.keep(i, State(y.detach(), tuple(m.detach() for m in memory)))
+            y, memory, passed = take(method, F, times, step, islice(moments, len(nodes)), y, memory)
+            outputs += passed
+        # The slope at the start may be missing in a state where f is finite again.
+        if (near or begin + BLOCK >= count) and not every(finite_rows(y.detach() + 0 * k0.detach())):
             return None
-    # The slope at the start may be missing in the state where f is finite again.
-    if not every(finite_rows(y.detach() + 0 * k0.detach())):
-        return None
     if record is not None:
         record.note_all(plan.taken(len(y0), y0.device))
     values = torch.cat([*outputs, y.unsqueeze(1)], dim=1)

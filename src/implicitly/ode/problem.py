@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.host import Array, every, library, on_host, to_host, to_tensor
+from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
 from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, watched
@@ -49,6 +50,10 @@ class Field:
     def moments(self, times: Array) -> Sequence[Tensor]:
         """Times `(S, B)`, one row a call, as f sees them."""
         return self.show(to_tensor(times))
+
+    def stages(self, t: Array | Sequence[Tensor], dt: Array, nodes: tuple[float, ...]) -> Sequence[Tensor]:
+        """The times t + c dt, for the nodes c, as f sees them; t itself where it is those already."""
+        return t if isinstance(t, tuple) else self.moments(stage_times(t, dt, nodes))
 
     def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
         """The slopes at a moment."""

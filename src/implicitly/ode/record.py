@@ -84,11 +84,11 @@ class Record:
     def note_many(self, taken: Taken, state: State) -> None:
         """Note steps, each field `(N, B)`, the first of them from `state`."""
         self._keep(len(self.blocks), sum(len(block.t) for block in self.blocks), state)
-        self.note_all(taken)
+        self.note_all(Taken(*(x.clone() for x in taken)))
 
     def note_all(self, taken: Taken) -> None:
         """Note steps, each field `(N, B)`, the states before which came to `keep`."""
-        self.blocks.append(Taken(*(x.clone() for x in taken)))
+        self.blocks.append(taken)
 
     def wants(self, step: int) -> bool:
         """Whether the state before a step, which are counted from 0, is one to `keep`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import Array
-from implicitly.ode.combine import advanced, as_length, stage_times, weighted
+from implicitly.ode.combine import advanced, as_length, weighted
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field
 
@@ -58,7 +58,7 @@ class ReversibleHeun(Method):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         (other, k), length = memory, as_length(dt)
         other = advanced(2 * y - other, length, (1.0,), (k,))
-        k1 = F(F.moments(stage_times(t, dt, self.nodes))[0], other)
+        k1 = F(F.stages(t, dt, self.nodes)[0], other)
         y1 = advanced(y, length, (0.5, 0.5), (k, k1))
         error = None
         if self.dt is None:

@@ -80,7 +80,7 @@ class ExplicitRungeKutta(RungeKutta):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         tableau, length = self.tableau, as_length(dt)
         slopes, y1 = list(memory), y
-        moments = F.moments(stage_times(t, dt, self.nodes))
+        moments = F.stages(t, dt, self.nodes)
         for row, moment in zip(tableau.a[1:], moments):
             y1 = advanced(y, length, row, slopes)
             slopes.append(F(moment, y1))

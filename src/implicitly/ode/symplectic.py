@@ -122,7 +122,7 @@ class Symplectic(Method):
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         (q, p), (force,), length = halves(y), memory, as_length(dt)
         kicks, drifts = self.splitting.kicks, self.splitting.drifts
-        moments = iter(F.moments(stage_times(t, dt, self.nodes)))
+        moments = iter(F.stages(t, dt, self.nodes))
         p, k = advanced(p, length, kicks[:1], (force,)), None
         for drift, kick in zip(drifts, kicks[1:]):
             velocity, _ = halves(F(next(moments), torch.cat([q, p], dim=1)))

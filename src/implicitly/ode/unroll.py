@@ -95,7 +95,7 @@ def _advance(
     assert nodes is not None
     outputs: list[Tensor] = []
     for step in steps:
-        moments = [problem.times.new_full((y.shape[0],), step.t + c * step.dt) for c in nodes]
-        y, memory, passed = take(method, F, problem.times, step, torch.stack(moments), y, memory)
+        stages = torch.stack([problem.times.new_full((y.shape[0],), step.t + c * step.dt) for c in nodes])
+        y, memory, passed = take(method, F, problem.times, step, F.moments(stages), y, memory)
         outputs += passed
     return y, memory, outputs, F.calls
