@@ -21,7 +21,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import implicitly as im
 from implicitly.graph_break import LONGEST, one_break
-from implicitly.ode.unroll import plan
+from implicitly.ode.unroll import steps_of
 
 SIZE = 4
 
@@ -526,11 +526,11 @@ def test_the_steps_of_a_graph_are_those_of_eager():
                 return -y
 
             solution = im.odeint(f, torch.ones(1, dtype=dtype), times, solver=im.Euler(dt=dt))
-            steps = plan(times, dt, 100, dtype == torch.float32)
+            steps = steps_of(times, dt, 100, dtype == torch.float32)
             assert len(steps) == solution.steps
-            assert [t for t, _, _ in steps] == seen[:-1]
-    assert plan((0.0, 1.0), 0.1, 9, False) == plan((0.0, 1.0, 0.5), 0.1, 100, False) == ()
-    assert plan((0.0, float("nan")), 0.1, 100, False) == plan((0.0,), 0.1, 100, False) == ()
+            assert [t for t, *_ in steps] == seen[:-1]
+    assert steps_of((0.0, 1.0), 0.1, 9, False) == steps_of((0.0, 1.0, 0.5), 0.1, 100, False) == ()
+    assert steps_of((0.0, float("nan")), 0.1, 100, False) == steps_of((0.0,), 0.1, 100, False) == ()
 
 
 def test_checkpoints_are_kept_in_a_graph_too():

@@ -1,6 +1,7 @@
 """Constant steps along times that the host knows: where they begin and end is decided before the solve.
 
-No step has to be judged then. An accelerator is asked one thing, after the last step: whether all is finite.
+No step has to be judged then. An accelerator is asked for the times before the first step, and after the last one
+whether all is finite; nothing in between.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def integrate_planned(
 ) -> tuple[Integrated, Tensor] | None:
     """As `integrate`, by the steps of a `plan`, which are noted in `record`; None where a sample met NaN or inf.
 
-    Where and when it did, nobody looked.
+    Which sample and when is not known then.
     """
     nodes, near, count = method.nodes, on_host(times), len(plan.t)
     assert nodes is not None
