@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:.* should not be instantiated. Methods on autograd functions"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
 ]
 
 
