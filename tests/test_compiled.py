@@ -344,7 +344,7 @@ def test_solves_of_other_threads_stay_eager_while_one_compiles():
     expected = solve(scaled, x, 2, compile=False)
 
     def backend(graph, inputs):
-        (result,) = in_threads(lambda: (torch.compiler.is_dynamo_compiling(), solve(scaled, x, 2, compile=False)))
+        (result,) = in_threads(lambda: (torch.compiler.is_compiling(), solve(scaled, x, 2, compile=False)))
         seen.append(result)
         return graph
 

@@ -253,7 +253,7 @@ def _released(*tensors: Tensor) -> Any:
 def _reason(error: BaseException) -> str:
     """That f calls a solve of its own; else what an error says first: its first line, and the next one where that
     only announces it."""
-    if nested := re.search(rf"<function (\w+) at .*{re.escape(REASON)}", str(error)):
+    if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

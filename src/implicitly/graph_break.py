@@ -41,17 +41,18 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
 
     def decorate(solve: Callable[P, R]) -> Callable[P, R]:
         untraced: Any = None
+        reason = f"{REASON} ({solve.__name__})"
 
         def entry(*args: Any, **kwargs: Any) -> R:
             if torch.compiler.is_dynamo_compiling():
                 if traceable(*args, **kwargs):
                     return solve(*args, **kwargs)
-                torch._dynamo.skip_frame(msg=REASON)  # inside of another frame this is a break of that one
+                torch._dynamo.skip_frame(msg=reason)  # inside of another frame this is a break of that one
             nonlocal untraced
             if untraced is None:
                 if "torch._dynamo" not in sys.modules:
                     return solve(*args, **kwargs)
-                untraced = torch.compiler.disable(solve, reason=REASON)
+                untraced = torch.compiler.disable(solve, reason=reason)
             return untraced(*args, **kwargs)
 
         # Code of its own: the compiler notes there that a frame is to be skipped.

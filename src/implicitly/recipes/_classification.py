@@ -247,6 +247,7 @@ class Result:
     test_accuracy: float  # of the last weights, so that no choice was made on the test set
     parameters: int
     costs: Costs
+    device: str  # that it was trained on; afterwards it is back on the CPU
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -296,8 +297,8 @@ def finish(training: ImageTraining, folder: Path) -> Result:
         )
         trainer.fit(training, ckpt_path=last if resume else None, weights_only=True)
         accuracy = trainer.test(training, verbose=False)[0]["test/accuracy"]
-    model = training.model
-    return Result(training.name, training, folder, accuracy, count_parameters(model), training.costs)
+    parameters, device = count_parameters(training.model), str(trainer.strategy.root_device)
+    return Result(training.name, training, folder, accuracy, parameters, training.costs, device)
 
 
 def evaluate(training: ImageTraining) -> dict[str, float]:
@@ -338,7 +339,7 @@ def results_table(
     settings = [f"epochs: {config.epochs}", f"batch: {config.batch_size}", f"seed: {config.seed}"]
     if config.max_steps is not None:
         settings.append(f"stopped after {config.max_steps} steps")
-    settings.append(f"on {training.device}")
+    settings.append(f"on {results[0].device}")
     lines = [", ".join(settings), *notes, *([f"Note: {data.note}"] if data.note else [])]
     table = Table(title=f"{training.recipe} on {data.name}", caption="\n".join(lines))
     table.add_column("network\n", no_wrap=True)
