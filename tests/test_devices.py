@@ -195,6 +195,9 @@ def named(kind: str, things: tuple, make: Callable[..., Any], *inputs: Tensor, *
 CASES = [
     *named("fixed_point", FIXED_POINTS, lambda s: fixed_point(solver=s), X, W),
     *named("adjoint", ADJOINTS, lambda a: fixed_point(solver=im.Anderson(**TIGHT), adjoint=a), X, W),
+    Case(
+        "fixed_point-budget-JFB", fixed_point(solver=im.Anderson(rtol=0, max_steps=5), adjoint=ADJOINTS[4]), X, W
+    ),
     Case("fixed_point-in_dims", fixed_point(solver=im.Anderson(**TIGHT), in_dims=(0, None)), X, W),
     *named(
         "root", (im.Broyden(**TIGHT), im.Newton(**TIGHT), im.NewtonKrylov(**TIGHT)), lambda s: root(solver=s), X, W

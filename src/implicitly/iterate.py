@@ -425,7 +425,7 @@ class _Loop:
         return (count == len(running)) | (count > DROP_BELOW * len(running))
 
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
-        calls = c.calls if self.unrolled or isinstance(c.calls, Tensor) else torch.tensor(c.calls, device="cpu")
+        calls = c.calls if self.unrolled else _count(c.calls)
         estimate = self.solver.estimate(k, c.memory)
         if c.status is None and self.is_blind(c.z):
             found = last_step(self.solver, c.z, c.r, c.best, c.best_norm)
@@ -443,11 +443,15 @@ class _Loop:
         """The last step, all samples running, but for the call of f at what was proposed."""
         status = torch.full_like(c.steps, int(Status.RUNNING))
         steps = torch.full_like(c.steps, self.solver.max_steps)
-        calls = torch.as_tensor(c.calls + new.calls, dtype=torch.int64)
-        return Found(c.best, status, c.best_norm, steps, calls, ahead=(new.z,))
+        return Found(c.best, status, c.best_norm, steps, _count(c.calls + new.calls), ahead=(new.z,))
 
     def take_rows(self, rows: Tensor) -> _Loop:
         return replace(self, rtol=self.rtol[rows]) if isinstance(self.rtol, Tensor) else self
+
+
+def _count(calls: int | Tensor) -> Tensor:
+    """`calls` as a 0-d tensor, on the CPU unless a graph counts them."""
+    return calls if isinstance(calls, Tensor) else torch.tensor(calls, device="cpu")
 
 
 def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Tensor) -> Found:

@@ -27,9 +27,7 @@ def times(M: Tensor, x: Tensor) -> Tensor:
 
 def _rows_times(x: Tensor, M: Tensor) -> Tensor:
     """x M for `x` `(B, k, c)` and `M` `(B, c, r)`, either of which may be of one sample."""
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # the compiler makes loops of `bmm` with one row, twenty times as slow
+    if torch.compiler.is_dynamo_compiling():  # it makes loops of `bmm` with one row, twenty times as slow
         batch = max(len(x), len(M))
         return torch.baddbmm(M.new_zeros(1, 1, 1), x.expand(batch, -1, -1), M.expand(batch, -1, -1), beta=0)
     return torch.bmm(x, M) if len(x) == len(M) else x @ M

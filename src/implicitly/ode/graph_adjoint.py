@@ -237,9 +237,7 @@ def sweep_as_graph(
             buffer[0] = x
         counts = torch.tensor([on, back, begin == 0 and back > 0], device=times.device)
         block = rows.block(begin, begin + max(on, back))
-        return run_as_graph(
-            name, (key, "derivative", pull.shared), pull.run, counts, *block, *buffers, *bars, *fixed
-        )
+        return run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
 
     segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))
     for state, (begin, end) in reversed(list(segments)):
