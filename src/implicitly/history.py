@@ -135,6 +135,9 @@ def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(coefficients.unsqueeze(1), rows)[:, 0]
 
 
-def add_combined(x: Tensor, coefficients: Tensor, rows: Tensor, alpha: float = 1.0) -> Tensor:
+def add_combined(
+    x: Tensor, coefficients: Tensor, rows: Tensor, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """x `(B, n)` plus alpha times the linear combination of `rows` `(B, m, n)`, in one pass."""
-    return torch.baddbmm(x.unsqueeze(1), coefficients.unsqueeze(1), rows, alpha=alpha)[:, 0]
+    place = None if out is None else out.unsqueeze(1)
+    return torch.baddbmm(x.unsqueeze(1), coefficients.unsqueeze(1), rows, alpha=alpha, out=place)[:, 0]

@@ -35,6 +35,8 @@ PATIENCE = 30
 # On an accelerator, asking "has everything converged?" makes the host wait. It is asked less often the longer the
 # solve, so that at most this share of the steps comes too late to be of use.
 LATE = 1 / 4
+# A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
+DRIFTED = 10
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 
@@ -192,6 +194,11 @@ class Solver(ABC):
         """What of the memory, after `k` steps, describes the inverse of the residual's Jacobian."""
         return ()
 
+    def drift(self, memory: Any) -> Tensor | None:
+        """How far `(B,)` a residual updated by a recurrence may be from the true one, for a relative error of 1 in
+        every product with the operator; None: not known."""
+        return None
+
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         """`(rtol, atol)` for states of `dtype`; raises ValueError where the dtype cannot reach rtol."""
         eps = torch.finfo(dtype).eps
@@ -250,6 +257,7 @@ def iterate(
     floor: float = 0.0,
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
+    precision: float | None = None,
     leave_last: bool = False,
     unrolled: bool = False,
 ) -> Found:
@@ -263,6 +271,8 @@ def iterate(
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
+        precision: how precise products with the operator are; then `verify` only where the recurrence may have
+            drifted too far (see `Solver.drift`). None: not known.
         leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
             nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
         unrolled: see `repeat`.
@@ -291,8 +301,11 @@ def iterate(
         k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, True), solver.max_steps, k)
         found = _with_rows(found, rows, loop.outcome(k, carry))
     if verify and scale is not None and happens(found.steps > 0):
-        F = F if rows is None else bind(*theta)
-        found = _verified(found, row_norm(F(found.z)), atol + rtol * scale, scale)
+        limit = DRIFTED * (atol + rtol * scale)
+        drift = solver.drift(carry.memory) if rows is None else None
+        if precision is None or drift is None or happens(~(precision * drift <= limit)):
+            F = F if rows is None else bind(*theta)
+            found = _verified(found, row_norm(F(found.z)), limit, scale)
     return found
 
 
@@ -333,6 +346,7 @@ class _Loop:
 
     def judge(self, F: Residual, k: int | Tensor, c: _Carry, new: Proposal) -> _Carry:
         """What is known after step `k` to what was proposed."""
+        new = _without_idle(new)
         running = None if c.status is None else is_running(c.status)
         z = new.z if running is None else where_rows(running, new.z, c.z)
         if new.residual is None:
@@ -468,9 +482,18 @@ def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Ten
     return Found(z, status, norm, steps, steps.new_zeros(()))
 
 
+def _without_idle(new: Proposal) -> Proposal:
+    """`new` without the masks that are seen to say nothing of any sample: most steps are uneventful."""
+    if new.singular is not None and on_host(new.singular) and not happens(new.singular):
+        new = new._replace(singular=None)
+    if new.verdict is not None and on_host(new.verdict) and not happens(~is_running(new.verdict)):
+        new = new._replace(verdict=None)
+    return new
+
+
 def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> Found:
     """`found` with its true residual; where the recurrence has drifted from that, it has not converged."""
-    drifted = (found.status == int(Status.CONVERGED)) & ~(residual <= 10 * limit)
+    drifted = (found.status == int(Status.CONVERGED)) & ~(residual <= limit)
     status = torch.where(drifted, int(Status.STAGNATED), found.status)
     # Worse than the zero vector is no solution at all.
     z = where_rows(residual <= 2 * scale, found.z, torch.zeros_like(found.z))

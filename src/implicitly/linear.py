@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write_result
+from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write, write_result
 from implicitly.host import happens
 from implicitly.iterate import Proposal, Solver
 from implicitly.tree import row_norm
@@ -46,7 +47,7 @@ class LinearSolver(Solver):
 class GMRES(LinearSolver):
     """Restarted GMRES, matrix-free, one product with M a step.
 
-    The residual is minimised over the Krylov space through an orthonormal basis `W` of its image under M, which
+    The residual is minimised over the Krylov space through an orthogonal basis `W` of its image under M, which
     updates iterate and residual at every step, without a Hessenberg matrix. The space grows by the last residual
     while that shrinks well, else by the last image: Jiránek and Rozložník, "Adaptive version of simpler GMRES",
     Numerical Algorithms 53 (2010), whose bound on the conditioning of the basis this choice gives.
@@ -63,57 +64,71 @@ class GMRES(LinearSolver):
             raise ValueError(f"GMRES: restart must be at least 1, got {self.restart}")
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Basis of the image and its preimages `(B, m, n)`, the last image, the last residual norm."""
-        return *empty_slots(z, self._slots(z)), torch.zeros_like(z), torch.zeros_like(r[:, 0])
+        """Basis of the image and its preimages `(B, m, n)`, 1 / |w|^2 of the basis and the errors of its images
+        `(B, m)`, the last image, the last residual norm, the drift."""
+        slots = self._slots(z)
+        small = z.new_zeros(2, z.shape[0], slots).unbind(0)
+        none = torch.zeros_like(r[:, 0])
+        return *empty_slots(z, slots), *small, torch.zeros_like(z), none, none
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The minimiser of the residual over a space one dimension larger."""
-        W, P, last, last_norm = memory
+        W, P, inverses, errors, last, last_norm, drift = memory
         slots = self._slots(z)
         slot = k % slots
         norm = row_norm(r)
         v = r * _inverse(norm)
         slow = (norm > 0.9 * last_norm) & (slot > 0)
         if happens(slow):
-            v = torch.where(slow[:, None], last, v)
+            v = torch.where(slow[:, None], last * _inverse(row_norm(last)), v)
         image = F.operator(v)
-        W_k, P_k, known = filled(W, slot), filled(P, slot), None
+        W_k, P_k, weights = filled(W, slot), filled(P, slot), filled(inverses, slot)
         if isinstance(slot, Tensor):
-            known = (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
-        w, coefficients, length, full = _orthogonalise(image, W_k, known)
+            weights = weights * (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
+        W, P = with_room(W, slot, slots), with_room(P, slot, slots)
+        W, coefficients, length, full = _orthogonalised(image, W_k, weights, W, slot)
+        P = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
+        w, p = read(W, slot), read(P, slot)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
-        scale = torch.where(singular[:, None], 0.0, _inverse(length))
-        W, P = with_room(W, slot, slots), with_room(P, slot, slots)
-        W = write_result(W, slot, torch.mul, w, scale)
-        P = write_result(P, slot, torch.mul, add_combined(v, coefficients, P_k, alpha=-1), scale)
-        w, p = read(W, slot), read(P, slot)
-        step = torch.linalg.vecdot(w, r)[:, None]
-        z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, w, value=-1)
-        return Proposal(z, (W, P, w, norm), r, 1, singular)
+        inverse = torch.where(singular, 0.0, _inverse(length)[:, 0]).square()
+        step = torch.linalg.vecdot(w, r) * inverse
+        error = full + (coefficients.abs() * filled(errors, slot)).sum(1)
+        drift = drift + step.abs() * error
+        inverses, errors = write(inverses, slot, inverse), write(errors, slot, error)
+        column = step[:, None]
+        z, r = torch.addcmul(z, column, p), torch.addcmul(r, column, w, value=-1)
+        return Proposal(z, (W, P, inverses, errors, w, norm, drift), r, 1, singular)
+
+    def drift(self, memory: tuple[Tensor, ...]) -> Tensor:
+        """Each image w of a p has the relative error of its product and those of the images subtracted from it."""
+        return memory[-1]
 
     def _slots(self, z: Tensor) -> int:
         # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
         return min(self.restart, self.max_steps, max(z.shape[1], 1))
 
 
-def _orthogonalise(x: Tensor, basis: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of `x` without its components along the `known` rows of `basis` `(B, m, n)`, those components
-    `(B, m)`, the norm of what is left, and that of x."""
+def _orthogonalised(
+    x: Tensor, basis: Tensor, weights: Tensor, buffer: Tensor, slot: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`buffer` with `x` in place `slot` without its components along the rows of `basis` `(B, m, n)`, the
+    coefficients of those `(B, m)`, the norm of what is left, and that of x.
 
-    def components(x: Tensor) -> Tensor:
-        return products(x, basis) if known is None else products(x, basis) * known
-
+    `weights` `(B, m)` are 1 / |row|^2: rows are orthogonal, not normal, which saves writing each once more.
+    """
+    take_away = partial(add_combined, alpha=-1)
     full = row_norm(x)
-    coefficients = components(x)
-    left = add_combined(x, coefficients, basis, alpha=-1)
-    length = row_norm(left)
+    coefficients = products(x, basis) * weights
+    buffer = write_result(buffer, slot, take_away, x, coefficients, basis)
+    length = row_norm(read(buffer, slot))
     # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
     if basis.shape[1] and happens(length < 0.7 * full):
-        again = components(left)
-        left = add_combined(left, again, basis, alpha=-1)
-        coefficients, length = coefficients + again, row_norm(left)
-    return left, coefficients, length, full
+        left = read(buffer, slot)
+        again = products(left, basis) * weights
+        buffer = write(buffer, slot, take_away(left, again, basis))
+        coefficients, length = coefficients + again, row_norm(read(buffer, slot))
+    return buffer, coefficients, length, full
 
 
 def _inverse(norm: Tensor) -> Tensor:
