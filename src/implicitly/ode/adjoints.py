@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
-from implicitly.host import on_host
+from implicitly.host import on_host, some
 from implicitly.implicit import push
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
@@ -319,7 +319,7 @@ def sweep(
 ) -> list[Tensor]:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, and
     `(B,)` of the times reached where states carry those."""
-    (times, y0, *theta), finished = inputs, ended.finished
+    (times, y0, *theta), failed = inputs, some(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
@@ -342,7 +342,9 @@ def sweep(
         if not states:
             states = states_before(plain, record, steps, i + 1)
         state = states.pop()
-        y, *memory = (finite_start(x, finished).detach().requires_grad_() for x in (state.y, *state.memory))
+        start = (state.y, *state.memory)
+        start = (finite_start(x, ended.finished) for x in start) if failed else start
+        y, *memory = (x.detach().requires_grad_() for x in start)
         with torch.enable_grad():
             _, after, pieces = again(stepper, steps[i], State(y, tuple(memory)))
         if memory_bar is None:
@@ -354,10 +356,10 @@ def sweep(
         memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
             sums[j] += gradient
-    start = finite_start(y0, finished).detach().requires_grad_()
+    y = finite_start(y0, ended.finished).detach().requires_grad_()
     with torch.enable_grad():
-        memory = restart(stepper, start).memory
-    first, *found = pulled(list(memory), memory_bar or [], [start, *(leaves[i] for i in shared)])
+        memory = restart(stepper, y).memory
+    first, *found = pulled(list(memory), memory_bar or [], [y, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
