@@ -47,7 +47,15 @@ Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def run(effort: Effort) -> list[Row]:
     """All of it."""
     rows = []
-    for measure in (overhead, exact_gradient, beside_jaxopt, saved_for_backward, one_slow_sample, long_training):
+    for measure in (
+        overhead,
+        compiled_overhead,
+        exact_gradient,
+        beside_jaxopt,
+        saved_for_backward,
+        one_slow_sample,
+        long_training,
+    ):
         print(f"{measure.__name__.replace('_', ' ')} ...", flush=True)
         rows += measure(effort)
     return rows
@@ -113,6 +121,44 @@ def overhead(effort: Effort) -> list[Row]:
         rows.append(Row(f"{name}: overhead of the forward solve", *texts, f"at most {goal:g}", met, numbers))
     alone = Spread.of([t / calls_at_once for t in seconds])
     return [Row("one call of f, ms", alone.show(1e3, 1), "the same", numbers={"seconds": seconds}), *rows]
+
+
+@torch.no_grad()
+def compiled_overhead(effort: Effort) -> list[Row]:
+    """The same with f compiled: a whole solve as one graph, and the eager loop around a compiled f."""
+    if not effort.full:
+        return []
+    cell, z0, x = problem(32)
+    fast = torch.compile(cell)
+    at = fast(fast(z0, x), x)
+    calls_at_once = 12
+
+    def calls_alone() -> None:
+        for _ in range(calls_at_once):
+            fast(at, x)
+
+    rows = []
+    for name, goal in (("Anderson", 1.1), ("Broyden", 1.2)):
+        solver = SOLVERS[name]
+
+        def solve(f: nn.Module, compile: bool, solver: im.Anderson | im.Broyden = solver) -> im.Solution:
+            how = {"solver": solver, "on_failure": "raise", "compile": compile}
+            return im.fixed_point(f, z0, x, **how)
+
+        solves = {"one graph": partial(solve, cell, True), "eager loop": partial(solve, fast, False)}
+        calls = {who: solve().evaluations for who, solve in solves.items()}
+        times = alternate({"calls": calls_alone, **solves}, effort.rounds, warm=True)
+        found = {who: ratios(times[who], times["calls"], calls_at_once / calls[who]) for who in solves}
+        texts = [
+            f"{who} {spread.show()}; {1e3 * Spread.of(times[who]).median:.0f} ms, {calls[who]} calls"
+            for who, spread in found.items()
+        ]
+        numbers = {who: {"calls": calls[who], "seconds": times[who]} for who in solves}
+        numbers["calls alone"] = {"calls": calls_at_once, "seconds": times["calls"]}
+        met = min(spread.median for spread in found.values()) <= goal
+        what = f"{name}: overhead of the forward solve, f compiled"
+        rows.append(Row(what, "; ".join(texts), "", f"at most {goal:g}", met, numbers))
+    return rows
 
 
 # --- Exact gradients --------------------------------------------------------------------------------------

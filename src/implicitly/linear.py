@@ -77,10 +77,11 @@ class GMRES(LinearSolver):
         slots = self._slots(z)
         slot = k % slots
         norm = row_norm(r)
-        v = r * _inverse(norm)
-        slow = (norm > 0.9 * last_norm) & (slot > 0)
-        if happens(slow):
-            v = torch.where(slow[:, None], last * _inverse(row_norm(last)), v)
+        v = r / _nonzero(norm)
+        if isinstance(slot, Tensor) or slot > 0:
+            slow = (norm > 0.9 * last_norm) & (slot > 0)
+            if happens(slow):
+                v = torch.where(slow[:, None], last / _nonzero(row_norm(last)), v)
         image = F.operator(v)
         W_k, P_k, weights = filled(W, slot), filled(P, slot), filled(inverses, slot)
         if isinstance(slot, Tensor):
@@ -91,7 +92,7 @@ class GMRES(LinearSolver):
         w, p = read(W, slot), read(P, slot)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
-        inverse = torch.where(singular, 0.0, _inverse(length)[:, 0]).square()
+        inverse = torch.where(singular, 0.0, torch.where(singular, 1.0, length) ** -2)
         step = torch.linalg.vecdot(w, r) * inverse
         error = full + (coefficients.abs() * filled(errors, slot)).sum(1)
         drift = drift + step.abs() * error
@@ -131,9 +132,9 @@ def _orthogonalised(
     return buffer, coefficients, length, full
 
 
-def _inverse(norm: Tensor) -> Tensor:
-    """1 / norm as a column, 0 where the norm is 0."""
-    return _ratio(torch.ones_like(norm), norm)
+def _nonzero(norm: Tensor) -> Tensor:
+    """norm as a column to divide by, which leaves a vector of norm 0 as it is."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny).unsqueeze(1)
 
 
 @dataclass(frozen=True)
