@@ -291,21 +291,37 @@ def iterate(
             k, carry = k + 1, loop.judge(F, k, carry, new)
     k, carry = repeat(step, carry, going, solver.max_steps, k, unrolled=unrolled)
     found = loop.outcome(k, carry)
-    rows: Tensor | None = None
-    while droppable and k < solver.max_steps and bool((running := _running(carry)).any()):
+    dropped = droppable and k < solver.max_steps and bool(_running(carry).any())
+    if dropped:
         assert carries is not None
-        keep = unwrapped(running).nonzero()[:, 0]
-        rows = keep if rows is None else rows[keep]
-        carry, loop = _take_rows(carry, keep), loop.take_rows(keep)
-        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
-        k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, True), solver.max_steps, k)
-        found = _with_rows(found, rows, loop.outcome(k, carry))
+        found = _without_finished(loop, bind, theta, carries, k, carry, found)
     if verify and scale is not None and happens(found.steps > 0):
         limit = DRIFTED * (atol + rtol * scale)
-        drift = solver.drift(carry.memory) if rows is None else None
+        drift = None if dropped else solver.drift(carry.memory)
         if precision is None or drift is None or happens(~(precision * drift <= limit)):
-            F = F if rows is None else bind(*theta)
-            found = _verified(found, row_norm(F(found.z)), limit, scale)
+            found = _verified(found, row_norm(bind(*theta)(found.z)), limit, scale)
+    return found
+
+
+def _without_finished(
+    loop: _Loop,
+    bind: Callable[..., Residual],
+    theta: tuple[Tensor, ...],
+    carries: tuple[int | None, ...],
+    k: int,
+    carry: _Carry,
+    found: Found,
+) -> Found:
+    """`found`, the outcome after step `k`, gone on from with the samples that are not done, until none is left."""
+    max_steps = loop.solver.max_steps
+    rows = torch.arange(len(found.z), device=found.z.device)
+    while k < max_steps and bool((running := _running(carry)).any()):
+        keep = unwrapped(running).nonzero()[:, 0]
+        rows = rows[keep]
+        carry, loop = _take_rows(carry, keep), loop.take_rows(keep)
+        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
+        k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, True), max_steps, k)
+        found = _with_rows(found, rows, loop.outcome(k, carry))
     return found
 
 
