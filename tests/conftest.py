@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="is of the host alone"))
 
 
+def pytest_collection_finish():
+    freeze()
+
+
+def freeze():
+    """Hide all that there is from the garbage collector, for good: going through a million objects of imported
+    modules takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -41,11 +52,8 @@ def _seed():
 
 @pytest.fixture
 def only_what_the_test_makes():
-    """Everything older is none of the collector's business, which makes it quick, and the counts exact."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    """What is older is not looked through again, which makes counts exact."""
+    freeze()
 
 
 @pytest.fixture
