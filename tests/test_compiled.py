@@ -1,4 +1,8 @@
-"""Graphs of whole solves: which are kept, when they are made anew, and that none is stale."""
+"""Graphs of whole solves: which are kept, when they are made anew, and that none is stale.
+
+Most of these trace graphs and run them by PyTorch's own operations, which takes a fraction of the time that making
+code of them takes; which graphs there are is the same.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +60,7 @@ def assert_right(f, *args, solver=PICARD):
     )
 
 
-@pytest.mark.parametrize("solver", [PICARD, im.Anderson(rtol=1e-5)])
-def test_the_second_batch_size_leaves_the_size_open(solver):
-    cell = Cell()
+def assert_the_second_leaves_the_size_open(cell, solver):
     for batch in (32, 48, 7, 20, 32):
         assert_right(cell, torch.randn(batch, 4), solver=solver)
     assert counters["stats"]["unique_graphs"] == 2
@@ -71,10 +73,20 @@ def test_the_second_batch_size_leaves_the_size_open(solver):
         assert kept.first_call_s is not None
         assert kept.first_call_s > 0
         assert kept.fallback is None
+
+
+@pytest.mark.parametrize("solver", [PICARD, im.Anderson(rtol=1e-5)])
+def test_the_second_batch_size_leaves_the_size_open(traced, solver):
+    cell = Cell()
+    assert_the_second_leaves_the_size_open(cell, solver)
     # Of one sample, and of another dtype, there are graphs of their own.
     assert_right(cell, torch.randn(1, 4), solver=solver)
     assert_right(cell.double(), torch.randn(7, 4, dtype=torch.float64), solver=solver)
     assert len(im.compile_statistics()) == 4
+
+
+def test_code_is_generated_for_a_size_that_is_open():
+    assert_the_second_leaves_the_size_open(Cell(), im.Anderson(rtol=1e-5))
 
 
 def fake(function, dynamic):
@@ -116,7 +128,7 @@ def test_what_is_interrupted_is_compiled_again(monkeypatch):
     assert kept.calls == 1
 
 
-def test_what_changes_in_f_is_not_stale():
+def test_what_changes_in_f_is_not_stale(traced):
     cell, x = Cell(), torch.randn(3, 4)
     assert_right(cell, x)
     before = solve(cell, x)
@@ -137,13 +149,13 @@ def scaled(z, x, power):
     return 0.3 * torch.tanh(z) + x + (1 if isinstance(power, float) else 2)
 
 
-def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own():
+def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own(traced):
     x = torch.randn(3, 4)
     for power in (2, 2.0):
         assert_right(scaled, x, power)
 
 
-def test_closures_of_the_same_code_and_functions_made_after_others_died():
+def test_closures_of_the_same_code_and_functions_made_after_others_died(traced):
     x = torch.randn(3, 4)
     for shift in (1.0, 2.0, 3.0):
         assert_right(lambda z, x, shift=shift: 0.3 * torch.tanh(z) + x + shift, x)

@@ -383,21 +383,16 @@ FREE, PHANTOM, UNROLLED = im.JacobianFreeAdjoint(), im.PhantomAdjoint(3, damping
 NEUMANN, KRYLOV = (im.ImplicitAdjoint(s(max_steps=4, rtol=0)) for s in (im.Neumann, im.GMRES))
 WHOLE: dict[str, Callable[[], nn.Module]] = {
     "plain, free": lambda: Pair(solver=FEW, adjoint=FREE),
-    "plain, unrolled": lambda: Pair(solver=FEW, adjoint=UNROLLED),
     "plain, Neumann": lambda: Pair(solver=FEW, adjoint=NEUMANN),
     "Anderson, phantom": lambda: Pair(solver=ANDERSON, adjoint=PHANTOM),
     "Anderson, unrolled": lambda: Pair(solver=ANDERSON, adjoint=UNROLLED),
-    "Broyden, free": lambda: Pair(solver=BROYDEN, adjoint=FREE),
     "one system": lambda: Pair(solver=ANDERSON, adjoint=KRYLOV, batch_dims=0),
-    "root, unrolled": lambda: Balance(solver=ANDERSON, adjoint=UNROLLED),
     "root, implicit": lambda: Balance(solver=BROYDEN, adjoint=KRYLOV),
     "DEQ": lambda: im.nn.DEQ(Plain(), FEW, FREE),
     "DEQ, implicit": lambda: im.nn.DEQ(Plain(), ANDERSON, KRYLOV),
     "DEQ, decides": lambda: im.nn.DEQ(Deciding(), FEW, UNROLLED),
     "DEQ, warm": lambda: im.nn.DEQ(Plain(), FEW, PHANTOM, warm_start=im.nn.LastBatch()),
-    "Euler": lambda: Steps(im.Euler),
     "RK4": lambda: Steps(im.RK4, batch_dims=1),
-    "Dopri5": lambda: Steps(im.Dopri5),
     "Dopri8": lambda: Steps(im.Dopri8, dt=0.5, batch_dims=1),
     "ReversibleHeun": lambda: Steps(im.ReversibleHeun),
     "backwards in time": lambda: Steps(times=(1.0, 0.5, -1.0)),
@@ -422,7 +417,10 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+BY_INDUCTOR = ["DEQ, implicit", "NeuralODE"]
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE.keys() - set(BY_INDUCTOR)))
 def test_known_numbers_of_steps_are_no_break(name):
     model, x = Around(WHOLE[name]()).double(), batch()
     eager = copy.deepcopy(model)
@@ -436,11 +434,12 @@ def test_known_numbers_of_steps_are_no_break(name):
     assert graphs() == (2 if name == "DEQ, warm" else 1)  # the first time it is cold
 
 
-@pytest.mark.parametrize("name", ["DEQ, implicit", "NeuralODE"])
+@pytest.mark.parametrize("name", BY_INDUCTOR)
 def test_known_numbers_of_steps_by_inductor(name):
     model, x = Around(WHOLE[name]()).double(), batch()
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(with_input(compiled, x), with_input(copy.deepcopy(model), x))
+    assert (breaks(), graphs()) == (0, 1)
 
 
 def test_what_is_logged_of_a_solve_in_a_graph():
@@ -462,13 +461,12 @@ def test_other_lengths_times_and_batches_make_graphs_of_their_own():
         x = batch(size)
         torch.testing.assert_close(with_input(compiled, x), with_input(copy.deepcopy(model), x))
 
-    for size in (3, 4, 5, 6):
+    for size in (3, 4, 6):
         check(size)
     assert graphs() == 2  # the second leaves the size open
-    for dt in (0.4, 0.25):
-        model.solve.solver = replace(model.solve.solver, dt=dt)
-        check()
-    for t in ((0.0, 0.7), (0.0, 1.3), (0.0, 0.5, 0.6)):
+    model.solve.solver = replace(model.solve.solver, dt=0.4)
+    check()
+    for t in ((0.0, 0.7), (0.0, 0.5, 0.6)):
         model.solve.t = t
         check()
     model.solve.solver = im.Midpoint(dt=0.3)
@@ -508,7 +506,7 @@ def test_samples_that_fail_are_told_by_their_status_and_have_no_gradient():
 
 def test_a_trajectory_in_a_graph_that_fails_says_so():
     def solve(y: Tensor) -> Any:
-        return im.odeint(lambda t, y: y**2, y, (0.0, 3.0), solver=im.Euler(dt=0.01 * 3), batch_dims=1)
+        return im.odeint(lambda t, y: y**2, y, (0.0, 3.0), solver=im.Euler(dt=0.1 * 3), batch_dims=1)
 
     found = torch.compile(solve, backend="aot_eager", fullgraph=True)(torch.tensor([[0.1], [1e30]]))
     assert found.converged.tolist() == [True, False]
@@ -544,12 +542,12 @@ def test_checkpoints_are_kept_in_a_graph_too():
             return make_boxed_func(module.forward)
 
         backend = aot_autograd(fw_compiler=count, bw_compiler=lambda m, _: make_boxed_func(m.forward))
-        model = Steps(im.Euler, (0.0, 1.0), dt=1 / 36, adjoint=adjoint).double()
+        model = Steps(im.Euler, (0.0, 1.0), dt=1 / 25, adjoint=adjoint).double()
         torch.compile(model, backend=backend, fullgraph=True)(batch())
         return kept[0]
 
-    # Of 36 steps: a state and a slope after every sixth, and what is there in any case.
-    assert saved(im.RecursiveCheckpointAdjoint()) < 36 < saved(im.UnrolledAdjoint())
+    # Of 25 steps: a state and a slope after every fifth, and what is there in any case.
+    assert saved(im.RecursiveCheckpointAdjoint()) < 25 < saved(im.UnrolledAdjoint())
 
 
 def test_f_may_write_into_the_copy_that_it_gets():
