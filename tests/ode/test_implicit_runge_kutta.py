@@ -148,7 +148,7 @@ def test_gradients_are_those_of_differences(method, batch_dims):
         return im.odeint(field, y0, t, w, solver=solver, batch_dims=batch_dims).value
 
     # Steps do not move with t but for the last, so the derivative of t[1] is that of the dense output.
-    torch.autograd.gradcheck(f, (y0, t, w), atol=1e-6)
+    assert torch.autograd.gradcheck(f, (y0, t, w), atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("method", [im.ImplicitEuler, im.Kvaerno3])
@@ -160,7 +160,7 @@ def test_second_derivatives(method, adjoint):
     def f(y0, w):
         return im.odeint(field, y0, (0.0, 1.0), w, solver=solver, adjoint=adjoint, batch_dims=1).value[-1]
 
-    torch.autograd.gradgradcheck(f, (y0, w), atol=1e-5)
+    assert torch.autograd.gradgradcheck(f, (y0, w), atol=1e-5, fast_mode=True)
 
 
 def test_transforms_of_torch_func_agree():
