@@ -25,6 +25,8 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     # The tensors are small, and workers of pytest-xdist share the cores.
     torch.set_num_threads(1)
+    # The compiler makes so many objects that looking for garbage as often as usual takes a tenth of the time.
+    gc.set_threshold(100_000)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,7 @@
-"""A whole solve as one graph: the same answers, compiled once."""
+"""A whole solve as one graph: the same answers, compiled once.
+
+Most of these trace graphs and run them by PyTorch's own operations.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,15 @@ def assert_same_solution(a, b):
         im.Broyden(rtol=1e-5, history=2),
     ],
 )
-def test_a_layer_is_one_graph_with_the_eager_answers(solver):
+def test_a_layer_is_one_graph_with_the_eager_answers(traced, solver):
+    check_a_layer(solver)
+
+
+def test_code_is_generated_for_a_layer():
+    check_a_layer(im.Broyden(rtol=1e-4))
+
+
+def check_a_layer(solver):
     eager = im.nn.DEQ(Dense(), solver)
     compiled = im.nn.DEQ(eager.cell, solver, compile=True)
     x = torch.randn(5, 4, requires_grad=True)
