@@ -9,7 +9,8 @@ import torch
 from torch import func, nn
 
 import implicitly as im
-from implicitly.ode.adjoints import _Trajectory
+from implicitly.ode import adjoints
+from implicitly.ode.adjoints import _at_once, _Trajectory
 from tests.problems import draw, matrix
 
 D = torch.float64
@@ -82,6 +83,32 @@ def test_states_forgotten_on_the_way_are_computed_again(steps):
     expected = torch.autograd.grad(y.sum(), (y0, A))
     for a, b in zip(torch.autograd.grad(value.sum(), (y0, A)), expected):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30, 150])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_steps_pulled_back_through_at_once_give_what_each_by_itself_gives(monkeypatch, steps, adaptive):
+    given, found = inputs("many"), []
+    span = float(TIMES["many"][-1] - TIMES["many"][0])
+    method = im.Dopri5(dt_max=1.01 * span / steps, rtol=1e-2) if adaptive else im.RK4(dt=1.01 * span / steps)
+    for size in (1, 4, 7):
+        calls = []
+
+        def counted(t, y, W, calls=calls):
+            calls.append(1)
+            return field(t, y, W)
+
+        monkeypatch.setattr(adjoints, "AT_ONCE", size)
+        value = im.odeint(counted, given[0], given[1], given[2], solver=method, batch_dims=1).value
+        calls.clear()
+        found.append((*torch.autograd.grad(value.sin().sum(), given), len(calls)))
+    (*each, calls), *others = found
+    for *gradients, fewer in others:
+        torch.testing.assert_close(gradients, each, rtol=1e-12, atol=1e-13)
+        # The states at which 30 steps begin are all kept, of 150 every fourth.
+        assert fewer < calls if steps == 150 else fewer == calls
+    large = torch.ones(2, 2**13, dtype=D)
+    assert (_at_once(Y0), _at_once(large), _at_once(Y0[:0])) == (7, 1, 7)
 
 
 def test_what_is_kept_grows_with_the_square_root_of_the_steps():

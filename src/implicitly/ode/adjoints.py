@@ -24,6 +24,7 @@ from implicitly.ode.integrate import (
     Bound,
     Ended,
     Integrated,
+    Piece,
     Stepper,
     again,
     finite_start,
@@ -43,6 +44,10 @@ from implicitly.tree import is_batched, is_near, is_plain, is_recorded, merge_ro
 # Where in `Integrated` the times are that samples got to.
 REACHED = Integrated._fields.index("t")
 
+# At most so many steps, and steps from states of so many bytes together, are pulled back through at once.
+AT_ONCE = 4
+AT_ONCE_BYTES = 2**16
+
 # Announces how a solve ended: the method, what it found, the calls of f.
 Report = Callable[[Method, Integrated, Halt, int], None]
 
@@ -60,12 +65,13 @@ class TrajectoryAdjoint(ABC):
 
 @dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
-    """The exact derivative of the discrete solution, from its steps taken once more, one at a time.
+    """The exact derivative of the discrete solution, from its steps taken once more, one or a few at a time.
 
     A solve keeps the lengths of its steps, and its state before some of them: memory grows with the square root
     of their number. Backwards, the states between are computed again from the last one kept, and each step is
-    pulled back through by itself. Step lengths are constants of the derivative; that of a time moves the ends of
-    the first and the last step. Griewank and Walther, "Evaluating Derivatives", chapter 12.
+    pulled back through by itself; up to four at once where a state has some kilobytes only. Step lengths are
+    constants of the derivative; that of a time moves the ends of the first and the last step. Griewank and
+    Walther, "Evaluating Derivatives", chapter 12.
 
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
@@ -337,16 +343,18 @@ def sweep(
     y_bar, memory_bar = g[:, -1], None
     if reached and times.shape[1] > 2:  # outputs after the end of a sample are its last state
         y_bar = y_bar + torch.where(ended.late(times).unsqueeze(2), g[:, 1:-1], 0.0).sum(1)
-    states: list[State] = []
-    for i in reversed(range(len(steps))):
-        if not states:
-            states = states_before(plain, record, steps, i + 1)
-        state = states.pop()
+    size = 1 if failed else _at_once(y0)
+    starts: list[tuple[int, State]] = []
+    stop = len(steps)
+    while stop:
+        if not starts:
+            starts = states_before(plain, record, steps, stop, size)
+        begin, state = starts.pop()
         start = (state.y, *state.memory)
         start = (finite_start(x, ended.finished) for x in start) if failed else start
         y, *memory = (x.detach().requires_grad_() for x in start)
-        with torch.enable_grad():
-            _, after, pieces = again(stepper, steps[i], State(y, tuple(memory)))
+        after, pieces = _recorded(stepper, steps[begin:stop], State(y, tuple(memory)))
+        stop = begin
         if memory_bar is None:
             memory_bar = [torch.zeros_like(m) for m in after.memory]
             memory_bar[len(memory_bar) - len(reached) :] = [x.unsqueeze(1) for x in reached]
@@ -363,6 +371,24 @@ def sweep(
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
+
+
+@torch.enable_grad()
+def _recorded(stepper: Stepper, steps: list[Taken], state: State) -> tuple[State, list[Piece]]:
+    """Where noted `steps` from `state` lead, and the outputs that they pass, with a graph of both."""
+    pieces: list[Piece] = []
+    for taken in steps:
+        _, state, passed = again(stepper, taken, state)
+        pieces += passed
+    return state, pieces
+
+
+def _at_once(y0: Tensor) -> int:
+    """How many steps from `y0` `(B, n)` are pulled back through at once.
+
+    Of small states the calls of autograd would take longer than the steps; of large ones memory counts.
+    """
+    return min(AT_ONCE, max(1, AT_ONCE_BYTES // max(1, y0.numel() * y0.element_size())))
 
 
 def _stays(x: Tensor, inputs: tuple[Tensor, ...]) -> bool:

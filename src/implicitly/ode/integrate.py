@@ -544,10 +544,16 @@ def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tup
     return assemble(stepper.times, y0, state.y, ended, pieces), t
 
 
-def states_before(stepper: Stepper, record: Record, steps: list[Taken], stop: int) -> list[State]:
-    """The state before each step from the last one kept before `stop` up to it."""
-    i = record.kept_before(stop)
-    states = [record.states[i].full(len(stepper.times))]
-    for taken in steps[i : stop - 1]:
-        states.append(again(stepper, taken, states[-1], outputs=False).state)
+def states_before(
+    stepper: Stepper, record: Record, steps: list[Taken], stop: int, size: int = 1
+) -> list[tuple[int, State]]:
+    """A step and the state before it, for every `size`-th step up to `stop` from one the state before which is
+    kept, the last for which that makes `size` steps."""
+    first = record.kept_before(max(1, stop - size + 1))
+    states = [(first, record.states[first].full(len(stepper.times)))]
+    for i in range(first + size, stop, size):
+        state = states[-1][1]
+        for taken in steps[i - size : i]:
+            state = again(stepper, taken, state, outputs=False).state
+        states.append((i, state))
     return states
