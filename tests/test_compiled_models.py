@@ -400,7 +400,7 @@ WHOLE: dict[str, Callable[[], nn.Module]] = {
     "ReversibleHeun": lambda: Steps(im.ReversibleHeun),
     "backwards in time": lambda: Steps(times=(1.0, 0.5, -1.0)),
     "odeint, unrolled": lambda: Steps(adjoint=UNROLLED),
-    "NeuralODE": lambda: im.nn.NeuralODE(Field(), solver=RK4),
+    "NeuralODE": lambda: im.nn.NeuralODE(Field(), solver=im.Heun(dt=0.5)),
     "NeuralODE, times": lambda: im.nn.NeuralODE(Field(), (0.0, 0.2, 0.3), im.Heun(dt=0.1), batch_dims=1),
 }
 
