@@ -390,7 +390,7 @@ WHOLE: dict[str, Callable[[], nn.Module]] = {
     "root, implicit": lambda: Balance(solver=BROYDEN, adjoint=KRYLOV),
     "DEQ, free": lambda: im.nn.DEQ(Plain(), FEW, FREE),
     "DEQ, few": lambda: im.nn.DEQ(
-        Plain(), replace(ANDERSON, max_steps=3), im.ImplicitAdjoint(im.GMRES(max_steps=2, rtol=0))
+        Plain(), replace(ANDERSON, max_steps=2), im.ImplicitAdjoint(im.GMRES(max_steps=1, rtol=0))
     ),
     "DEQ, implicit": lambda: im.nn.DEQ(Plain(), ANDERSON, KRYLOV),
     "DEQ, decides": lambda: im.nn.DEQ(Deciding(), FEW, UNROLLED),

@@ -46,7 +46,7 @@ REACHED = Integrated._fields.index("t")
 
 # At most so many steps, and steps from states of so many bytes together, are pulled back through at once.
 AT_ONCE = 4
-AT_ONCE_BYTES = 2**16
+AT_ONCE_BYTES = 2**13
 
 # Announces how a solve ended: the method, what it found, the calls of f.
 Report = Callable[[Method, Integrated, Halt, int], None]
@@ -69,7 +69,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     A solve keeps the lengths of its steps, and its state before some of them: memory grows with the square root
     of their number. Backwards, the states between are computed again from the last one kept, and each step is
-    pulled back through by itself; up to four at once where a state has some kilobytes only. Step lengths are
+    pulled back through by itself; up to four at once where states are of two kilobytes at most. Step lengths are
     constants of the derivative; that of a time moves the ends of the first and the last step. Griewank and
     Walther, "Evaluating Derivatives", chapter 12.
 
