@@ -308,7 +308,7 @@ def _without_finished(
     bind: Callable[..., Residual],
     theta: tuple[Tensor, ...],
     carries: tuple[int | None, ...],
-    k: int | Tensor,
+    k: int,
     carry: _Carry,
     found: Found,
 ) -> Found:

@@ -135,46 +135,6 @@ def test_float32_solves_to_float32():
         assert float((a - b).norm()) < 1e-2 * float(b.norm())
 
 
-@pytest.mark.parametrize(("n", "m"), [(10, 10), (20, 20), (20, 40)])
-def test_linear_programs_in_float32_have_the_solutions_of_float64(n, m):
-    """Their solutions are vertices, which float32 alone cannot tell from others in up to one of five."""
-    G, z = draw(128, m, n, seed=21), draw(128, n, 1, seed=22)
-    h = (G @ z).squeeze(2) + torch.rand(128, m, generator=seeded(23), dtype=D)
-    p = -(G.mT @ torch.rand(128, m, 1, generator=seeded(24), dtype=D)).squeeze(2)
-    weights, found = draw(128, n, seed=25), []
-    for dtype in (torch.float32, D):
-        Q = torch.zeros(n, n, dtype=dtype)
-        # The same numbers: those that float32 has.
-        h_and_G = [t.float().to(dtype).requires_grad_() for t in (h, G)]
-        sol = im.qp(Q, p.float().to(dtype), h_and_G[1], h_and_G[0])
-        assert bool((sol.status == int(Status.CONVERGED)).all())
-        assert sol.value.dtype == dtype
-        found.append([sol.value, *torch.autograd.grad((weights.to(dtype) * sol.value).sum(), h_and_G)])
-    for rounded, exact in zip(*found):
-        rounded, exact = rounded.detach().double(), exact.detach()
-        error = (rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-        assert float(error.max()) < 2e-3
-        assert float(error.median()) < 2e-5
-
-
-def test_a_program_too_coarse_for_float32_is_among_others_and_alone_the_same():
-    """Samples solved once more in float64 go back to their places, with the kind of factors of the others."""
-    args = program(batch=16, n=10, m=12, q=2, seed=11, dtype=torch.float32)
-    sol = im.qp(*args)
-    hard = [t.clone() for t in args]
-    z = sol.value[3]
-    hard[3][3, 5] = (args[2][3, 5] @ z) + 3e-6  # a slack far below what float32 tells from none
-    hard[2].requires_grad_()
-    mixed = im.qp(*hard)
-    assert bool((mixed.status == int(Status.CONVERGED)).all())
-    (gradient,) = torch.autograd.grad(mixed.value.square().sum(), hard[2])
-    alone = im.qp(*(t[3:4].detach().requires_grad_(i == 2) for i, t in enumerate(hard)))
-    torch.testing.assert_close(mixed.value[3], alone.value[0], rtol=1e-5, atol=1e-5)
-    assert bool(gradient.isfinite().all())
-    others = [i for i in range(16) if i != 3]
-    torch.testing.assert_close(mixed.value[others], sol.value[others])
-
-
 def test_the_tolerance_can_be_chosen():
     args = program(batch=8, n=6, m=8, seed=12)
     exact = im.qp(*args).value

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.derivative import Jacobian, KKTAdjoint, Place
-from implicitly.argmin.kkt import Factors
 from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed, natural_residual
+from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed
 from implicitly.argmin.smoothing import central_point
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
@@ -55,7 +54,6 @@ def _run(
         refuse_indefinite(program.Q)
     scaling = system.scaling
     polished = solver.solve(system, None if start is None else _scaled(system, *start), compile)
-    polished = _doubts_settled(solver, system, polished)
     polished = polished._replace(status=torch.where(finite, polished.status, int(Status.NON_FINITE)))
     none = failed(polished.status)
     if happens(none):
@@ -77,34 +75,6 @@ def _run(
         alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack / scaling.F, torch.zeros_like(degenerate)
     known.append(Jacobian(factors, scaling, program, alpha, beta, degenerate))
     return w, polished.alpha, near.clone(), status, residual, polished.steps, polished.evaluations
-
-
-def _doubts_settled(solver: ProgramSolver, system: System, polished: Polished) -> Polished:
-    """`polished`, with samples that float32 is too coarse for solved in float64.
-
-    There is next to nothing between constraints that bind with little force and such that do not, and near the
-    solution of a linear program nothing but constraints; where float32 does not see a solution, or sees no unique
-    derivative, there often is one.
-    """
-    if system.program.Q.dtype != torch.float32 or system.program.Q.device.type == "mps":  # which has no float64
-        return polished
-    converged = polished.status == int(Status.CONVERGED)
-    rows = (polished.degenerate & converged | ~(converged | failed(polished.status))).nonzero()[:, 0]
-    if len(rows) == 0:
-        return polished
-    part = system.take_rows(rows)
-    exact = solver.solve(part.double())
-    if isinstance(exact.factors, Factors) and isinstance(polished.factors, Factors):
-        factors = exact.factors.to(torch.float32)
-    else:
-        part = part.plain() if isinstance(polished.factors, Factors) else part
-        factors = part.active(exact.alpha.float())[0]
-    w = exact.w.float()
-    residual, size = natural_residual(part.program, part.scaling, w)
-    lost = (exact.status == int(Status.CONVERGED)) & ~(residual <= solver.tolerance(w.dtype) * size)
-    status = torch.where(lost, int(Status.STAGNATED), exact.status)
-    rounded = exact._replace(w=w, alpha=exact.alpha.float(), factors=factors, status=status, residual=residual)
-    return polished.with_rows(rows, rounded)
 
 
 def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:

@@ -136,11 +136,6 @@ class Factors:
         V = torch.where(column, 0.0, self.V)
         return replace(self, beta=torch.where(bad[:, None], 1.0, self.beta), L=L, V=V, S=S)
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """These, rounded to `dtype`; the program is as it was."""
-        alpha, beta, L, V, S = (t.to(dtype) for t in (self.alpha, self.beta, self.L, self.V, self.S))
-        return Factors(self.program, alpha, beta, L, V, S, self.usable)
-
     def with_rows(self, rows: Tensor, part: Factors) -> Factors:
         """These with `part` in place of those of some samples."""
         own, new = ((f.alpha, f.beta, f.L, f.V, f.S, f.usable) for f in (self, part))

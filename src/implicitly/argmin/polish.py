@@ -70,12 +70,6 @@ class System:
             fixed = self.fixed[rows] if self.fixed.ndim == 3 else self.fixed
         return System(self.program.take_rows(rows), self.scaling.take_rows(rows), fixed)
 
-    def double(self) -> System:
-        """The system in float64; scaling by powers of two has rounded nothing."""
-        program = QuadraticProgram(*(t.double() for t in self.program.tensors))
-        scaling = self.scaling
-        return System.of(program, Scaling(scaling.E.double(), scaling.K.double(), scaling.F.double()))
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it consists of; `of_tensors` puts it together again."""
