@@ -62,10 +62,6 @@ Map = Callable[[Tensor], Tensor]
 GOOD_ENOUGH = 0.1
 
 
-# A product with the Jacobian of f is right to so many eps of the dtype that f computes in, generously.
-ROUNDING = 1000
-
-
 @dataclass(frozen=True)
 class Condition:
     """R(z, *theta) = 0 for z `(B, n)`, with R written so that z + R(z) is the plain iteration.
@@ -76,7 +72,6 @@ class Condition:
         name: what it is called in messages.
         dtype: the user's, which decides what tolerances can be reached; solvers may compute in a wider one.
         linear: whether it is M u = b.
-        precision: how precise products with a linear one's operator are known to be; None: not known.
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
@@ -91,7 +86,6 @@ class Condition:
     dtype: torch.dtype
     report: Report
     linear: bool = False
-    precision: float | None = None
     relative_to_iterate: bool = False
     carries: tuple[int | None, ...] | None = None
     kind: type | None = None
@@ -268,7 +262,6 @@ def search(
             scale=scale,
             carries=condition.carries,
             verify=solver.recurrent,
-            precision=condition.precision,
             leave_last=leave_last,
             unrolled=unrolled,
         )
@@ -575,8 +568,7 @@ def pushed(condition: Condition) -> Condition:
 def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
     carries = None if condition.carries is None else (0, 0, *condition.carries)
     report = replace(condition.report, unpack=None)
-    precision = ROUNDING * torch.finfo(condition.dtype).eps
-    return Condition(bind, name, condition.dtype, report, linear=True, precision=precision, carries=carries)
+    return Condition(bind, name, condition.dtype, report, linear=True, carries=carries)
 
 
 def _mapped(

@@ -194,11 +194,6 @@ class Solver(ABC):
         """What of the memory, after `k` steps, describes the inverse of the residual's Jacobian."""
         return ()
 
-    def drift(self, memory: Any) -> Tensor | None:
-        """How far `(B,)` a residual updated by a recurrence may be from the true one, for a relative error of 1 in
-        every product with the operator; None: not known."""
-        return None
-
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         """`(rtol, atol)` for states of `dtype`; raises ValueError where the dtype cannot reach rtol."""
         eps = torch.finfo(dtype).eps
@@ -257,7 +252,6 @@ def iterate(
     floor: float = 0.0,
     carries: tuple[int | None, ...] | None = None,
     verify: bool = False,
-    precision: float | None = None,
     leave_last: bool = False,
     unrolled: bool = False,
 ) -> Found:
@@ -271,8 +265,6 @@ def iterate(
         carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
-        precision: how precise products with the operator are; then `verify` only where the recurrence may have
-            drifted too far (see `Solver.drift`). None: not known.
         leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
             nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
         unrolled: see `repeat`.
@@ -291,15 +283,11 @@ def iterate(
             k, carry = k + 1, loop.judge(F, k, carry, new)
     k, carry = repeat(step, carry, going, solver.max_steps, k, unrolled=unrolled)
     found = loop.outcome(k, carry)
-    dropped = droppable and k < solver.max_steps and bool(_running(carry).any())
-    if dropped:
+    if droppable and k < solver.max_steps and bool(_running(carry).any()):
         assert carries is not None
         found = _without_finished(loop, bind, theta, carries, k, carry, found)
     if verify and scale is not None and happens(found.steps > 0):
-        limit = DRIFTED * (atol + rtol * scale)
-        drift = None if dropped else solver.drift(carry.memory)
-        if precision is None or drift is None or happens(~(precision * drift <= limit)):
-            found = _verified(found, row_norm(bind(*theta)(found.z)), limit, scale)
+        found = _verified(found, row_norm(bind(*theta)(found.z)), DRIFTED * (atol + rtol * scale), scale)
     return found
 
 
@@ -308,7 +296,7 @@ def _without_finished(
     bind: Callable[..., Residual],
     theta: tuple[Tensor, ...],
     carries: tuple[int | None, ...],
-    k: int,
+    k: int | Tensor,
     carry: _Carry,
     found: Found,
 ) -> Found:

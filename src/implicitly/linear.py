@@ -64,16 +64,15 @@ class GMRES(LinearSolver):
             raise ValueError(f"GMRES: restart must be at least 1, got {self.restart}")
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Basis of the image and its preimages `(B, m, n)`, 1 / |w|^2 of the basis and the errors of its images
-        `(B, m)`, the last image, the last residual norm, the drift."""
+        """Basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image, the
+        last residual norm."""
         slots = self._slots(z)
-        small = z.new_zeros(2, z.shape[0], slots).unbind(0)
-        none = torch.zeros_like(r[:, 0])
-        return *empty_slots(z, slots), *small, torch.zeros_like(z), none, none
+        inverses = z.new_zeros(z.shape[0], slots)
+        return *empty_slots(z, slots), inverses, torch.zeros_like(z), torch.zeros_like(r[:, 0])
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The minimiser of the residual over a space one dimension larger."""
-        W, P, inverses, errors, last, last_norm, drift = memory
+        W, P, inverses, last, last_norm = memory
         slots = self._slots(z)
         slot = k % slots
         norm = row_norm(r)
@@ -92,18 +91,11 @@ class GMRES(LinearSolver):
         w, p = read(W, slot), read(P, slot)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= 10 * torch.finfo(z.dtype).eps * full
-        inverse = torch.where(singular, 0.0, torch.where(singular, 1.0, length) ** -2)
-        step = torch.linalg.vecdot(w, r) * inverse
-        error = full + (coefficients.abs() * filled(errors, slot)).sum(1)
-        drift = drift + step.abs() * error
-        inverses, errors = write(inverses, slot, inverse), write(errors, slot, error)
-        column = step[:, None]
+        inverse = torch.where(singular, 0.0, 1 / torch.where(singular, 1.0, length))
+        inverses = write(inverses, slot, inverse)
+        column = (torch.linalg.vecdot(w, r) * inverse * inverse)[:, None]
         z, r = torch.addcmul(z, column, p), torch.addcmul(r, column, w, value=-1)
-        return Proposal(z, (W, P, inverses, errors, w, norm, drift), r, 1, singular)
-
-    def drift(self, memory: tuple[Tensor, ...]) -> Tensor:
-        """Each image w of a p has the relative error of its product and those of the images subtracted from it."""
-        return memory[-1]
+        return Proposal(z, (W, P, inverses, w, norm), r, 1, singular)
 
     def _slots(self, z: Tensor) -> int:
         # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
@@ -116,17 +108,18 @@ def _orthogonalised(
     """`buffer` with `x` in place `slot` without its components along the rows of `basis` `(B, m, n)`, the
     coefficients of those `(B, m)`, the norm of what is left, and that of x.
 
-    `weights` `(B, m)` are 1 / |row|^2: rows are orthogonal, not normal, which saves writing each once more.
+    `weights` `(B, m)` are 1 / |row|: rows are orthogonal, not normal, which saves writing each once more. Their
+    squares would overflow.
     """
     take_away = partial(add_combined, alpha=-1)
     full = row_norm(x)
-    coefficients = products(x, basis) * weights
+    coefficients = products(x, basis) * weights * weights
     buffer = write_result(buffer, slot, take_away, x, coefficients, basis)
     length = row_norm(read(buffer, slot))
     # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
     if basis.shape[1] and happens(length < 0.7 * full):
         left = read(buffer, slot)
-        again = products(left, basis) * weights
+        again = products(left, basis) * weights * weights
         buffer = write(buffer, slot, take_away(left, again, basis))
         coefficients, length = coefficients + again, row_norm(read(buffer, slot))
     return buffer, coefficients, length, full
