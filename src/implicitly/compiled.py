@@ -175,7 +175,9 @@ def _kept(
                     f"{_change(made.last, shapes)}; pad batches to a few sizes, or use compile=False"
                 )
             made.last = shapes
-            _graphs[index] = _Graph(name, shapes, varying, _compile(function, None if varying else False))
+            near = all(device.type == "cpu" for *_, device in shapes)
+            run = _compile(function, None if varying else False, near)
+            _graphs[index] = _Graph(name, shapes, varying, run)
         _graphs.move_to_end(index)
         graph = _graphs[index]
         for kept in (_graphs, _problems):
@@ -259,13 +261,14 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], dynamic: bool | None, near: bool) -> Callable[..., Any]:
     def solve(*tensors: Tensor) -> Any:
         return function(*tensors)
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    options = {"cpp_wrapper": True, "guard_filter_fn": _worth_a_look}
+    # What calls the kernels is C++ where that was seen to work: PyTorch 2.11 fails at loops on accelerators.
+    options = {"cpp_wrapper": near, "guard_filter_fn": _worth_a_look}
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
 
 

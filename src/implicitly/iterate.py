@@ -37,6 +37,8 @@ PATIENCE = 30
 LATE = 1 / 4
 # A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
 DRIFTED = 10
+# Whether the body of a traced loop may write into tensors that lie outside of it.
+LOOPS_WRITE = torch.__version__ >= "2.13"
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 

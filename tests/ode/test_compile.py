@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import implicitly as im
+from implicitly import iterate
 from implicitly.ode import graph_adjoint, record
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
@@ -52,6 +53,12 @@ def assert_same(f, y0, t, loose=1e-11, undecided=0, **options):
     return graph, eager
 
 
+@pytest.fixture(params=[True, False], ids=["in place", "carried"])
+def buffers(request, monkeypatch):
+    """Buffers of loops are written in place, and, as before PyTorch 2.13, carried."""
+    monkeypatch.setattr(iterate, "LOOPS_WRITE", request.param)
+
+
 METHODS = [im.Dopri5(), im.Heun(rtol=1e-3), im.ReversibleHeun(rtol=1e-3), im.Adams(rtol=1e-4)]
 
 
@@ -76,7 +83,7 @@ def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method)
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
 
 
-def test_many_outputs_long_solves_and_times_of_each_sample(traced):
+def test_many_outputs_long_solves_and_times_of_each_sample(traced, buffers):
     y0 = torch.randn(3, 2, dtype=D)
     # More outputs than a step writes at once; more steps than one run of the graph takes, backwards in time.
     assert_same(turning, y0, torch.linspace(0, 5, 200, dtype=D), batch_dims=0)
@@ -241,7 +248,7 @@ def test_derivatives_are_those_of_finite_differences(traced):
     assert len(traced) == 2
 
 
-def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, monkeypatch):
+def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, buffers, monkeypatch):
     monkeypatch.setattr(record, "CHECKPOINTS", 2)
     y0, w, t = torch.randn(2, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 1, 6, dtype=D)
     for steps, states in ((33, 1), (700, 3)):  # of 1 and 6 runs of the graph

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly import iterate
 from implicitly.compiled import run_as_graph
 from implicitly.host import views
 from implicitly.iterate import Status, is_running, is_success, repeat
@@ -72,8 +73,8 @@ class Loop:
     Attributes:
         stepper: `stepper(times, *theta)` takes the steps.
         spec: of `Looping`.
-        in_place: whether buffers are written in place. The compiler cannot do that in a loop which differentiates;
-            there they are carried, and copied for each step.
+        in_place: whether buffers are written in place. The compiler cannot do that in a loop which differentiates,
+            nor before PyTorch 2.13; there they are carried, and copied for each step.
     """
 
     stepper: Callable[..., Stepper]
@@ -157,7 +158,7 @@ def integrate_as_graph(
     # As a graph returns them: other strides would make a second graph for the second run.
     flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
     method = taker.method
-    loop = Loop(stepper, spec, in_place=not method.differentiates)
+    loop = Loop(stepper, spec, in_place=iterate.LOOPS_WRITE and not method.differentiates)
     first = torch.ones((), dtype=torch.bool, device=times.device)
     running = True
     while running:

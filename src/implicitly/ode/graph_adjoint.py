@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.nn.functional import pad
 
+from implicitly import iterate
 from implicitly.compiled import run_as_graph
 from implicitly.host import views
 from implicitly.iterate import repeat
@@ -92,11 +93,13 @@ class Pull:
         stepper: `stepper(times, *theta, moving=...)` takes the steps, see `Stepper`.
         shared: which inputs (times, y0, theta), without y0, a derivative is wanted by.
         width: how many tensors are a state with what the method carries.
+        in_place: whether the buffers are written in place, or copied for each step.
     """
 
     stepper: Callable[..., Stepper]
     shared: tuple[int, ...]
     width: int
+    in_place: bool
 
     def run(self, counts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Up to `BLOCK` rows.
@@ -117,16 +120,19 @@ class Pull:
         buffers, bars, (finished, g, *inputs) = given[:width], given[width : 2 * width], given[2 * width :]
         on, back, first = counts.unbind()
 
-        def forward(k: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def forward(k: Any, carry: Any) -> Any:
+            state, states = carry
             times, _, *theta = views(*inputs)
             _, after = moved(self.stepper(times, *theta, moving=False), *rows.row(k.reshape(1))[:2], state)
-            for buffer, x in zip(buffers, after):
-                buffer.index_copy_(0, (k + 1).reshape(1), x.unsqueeze(0))
-            return after
+            put = Tensor.index_copy_ if self.in_place else Tensor.index_copy
+            written = tuple(
+                put(buffer, 0, (k + 1).reshape(1), x.unsqueeze(0)) for buffer, x in zip(states or buffers, after)
+            )
+            return after, () if self.in_place else written
 
         def backward(k: Any, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             at, places = (back - 1 - k).reshape(1), views(*inputs)
-            state = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in buffers)
+            state = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in states or buffers)
             taken, moves, *of = rows.row(at)
             columns, inside = window(places[0], *of)
             bars = carry[:width]
@@ -137,7 +143,8 @@ class Pull:
             found = self.pulled(f, places, state, bars)
             return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
 
-        _, state = repeat(forward, tuple(x[0] for x in buffers), _always, on)
+        begin = tuple(x[0] for x in buffers), () if self.in_place else buffers
+        _, (state, states) = repeat(forward, begin, _always, on)
         sums = (torch.zeros_like(inputs[i]) for i in self.shared)
         _, carry = repeat(backward, (*bars, *sums), _always, back)
         # What is carried into the first step follows from y0.
@@ -222,7 +229,7 @@ def sweep_as_graph(
     rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
     places = sorted(record.states)
     states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
-    pull = Pull(stepper, tuple(shared), len(states[0]))
+    pull = Pull(stepper, tuple(shared), len(states[0]), iterate.LOOPS_WRITE)
     name = f"the derivative of odeint with {type(method).__name__}"
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
     # Cloned, so that the stride of a lone sample is that of any tensor like it.
