@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
-from implicitly.host import happens, on_host, to_host
+from implicitly.host import happens, on_host, remembered, to_host
 from implicitly.tree import is_near, is_wrapped, row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
@@ -125,6 +125,11 @@ class Proposal(NamedTuple):
     singular: Tensor | None = None
     verdict: Tensor | None = None
     progress: Tensor | None = None
+
+    @property
+    def fails_nowhere(self) -> bool:
+        """Whether nothing is said of samples that cannot go on."""
+        return self.singular is None and self.verdict is None
 
     @property
     def is_plain(self) -> bool:
@@ -341,8 +346,8 @@ class _Loop:
         zeros = torch.zeros_like(norm, dtype=torch.int64)
         status = zeros + int(Status.RUNNING)
         if not self.budget_only:
-            status = torch.where(norm <= self.atol + self.rtol * scale, int(Status.CONVERGED), status)
-        status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
+            status = coded(norm <= self._limit(scale), Status.CONVERGED, status)
+        status = coded(norm < math.inf, status, Status.NON_FINITE)
         memory = self.solver.start(F, z, r)
         status = None if self.is_blind(z) or self._all(is_running(status), 0) else status
         return _Carry(z, r, z, norm, zeros, status, zeros, scale, BLOW_UP * norm, calls, memory)
@@ -362,18 +367,18 @@ class _Loop:
         calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
         scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
-        failing = new.singular is not None or new.verdict is not None
-        if running is None and not failing and self._uneventful(k, c, norm, scale):
-            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.steps, calls=calls, memory=new.memory)
+        if self._uneventful(k, c, running, new, norm, scale):
+            none = torch.zeros_like(c.steps) if running is not None else c.steps
+            return _Carry(z, r, z, norm, none, None, none, c.scale, c.blow_up, calls, new.memory)
         better = norm < c.best_norm
-        if running is None and not failing and new.progress is None and self.is_blind(norm):
+        if running is None and new.fails_nowhere and new.progress is None and self.is_blind(norm):
             # Samples that end in NaN are told apart at the end, by `last_step`.
             best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
             return c._replace(z=z, r=r, best=best, best_norm=best_norm, calls=calls, memory=new.memory)
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
-        stop = ~norm.isfinite() if self.budget_only else ~(norm <= c.blow_up)
+        stop = ~(norm < math.inf) if self.budget_only else ~(norm <= c.blow_up)
         if new.progress is not None:
-            better_otherwise = new.progress & norm.isfinite()
+            better_otherwise = new.progress & (norm < math.inf)
             stop = stop & ~better_otherwise
         converged = self._converged(c, z, norm, scale)
         if converged is not None:
@@ -389,8 +394,8 @@ class _Loop:
             better, stop = better & running, stop & running
         status, steps = c.status, c.steps
         if happens(stop):
-            status = torch.full_like(steps, int(Status.RUNNING)) if status is None else status
-            status = torch.where(stop, _reason(norm, converged, c.blow_up, new), status)
+            reason = _reason(norm, converged, c.blow_up, new)
+            status = coded(stop, reason, Status.RUNNING if status is None else status)
             steps = torch.where(stop, k + 1, steps)
             if new.progress is not None:  # no line search is to try anything more for who has finished
                 r = torch.where(is_running(status).unsqueeze(1), r, 0.0)
@@ -406,15 +411,38 @@ class _Loop:
         looks = not torch.compiler.is_dynamo_compiling() and _is_due(k, mask)
         return looks and bool(unwrapped(mask).all())
 
-    def _uneventful(self, k: int | Tensor, c: _Carry, norm: Tensor, scale: Tensor) -> bool:
-        """Whether it is plain to see that every sample came closer and none has arrived: the usual step."""
-        if isinstance(k, Tensor) or is_wrapped(norm) or self.is_blind(norm):
+    def _limit(self, scale: Tensor) -> Tensor:
+        """`(B,)`, the residual norm at which a sample has converged."""
+        limit = self.rtol * scale
+        return limit + self.atol if self.atol else limit
+
+    def _uneventful(
+        self, k: int | Tensor, c: _Carry, running: Tensor | None, new: Proposal, norm: Tensor, scale: Tensor
+    ) -> bool:
+        """Whether it is plain to see that every sample came closer and none has ended: the usual step."""
+        if torch.compiler.is_dynamo_compiling() or is_wrapped(norm) or self.is_blind(norm):
             return False
-        if not is_near(norm):
-            going_on = (norm < c.best_norm) & (norm > self.atol + self.rtol * scale)
-            return self._all(going_on, k + 1)
-        size, best = to_host(norm), to_host(c.best_norm)
-        going_on = size < best
+        if new.progress is not None:
+            return False
+        if is_near(norm):
+            return running is None and new.fails_nowhere and self._all_come_closer(norm, c.best_norm, scale)
+        if not _is_due(k + 1, norm):
+            return False
+        going_on = norm < c.best_norm
+        if not self.budget_only:
+            going_on &= norm > self._limit(scale)
+        if running is not None:
+            going_on &= running
+        if new.singular is not None:
+            going_on &= ~new.singular
+        if new.verdict is not None:
+            going_on &= is_running(new.verdict)
+        return bool(going_on.all())
+
+    def _all_come_closer(self, norm: Tensor, best_norm: Tensor, scale: Tensor) -> bool:
+        """Whether all residuals are the least so far and above their limits, by NumPy."""
+        size = to_host(norm)
+        going_on = size < to_host(best_norm)
         if not self.budget_only:
             rtol = to_host(self.rtol) if isinstance(self.rtol, Tensor) else self.rtol
             going_on &= size > self.atol + rtol * to_host(scale)
@@ -424,7 +452,7 @@ class _Loop:
         """Which samples have arrived at `z`, whose residual norm is `norm`, with the step from `c`."""
         if self.budget_only:
             return None
-        converged = norm <= self.atol + self.rtol * scale
+        converged = norm <= self._limit(scale)
         if not self.relative_to_iterate or not happens(converged):
             return converged
         assert not isinstance(self.rtol, Tensor)
@@ -451,9 +479,7 @@ class _Loop:
             found = last_step(self.solver, c.z, c.r, c.best, c.best_norm)
             return found._replace(evaluations=calls, estimate=estimate)
         running = _running(c)
-        status = torch.full_like(c.steps, int(Status.MAX_STEPS))
-        if c.status is not None:
-            status = torch.where(running, status, c.status)
+        status = coded(running, Status.MAX_STEPS, Status.MAX_STEPS if c.status is None else c.status)
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
         if self.budget_only:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
@@ -480,10 +506,10 @@ def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Ten
     Where that is not finite the answer is the `best` iterate before, whose residual is `best_norm` `(B,)`.
     """
     norm = row_norm(r)
-    finite = norm.isfinite()
+    finite = norm < math.inf
     if happens(~finite):
         z, norm = where_rows(finite, z, best), torch.where(finite, norm, best_norm)
-    status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NON_FINITE))
+    status = coded(finite, Status.MAX_STEPS, Status.NON_FINITE)
     steps = torch.full_like(status, solver.max_steps)
     return Found(z, status, norm, steps, steps.new_zeros(()))
 
@@ -508,13 +534,27 @@ def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> F
 
 def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Proposal) -> Tensor:
     """Why a sample stops: `(B,)` codes."""
-    reason = torch.where(norm > blow_up, int(Status.DIVERGED), torch.full_like(norm, int(Status.STAGNATED)))
+    reason = coded(norm > blow_up, Status.DIVERGED, Status.STAGNATED)
     if new.singular is not None:
-        reason = torch.where(new.singular, int(Status.SINGULAR), reason)
-    reason = torch.where(norm.isfinite(), reason, int(Status.NON_FINITE)).to(torch.int64)
+        reason = coded(new.singular, Status.SINGULAR, reason)
+    reason = coded(norm < math.inf, reason, Status.NON_FINITE)
     if new.verdict is not None:
         reason = torch.where(is_running(new.verdict), reason, new.verdict)
-    return reason if converged is None else torch.where(converged, int(Status.CONVERGED), reason)
+    return reason if converged is None else coded(converged, Status.CONVERGED, reason)
+
+
+def coded(mask: Tensor, yes: Tensor | Status, no: Tensor | Status) -> Tensor:
+    """`torch.where` of codes `(B,)` int64. Numbers would each be sent to an accelerator again."""
+    if torch.compiler.is_dynamo_compiling():
+        yes, no = (int(x) if isinstance(x, Status) else x for x in (yes, no))
+        return torch.where(mask, yes, no).to(torch.int64)
+    yes, no = (_code(x, mask.device) if isinstance(x, Status) else x for x in (yes, no))
+    return torch.where(mask, yes, no)
+
+
+@remembered(64)
+def _code(status: Status, device: torch.device) -> Tensor:
+    return torch.tensor(int(status), device=device)
 
 
 def repeat(

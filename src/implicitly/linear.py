@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write, write_result
-from implicitly.host import happens
-from implicitly.iterate import Proposal, Solver
+from implicitly.host import happens, on_host
+from implicitly.iterate import Proposal, Solver, where_rows
 from implicitly.tree import row_norm
 
 
@@ -76,11 +76,14 @@ class GMRES(LinearSolver):
         slots = self._slots(z)
         slot = k % slots
         norm = row_norm(r)
-        v = r / _nonzero(norm)
+        v, lengths = r, norm
         if isinstance(slot, Tensor) or slot > 0:
-            slow = (norm > 0.9 * last_norm) & (slot > 0)
+            slow = norm > 0.9 * last_norm
+            if isinstance(slot, Tensor):
+                slow = slow & (slot > 0)
             if happens(slow):
-                v = torch.where(slow[:, None], last / _nonzero(row_norm(last)), v)
+                v, lengths = where_rows(slow, last, r), torch.where(slow, row_norm(last), norm)
+        v = v / _nonzero(lengths)
         image = F.operator(v)
         W_k, P_k, weights = filled(W, slot), filled(P, slot), filled(inverses, slot)
         if isinstance(slot, Tensor):
@@ -90,10 +93,11 @@ class GMRES(LinearSolver):
         P = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
         w, p = read(W, slot), read(P, slot)
         # An image inside the space already spanned, while a residual remains: M is singular there.
-        singular = length <= 10 * torch.finfo(z.dtype).eps * full
-        inverse = torch.where(singular, 0.0, 1 / torch.where(singular, 1.0, length))
+        singular = length <= full * (10 * torch.finfo(z.dtype).eps)
+        inverse = (1 / (length + singular)).masked_fill(singular, 0.0)
         inverses = write(inverses, slot, inverse)
-        column = (torch.linalg.vecdot(w, r) * inverse * inverse)[:, None]
+        inverse = inverse[:, None]
+        column = products(r, w.unsqueeze(1)) * inverse * inverse
         z, r = torch.addcmul(z, column, p), torch.addcmul(r, column, w, value=-1)
         return Proposal(z, (W, P, inverses, w, norm), r, 1, singular)
 
@@ -117,10 +121,10 @@ def _orthogonalised(
     buffer = write_result(buffer, slot, take_away, x, coefficients, basis)
     length = row_norm(read(buffer, slot))
     # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
-    if basis.shape[1] and happens(length < 0.7 * full):
+    if basis.shape[1] and (not on_host(length) or happens(length < 0.7 * full)):
         left = read(buffer, slot)
         again = products(left, basis) * weights * weights
-        buffer = write(buffer, slot, take_away(left, again, basis))
+        buffer = write_result(buffer, slot, take_away, left, again, basis)
         coefficients, length = coefficients + again, row_norm(read(buffer, slot))
     return buffer, coefficients, length, full
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitly.history import combine, empty_slots, filled, products, with_room, write, write_cross, write_result
-from implicitly.host import happens, remembered
+from implicitly.host import happens, on_host, remembered
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
 from implicitly.tree import is_near, records
 
@@ -82,7 +82,7 @@ def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float) -> Tensor:
 def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
     """Weights `(B, c)`, of sum 1, that make the mixed residual least; the newest alone where they mean nothing."""
     weights, believable = _least(gram, count)
-    if not happens(~believable):
+    if on_host(believable) and not happens(~believable):
         return weights
     if records():  # once more without the systems that mean nothing: what they left must not reach a derivative
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
@@ -105,26 +105,28 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     weights = weights / weights.sum(1, keepdim=True)
     # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
     # contracts by q needs weights of about 1 / (1 - q).) NaN compares false.
-    return weights, (weights.abs().sum(1) < LARGEST_WEIGHTS) & definite
+    return weights, (torch.linalg.vector_norm(weights, 1, dim=1) < LARGEST_WEIGHTS) & definite
 
 
 def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The solution `(B, c)` of G w = 1 by elimination (Gauss and Jordan), and where `(B,)` G is positive definite.
+    """The solution `(B, c)` of G w = 1 by elimination, and where `(B,)` G is positive definite.
 
     An accelerator's decompositions wait for it, which no CUDA graph can hold, and round in another way for another
     size of the batch; a compiler can fuse them with nothing.
     """
     if isinstance(count, Tensor):  # nothing is asked of empty slots
         right = (torch.arange(gram.shape[1], device=gram.device) < count).to(gram.dtype)
-        whole = torch.cat([gram, right[:, None].expand(len(gram), -1, 1)], dim=2)
+        upper = torch.cat([gram, right[:, None].expand(len(gram), -1, 1)], dim=2)
     else:
-        whole = torch.nn.functional.pad(gram, (0, 1), value=1.0)
-    others = _others(gram.shape[1], gram.dtype, gram.device)
+        upper = torch.nn.functional.pad(gram, (0, 1), value=1.0)
+    # Of [[G, 1], [I, 0]] eliminating G leaves 0 - I G^-1 1 in the corner: no substitution, no row to be spared.
+    lower = _unit_rows(gram.shape[1], gram.dtype, gram.device)
+    whole, pivots = torch.cat([upper, lower.expand(len(gram), -1, -1)], dim=1), []
     for j in range(gram.shape[1]):
-        row = whole[:, j : j + 1] / whole[:, j : j + 1, j : j + 1]
-        whole = torch.addcmul(whole, whole[:, :, j : j + 1] * others[:, j : j + 1], row, value=-1)
-    pivots = whole.diagonal(dim1=1, dim2=2)
-    return whole[:, :, -1] / pivots, (pivots > 0).all(1)
+        row, pivot = whole[:, j : j + 1], whole[:, j : j + 1, j : j + 1]
+        pivots.append(pivot)
+        whole = torch.addcmul(whole, whole[:, :, j : j + 1] / pivot, row, value=-1)
+    return -whole[:, gram.shape[1] :, -1], (torch.cat(pivots, dim=1) > 0).flatten(1).all(1)
 
 
 @remembered(64)
@@ -134,6 +136,6 @@ def _newest(slot: int | Tensor, count: int, dtype: torch.dtype, device: torch.de
 
 
 @remembered(64)
-def _others(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(count, count)`, 0 on the diagonal and 1 beside it."""
-    return 1 - torch.eye(count, dtype=dtype, device=device)
+def _unit_rows(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(count, count + 1)`, the identity and a column of zeros."""
+    return torch.eye(count, count + 1, dtype=dtype, device=device)
