@@ -545,15 +545,12 @@ def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Propos
 
 def coded(mask: Tensor, yes: Tensor | Status, no: Tensor | Status) -> Tensor:
     """`torch.where` of codes `(B,)` int64. Numbers would each be sent to an accelerator again."""
-    if torch.compiler.is_dynamo_compiling():
-        yes, no = (int(x) if isinstance(x, Status) else x for x in (yes, no))
-        return torch.where(mask, yes, no).to(torch.int64)
-    yes, no = (_code(x, mask.device) if isinstance(x, Status) else x for x in (yes, no))
-    return torch.where(mask, yes, no)
+    here = int if torch.compiler.is_dynamo_compiling() else partial(_code, mask.device)
+    return torch.where(mask, *(here(x) if isinstance(x, Status) else x for x in (yes, no)))
 
 
 @remembered(64)
-def _code(status: Status, device: torch.device) -> Tensor:
+def _code(device: torch.device, status: Status) -> Tensor:
     return torch.tensor(int(status), device=device)
 
 
