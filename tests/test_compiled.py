@@ -89,7 +89,7 @@ def test_code_is_generated_for_a_size_that_is_open():
     assert_the_second_leaves_the_size_open(Cell(), im.Anderson(rtol=1e-5))
 
 
-def fake(function, dynamic):
+def fake(function, *how):
     return function
 
 
@@ -324,7 +324,7 @@ def test_of_a_graph_that_cannot_be_had_threads_tell_once(monkeypatch):
         time.sleep(0.05)
         raise AssertionError("no graph")
 
-    monkeypatch.setattr(compiled, "_compile", lambda function, dynamic: fails)
+    monkeypatch.setattr(compiled, "_compile", lambda *how: fails)
     run = lambda: compiled.run_as_graph("solve", "key", torch.neg, torch.zeros(3))  # noqa: E731
     with pytest.warns(im.CompileWarning, match="no graph") as told:
         assert in_threads(*[run] * 5) == [None] * 5
@@ -341,7 +341,7 @@ def test_a_thread_that_waits_for_a_graph_whose_compilation_is_interrupted_makes_
             raise KeyboardInterrupt
         return "done"
 
-    monkeypatch.setattr(compiled, "_compile", lambda function, dynamic: interrupted_once)
+    monkeypatch.setattr(compiled, "_compile", lambda *how: interrupted_once)
     run = lambda: compiled.run_as_graph("solve", "key", torch.neg, torch.zeros(3))  # noqa: E731
     results = in_threads(run, run, run)
     assert sum(isinstance(result, KeyboardInterrupt) for result in results) == 1

@@ -10,15 +10,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitly.graph_break import REASON
-from implicitly.implicit import Condition, search, users_line
-from implicitly.iterate import Found, Solver
+from implicitly.implicit import Condition, Map, is_usable, search, users_line
+from implicitly.iterate import DRIFTED, Found, Solver
+from implicitly.linearised import split_pullback
+from implicitly.tree import is_near, row_norm
 
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]
@@ -27,6 +30,8 @@ _Places = tuple[tuple[int, int], ...]
 CAPACITY = 32
 # Graphs of one key after which a warning says that shapes change too often, and again after as many more.
 MANY = 8
+# Bytes of a state above which a graph on a CPU, which copies what a solver remembers at each step, is slower.
+LARGE = 2**18
 
 _graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 _problems: OrderedDict[Hashable, _Made] = OrderedDict()
@@ -56,6 +61,13 @@ class CompiledSolve:
     fallback: str | None
 
 
+@dataclass(frozen=True)
+class Make:
+    """Gives the function of a graph, where that takes work."""
+
+    make: Callable[[], Callable[..., Any]]
+
+
 @dataclass
 class _Graph:
     """A graph in the cache, with what is reported of it; `varying` holds (tensor, dimension) of varying sizes."""
@@ -63,7 +75,7 @@ class _Graph:
     name: str
     shapes: _Shapes
     varying: _Places
-    run: Callable[..., Any]
+    run: Callable[..., Any] | None = None  # None before the first call
     first_call_s: float | None = None
     calls: int = 0
     fallback: str | None = None
@@ -101,28 +113,38 @@ def compile_statistics() -> tuple[CompiledSolve, ...]:
 
 
 def run_as_graph(
-    name: str, key: Hashable, function: Callable[..., Any], *tensors: Tensor, varies: bool = False
+    name: str,
+    key: Hashable,
+    function: Callable[..., Any] | Make,
+    *tensors: Tensor,
+    varies: bool = False,
+    is_right: Callable[[Any], bool] | None = None,
 ) -> Any:
     """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
     graph can be had, which a `CompileWarning` that begins with `name` tells once.
 
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
-    static arguments, the solver. A graph in the cache runs in place of another `function` of the same key. Where
-    the batch `varies`, the graph for a second batch size leaves that size open. Threads that ask for one graph
-    wait for the one of them that makes it.
+    static arguments, the solver. A graph in the cache runs in place of another `function` of the same key; what
+    makes one, `Make`, is only called where there is no graph. Where the batch `varies`, the graph for a second
+    batch size leaves that size open. Threads that ask for one graph wait for the one of them that makes it.
+
+    Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
+    this one gave no more than one right answer: then none can be had.
     """
     # Detached: whether a gradient is wanted is no reason to compile again.
     tensors = tuple(t.detach().resolve_conj().resolve_neg() for t in tensors)
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     kinds = tuple(type(t) for t in tensors if type(t) is not Tensor)
-    index, graph = _kept(name, (key, kinds) if kinds else key, shapes, function, varies)
+    index, graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
-            return run_as_graph(name, key, function, *tensors, varies=varies)
+            return run_as_graph(name, key, function, *tensors, varies=varies, is_right=is_right)
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
         begin, done = time.perf_counter(), False
+        if run is None and (run := _begun(graph, function)) is None:
+            return None
         # Imported on first use: the compiler takes as long to import as all of torch.
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import InductorError
@@ -131,11 +153,17 @@ def run_as_graph(
         try:
             graph.mark(tensors)
             out = run(*tensors)
-            done = True
-            with _lock:
-                graph.calls += 1
-                graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
-            return out
+            if is_right is None or is_right(out):
+                done = True
+                with _lock:
+                    graph.calls += 1
+                    graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+                return out
+            if graph.calls < 2:
+                done = True
+                reason = "what f computes changes in ways that it does not see"
+                _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
+                return None
         except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
             # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
             # says so.
@@ -151,12 +179,10 @@ def run_as_graph(
                     graph.abandoned = True
                     if _graphs.get(index) is graph:
                         del _graphs[index]
-    return run_as_graph(name, key, function, *tensors)  # the size is not left open again
+    return run_as_graph(name, key, function, *tensors, is_right=is_right)  # the size is not left open again
 
 
-def _kept(
-    name: str, key: Hashable, shapes: _Shapes, function: Callable[..., Any], varies: bool
-) -> tuple[tuple[Hashable, Hashable], _Graph]:
+def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tuple[Hashable, Hashable], _Graph]:
     """The graph in the cache, which is put there first where it is missing, and where it is there."""
     message = None
     with _lock:
@@ -175,9 +201,7 @@ def _kept(
                     f"{_change(made.last, shapes)}; pad batches to a few sizes, or use compile=False"
                 )
             made.last = shapes
-            near = all(device.type == "cpu" for *_, device in shapes)
-            run = _compile(function, None if varying else False, near)
-            _graphs[index] = _Graph(name, shapes, varying, run)
+            _graphs[index] = _Graph(name, shapes, varying)
         _graphs.move_to_end(index)
         graph = _graphs[index]
         for kept in (_graphs, _problems):
@@ -186,6 +210,20 @@ def _kept(
     if message is not None:
         warnings.warn(message, CompileWarning, stacklevel=users_line())
     return index, graph
+
+
+def _begun(graph: _Graph, function: Callable[..., Any] | Make) -> Callable[..., Any] | None:
+    """What is to run as `graph`; None where it cannot be made, which is then known."""
+    if isinstance(function, Make):
+        begin = time.perf_counter()
+        try:
+            function = function.make()
+        except Exception as error:  # whatever f raises where it is traced; if it is wrong, the eager loop says so
+            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+            return None
+    near = all(device.type == "cpu" for *_, device in graph.shapes)
+    graph.run = _compile(function, None if graph.varying else False, near)
+    return graph.run
 
 
 def _fall_back(graph: _Graph, reason: str, seconds: float) -> None:
@@ -305,12 +343,7 @@ def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         name = f"{condition.name} with {type(solver).__name__}"
         if solver.nests:
-            warnings.warn(
-                f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in "
-                "loops compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
-                CompileWarning,
-                stacklevel=users_line(),
-            )
+            _warn_of_nesting(name)
             return search(solver, condition, z0, theta, r0)
 
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
@@ -320,3 +353,59 @@ def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:
         return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
 
     return run
+
+
+def compiled_pullback(own: Condition, key: Hashable) -> Callable[..., Found]:
+    """`search` of what reverse mode solves at a solution of `own`, as one graph, kept as in `compiled_search`.
+
+    Its answers are looked at outside of the graph: where one is none, the graph is made again once, for a setting
+    of f that changed, and then given up.
+    """
+
+    def run(
+        solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+    ) -> Found:
+        eager = partial(search, solver, condition, u0, theta, r0)
+        b, z, *rest = theta
+        name = f"{condition.name} with {type(solver).__name__}"
+        if solver.nests:
+            _warn_of_nesting(name)
+            return eager()
+        if is_near(b) and b.nbytes > LARGE:
+            return eager()
+
+        def make() -> Callable[..., Found]:
+            prepare, pull = split_pullback(own.residual, z, rest)
+
+            def bind(*inputs: Tensor) -> Map:
+                saved = prepare(*inputs)
+                return lambda u: -pull(u, *saved)
+
+            transposed = replace(condition, bind=bind, carries=None)
+            return lambda b, *inputs: search(
+                solver, transposed, torch.zeros_like(b), (b, *inputs), b, verify=False
+            )
+
+        def is_right(found: tuple[Any, ...]) -> bool:
+            claimed, length = Found(*found), row_norm(b)
+            residual = row_norm(condition.at(*theta)(claimed.z))
+            rounding = max(solver.tolerances(condition.dtype)[0], 10 * torch.finfo(b.dtype).eps)
+            limit = DRIFTED * torch.maximum(claimed.residual, rounding * length)
+            return not bool((is_usable(claimed.status) & ~(residual <= limit)).any())
+
+        found = run_as_graph(name, (own.name, key, solver, "pullback"), Make(make), *theta, is_right=is_right)
+        if found is None:
+            return eager()
+        found = Found(*found)
+        return found._replace(evaluations=found.evaluations + 1)
+
+    return run
+
+
+def _warn_of_nesting(name: str) -> None:
+    warnings.warn(
+        f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in loops "
+        "compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
+        CompileWarning,
+        stacklevel=users_line(),
+    )

@@ -233,11 +233,12 @@ def search(
     *,
     leave_last: bool = False,
     unrolled: bool = False,
+    verify: bool = True,
 ) -> Found:
     """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records.
 
     `leave_last`: as of `iterate`; then without an estimate. `unrolled`: exactly `max_steps` steps, one after the
-    other, in a traced graph.
+    other, in a traced graph. `verify`: look whether an answer that a recurrence calls right is so.
     """
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
@@ -261,7 +262,7 @@ def search(
             floor=min(rtol, 4 * torch.finfo(condition.dtype).eps),
             scale=scale,
             carries=condition.carries,
-            verify=solver.recurrent,
+            verify=verify and solver.recurrent,
             leave_last=leave_last,
             unrolled=unrolled,
         )
@@ -335,12 +336,14 @@ class Backward:
         inverse: an estimate of M^-1, a map on `(B, n)`, for the reverse mode of first order.
         use: "start" the solve from `inverse(b)`, or "precondition" it by `inverse`.
         listen: receives what the solve of first order found.
+        run: replaces `search` in the reverse mode of first order (a compiled one).
     """
 
     solver: Solver
     inverse: Map | None = None
     use: str = "start"
     listen: Callable[[Found], None] | None = None
+    run: Callable[..., Found] | None = None
 
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
         """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
@@ -356,11 +359,17 @@ class Backward:
             usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
         return torch.where(usable[:, None], found.z, 0.0)
 
-    def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
+    def solve(
+        self,
+        condition: Condition,
+        theta: tuple[Tensor, ...],
+        inverse: Map | None = None,
+        run: Callable[..., Found] | None = None,
+    ) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
         if inverse is None:
-            found = find(self.solver, condition, torch.zeros_like(b), theta, b)
+            found = find(self.solver, condition, torch.zeros_like(b), theta, b, run)
         elif self.use == "start":
             found = find(self.solver, condition, inverse(b), theta)
         else:
@@ -473,7 +482,8 @@ class _Attach(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(theta)
         if is_plain(g, z, *theta):
             pull = recorded(ctx.condition.residual, (z, *theta), [0, *(i + 1 for i in needed)])
-            u = ctx.how.solve(transposed(ctx.condition, len(z), pull), (g, z, *theta), ctx.how.inverse)
+            how = ctx.how
+            u = how.solve(transposed(ctx.condition, len(z), pull), (g, z, *theta), how.inverse, how.run)
             for i, gradient in zip(needed, pull(u, [i + 1 for i in needed])):
                 gradients[i] = gradient
             return None, None, None, *gradients

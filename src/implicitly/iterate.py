@@ -545,8 +545,9 @@ def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Propos
 
 def coded(mask: Tensor, yes: Tensor | Status, no: Tensor | Status) -> Tensor:
     """`torch.where` of codes `(B,)` int64. Numbers would each be sent to an accelerator again."""
-    here = int if torch.compiler.is_dynamo_compiling() else partial(_code, mask.device)
-    return torch.where(mask, *(here(x) if isinstance(x, Status) else x for x in (yes, no)))
+    here: Callable[[Status], Any] = int if torch.compiler.is_dynamo_compiling() else partial(_code, mask.device)
+    first, second = (here(x) if isinstance(x, Status) else x for x in (yes, no))
+    return torch.where(mask, first, second)
 
 
 @remembered(64)

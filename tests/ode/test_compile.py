@@ -67,7 +67,9 @@ def test_takes_the_steps_of_the_eager_loop(traced, method):
     y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
     assert_same(turning, y0, t, solver=method, batch_dims=1)
     explicit = isinstance(method, ExplicitRungeKutta)  # whose backward pass is another graph
-    assert [graph.name.startswith("the derivative") for graph in traced.values()] == [False, True][: 1 + explicit]
+    kinds = [graph.name.startswith("the derivative") for graph in traced.values()]
+    assert sorted(set(kinds)) == [False, True][: 1 + explicit]
+    assert kinds.count(False) <= 2  # the first steps, and all others
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, buffers
         assert_same_derivatives(turning, y0, t, w, solver=method)
         value = im.odeint(turning, y0, t, w.clone().requires_grad_(), solver=method, compile=True).value
         assert len(trajectory_of(value).record.states) == states
-    assert len(traced) == 4  # for each method two, for all of its runs
+    assert len(traced) == 5  # for each method two, and one for steps after the first 128
 
 
 def trajectory_of(value):

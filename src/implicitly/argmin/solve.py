@@ -59,7 +59,8 @@ def argmin(
             second order (on the tangent space of the active constraints); those that are not end as NOT_MINIMUM.
         on_failure: "raise", "warn" or "ignore" when samples do not converge. Samples that diverged, met NaN, fell
             without end (UNBOUNDED) or found no minimum have zero gradient.
-        compile: run the whole solve as one graph of `torch.compile`.
+        compile: run the whole solve as one graph of `torch.compile`, and the linear solve of `ImplicitAdjoint` as
+            another, as in `fixed_point`.
 
     Returns:
         `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps` of
@@ -139,4 +140,4 @@ def _minimum(
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
     condition = form.condition(problem, on_failure, convex)
     found = how.find(solver, condition, problem, compile)
-    return form.solution(problem, found, how.attach(found, condition, problem))
+    return form.solution(problem, found, how.attach(found, condition, problem, compile))

@@ -73,7 +73,7 @@ class PhantomAdjoint(Adjoint):
         derivative = iterate - iterate.detach()
         return found.z.detach() + (torch.where(usable[:, None], derivative, 0.0) if failed else derivative)
 
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
         """The found point, which has its derivative."""
         return found.z
 
@@ -94,6 +94,6 @@ class JacobianFreeAdjoint(Adjoint):
         """The solver's result, with the derivative of one iteration."""
         return PhantomAdjoint(steps=1).find(solver, condition, problem, compile)
 
-    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
         """The found point, which has its derivative."""
         return found.z

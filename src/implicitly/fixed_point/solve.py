@@ -63,7 +63,9 @@ def fixed_point(
             have zero gradient (where f is undefined at finite arguments, only with `in_dims`);
             others that fell short have the gradient at their best iterate. In the graph of a model that you
             compile (see Note) nothing is announced; look at `status`.
-        compile: run the whole solve as one graph of `torch.compile`.
+        compile: run the whole solve as one graph of `torch.compile`, and the linear solve of `ImplicitAdjoint` as
+            another; a `CompileWarning` says where none can be had. Backward solves of large states on a CPU run
+            eagerly: a graph copies what a solver remembers at each step.
 
     Returns:
         `Solution`: `value` like z0; `status`, `residual` (|f(z) - z|) and `steps` of shape `(B,)`.
@@ -86,7 +88,7 @@ def fixed_point(
     )
     condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
     found = how.find(solver, condition, problem, compile)
-    return problem.solution(found, how.attach(found, condition, problem))
+    return problem.solution(found, how.attach(found, condition, problem, compile))
 
 
 @one_break_unless(is_traceable)
@@ -120,4 +122,4 @@ def root(
     )
     condition = problem.condition("root", on_failure)
     found = how.find(solver, condition, problem, compile)
-    return problem.solution(found, how.attach(found, condition, problem))
+    return problem.solution(found, how.attach(found, condition, problem, compile))

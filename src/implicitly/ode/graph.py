@@ -66,40 +66,59 @@ def window_of(times: Tensor) -> int:
     return min(times.shape[1] - 2, WINDOW)
 
 
+class Left(NamedTuple):
+    """What a graph leaves: the solve as far as it got, and whether there is more of it; what its loop carried and
+    wrote."""
+
+    found: Integrated
+    running: Tensor  # () bool
+    looping: Looping
+    buffers: Buffers
+
+
 @dataclass(frozen=True)
 class Loop:
-    """What the graph computes.
+    """What the graphs compute.
 
     Attributes:
         stepper: `stepper(times, *theta)` takes the steps.
-        spec: of `Looping`.
         in_place: whether buffers are written in place. The compiler cannot do that in a loop which differentiates,
             nor before PyTorch 2.13; there they are carried, and copied for each step.
     """
 
     stepper: Callable[..., Stepper]
-    spec: pytree.TreeSpec
     in_place: bool
 
-    def run(self, first: Tensor, times: Tensor, y0: Tensor, k0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """Up to `CHUNK` steps from what is carried, or from the start at the `first` run; the buffers follow."""
-        count, slots = self.spec.num_leaves, len(Buffers._fields)
-        flat, buffers, theta = rest[:count], Buffers(*rest[count : count + slots]), rest[count + slots :]
-        given = pytree.tree_unflatten(list(flat), self.spec)
+    def begin(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Left:
+        """The first `CHUNK` steps, which most solves do not need."""
         stepper = self.stepper(times, *theta)
-        fresh = stepper.start(y0, k0)
-        carry = pytree.tree_map(partial(torch.where, first), fresh, given.carry)
-        calls = given.calls + torch.where(first, stepper.bound.F.calls, 0)
-        looping = given._replace(carry=carry, calls=calls, noted=torch.zeros_like(given.noted))
-        carried = (looping, () if self.in_place else buffers)
+        carry = stepper.start(y0, k0)
+        none = torch.zeros((), dtype=torch.int64, device=y0.device)
+        looping = Looping(carry, none, torch.zeros_like(carry.steps), none + stepper.bound.F.calls)
+        return self.steps(times, y0, theta, looping, Buffers.empty(times, y0))
+
+    def go_on(self, spec: pytree.TreeSpec, times: Tensor, y0: Tensor, *rest: Tensor) -> Left:
+        """`CHUNK` more steps from what is carried and written, the leaves of `spec`, before theta."""
+        count = spec.num_leaves
+        looping, buffers = pytree.tree_unflatten(list(rest[:count]), spec)
+        looping = looping._replace(noted=torch.zeros_like(looping.noted))
+        return self.steps(times, y0, rest[count:], looping, buffers)
+
+    def steps(
+        self, times: Tensor, y0: Tensor, theta: tuple[Tensor, ...], looping: Looping, buffers: Buffers
+    ) -> Left:
+        """Up to `CHUNK` of them."""
 
         def step(k: int | Tensor, carried: Any) -> Any:
             looping, written = carried
             looping, written = self.step(times, theta, looping, written or buffers)
             return looping, () if self.in_place else written
 
+        carried = (looping, () if self.in_place else buffers)
         _, (looping, written) = repeat(step, carried, lambda c: is_running(c[0].carry.status).any(), CHUNK)
-        return *pytree.tree_leaves(looping), *written
+        buffers = written or buffers
+        running = is_running(looping.carry.status).any()
+        return Left(_result(times, y0, looping, buffers), running, looping, buffers)
 
     def step(
         self, times: Tensor, theta: tuple[Tensor, ...], L: Looping, buffers: Buffers
@@ -150,39 +169,24 @@ def integrate_as_graph(
     record: Record | None,
 ) -> tuple[Integrated, Tensor, int] | None:
     """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
-    times = times.contiguous()
-    taker = stepper(times, *theta)
-    looping = _begin(taker, y0, k0)
-    buffers = Buffers.empty(times, y0)
-    flat, spec = pytree.tree_flatten(looping)
-    # As a graph returns them: other strides would make a second graph for the second run.
-    flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
-    method = taker.method
-    loop = Loop(stepper, spec, in_place=iterate.LOOPS_WRITE and not method.differentiates)
-    first = torch.ones((), dtype=torch.bool, device=times.device)
-    running = True
-    while running:
-        before, inputs = looping.carry, (first, times, y0, k0, *flat, *buffers, *theta)
-        out = run_as_graph(f"odeint with {type(method).__name__}", key, loop.run, *inputs)
-        if out is None:
-            return None
-        flat, written = out[: spec.num_leaves], out[spec.num_leaves :]
-        looping, buffers = pytree.tree_unflatten(list(flat), spec), Buffers(*written) if written else buffers
+    times, taker = times.contiguous(), stepper(times, *theta)
+    method, start = taker.method, State(y0, ())
+    if record is not None:
+        start = State(y0, method.start(taker.bound.F, taker.begin, y0, k0))
+    name = f"odeint with {type(method).__name__}"
+    loop = Loop(stepper, iterate.LOOPS_WRITE and not method.differentiates)
+    left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, k0, *theta)
+    while left is not None:
         if record is not None:
-            record.note_many(buffers.steps(int(looping.noted)), State(before.y, before.memory))
-        running = bool(is_running(looping.carry.status).any())
-        first = torch.zeros_like(first)
-    return _result(times, y0, looping, buffers), looping.carry.y, int(looping.calls)
-
-
-def _begin(stepper: Stepper, y0: Tensor, k0: Tensor) -> Looping:
-    """What is carried into the first run: of the right shapes, and for the record the first state."""
-    zeros = torch.zeros(len(y0), dtype=torch.int64, device=y0.device)
-    number = torch.zeros_like(stepper.begin)
-    memory = stepper.method.start(stepper.bound.F, stepper.begin, y0, k0)
-    none = torch.zeros((), dtype=torch.int64, device=y0.device)
-    carry = Carry(y0, memory, stepper.begin, number, number, zeros, zeros, zeros, zeros)
-    return Looping(carry, none, zeros, none)
+            record.note_many(left.buffers.steps(int(left.looping.noted)), start)
+        if not bool(left.running):
+            return left.found, left.looping.carry.y, int(left.looping.calls)
+        start = State(left.looping.carry.y, left.looping.carry.memory)
+        flat, spec = pytree.tree_flatten((left.looping, left.buffers))
+        # Each with the strides of any tensor like it: others would make another graph.
+        flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
+        left = run_as_graph(name, (key, "go on"), partial(loop.go_on, spec), times, y0, *flat, *theta)
+    return None
 
 
 def _result(times: Tensor, y0: Tensor, looping: Looping, buffers: Buffers) -> Integrated:
