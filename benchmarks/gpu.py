@@ -222,12 +222,14 @@ def fixed_points(machine: Machine) -> Iterator[Case]:
     cell, x = Cell(48, 64, 8).to(device), torch.randn(batch, 48, 16, 16, device=device)
     parameters, zero = list(cell.parameters()), torch.zeros_like(x)
 
-    def solve(solver: im.Anderson = im.Anderson(rtol=1e-3), **options: Any) -> Tensor:
-        return im.fixed_point(cell, zero, x, solver=solver, on_failure="ignore", **options).value
+    def solve(
+        solver: im.Anderson = im.Anderson(rtol=1e-3), adjoint: Any = im.ImplicitAdjoint(rtol=1e-3), **options: Any
+    ) -> Tensor:
+        return im.fixed_point(cell, zero, x, solver=solver, adjoint=adjoint, on_failure="ignore", **options).value
 
     def low_precision() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return solve(im.Anderson(rtol=5e-2))
+            return solve(im.Anderson(rtol=5e-2), im.ImplicitAdjoint(rtol=5e-2))
 
     peer = TorchDEQ("anderson", 1e-3, 25)
     budget = partial(solve, im.Anderson(rtol=0, max_steps=10), adjoint=im.JacobianFreeAdjoint())
@@ -268,14 +270,21 @@ def programs(machine: Machine) -> Iterator[Case]:
         for t in draw(batch, *((50, 50, 10) if not machine.smoke else (5, 4, 2)))
     ]
     shared = [t.to(machine.device).requires_grad_() for t in draw(many, 20, 40, 0, shared=True)[:4]]
-    for name, solve, inputs in (
-        ("QP, InteriorPoint", lambda: im.qp(*args).value, args),
-        ("QP of shared matrices, ADMM", lambda: im.qp(*shared, solver=im.ADMM()).value, shared),
+    for name, options, inputs in (
+        ("QP, InteriorPoint", {}, args),
+        ("QP, InteriorPoint, compile=True", {"compile": True}, args),
+        ("QP of shared matrices, ADMM", {"solver": im.ADMM()}, shared),
     ):
-        yield from both(Case(name, solve, dtype=inputs[0].dtype), inputs)
+        eager, solve = (partial(solution, *inputs, **{**options, **other}) for other in ({"compile": False}, {}))
+        yield from both(Case(name, solve, dtype=inputs[0].dtype, eager=eager), inputs)
     x = torch.randn(machine.size(65536, 8), 100, device=machine.device, requires_grad=True)
     for project in (im.project.simplex, im.project.l1_ball):
         yield from both(Case(f"projection, {project.__name__}", partial(project, x)), [x])
+
+
+def solution(*args: Tensor, **options: Any) -> Tensor:
+    """Of a quadratic program."""
+    return im.qp(*args, **options).value
 
 
 def table(found: list[Measured], limits: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ LAYERS = (
     ("iterate",),
     ("linear", "descent"),
     ("implicit",),
+    ("linearised",),
     ("compiled",),
     ("problem",),
     ("linear_solve", "adjoints"),

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.compiled import compiled_pullback, compiled_search
 from implicitly.history import add_combined, combine, products
 from implicitly.implicit import (
     Backward,
@@ -44,14 +43,13 @@ class Adjoint(ABC):
         `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
         """
 
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+    def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
         """The solver's result, without gradients."""
-        run = compiled_search(condition, problem.key) if compile else None
-        return find(solver, condition, problem.z0, problem.theta, problem.r0, run)
+        return find(solver, condition, problem.z0, problem.theta, problem.r0)
 
     @abstractmethod
-    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
-        """The found point `(B, n)` with its derivative; `compile`: what that solves is to be a graph, too."""
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with its derivative."""
 
 
 # What a solver may need of the problem, and which entry point has it.
@@ -144,7 +142,7 @@ class ImplicitAdjoint(Adjoint):
                 f"{type(solver).__name__}"
             )
 
-    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
         traced = torch.compiler.is_dynamo_compiling()  # then what f depends on is not all in theta
         if not (traced or any(is_recorded(t) for t in problem.theta)):
@@ -153,8 +151,7 @@ class ImplicitAdjoint(Adjoint):
         # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
         if self.inverse != "ignore" and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
-        run = compiled_pullback(condition, problem.key) if compile else None
-        how = Backward(self.backward_solver, estimate, self.inverse, self.listen, run)
+        how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
         return attach_usable(found, condition, problem.theta, how)
 
 
@@ -180,9 +177,9 @@ class _Unrolled(Adjoint):
                 "which has no derivative where eigenvalues coincide; use ImplicitAdjoint"
             )
 
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+    def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
         """The solver's result, with autograd recording."""
-        if compile:
+        if condition.graphs is not None:
             raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
         if torch.compiler.is_dynamo_compiling():
             return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
@@ -201,6 +198,6 @@ class _Unrolled(Adjoint):
         again = search(solver, condition, z0, theta)
         return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
 
-    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, whose graph is the solve itself."""
         return found.z

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from implicitly.graph_break import REASON
-from implicitly.implicit import Condition, Map, is_usable, search, users_line
+from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
 from implicitly.iterate import DRIFTED, Found, Solver
-from implicitly.linearised import split_pullback
+from implicitly.linearised import CannotSplitError, split_pullback
 from implicitly.tree import is_near, row_norm
 
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
@@ -142,44 +142,62 @@ def run_as_graph(
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
-        begin, done = time.perf_counter(), False
         if run is None and (run := _begun(graph, function)) is None:
             return None
-        # Imported on first use: the compiler takes as long to import as all of torch.
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
-        from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+        outcome = _outcome(graph, index, run, tensors, is_right)
+    if outcome is _TRY_AGAIN:
+        return run_as_graph(name, key, function, *tensors, is_right=is_right)  # no size is left open again
+    return outcome
 
-        try:
-            graph.mark(tensors)
-            out = run(*tensors)
-            if is_right is None or is_right(out):
-                done = True
-                with _lock:
-                    graph.calls += 1
-                    graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
-                return out
-            if graph.calls < 2:
-                done = True
-                reason = "what f computes changes in ways that it does not see"
-                _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
-                return None
-        except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
-            # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
-            # says so.
-            if not graph.varying:
-                done = True
-                _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
-                return None
+
+# What a call of a graph ends in that was dropped.
+_TRY_AGAIN = object()
+
+
+def _outcome(
+    graph: _Graph,
+    index: tuple[Hashable, Hashable],
+    run: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    is_right: Callable[[Any], bool] | None,
+) -> Any:
+    """What `graph`, kept at `index`, gives; None where there is none; or `_TRY_AGAIN`."""
+    begin, done = time.perf_counter(), False
+    # Imported on first use: the compiler takes as long to import as all of torch.
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    try:
+        graph.mark(tensors)
+        out = run(*tensors)
+        if is_right is None or is_right(out):
+            done = True
             with _lock:
-                _problems.setdefault(index[0], _Made()).fixed = True
-        finally:
-            if not done:  # perhaps interrupted amid compilation: what was begun is not used again
-                with _lock:
-                    graph.abandoned = True
-                    if _graphs.get(index) is graph:
-                        del _graphs[index]
-    return run_as_graph(name, key, function, *tensors, is_right=is_right)  # the size is not left open again
+                graph.calls += 1
+                graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+            return out
+        if graph.calls < 2:
+            done = True
+            reason = "what f computes changes in ways that it does not see"
+            _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
+            return None
+    except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
+        # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
+        # says so.
+        if not graph.varying:
+            done = True
+            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+            return None
+        with _lock:
+            _problems.setdefault(index[0], _Made()).fixed = True
+    finally:
+        if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+            with _lock:
+                graph.abandoned = True
+                if _graphs.get(index) is graph:
+                    del _graphs[index]
+    return _TRY_AGAIN
 
 
 def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tuple[Hashable, Hashable], _Graph]:
@@ -218,8 +236,8 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make) -> Callable[..., 
         begin = time.perf_counter()
         try:
             function = function.make()
-        except Exception as error:  # whatever f raises where it is traced; if it is wrong, the eager loop says so
-            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+        except CannotSplitError as error:
+            _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
     near = all(device.type == "cpu" for *_, device in graph.shapes)
     graph.run = _compile(function, None if graph.varying else False, near)
@@ -327,85 +345,91 @@ def _worth_a_look(guards: Sequence[Any]) -> list[bool]:
     return [not guard.name.startswith(_KNOWN) for guard in guards]
 
 
-def compiled_search(own: Condition, key: Hashable) -> Callable[..., Found]:
-    """`search` of the condition `own` as one graph, kept under its name, `key`, the solver, and the shapes and
-    dtypes of what it is called with.
+def as_graphs(condition: Condition, key: Hashable) -> Condition:
+    """`condition`, solved as one graph, and what reverse mode solves at its solution as another.
 
-    Where no graph can be made, or none that is right, a `CompileWarning` says why and the eager loop runs. So it
-    does, without a word, for another condition: `own` as mapped by `vmap`.
+    Graphs are kept under its name, `key`, the solver, and the shapes and dtypes of the tensors. Where none can be
+    made, or none that is right, a `CompileWarning` says why and the eager loop runs.
     """
+    solves = _Solves(condition, key)
+    return replace(condition, graphs=Graphs(solves.search, solves.pullback))
 
-    def run(
-        solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+
+@dataclass
+class _Solves:
+    """The solves of the condition `own`; `eager` where there is no graph of it, so that no other one is tried."""
+
+    own: Condition
+    key: Hashable
+    eager: bool = False
+
+    def search(
+        self, solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
-        if condition is not own:
+        """As `implicit.search`, for `own`, or eagerly for another condition: `own` as mapped by `vmap`."""
+        own = self.own
+        if condition.graphs is None:
             return search(solver, condition, z0, theta, r0)
-        r0 = condition.residual(z0, *theta) if r0 is None else r0
-        name = f"{condition.name} with {type(solver).__name__}"
-        if solver.nests:
-            _warn_of_nesting(name)
-            return search(solver, condition, z0, theta, r0)
+        r0 = own.residual(z0, *theta) if r0 is None else r0
+        found, name = None, f"{own.name} with {type(solver).__name__}"
+        if _may_be_graph(name, solver):
 
-        def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
-            return search(solver, condition, z0, theta, r0)
+            def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
+                return search(solver, own, z0, theta, r0)
 
-        found = run_as_graph(name, (own.name, key, solver), solve, z0, r0, *theta, varies=True)
-        return search(solver, condition, z0, theta, r0) if found is None else Found(*found)
+            found = run_as_graph(name, (own.name, self.key, solver), solve, z0, r0, *theta, varies=True)
+        self.eager = found is None
+        return search(solver, own, z0, theta, r0) if found is None else Found(*found)
 
-    return run
-
-
-def compiled_pullback(own: Condition, key: Hashable) -> Callable[..., Found]:
-    """`search` of what reverse mode solves at a solution of `own`, as one graph, kept as in `compiled_search`.
-
-    Its answers are looked at outside of the graph: where one is none, the graph is made again once, for a setting
-    of f that changed, and then given up.
-    """
-
-    def run(
-        solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
+    def pullback(
+        self, solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], b: Tensor
     ) -> Found:
-        eager = partial(search, solver, condition, u0, theta, r0)
-        b, z, *rest = theta
-        name = f"{condition.name} with {type(solver).__name__}"
-        if solver.nests:
-            _warn_of_nesting(name)
-            return eager()
-        if is_near(b) and b.nbytes > LARGE:
-            return eager()
-
-        def make() -> Callable[..., Found]:
-            prepare, pull = split_pullback(own.residual, z, rest)
-
-            def bind(*inputs: Tensor) -> Map:
-                saved = prepare(*inputs)
-                return lambda u: -pull(u, *saved)
-
-            transposed = replace(condition, bind=bind, carries=None)
-            return lambda b, *inputs: search(
-                solver, transposed, torch.zeros_like(b), (b, *inputs), b, verify=False
-            )
-
-        def is_right(found: tuple[Any, ...]) -> bool:
-            claimed, length = Found(*found), row_norm(b)
-            residual = row_norm(condition.at(*theta)(claimed.z))
-            rounding = max(solver.tolerances(condition.dtype)[0], 10 * torch.finfo(b.dtype).eps)
-            limit = DRIFTED * torch.maximum(claimed.residual, rounding * length)
-            return not bool((is_usable(claimed.status) & ~(residual <= limit)).any())
-
-        found = run_as_graph(name, (own.name, key, solver, "pullback"), Make(make), *theta, is_right=is_right)
+        """As `implicit.search`, for the linear `condition` that reverse mode solves, with `theta` (b, z, ...)."""
+        found, name = None, f"{condition.name} with {type(solver).__name__}"
+        small = not is_near(b) or b.nbytes <= LARGE
+        if small and not self.eager and _may_be_graph(name, solver):
+            make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
+            is_right = partial(_is_right, solver, condition, theta)
+            key = (self.own.name, self.key, solver, "pullback")
+            found = run_as_graph(name, key, make, *theta, is_right=is_right)
         if found is None:
-            return eager()
+            return search(solver, condition, u0, theta, b)
         found = Found(*found)
-        return found._replace(evaluations=found.evaluations + 1)
-
-    return run
+        return found._replace(evaluations=found.evaluations + 1)  # with that of `_is_right`
 
 
-def _warn_of_nesting(name: str) -> None:
+def _transposed_search(
+    solver: Solver, condition: Condition, residual: Callable[..., Tensor], z: Tensor, *theta: Tensor
+) -> Callable[..., Found]:
+    """The `search` for the linear `condition`, whose operator is the pullback of `residual`, as a function of its
+    tensors, from zero."""
+    prepare, pull = split_pullback(residual, z, theta)
+
+    def bind(*inputs: Tensor) -> Map:
+        saved = prepare(*inputs)
+        return lambda u: -pull(u, *saved)
+
+    condition = replace(condition, bind=bind, carries=None, graphs=None)
+    return lambda b, *inputs: search(solver, condition, torch.zeros_like(b), (b, *inputs), b, verify=False)
+
+
+def _is_right(solver: Solver, condition: Condition, theta: tuple[Tensor, ...], found: tuple[Any, ...]) -> bool:
+    """Whether what a graph `found` for the linear `condition` is what it says, by a product outside of it."""
+    claimed, b = Found(*found), theta[0]
+    residual = row_norm(condition.at(*theta)(claimed.z))
+    least = max(solver.tolerances(condition.dtype)[0], 10 * torch.finfo(b.dtype).eps)
+    limit = DRIFTED * torch.maximum(claimed.residual, least * row_norm(b))
+    return not bool((is_usable(claimed.status) & ~(residual <= limit)).any())
+
+
+def _may_be_graph(name: str, solver: Solver) -> bool:
+    """Whether the steps of `solver` have no loop of their own; warns where they have."""
+    if not solver.nests:
+        return True
     warnings.warn(
         f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in loops "
         "compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
         CompileWarning,
         stacklevel=users_line(),
     )
+    return False

@@ -79,6 +79,7 @@ class Condition:
             sample, whose instances are R when called.
         scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
         examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
+        graphs: how it is solved otherwise than by `search`.
     """
 
     bind: Callable[..., Map]
@@ -91,6 +92,7 @@ class Condition:
     kind: type | None = None
     scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     examine: Callable[[Any, Found], Found] | None = None
+    graphs: Graphs | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -103,6 +105,14 @@ class Condition:
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
         """`found` with the status that a closer look gives."""
         return found if self.examine is None else self.examine(self.at(*theta), found)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What runs in place of `search`: for a condition, and for what reverse mode solves."""
+
+    search: Callable[..., Found]
+    pullback: Callable[..., Found] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,21 +194,21 @@ def find(
     z0: Tensor,
     theta: tuple[Tensor, ...],
     r0: Tensor | None = None,
-    run: Callable[..., Found] | None = None,
     *,
     leave_last: bool = False,
 ) -> Found:
     """A point that satisfies `condition`, from `z0` `(B, n)`; no gradients are recorded.
 
-    `r0` is the residual at z0 where it is known. `run` replaces `search` (a compiled one). `leave_last`: as of
-    `iterate`; where `Found.ahead` tells that the last call was left, `arrive` ends the solve.
+    `r0` is the residual at z0 where it is known. `leave_last`: as of `iterate`; where `Found.ahead` tells that the
+    last call was left, `arrive` ends the solve.
     """
     if torch.compiler.is_dynamo_compiling():  # nothing needs to be opaque to who traces all of it
         with torch.no_grad():
             return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
-    run = partial(search, leave_last=True) if leave_last else run or search
+    run = search if condition.graphs is None else condition.graphs.search
+    run = partial(search, leave_last=True) if leave_last else run
     found = _Find.apply(solver, condition, run, len(start), *starts, *theta)
     z, status, residual, steps, evaluations, *rest = found
     known = {"ahead" if leave_last else "estimate": tuple(rest), "looked_at": has_waited(solver, condition)}
@@ -336,14 +346,12 @@ class Backward:
         inverse: an estimate of M^-1, a map on `(B, n)`, for the reverse mode of first order.
         use: "start" the solve from `inverse(b)`, or "precondition" it by `inverse`.
         listen: receives what the solve of first order found.
-        run: replaces `search` in the reverse mode of first order (a compiled one).
     """
 
     solver: Solver
     inverse: Map | None = None
     use: str = "start"
     listen: Callable[[Found], None] | None = None
-    run: Callable[..., Found] | None = None
 
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
         """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
@@ -359,17 +367,11 @@ class Backward:
             usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
         return torch.where(usable[:, None], found.z, 0.0)
 
-    def solve(
-        self,
-        condition: Condition,
-        theta: tuple[Tensor, ...],
-        inverse: Map | None = None,
-        run: Callable[..., Found] | None = None,
-    ) -> Tensor:
+    def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
         if inverse is None:
-            found = find(self.solver, condition, torch.zeros_like(b), theta, b, run)
+            found = find(self.solver, condition, torch.zeros_like(b), theta, b)
         elif self.use == "start":
             found = find(self.solver, condition, inverse(b), theta)
         else:
@@ -459,7 +461,7 @@ def _preconditioned(condition: Condition, inverse: Map) -> Condition:
         operator = condition.bind(*theta)
         return lambda w: operator(inverse(w))
 
-    return replace(condition, bind=bind, carries=None)
+    return replace(condition, bind=bind, carries=None, graphs=None)
 
 
 class _Attach(torch.autograd.Function):
@@ -482,8 +484,7 @@ class _Attach(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(theta)
         if is_plain(g, z, *theta):
             pull = recorded(ctx.condition.residual, (z, *theta), [0, *(i + 1 for i in needed)])
-            how = ctx.how
-            u = how.solve(transposed(ctx.condition, len(z), pull), (g, z, *theta), how.inverse, how.run)
+            u = ctx.how.solve(transposed(ctx.condition, len(z), pull), (g, z, *theta), ctx.how.inverse)
             for i, gradient in zip(needed, pull(u, [i + 1 for i in needed])):
                 gradients[i] = gradient
             return None, None, None, *gradients
@@ -562,7 +563,10 @@ def transposed(
         _, pull = pullback(condition.at(*theta), z)
         return lambda u: -pull(u)[0]
 
-    return _linear(condition, bind, "the backward solve of " + condition.name)
+    linear = _linear(condition, bind, "the backward solve of " + condition.name)
+    if recorded_pull is None or condition.graphs is None or condition.graphs.pullback is None:
+        return linear
+    return replace(linear, graphs=Graphs(condition.graphs.pullback))
 
 
 def pushed(condition: Condition) -> Condition:
@@ -606,4 +610,4 @@ def _mapped(
         return condition.kind(**{part.name: mapped(attrgetter(part.name)) for part in fields(condition.kind)})
 
     report = replace(condition.report, unpack=None)
-    return replace(condition, bind=bind, report=report, carries=None), theta
+    return replace(condition, bind=bind, report=report, carries=None, graphs=None), theta

@@ -367,9 +367,8 @@ class _Loop:
         calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
         scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
-        if self._uneventful(k, c, running, new, norm, scale):
-            none = torch.zeros_like(c.steps) if running is not None else c.steps
-            return _Carry(z, r, z, norm, none, None, none, c.scale, c.blow_up, calls, new.memory)
+        if running is None and self._uneventful(k, c, new, norm, scale):
+            return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.steps, calls=calls, memory=new.memory)
         better = norm < c.best_norm
         if running is None and new.fails_nowhere and new.progress is None and self.is_blind(norm):
             # Samples that end in NaN are told apart at the end, by `last_step`.
@@ -416,23 +415,19 @@ class _Loop:
         limit = self.rtol * scale
         return limit + self.atol if self.atol else limit
 
-    def _uneventful(
-        self, k: int | Tensor, c: _Carry, running: Tensor | None, new: Proposal, norm: Tensor, scale: Tensor
-    ) -> bool:
+    def _uneventful(self, k: int | Tensor, c: _Carry, new: Proposal, norm: Tensor, scale: Tensor) -> bool:
         """Whether it is plain to see that every sample came closer and none has ended: the usual step."""
         if torch.compiler.is_dynamo_compiling() or is_wrapped(norm) or self.is_blind(norm):
             return False
         if new.progress is not None:
             return False
         if is_near(norm):
-            return running is None and new.fails_nowhere and self._all_come_closer(norm, c.best_norm, scale)
-        if not _is_due(k + 1, norm):
+            return new.fails_nowhere and self._all_come_closer(norm, c.best_norm, scale)
+        if not _is_due(k + 1, norm):  # from then on nobody looks: it would make the host wait twice a step
             return False
         going_on = norm < c.best_norm
         if not self.budget_only:
             going_on &= norm > self._limit(scale)
-        if running is not None:
-            going_on &= running
         if new.singular is not None:
             going_on &= ~new.singular
         if new.verdict is not None:

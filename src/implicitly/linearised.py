@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import vjp
+from torch.func import functionalize, vjp
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CannotSplitError(ValueError):
+    """There are no such graphs."""
 
 
 def split_pullback(
@@ -17,49 +25,80 @@ def split_pullback(
     A loop of `torch.compile` cannot pull back through what is recorded outside of it, and to record inside would
     call f for each product. The graphs have no derivative of their own. They hold the sizes and settings of this
     call, and other tensors that f uses, in which they see what is changed in place.
+
+    Raises CannotSplitError where f looks at numbers.
     """
-    # Imported on first use: it takes as long to import as all of torch.
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     def pulled(u: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         return vjp(lambda z: f(z, *theta), z)[1](u)[0]
 
-    with torch.no_grad():
-        traced = make_fx(pulled)(torch.zeros_like(z), z, *theta)
-    u, *inputs = (node for node in traced.graph.nodes if node.op == "placeholder")
-    (end,) = (node for node in traced.graph.nodes if node.op == "output")
+    inputs = (torch.zeros_like(z), z, *theta)
+    with torch.no_grad(), _Tape(inputs) as tape:
+        value = functionalize(pulled)(*inputs)
+    u, *others = tape.inputs
     moving = {u}
-    for node in traced.graph.nodes:
+    for node in tape.graph.nodes:
         if moving.intersection(node.all_input_nodes):
             moving.add(node)
-    once = [x for node in traced.graph.nodes if node in moving for x in node.all_input_nodes if x not in moving]
+    once = [x for node in tape.graph.nodes if node in moving for x in node.all_input_nodes if x not in moving]
     saved = list(dict.fromkeys(of for x in once for of in _without_views(x)))
-    prepare = _part(traced, inputs, saved, whole=True)
-    return prepare, _part(traced, [u, *saved], end.all_input_nodes[:1], whole=False)
+    return tape.part(others, saved), tape.part([u, *saved], tape.node(value))
+
+
+class _Tape(TorchDispatchMode):
+    """Writes operations down as a graph. What PyTorch has for that is not for several threads."""
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()
+        self.graph, self.tensors = fx.Graph(), {}
+        # By what they are, not by their values; held, so that none takes the place of another.
+        self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}
+        self.inputs = [self.graph.placeholder(f"input_{i}") for i in range(len(inputs))]
+        for x, node in zip(inputs, self.inputs):
+            self.nodes[id(x)] = x, node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise CannotSplitError("f looks at a number of its tensors, on which it may depend what it computes")
+        value = func(*args, **kwargs)
+        given = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
+        node = self.graph.call_function(func, *given)
+        if isinstance(value, Tensor):
+            self.nodes[id(value)] = value, node
+            return value
+        for i, x in enumerate(value if isinstance(value, tuple | list) else ()):
+            if isinstance(x, Tensor):
+                self.nodes[id(x)] = x, self.graph.call_function(getitem, (node, i))
+        return value
+
+    def node(self, x: Tensor) -> fx.Node:
+        """Where `x` comes from; of what is no result it is the tensor itself."""
+        if id(x) not in self.nodes:
+            name = f"tensor_{len(self.tensors)}"
+            self.tensors[name] = x
+            self.nodes[id(x)] = x, self.graph.get_attr(name)
+        return self.nodes[id(x)][1]
+
+    def part(self, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node] | fx.Node) -> fx.GraphModule:
+        """From `inputs` to `outputs`."""
+        several = isinstance(outputs, Sequence)
+        graph, needed, stack = fx.Graph(), set(), list(outputs) if several else [outputs]
+        copied = {node: graph.placeholder(node.name) for node in inputs}
+        while stack:
+            node = stack.pop()
+            if node not in copied and node not in needed:
+                needed.add(node)
+                stack += node.all_input_nodes
+        for node in self.graph.nodes:
+            if node in needed:
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+        graph.output(tuple(copied[node] for node in outputs) if several else copied[outputs])
+        held = {node.target for node in graph.nodes if node.op == "get_attr"}
+        return fx.GraphModule({name: x for name, x in self.tensors.items() if name in held}, graph)
 
 
 def _without_views(node: fx.Node) -> Iterable[fx.Node]:
     """The nodes of which `node` is a view: a loop refuses tensors that share memory."""
     is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
     return (of for x in node.all_input_nodes for of in _without_views(x)) if is_view else (node,)
-
-
-def _part(
-    traced: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], whole: bool
-) -> fx.GraphModule:
-    """From `inputs` to `outputs`: a tuple where `whole`, else the only one."""
-    graph, copied = fx.Graph(), {}
-    for node in inputs:
-        copied[node] = graph.placeholder(node.name)
-    needed, stack = set(), list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in copied and node not in needed:
-            needed.add(node)
-            stack += node.all_input_nodes
-    for node in traced.graph.nodes:
-        if node in needed:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    result = tuple(copied[node] for node in outputs)
-    graph.output(result if whole else result[0])
-    return fx.GraphModule(traced, graph)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import implicitly as im
 from implicitly import compiled
-from implicitly.linearised import split_pullback
+from implicitly.linearised import CannotSplitError, split_pullback
 from implicitly.recipes.deq_image import Cell as ImageCell
 
 D = torch.float64
@@ -204,6 +204,14 @@ def test_roots_and_minima(traced, entry):
     ]
     assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
     assert [graph.fallback for graph in backward_graphs()] == [None]
+
+
+def test_a_function_that_looks_at_numbers_has_no_such_parts():
+    def f(z):
+        return z * 2 if float(z.sum()) > 0 else z
+
+    with pytest.raises(CannotSplitError, match="looks at a number"):
+        split_pullback(f, torch.ones(2, 3), ())
 
 
 def test_a_pullback_in_two_parts():

@@ -11,6 +11,7 @@ from implicitly.argmin.equality import Equality, NewtonKKT
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
+from implicitly.compiled import as_graphs
 from implicitly.graph_break import one_break
 from implicitly.iterate import Solution, Solver
 from implicitly.tree import Layout
@@ -139,5 +140,6 @@ def _minimum(
     how = check_choices(solver, adjoint, layout.dtype, form.iterates, form.offers, form.try_solver)
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
     condition = form.condition(problem, on_failure, convex)
-    found = how.find(solver, condition, problem, compile)
-    return form.solution(problem, found, how.attach(found, condition, problem, compile))
+    condition = as_graphs(condition, problem.key) if compile else condition
+    found = how.find(solver, condition, problem)
+    return form.solution(problem, found, how.attach(found, condition, problem))

@@ -42,14 +42,14 @@ class PhantomAdjoint(Adjoint):
         """Raise ValueError for a root."""
         _needs_iterations(self, iterates)
 
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+    def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
         """The solver's result, with the derivative of the iterations that would follow."""
         theta, r = problem.theta, None
         wanted = any(is_recorded(t) for t in theta)
-        if wanted and not compile:
+        if wanted and condition.graphs is None:
             found = find(solver, condition, problem.z0, theta, problem.r0, leave_last=True)
         else:
-            found = super().find(solver, condition, problem, compile)
+            found = super().find(solver, condition, problem)
         if found.ahead:  # f is to be recorded at the last iterate anyway: that call also tells how the solve ended
             r = condition.residual(*found.ahead, *theta)
             found = arrive(found, r, solver, condition, theta)
@@ -73,7 +73,7 @@ class PhantomAdjoint(Adjoint):
         derivative = iterate - iterate.detach()
         return found.z.detach() + (torch.where(usable[:, None], derivative, 0.0) if failed else derivative)
 
-    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, which has its derivative."""
         return found.z
 
@@ -90,10 +90,10 @@ class JacobianFreeAdjoint(Adjoint):
         """Raise ValueError for a root."""
         _needs_iterations(self, iterates)
 
-    def find(self, solver: Solver, condition: Condition, problem: Problem, compile: bool = False) -> Found:
+    def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
         """The solver's result, with the derivative of one iteration."""
-        return PhantomAdjoint(steps=1).find(solver, condition, problem, compile)
+        return PhantomAdjoint(steps=1).find(solver, condition, problem)
 
-    def attach(self, found: Found, condition: Condition, problem: Problem, compile: bool = False) -> Tensor:
+    def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, which has its derivative."""
         return found.z

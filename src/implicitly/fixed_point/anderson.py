@@ -123,9 +123,9 @@ def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     lower = _unit_rows(gram.shape[1], gram.dtype, gram.device)
     whole, pivots = torch.cat([upper, lower.expand(len(gram), -1, -1)], dim=1), []
     for j in range(gram.shape[1]):
-        row, pivot = whole[:, j : j + 1], whole[:, j : j + 1, j : j + 1]
-        pivots.append(pivot)
-        whole = torch.addcmul(whole, whole[:, :, j : j + 1] / pivot, row, value=-1)
+        row = whole.narrow(1, j, 1)
+        pivots.append(row.narrow(2, j, 1))
+        whole = torch.addcmul(whole, whole.narrow(2, j, 1) / pivots[-1], row, value=-1)
     return -whole[:, gram.shape[1] :, -1], (torch.cat(pivots, dim=1) > 0).flatten(1).all(1)
 
 

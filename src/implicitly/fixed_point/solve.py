@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
+from implicitly.compiled import as_graphs
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
@@ -87,8 +88,9 @@ def fixed_point(
         f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=how.recording
     )
     condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
-    found = how.find(solver, condition, problem, compile)
-    return problem.solution(found, how.attach(found, condition, problem, compile))
+    condition = as_graphs(condition, problem.key) if compile else condition
+    found = how.find(solver, condition, problem)
+    return problem.solution(found, how.attach(found, condition, problem))
 
 
 @one_break_unless(is_traceable)
@@ -121,5 +123,6 @@ def root(
         recording=how.recording,
     )
     condition = problem.condition("root", on_failure)
-    found = how.find(solver, condition, problem, compile)
-    return problem.solution(found, how.attach(found, condition, problem, compile))
+    condition = as_graphs(condition, problem.key) if compile else condition
+    found = how.find(solver, condition, problem)
+    return problem.solution(found, how.attach(found, condition, problem))
