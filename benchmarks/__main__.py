@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.harness import FULL, SMOKE, environment, markdown, write_between_markers, write_json
 
-FAMILIES = ("fixed_point", "training", "ode", "stiff", "qp", "convex", "scaling")
+FAMILIES = ("fixed_point", "training", "ode", "stiff", "qp", "convex", "scaling", "profile")
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 

@@ -26,11 +26,11 @@ PEER = f"qpth {importlib.metadata.version('qpth')}, cvxpylayers {importlib.metad
 PACKAGES = ("implicitly", "torch", "qpth", "cvxpylayers", "cvxpy")
 
 CAPTION = """\
-Float64, eager, as in qpth's own examples: Q = LL' + I/10 with L uniform, G and A normal, h = G z0 + s, b = A z0.
-Residual: the norm of the optimality conditions of the worst sample. Error of z: the largest entry against ours
-(whose residual bounds it). Error of the gradient: of its product with a random direction in p, G, h, A and b,
-relative, against central differences. Peak: most of tensors alive at once, forward and backward. Medians of
-{rounds} rounds in alternation (least to greatest)."""
+Float64, eager where nothing else is said. As in qpth's own examples: Q = LL' + I/10 with L uniform, G and A
+normal, h = G z0 + s, b = A z0. Residual: the norm of the optimality conditions of the worst sample. Error of
+z: the largest entry against ours (whose residual bounds it). Error of the gradient: of its product with a
+random direction in p, G, h, A and b, relative, against central differences. Peak: most of tensors alive at
+once, forward and backward. Medians of {rounds} rounds in alternation (least to greatest)."""
 
 Solve = Callable[..., Tensor]
 
@@ -94,6 +94,9 @@ def dense(effort: Effort, batch: int) -> list[Row]:
     solves = {"ours": ours, "qpth": qpth, "cvxpylayers": layer_of(n, m, q)}
     what = f"batch {batch}, {n} unknowns, {m} inequalities, {q} equalities"
     rows = beside(effort, what, args, weights, solves, {"qpth": 5.0, "cvxpylayers": 30.0})
+    if effort.full:
+        solves = {"ours": lambda *a: ours(*a, compile=True), "qpth": qpth}
+        rows += beside(effort, f"{what}, compile=True", args, weights, solves, {"qpth": 8.0})
     return rows + beside_qpax(effort, what, args, weights)
 
 
