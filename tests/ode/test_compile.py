@@ -85,7 +85,7 @@ def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method)
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
 
 
-def test_many_outputs_long_solves_and_times_of_each_sample(traced, buffers):
+def test_many_outputs_long_solves_and_times_of_each_sample(traced):
     y0 = torch.randn(3, 2, dtype=D)
     # More outputs than a step writes at once; more steps than one run of the graph takes, backwards in time.
     assert_same(turning, y0, torch.linspace(0, 5, 200, dtype=D), batch_dims=0)
