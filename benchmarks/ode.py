@@ -153,11 +153,11 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
         runs["compile=True"] = gradient(lambda: ours(f, y0, t, compile=True))
         errors["compile=True"] = relative_error(runs["compile=True"](), exact)
         calls["compile=True"] = calls["checkpointed"]  # a hook that counts would break the graph
-    peaks = {who: peak_mib(compute) for who, compute in runs.items()}
+    peaks = {who: peak_mib(compute) for who, compute in runs.items() if who != "compile=True"}  # seen eagerly only
     times = alternate(runs, 3 * effort.rounds)
     shown = {
-        who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls, error {errors[who]:.0e}, "
-        f"peak {peaks[who]:.1f} MiB"
+        who: f"{Spread.of(times[who]).show(1e3, 1)}; {calls[who]} calls, error {errors[who]:.0e}"
+        + (f", peak {peaks[who]:.1f} MiB" if who in peaks else "")
         for who in runs
     }
     rows = []
@@ -174,7 +174,7 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
             name: {
                 "error": errors[name],
                 "calls": calls[name],
-                "peak_MiB": peaks[name],
+                "peak_MiB": peaks.get(name),
                 "seconds": times[name],
             }
             for name in (who, peer)

@@ -61,6 +61,10 @@ class CompiledSolve:
     fallback: str | None
 
 
+class _NotTracedError(Exception):
+    """The compiler did not look at a function that it was given."""
+
+
 @dataclass(frozen=True)
 class Make:
     """Gives the function of a graph, where that takes work."""
@@ -182,6 +186,15 @@ def _outcome(
             reason = "what f computes changes in ways that it does not see"
             _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
             return None
+    except _NotTracedError:
+        done = True
+        warnings.warn(
+            f"{graph.name}: the compiler is off here, as under a TorchDispatchMode, such as one that counts "
+            "operations; the eager loop runs instead of a graph",
+            CompileWarning,
+            stacklevel=users_line(),
+        )
+        return None
     except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
@@ -319,6 +332,8 @@ def _reason(error: BaseException) -> str:
 
 def _compile(function: Callable[..., Any], dynamic: bool | None, near: bool) -> Callable[..., Any]:
     def solve(*tensors: Tensor) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise _NotTracedError
         return function(*tensors)
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
