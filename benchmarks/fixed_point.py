@@ -11,6 +11,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
+from torch._subclasses.fake_tensor import FakeTensor
 
 import implicitly as im
 from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradient
@@ -367,6 +369,8 @@ class Alive:
     def now(cls) -> Alive:
         gc.collect()
         found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        # Of compiled functions the tracer keeps stand-ins, which have no memory.
+        found = [t for t in found if not (isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t))]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
         return cls(len(found), sum(storages.values()), resident_mib())
 

@@ -64,13 +64,13 @@ class Case:
         parts = {kind: seconds / total * max(whole - of_f, 0.0) for kind, seconds in rest.items()}
         parts = {"f": of_f, **dict(sorted(parts.items(), key=lambda part: -part[1]))} if self.alone else parts
         shown = ", ".join(
-            f"{kind} {1e3 * seconds:.2g}" for kind, seconds in parts.items() if seconds >= whole / 100
+            f"{kind} {1e3 * seconds:.3g}" for kind, seconds in parts.items() if seconds >= whole / 100
         )
         of = f"{self.goal:g} x f" if self.peer is None else f"peer / {self.goal:g}"
         numbers = {"seconds": times, "parts": parts, "left": left}
         met = whole <= left
         return Row(
-            f"{self.name}, ms", f"{spreads['run'].show(1e3, 1)}: {shown}", f"{1e3 * left:.2g}", of, met, numbers
+            f"{self.name}, ms", f"{spreads['run'].show(1e3, 1)}: {shown}", f"{1e3 * left:.3g}", of, met, numbers
         )
 
 

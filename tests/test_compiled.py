@@ -353,12 +353,17 @@ def test_a_thread_that_waits_for_a_graph_whose_compilation_is_interrupted_makes_
 
 @pytest.mark.parametrize("again", [False, True])
 def test_where_the_compiler_is_off_the_eager_loop_runs_and_says_so(traced, again):
+    def f(t, y):
+        return -y
+
     y0 = torch.randn(3)
     if again:  # a graph that is there is not run either
-        im.odeint(lambda t, y: -y, y0, (0.0, 1.0), compile=True)
+        im.odeint(f, y0, (0.0, 1.0), compile=True)
     with FlopCounterMode(display=False), pytest.warns(im.CompileWarning, match="the compiler is off here"):
-        found = im.odeint(lambda t, y: -y, y0, (0.0, 1.0), compile=True).value
+        found = im.odeint(f, y0, (0.0, 1.0), compile=True).value
     assert_close(found[-1], y0 * torch.tensor(-1.0).exp(), rtol=1e-3, atol=1e-5)
+    im.odeint(f, y0, (0.0, 1.0), compile=True)  # without a warning
+    assert im.compile_statistics()[-1].calls == 1
 
 
 def test_solves_of_other_threads_stay_eager_while_one_compiles():

@@ -186,8 +186,7 @@ def _outcome(
             reason = "what f computes changes in ways that it does not see"
             _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
             return None
-    except _NotTracedError:
-        done = True
+    except _NotTracedError:  # the compiler passes by the same code ever after, so that the graph is dropped
         warnings.warn(
             f"{graph.name}: the compiler is off here, as under a TorchDispatchMode, such as one that counts "
             "operations; the eager loop runs instead of a graph",
@@ -205,7 +204,7 @@ def _outcome(
         with _lock:
             _problems.setdefault(index[0], _Made()).fixed = True
     finally:
-        if not done:  # perhaps interrupted amid compilation: what was begun is not used again
+        if not done:  # perhaps interrupted amid compilation: it is not used again
             with _lock:
                 graph.abandoned = True
                 if _graphs.get(index) is graph:
