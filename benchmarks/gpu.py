@@ -275,8 +275,8 @@ def programs(machine: Machine) -> Iterator[Case]:
         ("QP, InteriorPoint, compile=True", {"compile": True}, args),
         ("QP of shared matrices, ADMM", {"solver": im.ADMM()}, shared),
     ):
-        eager, solve = (partial(solution, *inputs, **{**options, **other}) for other in ({"compile": False}, {}))
-        yield from both(Case(name, solve, dtype=inputs[0].dtype, eager=eager), inputs)
+        solve = partial(solution, *inputs, **options)
+        yield from both(Case(name, solve, dtype=inputs[0].dtype, eager=partial(solve, compile=False)), inputs)
     x = torch.randn(machine.size(65536, 8), 100, device=machine.device, requires_grad=True)
     for project in (im.project.simplex, im.project.l1_ball):
         yield from both(Case(f"projection, {project.__name__}", partial(project, x)), [x])

@@ -62,7 +62,8 @@ class Case:
         rest = {kind: max(seconds - inside[kind], 0.0) for kind, seconds in spent.items()}
         total = sum(rest.values()) or 1.0
         parts = {kind: seconds / total * max(whole - of_f, 0.0) for kind, seconds in rest.items()}
-        parts = {"f": of_f, **dict(sorted(parts.items(), key=lambda part: -part[1]))} if self.alone else parts
+        parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
+        parts = {"f": of_f, **parts} if self.alone else parts
         shown = ", ".join(
             f"{kind} {1e3 * seconds:.3g}" for kind, seconds in parts.items() if seconds >= whole / 100
         )
@@ -78,7 +79,6 @@ def by_kind(run: Run) -> Counter[str]:
     """Seconds by kind of operation, and of Python."""
     for _ in range(3):
         run()
-    begin = time.perf_counter()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         begin = time.perf_counter()
         run()
@@ -103,10 +103,16 @@ def run(effort: Effort) -> list[Row]:
     return [case.row(effort) for family in (fixed_points, trajectories, programs) for case in family(effort)]
 
 
+def gradient_of(parameters: list[Tensor], solve: Callable[[], Tensor]) -> Run:
+    """A solve and a gradient by the parameters."""
+    return lambda: torch.autograd.grad(solve().square().sum(), parameters)
+
+
 def fixed_points(effort: Effort) -> Iterator[Case]:
     """The convolutional cell."""
     cell, z0, x = fixed_point.problem(32 if effort.full else 2)
     parameters = list(cell.parameters())
+    gradient = partial(gradient_of, parameters)
     at = cell(cell(z0, x), x).detach()
     for name, most, faster in (("Anderson", 1.15, 1.25), ("Broyden", 1.3, 2.0)):
         solver, peer = fixed_point.SOLVERS[name], fixed_point.PEERS[name]
@@ -115,9 +121,6 @@ def fixed_points(effort: Effort) -> Iterator[Case]:
             rtol=fixed_point.RTOL, listen=lambda found, products=products: products.append(int(found.evaluations))
         )
         solve = partial(im.fixed_point, cell, z0, x, solver=solver, adjoint=adjoint)
-
-        def gradient(solve: Callable[[], Tensor]) -> Run:
-            return lambda: torch.autograd.grad(solve().square().sum(), parameters)
 
         with counted(cell) as count:
             gradient(lambda solve=solve: solve().value)()
@@ -154,9 +157,7 @@ def trajectories(effort: Effort) -> Iterator[Case]:
         for _ in range(calls):
             f(t[0], y0)
 
-    def gradient(solve: Callable[[], Tensor]) -> Run:
-        return lambda: torch.autograd.grad(solve().square().sum(), parameters)
-
+    gradient = partial(gradient_of, parameters)
     plain = torch.no_grad()
     theirs = partial(ode.theirs, f, y0, t)
     yield Case("ODE: forward", plain(partial(ode.ours, f, y0, t)), plain(alone), plain(theirs), 2.5)

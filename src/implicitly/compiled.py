@@ -19,7 +19,7 @@ from torch import Tensor
 
 from implicitly.graph_break import REASON
 from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
-from implicitly.iterate import DRIFTED, Found, Solver
+from implicitly.iterate import DRIFTED, LOOPS_WRITE, Found, Solver
 from implicitly.linearised import CannotSplitError, split_pullback
 from implicitly.tree import is_near, row_norm
 
@@ -337,8 +337,8 @@ def _compile(function: Callable[..., Any], dynamic: bool | None, near: bool) -> 
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    # What calls the kernels is C++ where that was seen to work: PyTorch 2.11 fails at loops on accelerators.
-    options = {"cpp_wrapper": near, "guard_filter_fn": _worth_a_look}
+    # What calls the kernels is C++ where that was seen to work: PyTorch 2.11 fails at loops.
+    options = {"cpp_wrapper": near and LOOPS_WRITE, "guard_filter_fn": _worth_a_look}
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
 
 
