@@ -18,6 +18,7 @@ from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
 from implicitly.nn.per_solve import PerSolve, decide_once
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint
+from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
@@ -215,7 +216,7 @@ class NeuralODE(nn.Module):
     def _counting(self, calls: _Calls) -> TrajectoryAdjoint | UnrolledAdjoint:
         """The adjoint, whose graphs tell how often they call f."""
         adjoint = self.adjoint
-        if not (self.compile_solve and isinstance(adjoint, RecursiveCheckpointAdjoint)):
+        if not (self.compile_solve and isinstance(adjoint, RecursiveCheckpointAdjoint | BacksolveAdjoint)):
             return adjoint
         listen = adjoint.listen
 

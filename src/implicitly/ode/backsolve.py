@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from implicitly.host import Array, gauss, library, on_host, some, to_host, to_tensor
+from implicitly.compiled import run_as_graph
+from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, sweep
-from implicitly.ode.combine import stage_times
-from implicitly.ode.control import rms_norm
+from implicitly.ode.augmented import Nodes, Packed, augmented, real
+from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
-from implicitly.ode.problem import Field, Problem
+from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.tree import is_plain, is_wrapped, of_places, pullback
+from implicitly.tree import is_wrapped
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
 # beyond that the reverse system is stiff, and taking the forward steps again costs less.
@@ -68,6 +69,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
     solver: Method | None = None
     seminorm: bool = True
     check: float = 1e3
+    listen: Callable[[int], None] | None = None
 
     def __post_init__(self):
         if self.solver is not None and not isinstance(self.solver, Method):
@@ -177,113 +179,6 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         _refuse("a transform of torch.func")
-
-
-# ------------------------------------------------------------------------------------ the augmented system
-
-
-@dataclass(frozen=True)
-class Packed:
-    """How y and a, both `(B, n)`, lie in the state z of a method.
-
-    Attributes:
-        batch, n: of y.
-        columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
-            all of y, all of a, and P = `columns` further numbers, the gradients by theta.
-        pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
-            p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
-    """
-
-    batch: int
-    n: int
-    columns: int | None = None
-    pairs: bool = False
-
-    def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
-        """z, or its slope."""
-        if self.pairs:
-            (q, p), (u, v) = y.chunk(2, dim=1), a.chunk(2, dim=1)
-            return torch.cat([q, v, p, u], dim=1)
-        if self.columns is None:
-            return torch.cat([y, a], dim=1)
-        return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
-
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, a, and the further columns."""
-        if self.pairs:
-            q, v, p, u = z.chunk(4, dim=1)
-            return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), z[:, :0]
-        size = self.n if self.columns is None else self.batch * self.n
-        y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
-        return y.reshape(-1, self.n), a.reshape(-1, self.n), others
-
-    def method(self, method: Method) -> Method:
-        """`method` for z: each of y and a keeps to the norm and the tolerances that it has for y."""
-
-        def norm(rows: Tensor) -> Tensor:
-            y, a, others = self.split(rows)
-            larger = torch.maximum(method.norm(y), method.norm(a))
-            return larger if self.columns is None else torch.maximum(larger.amax(), rms_norm(others))
-
-        return replace(method, norm=norm, rtol=self._spread(method.rtol), atol=self._spread(method.atol))
-
-    def _spread(self, tolerance: float | Tensor) -> float | Tensor:
-        if not isinstance(tolerance, Tensor) or tolerance.ndim == 0:
-            return tolerance
-        one = tolerance.reshape(-1).expand(self.n)
-        if self.pairs:
-            return self.pack(one[None], one[None])[0]
-        rows = 1 if self.columns is None else self.batch
-        return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
-
-
-def real(x: Tensor) -> Tensor:
-    """`x` with complex numbers as pairs."""
-    return torch.view_as_real(x) if x.is_complex() else x
-
-
-@dataclass
-class Augmented(Field):
-    """The slopes of z.
-
-    Attributes:
-        base: f itself.
-    """
-
-    base: Field = field(kw_only=True)
-
-
-def augmented(
-    plain: Callable[..., Field], packed: Packed, wanted: Sequence[int], finished: Tensor, *theta: Tensor
-) -> Augmented:
-    """The field of z for f = `plain(*theta)`, where gradients are wanted of `theta[i]` for i in `wanted`."""
-    for i in wanted:
-        theta[i].requires_grad_()
-    base, joint = plain(*theta), packed.columns is not None
-    places = list(wanted) if joint else []
-    failed = not bool(finished.all())
-
-    def show(times: Tensor) -> Sequence[Tensor]:
-        return base.show(times.expand(-1, packed.batch) if joint else times)
-
-    def slope(moment: Tensor, z: Tensor) -> Tensor:
-        y, a, _ = packed.split(z)
-        if is_plain(z):
-            y = y.detach().requires_grad_()
-            with torch.enable_grad():
-                k = base(moment, y)
-            da, *others = pulled([k], [-a], [y, *(theta[i] for i in places)])
-            k = k.detach()
-        else:  # an implicit method asks for the derivative of this
-            of_chosen = of_places(lambda y, *th: plain(*th)(moment, y), (y, *theta), [0, *(i + 1 for i in places)])
-            k, pull = pullback(of_chosen, y, *(theta[i] for i in places))
-            da, *others = pull(-a)
-        if joint and failed:
-            k, da = (torch.where(finished.unsqueeze(1), x, 0.0) for x in (k, da))
-        return packed.pack(k, da, others)
-
-    bind = partial(augmented, plain, packed, wanted, finished)
-    return Augmented(show, slope, bind, theta, base=base)
 
 
 # -------------------------------------------------------------------------------------- the backward solve
@@ -396,16 +291,54 @@ class Backwards:
         scale = torch.where(scale == 0, 1.0, scale)
         others = [torch.zeros_like(x) for x in self.sums.values()] if joint else []
         z = self.packed.pack(self.values[:, i], a / scale, others)
-        stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
-        k = self.bound.F.at(stepper.begin, z)
-        listen = partial(self._integrate_theta, scale) if self.sums and not joint else None
-        found, *_ = integrate(stepper, z, k, listen=listen, length=length)
-        self._check_status(i, found)
-        y, a, others = self.packed.split(found.values[:, 1])
+        arrived = self._as_graph(ends, z, scale, length)
+        if arrived is None:
+            arrived = self._eagerly(ends, z, scale, length)
+        self._check_status(i, arrived)
+        y, a, others = self.packed.split(arrived.z)
         self._check_state(i - 1, y)
         if joint:
             self._add_columns(others[0] * scale)
-        return self._known(a * scale), self._known(self.packed.split(k)[0]), self._host(found.length)
+        return self._known(a * scale), self._known(self.packed.split(arrived.slope)[0]), self._host(arrived.length)
+
+    def _eagerly(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived:
+        """From `z` at the first of the `ends` `(B, 2)` to the last."""
+        stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
+        slope = self.bound.F.at(stepper.begin, z)
+        integrates = self.sums and self.packed.columns is None
+        listen = partial(self._integrate_theta, scale) if integrates else None
+        found, z, calls = integrate(stepper, z, slope, listen=listen, length=length)
+        return Arrived(z, slope, found.status, found.t, found.tries, found.length, (), calls)
+
+    def _as_graph(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived | None:
+        """The same as one graph; None where none can be had, or where the solve was none."""
+        work, method = self.work, self.method
+        if not work.as_graph or self.packed.columns is not None or method.differentiates:
+            return None
+        of_all = replace(
+            method, max_steps=work.method.max_steps if self.adjoint.solver is None else method.max_steps
+        )
+        packed, places = self.packed, tuple(self.sums)
+        of = partial(augmented, work.field, packed, places, None)
+
+        def stepper(ends: Tensor, *theta: Tensor) -> Stepper:
+            return Stepper(packed.method(of_all), Bound(of, theta), ends, host=False, moving=False)
+
+        back = Back(stepper, work.field, packed, places, length is not None)
+        limit = torch.tensor(method.max_steps, device=z.device)
+        first = torch.zeros_like(scale[:, 0]) if length is None else to_tensor(length)
+        key = (work.key, of_all, places, back.guessed, "backsolve")
+        name = f"the continuous adjoint of odeint with {type(method).__name__}"
+        tensors = (limit, *(x.contiguous() for x in (ends, z, scale, first, *self.bound.theta)))
+        found = run_as_graph(name, key, back.run, *tensors)
+        if found is None:
+            return None
+        arrived = Arrived(*found)
+        for total, gradient in zip(self.sums.values(), arrived.sums):
+            total += gradient
+        if self.adjoint.listen is not None:
+            self.adjoint.listen(int(arrived.calls))
+        return arrived
 
     def _add_columns(self, columns: Tensor) -> None:
         parts = columns.split([real(x).numel() for x in self.sums.values()])
@@ -417,27 +350,17 @@ class Backwards:
     ) -> None:
         """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
         F: Any = stepper.bound.F
-        xp = library(taken.dt)
-        nodes, weights = gauss((self.method.order + 1) // 2)  # the shortest rule that has at least this order
-        part = torch.tensor(nodes, dtype=step.y.dtype, device=step.y.device).expand(len(step.y), -1)
-        z = self.method_of_z.between(F, step, part)
-        if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
-            z = torch.where(to_tensor(taken.accepted)[:, None, None], z, step.y.unsqueeze(1))
-        length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1)
-        length = length * (scale if rows is None else scale[rows])
-        states = [self.packed.split(x)[:2] for x in z.unbind(1)]
+        nodes = Nodes.of(self.packed, stepper, step, taken, scale if rows is None else scale[rows])
         with torch.enable_grad():
-            moments = F.moments(stage_times(taken.t, taken.dt, nodes))
-            k = [F.base(m, y) for m, (y, _) in zip(moments, states)]
-        cotangents = [a * (length * w) for (_, a), w in zip(states, weights)]
-        found = pulled(k, cotangents, [F.theta[i] for i in self.sums])
+            slopes = [F.base(m, y) for m, y in zip(nodes.moments, nodes.states)]
+        found = pulled(slopes, list(nodes.bars), [F.theta[i] for i in self.sums])
         for (i, total), gradient in zip(self.sums.items(), found):
             if rows is None or self.work.carries is None or (d := self.work.carries[i]) is None:
                 total += gradient
             else:
                 total.index_add_(d, rows, gradient)
 
-    def _check_status(self, i: int, found: Integrated) -> None:
+    def _check_status(self, i: int, found: Arrived) -> None:
         failed = found.status != int(Status.CONVERGED)
         failed = (failed & self.finished) if self.packed.columns is None else failed
         if not bool(failed.any()):

@@ -247,6 +247,7 @@ class Stepper:
             return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.worst, c.watch)
         status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
+        length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
         dead, length, reason = self._given_up(c, running & ~accepted, length, error)
         status = xp.where(dead, reason, status)
         status = xp.where(accepted & last, int(Status.CONVERGED), status)

@@ -1,0 +1,156 @@
+"""The system that the continuous adjoint solves backwards: a state y and its cotangent a as one state z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitly.host import gauss, library, some, to_tensor
+from implicitly.ode.adjoints import pulled
+from implicitly.ode.combine import stage_times
+from implicitly.ode.control import rms_norm
+from implicitly.ode.integrate import Stepper
+from implicitly.ode.method import Method, Step
+from implicitly.ode.problem import Field
+from implicitly.ode.record import Taken
+from implicitly.tree import is_plain, of_places, pullback
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How y and a, both `(B, n)`, lie in the state z of a method.
+
+    Attributes:
+        batch, n: of y.
+        columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
+            all of y, all of a, and P = `columns` further numbers, the gradients by theta.
+        pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
+            p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
+    """
+
+    batch: int
+    n: int
+    columns: int | None = None
+    pairs: bool = False
+
+    def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+        """z, or its slope."""
+        if self.pairs:
+            (q, p), (u, v) = y.chunk(2, dim=1), a.chunk(2, dim=1)
+            return torch.cat([q, v, p, u], dim=1)
+        if self.columns is None:
+            return torch.cat([y, a], dim=1)
+        return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, a, and the further columns."""
+        if self.pairs:
+            q, v, p, u = z.chunk(4, dim=1)
+            return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), z[:, :0]
+        size = self.n if self.columns is None else self.batch * self.n
+        y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
+        return y.reshape(-1, self.n), a.reshape(-1, self.n), others
+
+    def method(self, method: Method) -> Method:
+        """`method` for z: each of y and a keeps to the norm and the tolerances that it has for y."""
+
+        def norm(rows: Tensor) -> Tensor:
+            y, a, others = self.split(rows)
+            larger = torch.maximum(method.norm(y), method.norm(a))
+            return larger if self.columns is None else torch.maximum(larger.amax(), rms_norm(others))
+
+        return replace(method, norm=norm, rtol=self._spread(method.rtol), atol=self._spread(method.atol))
+
+    def _spread(self, tolerance: float | Tensor) -> float | Tensor:
+        if not isinstance(tolerance, Tensor) or tolerance.ndim == 0:
+            return tolerance
+        one = tolerance.reshape(-1).expand(self.n)
+        if self.pairs:
+            return self.pack(one[None], one[None])[0]
+        rows = 1 if self.columns is None else self.batch
+        return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
+
+
+def real(x: Tensor) -> Tensor:
+    """`x` with complex numbers as pairs."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+@dataclass
+class Augmented(Field):
+    """The slopes of z.
+
+    Attributes:
+        base: f itself.
+    """
+
+    base: Field = field(kw_only=True)
+
+
+def augmented(
+    plain: Callable[..., Field], packed: Packed, wanted: Sequence[int], finished: Tensor | None, *theta: Tensor
+) -> Augmented:
+    """The field of z for f = `plain(*theta)`, where gradients are wanted of `theta[i]` for i in `wanted`.
+
+    `finished` `(B,)`: where y and a of all samples are one row, those that count; None: all do.
+    """
+    traced = torch.compiler.is_dynamo_compiling()
+    if not traced:
+        for i in wanted:
+            theta[i].requires_grad_()
+    base, joint = plain(*theta), packed.columns is not None
+    places = list(wanted) if joint else []
+    failed = None if not joint or finished is None or bool(finished.all()) else ~finished
+
+    def show(times: Tensor) -> Sequence[Tensor]:
+        return base.show(times.expand(-1, packed.batch) if joint else times)
+
+    def slope(moment: Tensor, z: Tensor) -> Tensor:
+        y, a, _ = packed.split(z)
+        if is_plain(z) and not traced:
+            y = y.detach().requires_grad_()
+            with torch.enable_grad():
+                k = base(moment, y)
+            da, *others = pulled([k], [-a], [y, *(theta[i] for i in places)])
+            k = k.detach()
+        else:  # an implicit method asks for the derivative of this, and a graph has no other way
+            of_chosen = of_places(lambda y, *th: plain(*th)(moment, y), (y, *theta), [0, *(i + 1 for i in places)])
+            k, pull = pullback(of_chosen, y, *(theta[i] for i in places))
+            da, *others = pull(-a)
+        if failed is not None:
+            k, da = (torch.where(failed.unsqueeze(1), 0.0, x) for x in (k, da))
+        return packed.pack(k, da, others)
+
+    bind = partial(augmented, plain, packed, wanted, finished)
+    return Augmented(show, slope, bind, theta, base=base)
+
+
+class Nodes(NamedTuple):
+    """Where Gauss' rule asks for a step's integrand a df/dtheta: S moments and states y `(B, n)`, and the `bars`
+    `(B, n)` of the slopes there whose cotangents add up to the integral."""
+
+    moments: Sequence[Tensor]
+    states: tuple[Tensor, ...]
+    bars: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, packed: Packed, stepper: Stepper, step: Step, taken: Taken, scale: Tensor) -> Nodes:
+        """Those of a step of z, for a in units of `scale`; bars are 0 for samples that did not accept it."""
+        F, method, xp = stepper.bound.F, stepper.method, library(taken.dt)
+        nodes, weights = gauss((method.order + 1) // 2)  # the shortest rule that has at least this order
+        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+        part = torch.cat([torch.full_like(step.y[:, :1], c) for c in nodes], dim=1)
+        z = method.between(F, step, part)
+        if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
+            z = torch.where(to_tensor(taken.accepted)[:, None, None], z, step.y.unsqueeze(1))
+        length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1) * scale
+        pairs = [packed.split(x)[:2] for x in z.unbind(1)]
+        moments = F.moments(stage_times(taken.t, taken.dt, nodes))
+        return cls(
+            moments, tuple(y for y, _ in pairs), tuple(a * (length * w) for (_, a), w in zip(pairs, weights))
+        )

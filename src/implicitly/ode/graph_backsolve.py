@@ -1,0 +1,92 @@
+"""A backward solve of the continuous adjoint, from one output time to the one before, as one graph.
+
+Its loop carries what a step does, and the gradients by theta, to each of which a step adds its integral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from implicitly.host import views
+from implicitly.iterate import Status, is_running, repeat
+from implicitly.ode.augmented import Nodes, Packed
+from implicitly.ode.integrate import Stepper
+from implicitly.ode.problem import Field
+from implicitly.tree import of_places
+
+
+class Arrived(NamedTuple):
+    """Where a backward solve got to."""
+
+    z: Tensor  # (B, N)
+    slope: Tensor  # (B, N) where it began
+    status: Tensor  # (B,), like those that follow
+    t: Tensor
+    tries: Tensor
+    length: Tensor  # of a next step
+    sums: tuple[Tensor, ...]  # the gradients by theta, of those that are wanted
+    calls: Tensor | int  # of f
+
+
+@dataclass(frozen=True)
+class Back:
+    """What the graph computes.
+
+    Attributes:
+        stepper: `stepper(ends, *theta)` takes the steps of z.
+        plain: gives f for theta.
+        packed: how y and a lie in z.
+        places: of theta by which gradients are wanted.
+        guessed: whether the length of a first step is given.
+    """
+
+    stepper: Callable[..., Stepper]
+    plain: Callable[..., Field]
+    packed: Packed
+    places: tuple[int, ...]
+    guessed: bool
+
+    def run(
+        self, limit: Tensor, ends: Tensor, z: Tensor, scale: Tensor, length: Tensor, *theta: Tensor
+    ) -> Arrived:
+        """From `z` `(B, N)`, whose a is in units of `scale` `(B, 1)`, between the times `ends` `(B, 2)`.
+
+        `length` `(B,)` of the first step, where it is `guessed`; at most `limit` `()` steps.
+        """
+        stepper = self.stepper(ends, *theta)
+        slope = stepper.bound.F.at(stepper.begin, z)
+        calls = torch.zeros((), dtype=torch.int64, device=z.device) + stepper.bound.F.calls
+
+        def step(k: int | Tensor, carried: Any) -> Any:
+            carry, sums, calls = carried
+            # Made here, as a loop may change nothing that lies outside of it.
+            ends_here, scale_here, *theta_here = views(ends, scale, *theta)
+            stepper = self.stepper(ends_here, *theta_here)
+            step, taken, _, new = stepper.advance(carry)
+            nodes = Nodes.of(self.packed, stepper, step, taken, scale_here) if self.places else None
+            parts = () if nodes is None else self.integral(nodes, theta_here)
+            calls = calls + stepper.bound.F.calls + (0 if nodes is None else len(nodes.states))
+            return new, tuple(s + p for s, p in zip(sums, parts)), calls
+
+        sums = tuple(torch.zeros_like(theta[i]) for i in self.places)
+        carried = (stepper.start(z, slope, length if self.guessed else None), sums, calls)
+        _, (carry, sums, calls) = repeat(step, carried, lambda c: is_running(c[0].status).any(), limit)
+        assert carry.status is not None
+        status = torch.where(is_running(carry.status), int(Status.MAX_STEPS), carry.status)
+        return Arrived(carry.y, slope, status, carry.t, carry.tries, carry.length, sums, calls)
+
+    def integral(self, nodes: Nodes, theta: list[Tensor]) -> tuple[Tensor, ...]:
+        """The integral of a df/dtheta over a step, by those theta that gradients are wanted of."""
+
+        def slopes(*theta: Tensor) -> tuple[Tensor, ...]:
+            f = self.plain(*theta)
+            return tuple(f(m, y) for m, y in zip(nodes.moments, nodes.states))
+
+        chosen = of_places(slopes, theta, list(self.places))  # pyright: ignore[reportArgumentType]
+        return vjp(chosen, *(theta[i] for i in self.places))[1](nodes.bars)
