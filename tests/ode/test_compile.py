@@ -17,10 +17,12 @@ from torch import nn
 
 import implicitly as im
 from implicitly import iterate
-from implicitly.ode import graph_adjoint, record
+from implicitly.ode import graph, graph_adjoint, record
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
 D = torch.float64
+# Of few stages and steps.
+METHOD = im.Bosh3(rtol=1e-2)
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -30,27 +32,35 @@ def turning(t, y, w):
     return (y**3) @ A * w + 0.1 * torch.sin(t)
 
 
-def squared(t, y, w):
-    return y**2 * w
+def derivatives(f, y0, t, *args, compile, retained=False, **options):
+    """The solution, and its derivatives by the start, the times and the args, of a random sum of all outputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in (y0, t, *args)]
+    solution = im.odeint(f, *inputs, on_failure="ignore", compile=compile, **options)
+    value = solution.value
+    torch.manual_seed(1)
+    total = (value.nan_to_num() * torch.randn_like(value)).sum()
+    found = torch.autograd.grad(total, inputs, retain_graph=retained)
+    if retained:
+        for a, b in zip(found, torch.autograd.grad(total, inputs)):
+            assert torch.equal(a, b)
+    return solution, found
 
 
-def assert_same(f, y0, t, loose=1e-11, undecided=0, **options):
-    """Values, gradients and the course of the solve are those of the eager loop.
-
-    `undecided`: of how many steps rounding may decide whether they are accepted, which processors do differently.
-    """
-    y0, w = y0.clone().requires_grad_(), torch.tensor(1.0, dtype=D, requires_grad=True)
-    graph, eager = (im.odeint(f, y0, t, w, compile=c, on_failure="ignore", **options) for c in (True, False))
-    torch.testing.assert_close(graph.value, eager.value, rtol=loose, atol=loose, equal_nan=True)
-    assert torch.equal(graph.status, eager.status)
-    for field in ("steps", "rejected"):
-        off = (getattr(graph, field) - getattr(eager, field)).abs()
-        assert off.max() <= undecided, field
+def assert_same(f, y0, t, *args, **options):
+    """Values, derivatives and the course of the solve are those of the eager loop."""
+    (graph, found), (eager, right) = (
+        derivatives(f, y0, t, *args, compile=c, retained=c, **options) for c in (True, False)
+    )
+    torch.testing.assert_close(graph.value, eager.value, rtol=1e-11, atol=1e-11, equal_nan=True)
+    for field in ("status", "steps", "rejected"):
+        assert torch.equal(getattr(graph, field), getattr(eager, field)), field
     torch.testing.assert_close(graph.t, eager.t)
-    bar = torch.randn_like(eager.value)
-    found, right = (torch.autograd.grad((s.value.nan_to_num() * bar).sum(), (y0, w)) for s in (graph, eager))
-    torch.testing.assert_close(found, right, rtol=loose, atol=loose)
-    return graph, eager
+    torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11)
+    return graph, found
+
+
+def number(x):
+    return torch.tensor(x, dtype=D)
 
 
 @pytest.fixture(params=[True, False], ids=["in place", "carried"])
@@ -59,13 +69,20 @@ def buffers(request, monkeypatch):
     monkeypatch.setattr(iterate, "LOOPS_WRITE", request.param)
 
 
-METHODS = [im.Dopri5(), im.Heun(rtol=1e-3), im.ReversibleHeun(rtol=1e-3), im.Adams(rtol=1e-4)]
+METHODS = [
+    (im.Dopri5(), 4, 80),  # more outputs than a step writes at once, or a row of the graph backwards passes
+    (im.Dopri8(), 4, 5),  # whose outputs between take stages of their own
+    (im.Heun(rtol=1e-3), 0.5, 2),
+    (im.RK4(dt=0.3), 4, 2),
+    (im.ReversibleHeun(rtol=1e-3), 1, 4),
+    (im.Adams(rtol=1e-4), 2, 4),
+]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-def test_takes_the_steps_of_the_eager_loop(traced, method):
-    y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
-    assert_same(turning, y0, t, solver=method, batch_dims=1)
+@pytest.mark.parametrize(("method", "end", "times"), METHODS, ids=[type(m).__name__ for m, *_ in METHODS])
+def test_takes_the_steps_of_the_eager_loop(traced, method, end, times):
+    y0, t = torch.randn(3, 2, dtype=D), torch.linspace(0, end, times, dtype=D)
+    assert_same(turning, y0, t, number(0.8), solver=method, batch_dims=1)
     explicit = isinstance(method, ExplicitRungeKutta)  # whose backward pass is another graph
     kinds = [graph.name.startswith("the derivative") for graph in traced.values()]
     assert sorted(set(kinds)) == [False, True][: 1 + explicit]
@@ -73,38 +90,56 @@ def test_takes_the_steps_of_the_eager_loop(traced, method):
 
 
 @pytest.mark.parametrize(
-    "method", [im.Kvaerno3(rtol=1e-6), im.ImplicitEuler(dt=0.1)], ids=lambda m: type(m).__name__
+    "method", [im.Kvaerno3(rtol=1e-5), im.ImplicitEuler(dt=0.1)], ids=lambda m: type(m).__name__
 )
 def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method):
     # The graph computes the Jacobian anew where the eager loop keeps one: Newton ends elsewhere in its tolerance.
-    y0, t = torch.randn(4, 2, dtype=D), torch.linspace(0, 1, 3, dtype=D)
-    w = torch.tensor(1.0, dtype=D, requires_grad=True)
+    y0, t, w = torch.randn(4, 2, dtype=D), torch.linspace(0, 0.2, 3, dtype=D), number(1.0).requires_grad_()
     graph, eager = (im.odeint(turning, y0, t, w, solver=method, batch_dims=1, compile=c) for c in (True, False))
     torch.testing.assert_close(graph.value, eager.value, rtol=1e-4, atol=1e-5)
     found, right = (torch.autograd.grad(s.value.sum(), w)[0] for s in (graph, eager))
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
 
 
-def test_many_outputs_long_solves_and_times_of_each_sample(traced):
-    y0 = torch.randn(3, 2, dtype=D)
-    # More outputs than a step writes at once; more steps than one run of the graph takes, backwards in time.
-    assert_same(turning, y0, torch.linspace(0, 5, 200, dtype=D), batch_dims=0)
-    tight = im.Dopri5(rtol=1e-8, atol=1e-10)
-    graph, _ = assert_same(turning, y0, torch.linspace(0, -1, 6, dtype=D), undecided=3, solver=tight, batch_dims=1)
-    assert graph.steps.max() > 2 * 128
+def test_long_solves_and_times_of_each_sample_one_of_them_backwards(traced, monkeypatch):
+    monkeypatch.setattr(graph, "CHUNK", 6)
     t = torch.tensor([[0.0, 1, 2], [1.5, 1, 0.5], [0, 0.1, 4]], dtype=D)
-    assert_same(turning, y0, t, batch_dims=1)
+    y0, method = torch.randn(3, 2, dtype=D), im.Bosh3(rtol=1e-2)
+    solution, _ = assert_same(turning, y0, t, number(1.0), solver=method, batch_dims=1)
+    assert solution.steps.min() > 2 * graph.CHUNK
+    assert len(traced) == 3
 
 
-def test_ends_of_samples_are_those_of_the_eager_loop(traced):
-    t = torch.linspace(0, 5, 4, dtype=D)
-    graph, _ = assert_same(squared, torch.tensor([[0.1], [1.0]], dtype=D), t, batch_dims=1)
-    assert graph.status.tolist() == [im.Status.CONVERGED, im.Status.STEP_UNDERFLOW]
-    y0 = 2 * torch.randn(3, 2, dtype=D)
-    graph, _ = assert_same(turning, y0, t, solver=im.Dopri5(max_steps=40), batch_dims=1)
-    assert (graph.status == im.Status.MAX_STEPS).any()
+def driven(t, y, w):
+    return y**2 + w * torch.cos(w * t)
+
+
+def test_ends_of_samples_are_those_of_the_eager_loop_and_what_failed_has_no_derivatives(traced, monkeypatch):
+    monkeypatch.setattr(graph, "CHUNK", 512)  # in one run
+    # The third blows up, the fourth takes a great many steps.
+    y0 = torch.tensor([[0.3], [float("nan")], [1.0], [0.1], [0.2]], dtype=D)
+    w, t = torch.tensor([[0.5], [0.5], [0.0], [1e4], [0.5]], dtype=D), torch.linspace(0, 1.5, 4, dtype=D)
+    options = {"solver": im.Bosh3(max_steps=300, rtol=1e-2), "batch_dims": 1, "in_dims": 0}
+    solution, (by_y0, _, by_w) = assert_same(driven, y0, t, w, **options)
+    failures = [im.Status.NON_FINITE, im.Status.STEP_UNDERFLOW, im.Status.MAX_STEPS]
+    assert solution.status.tolist() == [im.Status.CONVERGED, *failures, im.Status.CONVERGED]
+    assert not torch.cat([by_w[1:4], by_y0[1:2]]).any()
+    assert by_w[[0, 4]].all()
     with pytest.raises(im.SolverError, match="MAX_STEPS"):
-        im.odeint(turning, y0, t, 1.0, solver=im.Dopri5(max_steps=40), batch_dims=1, compile=True)
+        im.odeint(driven, y0, t, w, compile=True, **options)
+    assert len(traced) == 2
+
+
+def test_samples_that_failed_have_no_part_in_derivatives_by_what_they_share(traced):
+    def squared(t, y, w):
+        return y**2 * w[:4] * w[4]
+
+    y0 = torch.tensor([[0.3], [float("nan")], [1.0], [0.2]], dtype=D)  # the third blows up
+    w, t = torch.tensor([[1.1]] * 4 + [[1.0]], dtype=D), torch.linspace(0, 1.5, 4, dtype=D)
+    _, (by_y0, by_t, by_w) = assert_same(squared, y0, t, w, solver=im.Midpoint(dt=0.02), batch_dims=1)
+    assert not torch.cat([by_w[1], by_w[2], by_y0[1]]).any()
+    assert by_w[[0, 3, 4]].all()
+    assert all(x.isfinite().all() for x in (by_y0, by_t, by_w))
 
 
 class Net(nn.Module):
@@ -119,7 +154,7 @@ class Net(nn.Module):
 
 def test_one_graph_serves_a_training_run(traced):
     net, y0 = Net(), torch.randn(6, 2)
-    compiled_layer, eager = im.nn.NeuralODE(net, compile=True), im.nn.NeuralODE(net)
+    compiled_layer, eager = (im.nn.NeuralODE(net, solver=im.Bosh3(), compile=c) for c in (True, False))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):  # the parameters change, the graph does not
         torch.testing.assert_close(compiled_layer(y0), eager(y0))
@@ -137,8 +172,8 @@ def test_one_graph_serves_a_training_run(traced):
 
 def test_a_layer_that_decides_once_and_regularises(traced):
     f = im.nn.TimeSequential(nn.Linear(2, 8), nn.Tanh(), im.nn.Dropout(0.5), nn.Linear(8, 2))
-    layer = im.nn.NeuralODE(f, regularisers=(im.nn.KineticEnergy(),))
-    graph = im.nn.NeuralODE(f, regularisers=(im.nn.KineticEnergy(),), compile=True)
+    options = {"solver": im.Bosh3(), "regularisers": (im.nn.KineticEnergy(),)}
+    layer, graph = (im.nn.NeuralODE(f, compile=c, **options) for c in (False, True))
     y0, found = torch.randn(5, 2), []
     for which in (layer, graph):
         torch.manual_seed(3)
@@ -160,11 +195,11 @@ class Rates(nn.Module):
         return torch.stack([back - slow, slow - fast - back, fast], dim=-1)
 
 
-@pytest.mark.parametrize("method", [im.Kvaerno5, im.Dopri5])
+@pytest.mark.parametrize("method", [im.Kvaerno3, im.Bosh3])
 def test_a_field_that_takes_its_parameters_apart(traced, method):
     method = method(rtol=1e-6, atol=1e-12)
     f, y0 = Rates(), torch.tensor([1.0, 0, 0], dtype=D)
-    graph, eager = (im.odeint(f, y0, (0.0, 1e-2), solver=method, compile=c).value[-1] for c in (True, False))
+    graph, eager = (im.odeint(f, y0, (0.0, 1e-3), solver=method, compile=c).value[-1] for c in (True, False))
     torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-12)
     found, right = (torch.autograd.grad(value[1], f.k)[0] for value in (graph, eager))
     torch.testing.assert_close(found, right, rtol=1e-4, atol=0)
@@ -175,26 +210,19 @@ def test_pytrees_and_complex_states(traced):
         return {"a": 1j * y["a"] * w, "b": y["a"].real - y["b"]}
 
     y0 = {"a": torch.randn(3, dtype=torch.complex64), "b": torch.randn(3)}
-    graph, eager = (im.odeint(f, y0, (0.0, 0.5, 1.0), 2.0, compile=c).value for c in (True, False))
+    graph, eager = (
+        im.odeint(f, y0, (0.0, 0.5, 1.0), 2.0, solver=im.Bosh3(), compile=c).value for c in (True, False)
+    )
     torch.testing.assert_close(graph, eager)
-
-
-def test_backsolve_follows_a_compiled_solve(traced):
-    net, y0 = Net(), torch.randn(4, 2)
-    grads = []
-    for c in (True, False):
-        value = im.odeint(net, y0, (0.0, 1.0), adjoint=im.BacksolveAdjoint(), compile=c).value
-        grads.append(torch.autograd.grad(value[-1].square().sum(), tuple(net.parameters())))
-    torch.testing.assert_close(*grads)
 
 
 def test_forward_mode_and_second_derivatives(traced):
     y0 = torch.randn(2, 2, dtype=D)
 
     def end(w, c):
-        return im.odeint(turning, y0, (0.0, 1.0), w, compile=c).value[-1].sum()
+        return im.odeint(turning, y0, (0.0, 1.0), w, solver=METHOD, compile=c).value[-1].sum()
 
-    w = torch.tensor(0.7, dtype=D)
+    w = number(0.7)
     for derivative in (torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
         found, right = (derivative(end)(w, c) for c in (True, False))
         torch.testing.assert_close(found, right)
@@ -203,62 +231,28 @@ def test_forward_mode_and_second_derivatives(traced):
 # ------------------------------------------------------------------------------------------- the backward pass
 
 
-def derivatives(f, y0, t, *args, compile, retained=False, **options):
-    """By the start, the times and the args, of a random sum of all outputs."""
-    inputs = [x.detach().clone().requires_grad_() for x in (y0, t, *args)]
-    value = im.odeint(f, *inputs, on_failure="ignore", compile=compile, **options).value
-    torch.manual_seed(1)
-    total = (value.nan_to_num() * torch.randn_like(value)).sum()
-    found = torch.autograd.grad(total, inputs, retain_graph=retained)
-    if retained:
-        for a, b in zip(found, torch.autograd.grad(total, inputs)):
-            assert torch.equal(a, b)
-    return found
-
-
-def assert_same_derivatives(f, y0, t, *args, loose=1e-10, **options):
-    found, right = (derivatives(f, y0, t, *args, compile=c, retained=c, **options) for c in (True, False))
-    torch.testing.assert_close(found, right, rtol=loose, atol=loose)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("method", "times"),
-    [
-        (im.Dopri5(), 80),  # of which steps pass more than a row of the graph does
-        (im.Dopri8(), 5),
-        (im.Tsit5(), 2),
-        (im.RK4(dt=0.3), 2),
-        (im.Midpoint(dt=0.1), 5),
-    ],
-    ids=lambda x: str(x) if isinstance(x, int) else type(x).__name__,
-)
-def test_derivatives_are_those_of_the_eager_sweep(traced, method, times):
-    y0, w = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D)
-    assert_same_derivatives(turning, y0, torch.linspace(0, 4, times, dtype=D), w, solver=method, batch_dims=1)
-    assert len(traced) == 2
-
-
 def test_derivatives_are_those_of_finite_differences(traced):
-    y0, w = torch.randn(2, 2, dtype=D, requires_grad=True), torch.tensor(0.8, dtype=D, requires_grad=True)
+    y0, w = (0.5 * torch.randn(2, 2, dtype=D)).requires_grad_(), number(0.8).requires_grad_()
     t = torch.tensor([1.0, 0.6, 0.33, 0.04], dtype=D, requires_grad=True)
 
     def solve(y0, t, w):
-        return im.odeint(turning, y0, t, w, solver=im.RK4(dt=0.1), compile=True).value
+        return im.odeint(turning, y0, t, w, solver=im.Midpoint(dt=0.1), compile=True).value
 
     assert torch.autograd.gradcheck(solve, (y0, t, w))
     assert len(traced) == 2
 
 
 def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, buffers, monkeypatch):
-    monkeypatch.setattr(record, "CHECKPOINTS", 2)
-    y0, w, t = torch.randn(2, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 1, 6, dtype=D)
-    for steps, states in ((33, 1), (700, 3)):  # of 1 and 6 runs of the graph
-        method = im.Midpoint(dt=1 / steps)
-        assert_same_derivatives(turning, y0, t, w, solver=method)
+    for module, name, value in ((record, "CHECKPOINTS", 2), (graph, "CHUNK", 8), (graph_adjoint, "BLOCK", 4)):
+        monkeypatch.setattr(module, name, value)
+    y0, w, method = torch.randn(2, 2, dtype=D), number(0.8), im.Midpoint(dt=0.022)
+    for end, steps, states in ((0.1, 5, 1), (1, 46, 3)):  # of 1 and 6 runs of the graph
+        t = torch.linspace(0, end, 6, dtype=D)
+        solution, _ = assert_same(turning, y0, t, w, solver=method)
+        assert solution.steps == steps
         value = im.odeint(turning, y0, t, w.clone().requires_grad_(), solver=method, compile=True).value
         assert len(trajectory_of(value).record.states) == states
-    assert len(traced) == 5  # for each method two, and one for steps after the first 128
+    assert len(traced) == 3  # forwards, for steps after the first 8, and backwards
 
 
 def trajectory_of(value):
@@ -271,24 +265,12 @@ def trajectory_of(value):
 
 def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
     w = torch.tensor(0.8, dtype=D, requires_grad=True)
-    value = im.odeint(turning, torch.randn(2, dtype=D), (0.0, 1.0), w, compile=True).value
+    value = im.odeint(turning, torch.randn(2, dtype=D), (0.0, 1.0), w, solver=im.Heun(dt=0.2), compile=True).value
     left = weakref.ref(trajectory_of(value).record)
     value.sum().backward()
     del value
     gc.collect()
     assert left() is None
-
-
-def test_samples_that_failed_have_no_part_in_derivatives(traced):
-    y0 = torch.tensor([[0.3], [float("nan")], [1.0], [0.2]], dtype=D)  # the third blows up
-    w, t = torch.full((4, 1), 1.1, dtype=D), torch.linspace(0, 1.5, 4, dtype=D)
-    for method, in_dims in ((im.Bosh3(), 0), (im.Midpoint(dt=0.02), None)):
-        options = {"solver": method, "batch_dims": 1}
-        by_y0, _, by_w = assert_same_derivatives(squared, y0, t, w, in_dims=in_dims, **options)
-        assert not torch.cat([by_w[1], by_w[2], by_y0[1]]).any()
-        assert by_w[0].any()
-    shared = assert_same_derivatives(squared, y0, t, w[0], **options)
-    assert all(x.isfinite().all() for x in shared)
 
 
 def test_derivatives_by_some_inputs_only(traced):
@@ -297,7 +279,7 @@ def test_derivatives_by_some_inputs_only(traced):
     first.requires_grad_(False)
     found, right = [], []
     for c, to in ((True, found), (False, right)):
-        value = im.odeint(net, y0, (0.0, 0.4, 1.0), compile=c).value
+        value = im.odeint(net, y0, (0.0, 0.4, 1.0), solver=im.Bosh3(), compile=c).value
         to += torch.autograd.grad(value.sum(), others[1:])
     torch.testing.assert_close(found, right)
 
@@ -306,7 +288,7 @@ def test_a_derivative_of_the_backward_pass(traced):
     y0, t = torch.randn(2, dtype=D, requires_grad=True), (0.0, 0.5, 1.0)
     w, found = torch.tensor(0.7, dtype=D, requires_grad=True), []
     for c in (True, False):
-        value = im.odeint(turning, y0, t, w, compile=c).value
+        value = im.odeint(turning, y0, t, w, solver=METHOD, compile=c).value
         first = torch.autograd.grad(value.square().sum(), (y0, w), create_graph=True)
         found.append((*first, *torch.autograd.grad(first[0].sum() * first[1], (y0, w))))
     torch.testing.assert_close(*found)
@@ -314,19 +296,21 @@ def test_a_derivative_of_the_backward_pass(traced):
 
 def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):
     told = []
-    layer = im.nn.NeuralODE(Net(), adjoint=im.RecursiveCheckpointAdjoint(told.append), compile=True)
+    layer = im.nn.NeuralODE(
+        Net(), solver=im.Bosh3(), adjoint=im.RecursiveCheckpointAdjoint(told.append), compile=True
+    )
     value = layer(torch.randn(6, 2))
     assert layer.backward_evaluations == 0
     value.sum().backward()
     steps = int(layer.solution.steps)
     # All steps but the last one to know the states, all for their derivatives, and the slope at the start.
-    assert layer.backward_evaluations == 6 * (2 * steps - 1) + 1 == sum(told)
+    assert layer.backward_evaluations == 3 * (2 * steps - 1) + 1 == sum(told)
 
 
 def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch):
     monkeypatch.setattr(graph_adjoint, "run_as_graph", lambda *args: None)
     y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 2, 3, dtype=D)
-    assert_same_derivatives(turning, y0, t, w)
+    assert_same(turning, y0, t, w, solver=METHOD)
     assert len(traced) == 1
 
 
@@ -334,32 +318,37 @@ def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch
 
 
 def test_code_is_generated_for_a_network():
-    # A method of few stages, as the time that code takes grows with them.
-    net, y0, solve = Net(), torch.randn(6, 2), partial(im.odeint, t=(0.0, 0.3, 1.0), solver=im.Bosh3())
+    """Of samples with outputs between: traced alone, as above, a loop may hold a constant tensor, of which the
+    compiler makes no valid code. The method has few stages, as the time that code takes grows with them."""
+    net, y0, t = Net().double(), torch.randn(6, 2, dtype=D), torch.linspace(0, 1, 4, dtype=D)
     net.net[0].weight.requires_grad_(False)
     parameters = [x for x in net.parameters() if x.requires_grad]
+    solve = partial(im.odeint, net, t=t, solver=im.Heun(rtol=1e-3), batch_dims=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", im.CompileWarning)
-        graph = solve(net, y0, compile=True)
+        graph = solve(y0, compile=True)
         found = torch.autograd.grad(graph.value.square().sum(), parameters)
-    eager = solve(net, y0)
-    torch.testing.assert_close(graph.value, eager.value)
+    eager = solve(y0)
+    torch.testing.assert_close(graph.value, eager.value, rtol=1e-11, atol=1e-11)
     assert torch.equal(graph.steps, eager.steps)
     assert graph.evaluations == eager.evaluations
     torch.testing.assert_close(found, torch.autograd.grad(eager.value.square().sum(), parameters))
     # The same graph serves tensors of other kinds, but of the same shapes.
     count = len(im.compile_statistics())
     with torch.inference_mode():
-        torch.testing.assert_close(solve(net, y0.clone(), compile=True).value, eager.value)
+        torch.testing.assert_close(solve(y0.clone(), compile=True).value, eager.value)
         negated = torch._neg_view(-y0)  # which looks like y0, but in memory is not
-        torch.testing.assert_close(solve(net, negated, compile=True).value, eager.value)
+        torch.testing.assert_close(solve(negated, compile=True).value, eager.value)
     assert len(im.compile_statistics()) == count
 
 
 def test_events_run_eagerly_and_say_so():
+    def growing(t, y, w):
+        return y**2 * w
+
     event = im.Event(lambda t, y, w: y.sum() - 1)
     with pytest.warns(im.CompileWarning, match="events"):
-        graph = im.odeint(squared, torch.tensor([0.5]), (0.0, 3.0), 1.0, event=event, compile=True)
+        graph = im.odeint(growing, torch.tensor([0.5]), (0.0, 3.0), 1.0, event=event, compile=True)
     assert graph.status == im.Status.EVENT
 
 
@@ -379,25 +368,9 @@ def test_what_cannot_be_traced_runs_eagerly_and_says_so_once():
 
 def test_unrolling_a_graph_is_refused():
     with pytest.raises(ValueError, match="UnrolledAdjoint"):
-        im.odeint(squared, torch.ones(1), (0.0, 0.5), 1.0, adjoint=im.UnrolledAdjoint(), compile=True)
+        im.odeint(turning, torch.ones(2), (0.0, 0.5), 1.0, adjoint=im.UnrolledAdjoint(), compile=True)
 
 
 def test_args_that_cannot_be_compared_are_refused():
     with pytest.raises(TypeError, match="hashable"):
         im.odeint(lambda t, y, s: -y, torch.ones(1), (0.0, 0.5), {1, 2}, compile=True)
-
-
-def test_the_compiler_makes_code_of_samples_with_outputs():
-    # Traced alone, as above, a loop may hold a constant tensor, of which the compiler makes no valid code.
-    y0, t = torch.randn(5, 2, dtype=D), torch.linspace(0, 5, 4, dtype=D)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", im.CompileWarning)
-        graph, eager = (
-            im.odeint(squared_tanh, y0, t, 1.0, solver=im.Bosh3(), batch_dims=1, compile=c) for c in (True, False)
-        )
-    torch.testing.assert_close(graph.value, eager.value, rtol=1e-11, atol=1e-11)
-    assert torch.equal(graph.steps, eager.steps)
-
-
-def squared_tanh(t, y, w):
-    return torch.tanh(y * w) - y**3
