@@ -406,13 +406,13 @@ class _Solves:
         small = not is_near(b) or b.nbytes <= LARGE
         if small and not self.eager and _may_be_graph(name, solver):
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
-            is_right = partial(_is_right, solver, condition, theta)
+            right = partial(is_as_claimed, solver, condition, theta)
             key = (self.own.name, self.key, solver, "pullback")
-            found = run_as_graph(name, key, make, *theta, is_right=is_right)
+            found = run_as_graph(name, key, make, *theta, is_right=right)
         if found is None:
             return search(solver, condition, u0, theta, b)
         found = Found(*found)
-        return found._replace(evaluations=found.evaluations + 1)  # with that of `_is_right`
+        return found._replace(evaluations=found.evaluations + 1)  # with that of `is_as_claimed`
 
 
 def _transposed_search(
@@ -430,7 +430,7 @@ def _transposed_search(
     return lambda b, *inputs: search(solver, condition, torch.zeros_like(b), (b, *inputs), b, verify=False)
 
 
-def _is_right(solver: Solver, condition: Condition, theta: tuple[Tensor, ...], found: tuple[Any, ...]) -> bool:
+def is_as_claimed(solver: Solver, condition: Condition, theta: tuple[Tensor, ...], found: tuple[Any, ...]) -> bool:
     """Whether what a graph `found` for the linear `condition` is what it says, by a product outside of it."""
     claimed, b = Found(*found), theta[0]
     residual = row_norm(condition.at(*theta)(claimed.z))

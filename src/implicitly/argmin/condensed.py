@@ -164,8 +164,9 @@ class CondensedFactors:
 
     def with_rows(self, rows: Tensor, part: CondensedFactors) -> CondensedFactors:
         """These with `part` in place of those of some samples."""
-        own, new = ((f.alpha, f.beta, f.N, f.usable) for f in (self, part))
-        return CondensedFactors(self.condensed, *(t.index_copy(0, rows, p) for t, p in zip(own, new)))
+        own, new = ((f.alpha, f.beta, f.N.mT, f.usable) for f in (self, part))  # N by columns, as it was
+        alpha, beta, N, usable = (t.index_copy(0, rows, p) for t, p in zip(own, new))
+        return CondensedFactors(self.condensed, alpha, beta, N.mT, usable)
 
     def without(self, bad: Tensor) -> CondensedFactors:
         """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -14,8 +14,8 @@ from implicitly.argmin.condensed import CondensedFactors
 from implicitly.argmin.kkt import Factors, active_set, proximal, relaxed
 from implicitly.argmin.program import QuadraticProgram, Scaling
 from implicitly.host import happens
-from implicitly.implicit import Backward, Condition, Report, attach
-from implicitly.iterate import Proposal
+from implicitly.implicit import Backward, Condition, Graphs, Report, attach, search
+from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
 from implicitly.tree import row_norm
 
@@ -234,13 +234,22 @@ class KKTAdjoint:
     def _solver(self, known: list[Jacobian]) -> StructuredSolver:
         return StructuredSolver(rtol=self.rtol, max_steps=self.max_steps, known=known)
 
-    def attach(self, w: Tensor, place: Place, program: QuadraticProgram, on_failure: str) -> Tensor:
-        """`w` = (z, ν, λ) `(B, N)` with its derivative."""
+    def attach(
+        self,
+        w: Tensor,
+        place: Place,
+        program: QuadraticProgram,
+        on_failure: str,
+        pullback: Callable[..., Found] | None = None,
+    ) -> Tensor:
+        """`w` = (z, ν, λ) `(B, N)` with its derivative; `pullback` solves in place of `search` what reverse mode
+        asks for."""
+        graphs = None if pullback is None else Graphs(search, pullback)
         how, report = Backward(self._solver(place.known)), Report(on_failure)
         if not self.smoothing:
-            condition = Condition(active_set, "qp", w.dtype, report)
+            condition = Condition(active_set, "qp", w.dtype, report, graphs=graphs)
             return attach(condition, w, (place.alpha, *program.tensors), how)
-        condition = Condition(relaxed, "the relaxed qp", w.dtype, report)
+        condition = Condition(relaxed, "the relaxed qp", w.dtype, report, graphs=graphs)
         kappa = torch.full((), self.smoothing, dtype=w.dtype, device=w.device)
         near = place.near.detach()
         return w.detach() + (attach(condition, near, (kappa, *program.tensors), how) - near)

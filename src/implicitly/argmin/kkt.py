@@ -138,8 +138,10 @@ class Factors:
 
     def with_rows(self, rows: Tensor, part: Factors) -> Factors:
         """These with `part` in place of those of some samples."""
-        own, new = ((f.alpha, f.beta, f.L, f.V, f.S, f.usable) for f in (self, part))
-        return Factors(self.program, *(t.index_copy(0, rows, p) for t, p in zip(own, new)))
+        # Matrices lie in memory by columns, and stay so.
+        own, new = ((f.alpha, f.beta, f.L.mT, f.V.mT, f.S.mT, f.usable) for f in (self, part))
+        alpha, beta, L, V, S, usable = (t.index_copy(0, rows, p) for t, p in zip(own, new))
+        return Factors(self.program, alpha, beta, L.mT, V.mT, S.mT, usable)
 
 
 def jacobian_product(

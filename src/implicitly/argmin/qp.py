@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.find import find
+from implicitly.argmin.graph_derivative import solve_as_graph
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.program import QuadraticProgram, failed, times
 from implicitly.argmin.solver import ProgramSolver
@@ -73,8 +74,9 @@ def qp(
             Where the same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
             gradients zero. Those that ran out of steps keep their best point.
-        compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, made anew for other shapes; a
-            `CompileWarning` says where none can be had, as with `ADMM`.
+        compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, and the solve of its backward
+            pass as another, made anew for other shapes; a `CompileWarning` says where none can be had, as with
+            `ADMM`.
 
     Returns:
         `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
@@ -96,7 +98,8 @@ def qp(
     near = None if start is None else start_of(start, given)
     found, place = find(solver, adjoint, program, near, Report(on_failure, partial(_solution, given)), compile)
     bad = found.status == Status.NON_FINITE
-    attached = adjoint.attach(found.z, place, program.without(bad) if happens(bad) else program, on_failure)
+    known = program.without(bad) if happens(bad) else program
+    attached = adjoint.attach(found.z, place, known, on_failure, solve_as_graph if compile else None)
     return _solution(given, found, attached)
 
 

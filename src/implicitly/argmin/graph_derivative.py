@@ -1,0 +1,96 @@
+"""The backward pass of a quadratic program as one graph: its solve by the factors that the solution left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitly.argmin.derivative import Jacobian, StructuredSolver
+from implicitly.argmin.kkt import jacobian_product
+from implicitly.compiled import Make, is_as_claimed, run_as_graph
+from implicitly.host import happens
+from implicitly.implicit import Condition, search
+from implicitly.iterate import Found, Proposal, Solver, is_success
+from implicitly.linear import Affine, LinearSolver
+
+# Of a graph, which takes all of them.
+STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class _ByFactors(LinearSolver):
+    """One step with the inverse of the transposed `jacobian`, and refinement."""
+
+    recurrent: ClassVar[bool] = False
+    jacobian: Jacobian
+
+    def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        """It remembers nothing."""
+        return ()
+
+    def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
+        """The solution; once more for the residual that rounding, and the factors, left."""
+        step = -self.jacobian.solve(r, transposed=True)
+        return Proposal(z + step, (), r - F.operator(step), calls=1)
+
+
+def solve_as_graph(
+    solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], b: Tensor
+) -> Found:
+    """As `implicit.search`, for what reverse mode solves at the solution of a program.
+
+    One step is by the factors, and a second one for what rounding left. Where that is not enough, as at degenerate
+    samples, all is solved eagerly.
+    """
+    assert isinstance(solver, StructuredSolver)
+    jacobian, found = solver.known[0], None
+    if isinstance(jacobian, Jacobian) and len(b) == len(jacobian.alpha) and not happens(jacobian.degenerate):
+        tensors: list[Tensor] = []
+        form = taken_apart(jacobian, tensors)
+        settings = {"rtol": solver.rtol, "atol": solver.atol, "max_steps": min(STEPS, solver.max_steps)}
+
+        def make() -> Callable[..., Found]:
+            return lambda b, *tensors: _solve(
+                _ByFactors(jacobian=put_together(form, tensors), **settings), condition, b
+            )
+
+        right = lambda found: is_as_claimed(solver, condition, theta, found)  # noqa: E731
+        name = f"{condition.name} with {type(solver).__name__}"
+        found = run_as_graph(
+            name, (condition.name, form, *settings.values()), Make(make), b, *tensors, is_right=right
+        )
+    if found is None or not bool(is_success(found[1]).all()):
+        return search(solver, condition, u0, theta, b)
+    found = Found(*found)
+    return found._replace(evaluations=torch.tensor(int(found.evaluations) + 1, device="cpu"))  # to verify it
+
+
+def _solve(solver: _ByFactors, condition: Condition, b: Tensor) -> Found:
+    """u with -J'u = b."""
+    J = solver.jacobian
+
+    def operator(u: Tensor) -> Tensor:
+        return -jacobian_product(J.program, J.alpha, J.beta, u.unsqueeze(1), transposed=True).squeeze(1)
+
+    condition = replace(condition, bind=lambda: operator, carries=None, graphs=None)
+    return search(solver, condition, torch.zeros_like(b), (b,), b, unrolled=True)
+
+
+def taken_apart(part: Any, tensors: list[Tensor]) -> Hashable:
+    """The form of a dataclass of tensors and of such dataclasses; `tensors` receives those."""
+    if isinstance(part, Tensor):
+        tensors.append(part)
+        return len(tensors) - 1
+    return type(part), *(taken_apart(getattr(part, f.name), tensors) for f in fields(part))
+
+
+def put_together(form: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """What has the `form` that `taken_apart` gave it, with those `tensors`."""
+    if isinstance(form, int):
+        return tensors[form]
+    kind, *parts = form
+    return kind(*(put_together(p, tensors) for p in parts))
