@@ -485,3 +485,25 @@ def test_options_that_cannot_be_meant_are_refused():
             im.BacksolveAdjoint(check=check)
     with pytest.raises(ValueError, match="cannot resolve"):
         im.odeint(lambda t, y: -y, torch.ones(1), (0.0, 1.0), adjoint=im.BacksolveAdjoint(im.Dopri5(rtol=1e-12)))
+
+
+def test_samples_that_end_early_begin_the_next_stretch_with_steps_of_their_own():
+    class Field(torch.nn.Module):
+        calls = 0
+
+        def forward(self, t, y, w):
+            self.calls += 1
+            return torch.tanh(y) * w
+
+    f, y0, w = Field(), torch.randn(4, 2, dtype=D), torch.tensor([[1.0], [3.0], [-10.0], [5.0]], dtype=D)
+    counts = []
+    for in_dims in (None, 0):  # all are stepped on until the last has ended, or those that ended are left out
+        inputs = [x.clone().requires_grad_() for x in (y0, w)]
+        adjoint = im.BacksolveAdjoint(check=float("inf"))
+        t = torch.linspace(0, 1, 5, dtype=D)
+        options = {"solver": im.Dopri5(rtol=1e-4, atol=1e-4), "batch_dims": 1, "adjoint": adjoint}
+        value = im.odeint(f, inputs[0], t, inputs[1], in_dims=in_dims, **options).value
+        f.calls = 0
+        value.sum().backward()
+        counts.append(f.calls)
+    assert counts[0] == counts[1]

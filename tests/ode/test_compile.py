@@ -18,7 +18,6 @@ from torch import nn
 import implicitly as im
 from implicitly import iterate
 from implicitly.ode import graph, graph_adjoint, record
-from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
 D = torch.float64
 # Of few stages and steps.
@@ -83,10 +82,25 @@ METHODS = [
 def test_takes_the_steps_of_the_eager_loop(traced, method, end, times):
     y0, t = torch.randn(3, 2, dtype=D), torch.linspace(0, end, times, dtype=D)
     assert_same(turning, y0, t, number(0.8), solver=method, batch_dims=1)
-    explicit = isinstance(method, ExplicitRungeKutta)  # whose backward pass is another graph
     kinds = [graph.name.startswith("the derivative") for graph in traced.values()]
-    assert sorted(set(kinds)) == [False, True][: 1 + explicit]
+    assert sorted(set(kinds)) == [False, True][: 1 + (method.nodes is not None)]
     assert kinds.count(False) <= 2  # the first steps, and all others
+
+
+def test_a_symplectic_method(traced):
+    def swinging(t, state, w):
+        q, p = state
+        return p * w, -torch.sin(q)
+
+    q, p, w = torch.randn(3, 1, dtype=D), torch.randn(3, 1, dtype=D), number(0.8)
+    found = []
+    for c in (True, False):
+        inputs = [x.clone().requires_grad_() for x in (q, p, w)]
+        options = {"solver": im.Leapfrog(dt=0.1), "batch_dims": 1, "compile": c}
+        value = im.odeint(swinging, tuple(inputs[:2]), (0.0, 0.33, 1.0), inputs[2], **options).value
+        found.append((*value, *torch.autograd.grad((value[0] * value[1].cos()).sum(), inputs)))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    assert len(traced) == 2
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ from implicitly.ode.method import Method
 from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
-from implicitly.ode.runge_kutta import ExplicitRungeKutta
 from implicitly.ode.stiffness import Halt
 from implicitly.tree import is_batched, is_near, is_plain, is_recorded, merge_rows, of_places, unwrapped
 
@@ -76,8 +75,9 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
 
-    Where `compile=True` made one graph of a solve by an explicit Runge-Kutta method, the backward pass is a graph
-    too. Derivatives of it, transforms of `torch.func` and other methods run eagerly.
+    Where `compile=True` made one graph of a solve by an explicit Runge-Kutta method, a symplectic one or
+    `ReversibleHeun`, the backward pass is a graph too. Derivatives of it, transforms of `torch.func` and other
+    methods run eagerly.
 
     Args:
         listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
@@ -182,10 +182,10 @@ class Work:
     def swept(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
-        """What `sweep` gives, as one graph where the solve was one and its method is explicit."""
+        """What `sweep` gives, as one graph where the solve was one and its method has nodes, so is explicit."""
         record = self.record
         assert record is not None
-        if self.as_graph and steps[0].numel() and isinstance(self.method, ExplicitRungeKutta):
+        if self.as_graph and steps[0].numel() and self.method.nodes is not None:
             key, stepper = self.graphs
             found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
             if found is not None:

@@ -25,9 +25,8 @@ from implicitly.host import views
 from implicitly.iterate import repeat
 from implicitly.ode.graph import window_of
 from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, restart
-from implicitly.ode.method import Memory, Step
+from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.record import Record, State, Taken
-from implicitly.ode.runge_kutta import ExplicitRungeKutta
 
 # Steps of one run of the graph, the states before all of which are in memory.
 BLOCK = 32
@@ -210,7 +209,7 @@ def _always(carry: Any) -> bool:
 
 def sweep_as_graph(
     key: Hashable,
-    method: ExplicitRungeKutta,
+    method: Method,
     stepper: Callable[..., Stepper],
     record: Record,
     stacked: tuple[Tensor, ...],
@@ -222,7 +221,8 @@ def sweep_as_graph(
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
     whose states `record` holds, and the calls of f; None where no graph can be had.
 
-    It has at least one step and one sample. `key` names all that decides about `method` and `stepper`.
+    It has at least one step and one sample; `method` has nodes. `key` names all that decides about it and about
+    `stepper`.
     """
     inputs = tuple(x.contiguous() for x in inputs)
     (times, *_), shared = inputs, [i for i in wanted if i != 1]

@@ -126,6 +126,16 @@ class Method(ABC):
         return None
 
     @property
+    def output_calls(self) -> int:
+        """How often it calls f for the outputs that a step passes."""
+        return 0
+
+    def calls(self, outputs: bool) -> int:
+        """How often a step of a method with nodes calls f, with those for its `outputs`."""
+        assert self.nodes is not None
+        return len(self.nodes) + (self.output_calls if outputs else 0)
+
+    @property
     def splits(self) -> bool:
         """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
         return False

@@ -72,9 +72,10 @@ class ExplicitRungeKutta(RungeKutta):
         """The largest step times rate with which what decays at that rate does so in the method too."""
         return real_limit(self.tableau)
 
-    def calls(self, outputs: bool) -> int:
-        """How often a step calls f, with those for its `outputs`."""
-        return len(self.tableau.moments) + (len(self.tableau.extra) if outputs else 0)
+    @property
+    def output_calls(self) -> int:
+        """One for each stage of the dense output alone."""
+        return len(self.tableau.extra)
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""

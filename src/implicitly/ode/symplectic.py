@@ -89,6 +89,11 @@ class Symplectic(Method):
         return False
 
     @property
+    def output_calls(self) -> int:
+        """One for each end."""
+        return 2
+
+    @property
     def splits(self) -> bool:
         """Always."""
         return True
