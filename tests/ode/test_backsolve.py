@@ -11,7 +11,7 @@ import torch
 from torch import func, nn
 
 import implicitly as im
-from implicitly.ode.backsolve import Packed, augmented
+from implicitly.ode.augmented import Packed, augmented
 from implicitly.ode.problem import Field
 from implicitly.viz import saved_bytes
 from tests.problems import draw, matrix
