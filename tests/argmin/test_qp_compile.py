@@ -6,6 +6,7 @@ code of it takes; what the loop computes is the same.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from implicitly.argmin.polish import System
 from implicitly.argmin.program import QuadraticProgram, equilibrate
 from implicitly.argmin.qp import ProgramSolution
 from tests.argmin.programs import D, program
+from tests.leaks import living_tensors
 
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
 pytestmark = [
@@ -206,6 +208,18 @@ def test_the_backward_pass_at_degenerate_points_and_of_the_relaxed_problem(trace
     assert len(traced) == len(loops(traced))
     assert_same(*program(batch=5, n=6, m=8, q=1), adjoint=im.KKTAdjoint(smoothing=1e-2), rtol=1e-9, atol=1e-9)
     assert len(traced) == len(loops(traced)) + 1
+
+
+def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
+    def matrices() -> int:
+        gc.collect()
+        return sum(t.shape[-2:] == (8, 6) for t in living_tensors())
+
+    args = [t.requires_grad_() for t in program(batch=5, n=6, m=8, q=1)]
+    before = matrices()
+    torch.autograd.grad(im.qp(*args, compile=True).value.sum(), args)
+    assert len(traced) == 2
+    assert matrices() == before
 
 
 def test_second_derivatives(traced):

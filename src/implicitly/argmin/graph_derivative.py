@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -51,11 +51,13 @@ def solve_as_graph(
     if isinstance(jacobian, Jacobian) and len(b) == len(jacobian.alpha) and not happens(jacobian.degenerate):
         tensors: list[Tensor] = []
         form = taken_apart(jacobian, tensors)
+        # The graph outlives the solve, of which `bind` would keep all that is recorded.
+        blank = replace(condition, bind=_unbound, carries=None, graphs=None)
         settings = {"rtol": solver.rtol, "atol": solver.atol, "max_steps": min(STEPS, solver.max_steps)}
 
         def make() -> Callable[..., Found]:
             return lambda b, *tensors: _solve(
-                _ByFactors(jacobian=put_together(form, tensors), **settings), condition, b
+                _ByFactors(jacobian=put_together(form, tensors), **settings), blank, b
             )
 
         right = lambda found: is_as_claimed(solver, condition, theta, found)  # noqa: E731
@@ -69,6 +71,10 @@ def solve_as_graph(
     return found._replace(evaluations=torch.tensor(int(found.evaluations) + 1, device="cpu"))  # to verify it
 
 
+def _unbound(*theta: Tensor) -> NoReturn:
+    raise RuntimeError("the operator is known where the graph is made")
+
+
 def _solve(solver: _ByFactors, condition: Condition, b: Tensor) -> Found:
     """u with -J'u = b."""
     J = solver.jacobian
@@ -76,7 +82,7 @@ def _solve(solver: _ByFactors, condition: Condition, b: Tensor) -> Found:
     def operator(u: Tensor) -> Tensor:
         return -jacobian_product(J.program, J.alpha, J.beta, u.unsqueeze(1), transposed=True).squeeze(1)
 
-    condition = replace(condition, bind=lambda: operator, carries=None, graphs=None)
+    condition = replace(condition, bind=lambda: operator)
     return search(solver, condition, torch.zeros_like(b), (b,), b, unrolled=True)
 
 
