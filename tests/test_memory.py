@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import implicitly as im
 from tests.contracts import ADJOINTS, SOLVERS
@@ -173,3 +174,40 @@ def test_a_failed_solve_frees_everything_once_its_error_is_gone():
             im.fixed_point(lambda z, x: 3 * z + x, Z0, x, solver=im.FixedPointIteration(), on_failure="raise")
     gc.collect()
     assert len(living_tensors()) == before
+
+
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, t, y):
+        return torch.tanh(self.linear(y))
+
+
+GRAPHS = {
+    "fixed_point": lambda h: im.fixed_point(
+        lambda z, x: 0.3 * torch.tanh(z) + x, torch.zeros(5, 3), h, compile=True
+    ),
+    "odeint": lambda h: im.odeint(Slope(), h, (0.0, 1.0), solver=im.Heun(rtol=1e-2), compile=True),
+    "backsolve": lambda h: im.odeint(
+        Slope(), h, (0.0, 1.0), solver=im.Heun(rtol=1e-2), adjoint=im.BacksolveAdjoint(), compile=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("solve", GRAPHS.values(), ids=GRAPHS)
+def test_graphs_keep_nothing_of_what_their_first_input_was_computed_from(traced, solve):
+    class Kept:
+        """Lives as long as the tensor that it is an attribute of."""
+
+    h = (torch.randn(5, 3) @ torch.randn(3, 3, requires_grad=True)).sin()
+    h.kept = Kept()
+    kept = weakref.ref(h.kept)
+    value = solve(h).value
+    value.sum().backward()
+    del h, value
+    gc.collect()
+    assert len(traced) == 2
+    assert kept() is None

@@ -390,9 +390,10 @@ class _Solves:
         r0 = own.residual(z0, *theta) if r0 is None else r0
         found, name = None, f"{own.name} with {type(solver).__name__}"
         if _may_be_graph(name, solver):
+            bare = own.bare()
 
             def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
-                return search(solver, own, z0, theta, r0)
+                return search(solver, bare, z0, theta, r0)
 
             found = run_as_graph(name, (own.name, self.key, solver), solve, z0, r0, *theta, varies=True)
         self.eager = found is None
@@ -426,7 +427,7 @@ def _transposed_search(
         saved = prepare(*inputs)
         return lambda u: -pull(u, *saved)
 
-    condition = replace(condition, bind=bind, carries=None, graphs=None)
+    condition = replace(condition.bare(), bind=bind)
     return lambda b, *inputs: search(solver, condition, torch.zeros_like(b), (b, *inputs), b, verify=False)
 
 

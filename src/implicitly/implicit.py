@@ -102,6 +102,10 @@ class Condition:
         """R(z, *theta) `(B, n)`."""
         return self.at(*theta)(z)
 
+    def bare(self) -> Condition:
+        """What of it a graph needs, which outlives the solve: not what announces, nor what looks at the result."""
+        return replace(self, report=Report("ignore"), carries=None, examine=None, graphs=None)
+
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
         """`found` with the status that a closer look gives."""
         return found if self.examine is None else self.examine(self.at(*theta), found)

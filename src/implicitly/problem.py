@@ -53,9 +53,10 @@ class Problem:
         autograd is to see the solve itself, so nothing is detached.
         """
         opened = open_function(f, args, layout.device)
+        bare = opened.bare
 
         def bind(*theta: Tensor) -> Map:
-            call = opened.at(*theta)
+            call = bare.at(*theta)
             return lambda z: displacement(z, layout.pack(call(layout.unpack(z))))
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class Problem:
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
             refuse_captured(r0, (probe, *theta), opened.captured)
-        return cls(opened, layout, bind, start, r0, opened.theta, carries)
+        return cls(opened.bare, layout, bind, start, r0, opened.theta, carries)
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
         """The condition that the residual vanishes."""

@@ -225,6 +225,11 @@ class Opened:
             ) from error
         return (*key, self.autocast)
 
+    @functools.cached_property
+    def bare(self) -> Opened:
+        """The same for who calls it with tensors of his own, and may outlive those of `args`."""
+        return replace(self, theta=self.theta[len(self.theta) - self.parameters :], captured=())
+
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""
         return self.at(*theta)(state)

@@ -98,9 +98,10 @@ class Unconstrained(Form):
     ) -> Problem:
         """Of an objective with one value a sample."""
         opened = open_function(objective, args, layout.device)
+        bare = opened.bare
 
         def bind(*theta: Tensor) -> Descent:
-            return descent_of(rows_of(opened.at(*theta), layout), theta)
+            return descent_of(rows_of(bare.at(*theta), layout), theta)
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
             call = opened.at(*theta)
@@ -128,6 +129,7 @@ class LeastSquares(Form):
     ) -> Problem:
         """Of residuals `(B, ...)`, or a pytree of them."""
         opened = open_function(objective, args, layout.device)
+        bare = opened.bare
 
         def squares_of(call: Function, theta: tuple[Tensor, ...]) -> Descent:
             def residuals(z: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class LeastSquares(Form):
             return descent_of(lambda z: residuals(z).square().sum(1) / 2, theta, residuals)
 
         def bind(*theta: Tensor) -> Descent:
-            return squares_of(opened.at(*theta), theta)
+            return squares_of(bare.at(*theta), theta)
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
             call = opened.at(*theta)

@@ -118,8 +118,8 @@ class Equality(Form):
 
             return lagrangian(checked)(w)
 
-        carries = carries_of(opened, args, layout, in_dims)
-        bind = lambda *theta: lagrangian(opened.at(*theta))  # noqa: E731
+        carries, bare = carries_of(opened, args, layout, in_dims), opened.bare
+        bind = lambda *theta: lagrangian(bare.at(*theta))  # noqa: E731
         return Problem.stated(opened, pair, (z0, y0), bind, first, carries=carries, recording=recording)
 
     def _first_constraints(self, z0: Any, args: tuple[Any, ...], layout: Layout) -> Any:

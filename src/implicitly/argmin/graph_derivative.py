@@ -52,7 +52,7 @@ def solve_as_graph(
         tensors: list[Tensor] = []
         form = taken_apart(jacobian, tensors)
         # The graph outlives the solve, of which `bind` would keep all that is recorded.
-        blank = replace(condition, bind=_unbound, carries=None, graphs=None)
+        blank = replace(condition.bare(), bind=_unbound)
         settings = {"rtol": solver.rtol, "atol": solver.atol, "max_steps": min(STEPS, solver.max_steps)}
 
         def make() -> Callable[..., Found]:

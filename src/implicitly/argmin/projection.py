@@ -82,7 +82,7 @@ class Projection(Form):
     ) -> Problem:
         """Of an objective with one value a sample."""
         opened = open_function(_Pair(objective, self.P), args, layout.device)
-        of_objective, of_P = replace(opened, f=objective), replace(opened, f=self.P)
+        of_objective, of_P = (replace(opened.bare, f=f) for f in (objective, self.P))
 
         def projected(value: Function, point: Function, theta: tuple[Tensor, ...]) -> Projected:
             descent = descent_of(rows_of(value, layout), theta)

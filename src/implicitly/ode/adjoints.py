@@ -134,7 +134,8 @@ class Work:
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
         """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves."""
-        return (self.key, self.method), partial(replace(self, record=None, listen=None).stepper, False)
+        bare = replace(self, record=None, listen=None, report=_announces_nothing)
+        return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
         """Solve through `times` `(B, T)`."""
@@ -208,6 +209,10 @@ class Work:
     def joined(self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
         """`outputs` as one tensor, each flattened, one behind the other."""
         return torch.cat([x.flatten() for x in self.outputs(steps, ended, times, y0, *theta)])
+
+
+def _announces_nothing(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
+    """In place of a report, where nothing is solved."""
 
 
 class _Trajectory(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Problem:
         if checking:
             refuse_captured(k0, (probe, moment, *theta), opened.captured)
         _check_events(events, opened, layout, (probe, moment, *theta), checking)
-        return cls(opened, layout, start, k0, times, opened.theta, carries, events=events)
+        return cls(opened.bare, layout, start, k0, times, opened.theta, carries, events=events)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,25 +161,31 @@ class Problem:
             return value
         return pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
 
-    def field(self, *theta: Tensor) -> Field:
-        """f at `theta`."""
-        layout, call = self.layout, self.opened.at(*theta)
-        show = _shown(layout)
+    @property
+    def field(self) -> Callable[..., Field]:
+        """f at theta, for who may outlive this problem."""
+        return partial(field_of, self.opened, self.layout, bool(self.events))
 
-        def slope(moment: Tensor, y: Tensor) -> Tensor:
-            return layout.pack(call((0, moment, layout.unpack(y))))
 
-        if not self.events:
-            return Field(show, slope, self.field, theta)
+def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -> Field:
+    """f, and with events what they watch and lead to, at `theta`."""
+    call, show = opened.at(*theta), _shown(layout)
+    bind = partial(field_of, opened, layout, has_events)
 
-        def watch(i: int, t: Tensor, y: Tensor) -> Tensor:
-            value = call((1 + 2 * i, show(t[None])[0], layout.unpack(y)))
-            return value.reshape(y.shape[0]).to(layout.work_dtype)
+    def slope(moment: Tensor, y: Tensor) -> Tensor:
+        return layout.pack(call((0, moment, layout.unpack(y))))
 
-        def jump(i: int, t: Tensor, y: Tensor) -> Tensor:
-            return layout.pack(call((2 + 2 * i, show(t[None])[0], layout.unpack(y))))
+    if not has_events:
+        return Field(show, slope, bind, theta)
 
-        return Field(show, slope, self.field, theta, watch=watch, jump=jump)
+    def watch(i: int, t: Tensor, y: Tensor) -> Tensor:
+        value = call((1 + 2 * i, show(t[None])[0], layout.unpack(y)))
+        return value.reshape(y.shape[0]).to(layout.work_dtype)
+
+    def jump(i: int, t: Tensor, y: Tensor) -> Tensor:
+        return layout.pack(call((2 + 2 * i, show(t[None])[0], layout.unpack(y))))
+
+    return Field(show, slope, bind, theta, watch=watch, jump=jump)
 
 
 def _check_events(
