@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import gc
+import os
 import warnings
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 import implicitly as im
 from implicitly import compiled
+
+# Every process that makes code of graphs would first try, for seconds, which instructions the C++ compiler knows.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("suite")
