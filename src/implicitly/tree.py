@@ -225,9 +225,16 @@ class Opened:
             ) from error
         return (*key, self.autocast)
 
-    @functools.cached_property
+    @property
     def bare(self) -> Opened:
-        """The same for who calls it with tensors of his own, and may outlive those of `args`."""
+        """The same for who calls it with tensors of his own, and may outlive those of `args`.
+
+        In a traced graph, of which nothing is kept, it is this.
+        """
+        return self if torch.compiler.is_dynamo_compiling() else self._bare
+
+    @functools.cached_property
+    def _bare(self) -> Opened:
         return replace(self, theta=self.theta[len(self.theta) - self.parameters :], captured=())
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:

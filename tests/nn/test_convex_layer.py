@@ -219,7 +219,7 @@ def test_the_solve_as_one_graph(monkeypatch):
         results.append((z, *torch.autograd.grad(z.square().sum(), values)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-    assert len(kept) == 1
+    assert len(kept) == 2  # forwards and backwards
     with pytest.warns(im.CompileWarning, match="Clarabel"):
         ConvexLayer(problem, parameters, variables, solver=im.Clarabel(), compile=True)
 
