@@ -199,7 +199,9 @@ def _of_finished(
     (rows,) = finished.nonzero(as_tuple=True)
     dims = (0, 0, *work.carries)
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
-    alone = _gradients(adjoint, work, Integrated(*(x[rows] for x in found)), part, wanted, g[rows])
+    # Eagerly: a graph would be made for each number of samples that failed.
+    eager = replace(work, as_graph=False)
+    alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found)), part, wanted, g[rows])
     for place, i in enumerate(wanted):
         if (d := dims[i]) is not None:
             alone[place] = torch.zeros_like(inputs[i]).index_copy(d, rows, alone[place])
