@@ -43,12 +43,13 @@ def solve_as_graph(
 ) -> Found:
     """As `implicit.search`, for what reverse mode solves at the solution of a program.
 
-    One step is by the factors, and a second one for what rounding left. Where that is not enough, as at degenerate
-    samples, all is solved eagerly.
+    One step is by the factors, and a second one for what rounding left. Where that is not enough, at degenerate
+    samples, and for several right-hand sides a sample, all is solved eagerly.
     """
     assert isinstance(solver, StructuredSolver)
     jacobian, found = solver.known[0], None
-    if isinstance(jacobian, Jacobian) and len(b) == len(jacobian.alpha) and not happens(jacobian.degenerate):
+    assert isinstance(jacobian, Jacobian)
+    if len(b) == len(jacobian.alpha) and not happens(jacobian.degenerate):
         tensors: list[Tensor] = []
         form = taken_apart(jacobian, tensors)
         # The graph outlives the solve, of which `bind` would keep all that is recorded.

@@ -134,7 +134,7 @@ class Work:
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
         """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves."""
-        bare = replace(self, record=None, listen=None, report=_announces_nothing)
+        bare = replace(self, record=None, listen=None, report=silent)
         return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
@@ -211,8 +211,8 @@ class Work:
         return torch.cat([x.flatten() for x in self.outputs(steps, ended, times, y0, *theta)])
 
 
-def _announces_nothing(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
-    """In place of a report, where nothing is solved."""
+def silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
+    """The report of a solve that has been reported on before."""
 
 
 class _Trajectory(torch.autograd.Function):

@@ -16,7 +16,7 @@ from implicitly.compiled import run_as_graph
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
-from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, sweep
+from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, sweep
 from implicitly.ode.augmented import Nodes, Packed, augmented, real
 from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
@@ -200,7 +200,7 @@ def _of_finished(
     dims = (0, 0, *work.carries)
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
     # Eagerly: a graph would be made for each number of samples that failed.
-    eager = replace(work, as_graph=False)
+    eager = replace(work, key=None, as_graph=False)
     alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found)), part, wanted, g[rows])
     for place, i in enumerate(wanted):
         if (d := dims[i]) is not None:
@@ -246,12 +246,12 @@ class Backwards:
         columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
         self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits)
+        self.limit = self.method.max_steps
         if adjoint.solver is None:
-            tries = LEAST_TRIES + TRIES * int(found.tries.max())
-            self.method = replace(self.method, max_steps=min(self.method.max_steps, tries))
+            self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
         self.bound = Bound(of, tuple(theta), None if joint else work.carries)
-        self.method_of_z = self.packed.method(self.method)
+        self.method_of_z = self.packed.method(replace(self.method, max_steps=self.limit))
 
     def gradients(self, g: Tensor) -> list[Tensor]:
         """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""
@@ -317,19 +317,16 @@ class Backwards:
         work, method = self.work, self.method
         if not work.as_graph or self.packed.columns is not None or method.differentiates:
             return None
-        of_all = replace(
-            method, max_steps=work.method.max_steps if self.adjoint.solver is None else method.max_steps
-        )
         packed, places = self.packed, tuple(self.sums)
         of = partial(augmented, work.field, packed, places, None)
 
         def stepper(ends: Tensor, *theta: Tensor) -> Stepper:
-            return Stepper(packed.method(of_all), Bound(of, theta), ends, host=False, moving=False)
+            return Stepper(packed.method(method), Bound(of, theta), ends, host=False, moving=False)
 
         back = Back(stepper, work.field, packed, places, length is not None)
-        limit = torch.tensor(method.max_steps, device=z.device)
+        limit = torch.tensor(self.limit, device=z.device)
         first = torch.zeros_like(scale[:, 0]) if length is None else to_tensor(length)
-        key = (work.key, of_all, places, back.guessed, "backsolve")
+        key = (work.key, method, places, back.guessed, "backsolve")
         name = f"the continuous adjoint of odeint with {type(method).__name__}"
         tensors = (limit, *(x.contiguous() for x in (ends, z, scale, first, *self.bound.theta)))
         found = run_as_graph(name, key, back.run, *tensors)
@@ -371,7 +368,7 @@ class Backwards:
         raise _Unstable(
             f"as it did not get from output {i} to {i - 1} for {int(failed.sum())} of {len(failed)} samples. "
             f"Sample {j}: {Status(int(found.status[j])).name} at t = {float(found.t[j]):.6g} after "
-            f"{int(found.tries[j])} steps tried (at most {self.method.max_steps}): the reverse system is stiff or "
+            f"{int(found.tries[j])} steps tried (at most {self.limit}): the reverse system is stiff or "
             "blows up"
         )
 
@@ -393,7 +390,7 @@ class Backwards:
 
 def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor) -> list[Tensor]:
     """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint` has them, from a new forward solve."""
-    again = replace(work, report=lambda *_: None, record=Record())
+    again = replace(work, report=silent, record=Record())
     times, y0, *theta = (x.detach() for x in inputs)
     k0 = again.stepper(False, times, *theta).bound.F.at(times[:, 0], y0)
     found = again.run(times, y0, k0, *theta)

@@ -16,7 +16,7 @@ from implicitly.graph_break import one_break, one_break_unless
 from implicitly.host import happens
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
-from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
 from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated
 from implicitly.ode.method import Method
@@ -135,7 +135,7 @@ def _solved(
     solver: Method, adjoint: TrajectoryAdjoint | UnrolledAdjoint, problem: Problem, on_failure: str
 ) -> Trajectory:
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
-    interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, _silent)[0].values)
+    interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -192,10 +192,6 @@ def _not_again(t: Any) -> Any:
         "interpolate takes the steps of a solve again, and this one is part of a graph of torch.compile; ask for "
         "these times in t"
     )
-
-
-def _silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
-    """Of a solve that has been reported on before."""
 
 
 _REMEDY = {
