@@ -231,7 +231,8 @@ class Opened:
 
         In a traced graph, of which nothing is kept, it is this.
         """
-        return self if torch.compiler.is_dynamo_compiling() else self._bare
+        lean = len(self.theta) == self.parameters and not self.captured
+        return self if lean or torch.compiler.is_dynamo_compiling() else self._bare
 
     @functools.cached_property
     def _bare(self) -> Opened:
@@ -513,7 +514,7 @@ _knows_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunction
 
 def casts(device_type: str) -> bool:
     """Whether autocast is on for such devices."""
-    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return (device_type == "cpu" or _knows_autocast(device_type)) and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,17 +71,25 @@ def first_step(
 
     `span` `(B,)` is the signed length of the interval, `scale` `(B, n)` the tolerance at y.
     """
-    d0, d1 = to_host(norm(y / scale)), to_host(norm(k / scale))
+    alone = isinstance(span, np.ndarray) and len(span) == 1
+
+    def size(rows: Tensor) -> Array:
+        found = to_host(norm(rows / scale))
+        return float(found[0]) if alone else found
+
+    span = float(span[0]) if alone else span
+    d0, d1 = size(y), size(k)
     xp, whole = library(d0), abs(span)
     h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / within(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
     h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, 1e-6 * whole)
     dt = h0 * xp.sign(span)
-    d2 = to_host(norm((F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / scale)) / h0
+    d2 = size(F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / h0
     d2 = within(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
     d1 = within(d1, TINY, HUGE)
     flat = xp.maximum(d1, d2) <= 1e-15
     least = xp.where(flat, within(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
     rate = within(d2 / d1, 1e-15, 1e15)
     likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
-    return xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)
+    length = xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)
+    return np.full_like(t, length) if alone else length

@@ -164,7 +164,7 @@ class Stepper:
             length = self.first_length(y.detach(), k.detach())
         length = within(length, None, method.dt_max)
         zeros = xp.zeros_like(span, dtype=xp.int64)
-        finite = finite_rows(y.detach()) & finite_rows(k.detach())
+        finite = finite_rows(y.detach(), k.detach())
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
         status = status if some(~finite) or len(y) == 0 else None  # without samples, none is running
         memory = method.start(self.bound.F, t, y, k)
@@ -248,18 +248,24 @@ class Stepper:
         status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
-        dead, length, reason = self._given_up(c, running & ~accepted, length, error)
-        status = xp.where(dead, reason, status)
-        status = xp.where(accepted & last, int(Status.CONVERGED), status)
         worst = c.worst
-        if step.error is not None and some(dead):
-            largest = (step.error / method.tolerance(step.y.detach())).abs().nan_to_num(nan=float("inf")).argmax(1)
-            worst = xp.where(dead, to_host(largest), worst)
+        if some(rejected := running & ~accepted):
+            dead, length, reason = self._given_up(c, rejected, length, error)
+            status = xp.where(dead, reason, status)
+            if step.error is not None and some(dead):
+                worst = xp.where(dead, self._largest(step), worst)
+        status = xp.where(accepted & last, int(Status.CONVERGED), status)
         t = xp.where(accepted, xp.where(last, self.end, c.t + taken.dt), c.t)
         y, memory = kept(accepted, (step.y1, step.memory), (c.y, c.memory))
         error = xp.where(accepted, error, c.error)
         steps, tries = c.steps + accepted, c.tries + running
         return Carry(y, memory, t, length, error, status, steps, tries, worst, c.watch)
+
+    def _largest(self, step: Step) -> Array:
+        """The component `(B,)` with the largest error over its tolerance."""
+        assert step.error is not None
+        over = (step.error / self.method.tolerance(step.y.detach())).abs()
+        return to_host(over.nan_to_num(nan=float("inf")).argmax(1))
 
     def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
         """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
@@ -472,8 +478,9 @@ def _joined(times: Tensor, y0: Tensor, inner: Tensor, y1: Tensor, ended: Ended) 
     late = ended.late(times) if times.shape[1] > 2 else None
     if late is not None and happens(late):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
-    end = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
-    return torch.cat([y0.unsqueeze(1), inner, end.unsqueeze(1)], dim=1)
+    if some(~is_success(to_host(ended.status))):
+        y1 = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
+    return torch.cat([y0.unsqueeze(1), inner, y1.unsqueeze(1)], dim=1)
 
 
 class Again(NamedTuple):

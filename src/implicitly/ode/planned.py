@@ -135,7 +135,7 @@ def integrate_planned(
             y, memory, passed = take(method, F, times, step, islice(moments, len(nodes)), y, memory)
             outputs += passed
         # The slope at the start may be missing in a state where f is finite again.
-        if (near or begin + BLOCK >= count) and not every(finite_rows(y.detach() + 0 * k0.detach())):
+        if (near or begin + BLOCK >= count) and not every(finite_rows(y.detach(), k0.detach())):
             return None
     if record is not None:
         record.note_all(plan.taken(len(y0), y0.device))

@@ -24,7 +24,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
-from implicitly.tree import unwrapped
+from implicitly.tree import is_tracked, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -146,10 +146,11 @@ def _solved(
 
 def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Integrated, calls: int) -> Trajectory:
     each = problem.layout.per_sample
-    reached = found.t
-    if not problem.events:  # it moves with the end, where that was reached
+    reached = found.t if problem.events else found.t.detach()
+    moving = torch.compiler.is_dynamo_compiling() or is_tracked(problem.times)
+    if moving and not problem.events:  # it moves with the end, where that was reached
         whole = found.status.detach() == int(Status.CONVERGED)
-        reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached.detach())
+        reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached)
     return Trajectory(
         problem.stacked(found.values),
         each(found.status),
