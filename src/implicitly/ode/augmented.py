@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitly.host import gauss, library, some, to_tensor
+from implicitly.iterate import where_rows
 from implicitly.ode.adjoints import pulled
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import rms_norm
@@ -52,19 +53,23 @@ class Packed:
         if self.pairs:
             q, v, p, u = z.chunk(4, dim=1)
             return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), z[:, :0]
-        size = self.n if self.columns is None else self.batch * self.n
+        if self.columns is None:
+            return z[:, : self.n], z[:, self.n :], z[:, :0]
+        size = self.batch * self.n
         y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
         return y.reshape(-1, self.n), a.reshape(-1, self.n), others
 
-    def method(self, method: Method) -> Method:
-        """`method` for z: each of y and a keeps to the norm and the tolerances that it has for y."""
+    def method(self, method: Method, **options: Any) -> Method:
+        """`method` for z, with other `options`: each of y and a keeps to the norm and the tolerances that
+        it has for y."""
 
         def norm(rows: Tensor) -> Tensor:
             y, a, others = self.split(rows)
             larger = torch.maximum(method.norm(y), method.norm(a))
             return larger if self.columns is None else torch.maximum(larger.amax(), rms_norm(others))
 
-        return replace(method, norm=norm, rtol=self._spread(method.rtol), atol=self._spread(method.atol))
+        tolerances = {"rtol": self._spread(method.rtol), "atol": self._spread(method.atol)}
+        return replace(method, norm=norm, **tolerances, **options)
 
     def _spread(self, tolerance: float | Tensor) -> float | Tensor:
         if not isinstance(tolerance, Tensor) or tolerance.ndim == 0:
@@ -143,13 +148,11 @@ class Nodes(NamedTuple):
         """Those of a step of z, for a in units of `scale`; bars are 0 for samples that did not accept it."""
         F, method, xp = stepper.bound.F, stepper.method, library(taken.dt)
         nodes, weights = gauss((method.order + 1) // 2)  # the shortest rule that has at least this order
-        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
-        part = torch.cat([torch.full_like(step.y[:, :1], c) for c in nodes], dim=1)
-        z = method.between(F, step, part)
+        states = method.between_at(F, step, nodes)
         if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
-            z = torch.where(to_tensor(taken.accepted)[:, None, None], z, step.y.unsqueeze(1))
+            states = [where_rows(to_tensor(taken.accepted), z, step.y) for z in states]
         length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1) * scale
-        pairs = [packed.split(x)[:2] for x in z.unbind(1)]
+        pairs = [packed.split(z)[:2] for z in states]
         moments = F.moments(stage_times(taken.t, taken.dt, nodes))
         return cls(
             moments, tuple(y for y, _ in pairs), tuple(a * (length * w) for (_, a), w in zip(pairs, weights))

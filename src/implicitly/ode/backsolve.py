@@ -251,7 +251,7 @@ class Backwards:
             self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
         self.bound = Bound(of, tuple(theta), None if joint else work.carries)
-        self.method_of_z = self.packed.method(replace(self.method, max_steps=self.limit))
+        self.method_of_z = self.packed.method(self.method, max_steps=self.limit)
 
     def gradients(self, g: Tensor) -> list[Tensor]:
         """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""
@@ -374,9 +374,11 @@ class Backwards:
 
     def _check_state(self, i: int, y: Tensor) -> None:
         """Compare y `(B, n)` with output i."""
-        truth = self.values[:, i]
-        tolerance = torch.maximum(self.method.tolerance(truth), self.work.method.tolerance(truth))
-        off = self.work.method.norm((y - truth) / tolerance)
+        truth, forward = self.values[:, i], self.work.method
+        tolerance = forward.tolerance(truth)
+        if self.method is not forward:
+            tolerance = torch.maximum(self.method.tolerance(truth), tolerance)
+        off = forward.norm((y - truth) / tolerance)
         wrong = self.finished & ~(off <= self.adjoint.check)
         if not bool(wrong.any()):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -182,6 +183,12 @@ class Method(ABC):
     @abstractmethod
     def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
+
+    def between_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
+        """The states `(B, n)` at t + part dt for each of `parts`."""
+        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+        part = torch.cat([torch.full_like(step.y[:, :1], c) for c in parts], dim=1)
+        return self.between(F, step, part).unbind(1)
 
     def error_ratio(self, step: Step, tolerance: Tensor) -> Tensor:
         """The local error of a step over the tolerance `(B, n)`, as a norm `(B,)`."""

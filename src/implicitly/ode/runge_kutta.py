@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,14 +44,26 @@ class RungeKutta(Method):
         tableau = self.tableau
         if tableau.dense is None:
             return hermite(step, part)
-        slopes, length = list(step.stages), as_length(step.dt)
-        if tableau.extra:
-            for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
-                slopes.append(F(moment, advanced(step.y, length, row, slopes)))
+        slopes = self._dense_slopes(F, step)
         used = tuple(i for i, row in enumerate(tableau.dense) if any(row))
         weights = dense_weights(tableau, used, part) * to_tensor(step.dt)[:, None, None]
         slope = torch.stack([slopes[i] for i in used], dim=1)
         return torch.baddbmm(step.y.unsqueeze(1), weights, slope)
+
+    def between_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
+        """As `between`, at numbers that all samples share."""
+        if self.tableau.dense is None:
+            return super().between_at(F, step, parts)
+        slopes, length = self._dense_slopes(F, step), as_length(step.dt)
+        return [advanced(step.y, length, dense_weights_at(self.tableau, part), slopes) for part in parts]
+
+    def _dense_slopes(self, F: Field, step: Step) -> list[Tensor]:
+        """The slopes `(B, n)` of all stages of the dense output."""
+        tableau, slopes, length = self.tableau, list(step.stages), as_length(step.dt)
+        if tableau.extra:
+            for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
+                slopes.append(F(moment, advanced(step.y, length, row, slopes)))
+        return slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +132,13 @@ def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tens
     coefficients = dense_matrix(tableau, used, part.dtype, part.device)
     powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
     return powers @ coefficients.T
+
+
+@remembered(256)
+def dense_weights_at(tableau: Tableau, part: float) -> tuple[float, ...]:
+    """What each stage weighs in the dense output at `part` of a step."""
+    assert tableau.dense is not None
+    return tuple(sum(c * part ** (power + 1) for power, c in enumerate(row)) for row in tableau.dense)
 
 
 @remembered(64)
