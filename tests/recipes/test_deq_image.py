@@ -15,6 +15,7 @@ import implicitly as im
 pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
 
 from implicitly.data import ImageData, digits
+from implicitly.recipes import deq_image
 from implicitly.recipes._checkpoints import BEST, LAST, CheckpointError, previous_of, read_checkpoint, run_folder
 from implicitly.recipes._classification import count_parameters
 from implicitly.recipes._training import AtomicCheckpointIO, Batches
@@ -263,6 +264,16 @@ def test_resumed_training_is_the_uninterrupted_one(data, tmp_path, monkeypatch, 
     for slot, state in theirs["optimizer_states"][0]["state"].items():
         for key, value in state.items():
             assert torch.equal(ours["optimizer_states"][0]["state"][slot][key], value)
+
+
+def test_equilibria_too_large_for_a_checkpoint_start_from_zero_again(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(deq_image, "KEPT", 1000)
+    config = small(epochs=1, batch_size=256)
+    fit("quick", config, data, tmp_path)
+    assert "equilibria" not in torch.load(tmp_path / LAST, weights_only=True)
+    with pytest.warns(UserWarning, match="starts its next epoch from zero"):
+        resumed = fit("quick", dataclasses.replace(config, resume=True, epochs=2), data, tmp_path)
+    assert resumed.costs.steps == 2 * resumed.training.batches_per_epoch
 
 
 def test_run_stopped_within_an_epoch_resumes_with_the_next_batch(data, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,9 @@ from implicitly.recipes._classification import (
 from implicitly.recipes._training import Batches
 
 ModelName = Literal["deq", "quick", "unrolled", "resnet"]
+
+# Bytes of equilibria up to which a checkpoint holds them: those of CIFAR-10 in float32 are 9.8 GB.
+KEPT = 2**28
 
 
 @dataclass(frozen=True)
@@ -238,16 +242,26 @@ class Training(ImageTraining):
         return batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the equilibria that the quick network goes on from."""
+        """With the equilibria that the quick network goes on from, unless they take more than `KEPT` bytes."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self.model.body, Quick):
-            checkpoint["equilibria"] = self.model.body.last.state_dict()
+            equilibria = self.model.body.last.state_dict()
+            if sum(x.nbytes for x in equilibria["leaves"] or ()) <= KEPT:
+                checkpoint["equilibria"] = equilibria
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the same."""
+        """Go on from the same; where they are not kept, from zero, as at the beginning of the first epoch."""
         super().on_load_checkpoint(checkpoint)
-        if isinstance(self.model.body, Quick):
+        if not isinstance(self.model.body, Quick):
+            return
+        if "equilibria" in checkpoint:
             self.model.body.last.load_state_dict(checkpoint["equilibria"])
+        else:
+            warnings.warn(
+                f"the checkpoint is without the equilibria of the {len(self.data.train):,} images, as they take "
+                f"more than {KEPT >> 20} MiB: the quick network starts its next epoch from zero, like the first",
+                stacklevel=2,
+            )
 
     def calls_of_f(self) -> tuple[int, int]:
         """Calls of the cell, or a block, and products with its transposed Jacobian."""
