@@ -378,10 +378,10 @@ class Deciding(nn.Module):
 
 FEW = im.FixedPointIteration(max_steps=5, rtol=0)
 # As few as show all that there is: histories are full, and the compiler traces each step.
-ANDERSON = im.Anderson(max_steps=4, rtol=0, history=2)
-BROYDEN = im.Broyden(max_steps=4, rtol=0)
-FREE, PHANTOM, UNROLLED = im.JacobianFreeAdjoint(), im.PhantomAdjoint(3, damping=0.7), im.UnrolledAdjoint()
-NEUMANN, KRYLOV = (im.ImplicitAdjoint(s(max_steps=3, rtol=0)) for s in (im.Neumann, im.GMRES))
+ANDERSON = im.Anderson(max_steps=3, rtol=0, history=2)
+BROYDEN = im.Broyden(max_steps=3, rtol=0)
+FREE, PHANTOM, UNROLLED = im.JacobianFreeAdjoint(), im.PhantomAdjoint(2, damping=0.7), im.UnrolledAdjoint()
+NEUMANN, KRYLOV = (im.ImplicitAdjoint(s(max_steps=2, rtol=0)) for s in (im.Neumann, im.GMRES))
 WHOLE: dict[str, Callable[[], nn.Module]] = {
     "plain, free": lambda: Pair(solver=FEW, adjoint=FREE),
     "plain, Neumann": lambda: Pair(solver=FEW, adjoint=NEUMANN),
@@ -399,7 +399,7 @@ WHOLE: dict[str, Callable[[], nn.Module]] = {
     "RK4": lambda: Steps(im.RK4, batch_dims=1),
     "Dopri8": lambda: Steps(im.Dopri8, dt=1.0, batch_dims=1),
     "ReversibleHeun": lambda: Steps(im.ReversibleHeun),
-    "backwards in time": lambda: Steps(im.Heun, (1.0, 0.5, -1.0), dt=0.6),
+    "backwards in time": lambda: Steps(im.Heun, (1.0, 0.5, -1.0), dt=1.0),
     "odeint, unrolled": lambda: Steps(im.Heun, adjoint=UNROLLED),
     "NeuralODE": lambda: im.nn.NeuralODE(Field(), solver=im.Euler(dt=0.5)),
     "NeuralODE, times": lambda: im.nn.NeuralODE(Field(), (0.0, 0.2, 0.3), im.Heun(dt=0.1), batch_dims=1),
@@ -473,9 +473,8 @@ def test_other_lengths_times_and_batches_make_graphs_of_their_own():
     assert graphs() == 2  # the second leaves the size open
     model.solve.solver = replace(model.solve.solver, dt=0.4)
     check()
-    for t in ((0.0, 0.7), (0.0, 0.5, 0.6)):
-        model.solve.t = t
-        check()
+    model.solve.t = (0.0, 0.5, 0.6)
+    check()
     model.solve.solver = im.Midpoint(dt=0.3)
     check()
     assert breaks() == 0
