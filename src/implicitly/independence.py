@@ -22,7 +22,7 @@ def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int =
         z: a state at which f is differentiable, `(B, ...)` or a pytree of them.
     """
     layout = Layout.of(z, 1, "z")
-    buffers = list(open_function(f, args, layout.device).buffers())
+    buffers = list(open_function(f, args, layout.device).opened.buffers())
     before = [b.clone() for b in buffers]
     try:
         return _coupled(f, layout, layout.pack(z).detach(), args, samples)

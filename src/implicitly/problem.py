@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, watched
+from implicitly.tree import Layout, Opened, Opening, loses, open_function, refuse_captured, watched
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Problem:
         `displacement` maps z and f(z) to the residual; z + displacement is the plain iteration. `recording`:
         autograd is to see the solve itself, so nothing is detached.
         """
-        opened = open_function(f, args, layout.device)
-        bare = opened.bare
+        opening = open_function(f, args, layout.device)
+        opened = opening.opened
 
         def bind(*theta: Tensor) -> Map:
-            call = bare.at(*theta)
+            call = opened.at(*theta)
             return lambda z: displacement(z, layout.pack(call(layout.unpack(z))))
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
@@ -64,13 +64,13 @@ class Problem:
             layout.check(value, "z0")
             return displacement(z, layout.pack(value))
 
-        carries = carries_of(opened, args, layout, in_dims)
-        return cls.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+        carries = carries_of(opening, args, layout, in_dims)
+        return cls.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
 
     @classmethod
     def stated(
         cls,
-        opened: Opened,
+        opening: Opening,
         layout: Layout,
         z0: Any,
         bind: Callable[..., Map],
@@ -83,7 +83,7 @@ class Problem:
 
         Raises ValueError where f changes z in place, or depends on a tracked tensor that is not in theta.
         """
-        start, theta = layout.pack(z0), opened.theta
+        start, theta = layout.pack(z0), opening.theta
         checking = loses(recording)
         start = start if recording else start.detach()
         theta = tuple(t.detach() for t in theta) if checking else theta
@@ -92,8 +92,8 @@ class Problem:
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
-            refuse_captured(r0, (probe, *theta), opened.captured)
-        return cls(opened.bare, layout, bind, start, r0, opened.theta, carries)
+            refuse_captured(r0, (probe, *theta), opening.captured)
+        return cls(opening.opened, layout, bind, start, r0, opening.theta, carries)
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
         """The condition that the residual vanishes."""
@@ -122,17 +122,18 @@ class Problem:
 
 
 def carries_of(
-    opened: Opened, args: tuple[Any, ...], layout: Layout, in_dims: Any
+    opening: Opening, args: tuple[Any, ...], layout: Layout, in_dims: Any
 ) -> tuple[int | None, ...] | None:
     """For each of theta the dimension that holds the samples, None where shared; None: not known.
 
     Raises ValueError for `in_dims`, as of `torch.vmap`, that do not fit the args.
     """
-    shared = (None,) * opened.parameters
-    count = len(opened.theta) - len(shared)
+    opened, theta, captured = opening
+    shared = (None,) * len(opened.parameters)
+    count = len(theta) - len(shared)
     if in_dims is None:
         # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.
-        alone = count == 0 and not opened.captured and not any(True for _ in opened.buffers())
+        alone = count == 0 and not captured and not any(True for _ in opened.buffers())
         return shared if alone and layout.batch_dims else None
     if layout.batch_dims == 0:
         raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
@@ -144,7 +145,7 @@ def carries_of(
             f"in_dims={in_dims!r} does not fit the {len(args)} args: pass an int or None for all, or a tuple with "
             "one entry (or a pytree of them) for each"
         )
-    tensors = iter(opened.theta)
+    tensors = iter(theta)
     dims: list[int | None] = []
     for dim, leaf in zip(flat, pytree.tree_leaves(args)):
         if not isinstance(leaf, Tensor):

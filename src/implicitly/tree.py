@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -181,24 +182,22 @@ def _describe(tensors: list[Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Opened:
-    """A function and everything it depends on: `opened(z, *opened.theta)` is `f(z, *args)`.
+    """A function of its state and everything it depends on: `opened(z, *theta)` is `f(z, *args)`.
 
-    `theta` holds the tensors of `args` first, then the parameters (and buffers, where a derivative reaches them)
-    of every module that f is, is bound to, closes over or refers to. Given other tensors as `theta`, the call
-    uses those instead.
+    `theta` holds the tensors of `args` first, then those in place of the `parameters` (and buffers, where a
+    derivative reaches them) of every module that f is, is bound to, closes over or refers to. No tensor of `args`
+    is kept here, so that this may outlive them.
     """
 
     f: Callable[..., Any]
-    theta: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]  # that f uses
     places: tuple[tuple[str, int], ...]  # where in `host` each parameter goes; tied ones go to several
-    parameters: int  # how many of theta, the last ones, are parameters
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
     device_type: str  # of the state
     autocast: torch.dtype | None
     default_device: torch.device | None  # where it is not the CPU
-    captured: tuple[tuple[str, Tensor], ...]  # tensors that f reaches in another way
 
     @functools.cached_property
     def host(self) -> _Host:
@@ -225,33 +224,18 @@ class Opened:
             ) from error
         return (*key, self.autocast)
 
-    @property
-    def bare(self) -> Opened:
-        """The same for who calls it with tensors of his own, and may outlive those of `args`.
-
-        In a traced graph, of which nothing is kept, it is this.
-        """
-        lean = len(self.theta) == self.parameters and not self.captured
-        return self if lean or torch.compiler.is_dynamo_compiling() else self._bare
-
-    @functools.cached_property
-    def _bare(self) -> Opened:
-        return replace(self, theta=self.theta[len(self.theta) - self.parameters :], captured=())
-
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""
         return self.at(*theta)(state)
 
     def at(self, *theta: Tensor) -> Callable[[Any], Any]:
         """f with `theta` in place of the tensors it depends on, as a map of the state."""
-        count = len(theta) - self.parameters
-        tensors, parameters = iter(theta[:count]), theta[count:]
+        count = len(theta) - len(self.parameters)
+        tensors, given = iter(theta[:count]), theta[count:]
         flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
         args = pytree.tree_unflatten(flat, self.args_spec)
-        own = not torch.compiler.is_dynamo_compiling() and all(
-            given is mine for given, mine in zip(parameters, self.theta[len(self.theta) - self.parameters :])
-        )
-        exchanged = {name: parameters[i] for name, i in self.places}
+        own = not torch.compiler.is_dynamo_compiling() and all(map(operator.is_, given, self.parameters))
+        exchanged = {name: given[i] for name, i in self.places}
         default = None if torch.compiler.is_dynamo_compiling() else self.default_device
 
         def call(state: Any) -> Any:
@@ -284,6 +268,19 @@ class Opened:
 _GAP = object()
 
 
+class Opening(NamedTuple):
+    """What a function is found to depend on when it is `opened` with some args.
+
+    Attributes:
+        theta: `opened(z, *theta)` is `f(z, *args)`.
+        captured: tensors that f reaches in another way, each with what leads there.
+    """
+
+    opened: Opened
+    theta: tuple[Tensor, ...]
+    captured: tuple[tuple[str, Tensor], ...]
+
+
 class _Host(nn.Module):
     """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
 
@@ -295,7 +292,7 @@ class _Host(nn.Module):
         return f(*args)
 
 
-def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opened:
+def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opening:
     """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept.
 
     In a traced graph that is `args` alone: there autograd reaches all the rest by itself.
@@ -308,7 +305,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
     if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
         own = functools.partial(_on_a_copy, f)
-        return Opened(own, tensors, (), (), 0, spec, static, device.type, autocast, None, ())
+        return Opening(Opened(own, (), (), (), spec, static, device.type, autocast, None), tensors, ())
     default = torch.get_default_device()
     modules: dict[int, nn.Module] = {}
     captured: list[tuple[str, Tensor]] = []
@@ -329,20 +326,18 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
                     index[id(tensor)] = len(parameters)
                     parameters.append(tensor)
                 places.append((f"{prefix}.{name}", index[id(tensor)]))
-    theta = (*tensors, *parameters)
-    return Opened(
+    opened = Opened(
         f,
-        theta,
+        tuple(parameters),
         tuple(modules.values()),
         tuple(places),
-        len(parameters),
         spec,
         static,
         device.type,
         autocast,
         None if default.type == "cpu" else default,
-        tuple(captured),
     )
+    return Opening(opened, (*tensors, *parameters), tuple(captured))
 
 
 def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:

@@ -164,7 +164,7 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
 
 def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[Any, ...]) -> Any:
     """inner_loss(w, *hyper), which leaves buffers of modules, such as running statistics, as they are."""
-    host = open_function(inner_loss, hyper, pytree.tree_leaves(w)[0].device).host
+    host = open_function(inner_loss, hyper, pytree.tree_leaves(w)[0].device).opened.host
     buffers = {name: b.clone() for name, b in host.named_buffers()}
     if not buffers:
         return inner_loss(w, *hyper)
@@ -210,7 +210,7 @@ def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tu
     Raises ValueError where the loss does not depend on params.
     """
     inner = pytree.tree_leaves(params)
-    first = len(problem.theta) - problem.opened.parameters
+    first = len(problem.theta) - len(problem.opened.parameters)
     own = [i for i in range(first, len(problem.theta)) if not any(problem.theta[i] is w for w in inner)]
     unused = set(range(first, len(problem.theta))) - set(own)
     if records() and not under_transform():

@@ -97,18 +97,18 @@ class Unconstrained(Form):
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
         """Of an objective with one value a sample."""
-        opened = open_function(objective, args, layout.device)
-        bare = opened.bare
+        opening = open_function(objective, args, layout.device)
+        opened = opening.opened
 
         def bind(*theta: Tensor) -> Descent:
-            return descent_of(rows_of(bare.at(*theta), layout), theta)
+            return descent_of(rows_of(opened.at(*theta), layout), theta)
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
             call = opened.at(*theta)
             return descent_of(rows_of(lambda z: check_values(call(z), layout), layout), theta)(z)
 
-        carries = carries_of(opened, args, layout, in_dims)
-        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+        carries = carries_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
 
     def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
         """The Hessian."""
@@ -128,8 +128,8 @@ class LeastSquares(Form):
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
         """Of residuals `(B, ...)`, or a pytree of them."""
-        opened = open_function(objective, args, layout.device)
-        bare = opened.bare
+        opening = open_function(objective, args, layout.device)
+        opened = opening.opened
 
         def squares_of(call: Function, theta: tuple[Tensor, ...]) -> Descent:
             def residuals(z: Tensor) -> Tensor:
@@ -142,14 +142,14 @@ class LeastSquares(Form):
             return descent_of(lambda z: residuals(z).square().sum(1) / 2, theta, residuals)
 
         def bind(*theta: Tensor) -> Descent:
-            return squares_of(bare.at(*theta), theta)
+            return squares_of(opened.at(*theta), theta)
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
             call = opened.at(*theta)
             return squares_of(lambda z: check_residuals(call(z), layout), theta)(z)
 
-        carries = carries_of(opened, args, layout, in_dims)
-        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+        carries = carries_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
 
     def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
         """The Hessian."""

@@ -89,7 +89,7 @@ class Equality(Form):
     ) -> Problem:
         """Of an objective with one value a sample; its state is (z, y), from y = 0."""
         y0 = pytree.tree_map(torch.zeros_like, self._first_constraints(z0, args, layout))
-        opened = open_function(_Both(objective, self.h), args, layout.device)
+        opening = open_function(_Both(objective, self.h), args, layout.device)
         pair, duals = Layout.of((z0, y0), layout.batch_dims), Layout.of(y0, layout.batch_dims)
 
         def lagrangian(call: Function) -> Lagrangian:
@@ -110,7 +110,7 @@ class Equality(Form):
             return Lagrangian(residual, evaluate)
 
         def first(w: Tensor, *theta: Tensor) -> Tensor:
-            call = opened.at(*theta)
+            call = opening.opened.at(*theta)
 
             def checked(z: Any) -> tuple[Tensor, Any]:
                 value, constraints = call(z)
@@ -118,9 +118,9 @@ class Equality(Form):
 
             return lagrangian(checked)(w)
 
-        carries, bare = carries_of(opened, args, layout, in_dims), opened.bare
-        bind = lambda *theta: lagrangian(bare.at(*theta))  # noqa: E731
-        return Problem.stated(opened, pair, (z0, y0), bind, first, carries=carries, recording=recording)
+        carries, opened = carries_of(opening, args, layout, in_dims), opening.opened
+        bind = lambda *theta: lagrangian(opened.at(*theta))  # noqa: E731
+        return Problem.stated(opening, pair, (z0, y0), bind, first, carries=carries, recording=recording)
 
     def _first_constraints(self, z0: Any, args: tuple[Any, ...], layout: Layout) -> Any:
         with torch.no_grad():

@@ -81,8 +81,8 @@ class Projection(Form):
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
         """Of an objective with one value a sample."""
-        opened = open_function(_Pair(objective, self.P), args, layout.device)
-        of_objective, of_P = (replace(opened.bare, f=f) for f in (objective, self.P))
+        opening = open_function(_Pair(objective, self.P), args, layout.device)
+        of_objective, of_P = (replace(opening.opened, f=f) for f in (objective, self.P))
 
         def projected(value: Function, point: Function, theta: tuple[Tensor, ...]) -> Projected:
             descent = descent_of(rows_of(value, layout), theta)
@@ -103,8 +103,8 @@ class Projection(Form):
 
             return projected(lambda z: check_values(value(z), layout), checked, theta)(z)
 
-        carries = carries_of(opened, args, layout, in_dims)
-        return Problem.stated(opened, layout, z0, bind, first, carries=carries, recording=recording)
+        carries = carries_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
 
     def curvature(self, F: Projected, z: Tensor) -> tuple[Map, Tensor]:
         """D - D (I - t H) D with H the Hessian of the objective, D the (symmetric) derivative of P.

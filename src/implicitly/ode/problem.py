@@ -15,7 +15,7 @@ from implicitly.host import Array, every, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.tree import Layout, Opened, loses, open_function, refuse_captured, watched
+from implicitly.tree import Layout, Opened, Opening, loses, open_function, refuse_captured, watched
 
 
 @dataclass
@@ -120,9 +120,10 @@ class Problem:
             assert call_of is not None
             return call_of(*moment, *args)
 
-        opened = open_function(at_once, args, layout.device)
-        carries = carries_of(opened, args, layout, in_dims)
-        start, theta = layout.pack(y0), opened.theta
+        opening = open_function(at_once, args, layout.device)
+        opened, theta, captured = opening
+        carries = carries_of(opening, args, layout, in_dims)
+        start = layout.pack(y0)
         probe, moment = start, times[:, 0].expand(layout.batch)
         checking = loses(recording)
         if not recording:
@@ -135,9 +136,9 @@ class Problem:
         layout.check(value, "y0")
         k0 = layout.pack(value)
         if checking:
-            refuse_captured(k0, (probe, moment, *theta), opened.captured)
-        _check_events(events, opened, layout, (probe, moment, *theta), checking)
-        return cls(opened.bare, layout, start, k0, times, opened.theta, carries, events=events)
+            refuse_captured(k0, (probe, moment, *theta), captured)
+        _check_events(events, opening, layout, (probe, moment, *theta), checking)
+        return cls(opened, layout, start, k0, times, opening.theta, carries, events=events)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,10 +190,10 @@ def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -
 
 
 def _check_events(
-    events: tuple[Event, ...], opened: Opened, layout: Layout, known: tuple[Tensor, ...], checking: bool
+    events: tuple[Event, ...], opening: Opening, layout: Layout, known: tuple[Tensor, ...], checking: bool
 ) -> None:
     """Raise TypeError / ValueError for what g or restart returns at the start, or reaches in a wrong way."""
-    probe, moment, *theta = known
+    (probe, moment, *theta), opened = known, opening.opened
     for i, event in enumerate(events):
         for which, name in ((1 + 2 * i, "g"), (2 + 2 * i, "restart"))[: 1 if event.restart is None else 2]:
             with torch.enable_grad():
@@ -206,7 +207,7 @@ def _check_events(
                     layout.check(value, "y0")
                     rows = layout.pack(value)
                 if checking:
-                    refuse_captured(rows, known, opened.captured)
+                    refuse_captured(rows, known, opening.captured)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name} of event {i}, in place of f: {error}") from error
 
