@@ -133,8 +133,8 @@ def carries_of(
     count = len(theta) - len(shared)
     if in_dims is None:
         # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.
-        alone = count == 0 and not captured and not any(True for _ in opened.buffers())
-        return shared if alone and layout.batch_dims else None
+        alone = layout.batch_dims and count == 0 and not captured and not any(True for _ in opened.buffers())
+        return shared if alone else None
     if layout.batch_dims == 0:
         raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
     flat = pytree._broadcast_to_and_flatten(

@@ -149,7 +149,7 @@ class Layout:
 
     def _unpack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         lead = (x.shape[0],) if self.batch_dims else ()
-        shape = (*lead, *(leaf.shape[d] for d in leaf.order))
+        shape = (*lead, *(leaf.shape if leaf.in_order else [leaf.shape[d] for d in leaf.order]))
         if leaf.dtype.is_complex:
             x = x.reshape(*shape, 2)
             # Columns of a larger matrix may begin at an odd place, where no complex number can.
@@ -423,7 +423,7 @@ def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[i
 
 def is_near(x: Tensor) -> bool:
     """Whether `x` lies in the host's own memory, and not on an accelerator that it would wait for."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -466,7 +466,7 @@ class Ended(NamedTuple):
 def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[Piece]) -> Tensor:
     """All outputs `(B, T, n)`; NaN where a solve did not get to."""
     if times.shape[1] == 2:
-        return _joined(times, y0, y0.unsqueeze(1)[:, :0], y1, ended)
+        return _joined(times, y0, None, y1, ended)
     inner = y0.new_full((y0.shape[0], times.shape[1] - 2, y0.shape[1]), float("nan"))
     if pieces:
         rows, columns, values = (torch.cat(parts) for parts in zip(*pieces))
@@ -474,12 +474,14 @@ def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[P
     return _joined(times, y0, inner, y1, ended)
 
 
-def _joined(times: Tensor, y0: Tensor, inner: Tensor, y1: Tensor, ended: Ended) -> Tensor:
-    late = ended.late(times) if times.shape[1] > 2 else None
-    if late is not None and happens(late):
+def _joined(times: Tensor, y0: Tensor, inner: Tensor | None, y1: Tensor, ended: Ended) -> Tensor:
+    """All outputs, of which those between the ends are `inner` `(B, T - 2, n)`; None: there are none."""
+    if inner is not None and happens(late := ended.late(times)):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
     if some(~is_success(to_host(ended.status))):
         y1 = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
+    if inner is None:
+        return torch.stack([y0, y1], dim=1)
     return torch.cat([y0.unsqueeze(1), inner, y1.unsqueeze(1)], dim=1)
 
 
