@@ -421,7 +421,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-BY_INDUCTOR = ["DEQ, few", "NeuralODE"]
+BY_INDUCTOR = ["DEQ, free", "NeuralODE"]
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE.keys() - set(BY_INDUCTOR)))

@@ -334,15 +334,21 @@ def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch
 
 def test_code_is_generated_for_a_network():
     """Of samples with outputs between: traced alone, as above, a loop may hold a constant tensor, of which the
-    compiler makes no valid code. The method has few stages, as the time that code takes grows with them."""
+    compiler makes no valid code. The method has few stages, as the time that code takes grows with them; both
+    adjoints go on from the same graph."""
     net, y0, t = Net().double(), torch.randn(6, 2, dtype=D), torch.linspace(0, 1, 4, dtype=D)
     net.net[0].weight.requires_grad_(False)
     parameters = [x for x in net.parameters() if x.requires_grad]
     solve = partial(im.odeint, net, t=t, solver=im.Heun(rtol=1e-3), batch_dims=1)
+    back = partial(solve, adjoint=im.BacksolveAdjoint())
     with warnings.catch_warnings():
         warnings.simplefilter("error", im.CompileWarning)
         graph = solve(y0, compile=True)
         found = torch.autograd.grad(graph.value.square().sum(), parameters)
+        continuous = [
+            torch.autograd.grad(back(y0, compile=c).value.square().sum(), parameters) for c in (True, False)
+        ]
+    torch.testing.assert_close(*continuous)
     eager = solve(y0)
     torch.testing.assert_close(graph.value, eager.value, rtol=1e-11, atol=1e-11)
     assert torch.equal(graph.steps, eager.steps)
