@@ -122,6 +122,7 @@ class Line:
         error: of what either returns, as a list of tensors; further ones of the peer may stand before a gradient,
             and after a solution.
         goal, least: in words, and how many times faster than the peer that is.
+        package: the peer, where it is not that of the other lines.
     """
 
     what: str
@@ -130,6 +131,7 @@ class Line:
     error: Callable[[Sequence[Tensor]], float]
     goal: str = ""
     least: float | None = None
+    package: str | None = None
 
 
 def beside(
@@ -143,9 +145,9 @@ def beside(
     """Ours beside the program `benchmarks/jax_*.py`, whose calls are of `package`."""
     try:
         with JaxProcess(program, tensors) as jax:
-            return [_row(jax, package, line, rounds, digits) for line in lines]
+            return [_row(jax, line.package or package, line, rounds, digits) for line in lines]
     except PeerError as failure:
-        return [Row(line.what, "", f"{package}: {failure}", line.goal) for line in lines]
+        return [Row(line.what, "", f"{line.package or package}: {failure}", line.goal) for line in lines]
 
 
 def _row(jax: JaxProcess, package: str, line: Line, rounds: int, digits: int) -> Row:

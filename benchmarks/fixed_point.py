@@ -53,7 +53,7 @@ def run(effort: Effort) -> list[Row]:
         overhead,
         compiled_overhead,
         exact_gradient,
-        beside_jaxopt,
+        beside_jax,
         saved_for_backward,
         one_slow_sample,
         long_training,
@@ -208,33 +208,38 @@ def exact_gradient(effort: Effort) -> list[Row]:
     return rows
 
 
-def beside_jaxopt(effort: Effort) -> list[Row]:
-    """Anderson acceleration as a compiled program of JAX, in a process of its own; few rounds, as it is slow."""
+def beside_jax(effort: Effort) -> list[Row]:
+    """Compiled programs of JAX, in a process of their own; few rounds, as they are slow."""
     if not effort.full:
         return []
     cell, z0, x = problem(32)
     cotangent = torch.randn_like(x)
     x.requires_grad_()
-    inputs, solver = [x, *cell.parameters()], SOLVERS["Anderson"]
+    inputs = [x, *cell.parameters()]
+    solvers = {**SOLVERS, "FixedPointIteration": im.FixedPointIteration(rtol=RTOL, max_steps=MAX_STEPS)}
     wide = (t.detach().double() for t in (x, cotangent))
     z, exact = unrolled_gradient(copy.deepcopy(cell).double(), *wide)
     handed = dict(cell.named_parameters())
-    handed |= {"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups, "history": solver.history}
-    # Its tolerance is absolute, and of the batch as a whole.
+    handed |= {"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups}
+    # Their tolerances are absolute, and of the batch as a whole.
     handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
-    solve = partial(ours, solver, cell, z0, x)
+    handed |= {"history": SOLVERS["Anderson"].history}
+    lines = []
+    for name, package in (("Anderson", "jaxopt"), ("FixedPointIteration", "optimistix")):
+        solve = partial(ours, solvers[name], cell, z0, x)
 
-    def forward() -> list[Tensor]:
-        with torch.no_grad():
-            return [solve()]
+        def forward(solve: Callable[[], Tensor] = solve) -> list[Tensor]:
+            with torch.no_grad():
+                return [solve()]
 
-    def gradient() -> list[Tensor]:
-        return list(torch.autograd.grad(solve(), inputs, cotangent))
+        def gradient(solve: Callable[[], Tensor] = solve) -> list[Tensor]:
+            return list(torch.autograd.grad(solve(), inputs, cotangent))
 
-    lines = [
-        Line("Anderson: forward, ms", "forward", forward, lambda found: relative_error(found[:1], [z])),
-        Line("Anderson: exact gradient, ms", "gradient", gradient, lambda found: relative_error(found, exact)),
-    ]
+        of_z, of_gradient = (partial(relative_error, exact=right) for right in ([z], exact))
+        lines += [
+            Line(f"{name}: forward, ms", name, forward, of_z, package=package),
+            Line(f"{name}: exact gradient, ms", f"{name}, gradient", gradient, of_gradient, package=package),
+        ]
     return beside("jax_deq", "jaxopt", handed, lines, min(effort.rounds, 2), digits=0)
 
 

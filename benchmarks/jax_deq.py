@@ -1,4 +1,5 @@
-"""The convolutional cell of `fixed_point.py`, solved and differentiated by jaxopt's Anderson acceleration."""
+"""The convolutional cell of `fixed_point.py`, solved and differentiated by jaxopt's Anderson acceleration and by
+optimistix's plain iteration, the one of its solvers for fixed points that holds no matrix."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import lineax
+import optimistix
 from jaxopt import AndersonAcceleration
 from jaxopt.linear_solve import solve_gmres
 
@@ -38,30 +41,40 @@ def norm(p, name):
 
 
 def main() -> None:
-    """Forward, and the gradient of a product with the cotangent."""
+    """Solutions, and the gradients of a product with the cotangent."""
     p = problem()
     x, cotangent, groups = p.pop("x"), p.pop("cotangent"), int(p.pop("groups"))
     atol, rtol, max_steps = float(p.pop("atol")), float(p.pop("rtol")), int(p.pop("max_steps"))
     history = int(p.pop("history"))
     options = {"history_size": history, "tol": atol, "maxiter": max_steps}
     linear_solve = partial(solve_gmres, tol=rtol, maxiter=max_steps)
-    solver = AndersonAcceleration(partial(cell, groups=groups), implicit_diff_solve=linear_solve, **options)
+    anderson = AndersonAcceleration(partial(cell, groups=groups), implicit_diff_solve=linear_solve, **options)
+    # Its error of z is the last step over the tolerance, in this norm; that of its GMRES is taken entry by entry.
+    picard = optimistix.FixedPointIteration(rtol=0.0, atol=atol, norm=optimistix.two_norm)
+    adjoint = optimistix.ImplicitAdjoint(lineax.GMRES(rtol=rtol, atol=rtol, max_steps=max_steps))
 
-    @jax.jit
-    def forward(x, p):
-        z, state = solver.run(jnp.zeros_like(x), x, p)
-        return z, state.num_fun_eval
+    def accelerated(x, p):
+        return anderson.run(jnp.zeros_like(x), x, p)[0]
 
-    @jax.jit
-    @partial(jax.grad, argnums=(0, 1))
-    def gradient(x, p):
-        return jnp.vdot(cotangent, forward(x, p)[0])
+    def plain(x, p):
+        f = lambda z, args: cell(z, *args, groups=groups)  # noqa: E731
+        z0 = jnp.zeros_like(x)
+        return optimistix.fixed_point(f, picard, z0, (x, p), max_steps=max_steps, adjoint=adjoint).value
 
-    def by_parameters():
-        by_x, by_p = gradient(x, p)
-        return by_x, [by_p[name] for name in p]  # in PyTorch's order
+    def gradient(solve):
+        by_both = jax.jit(jax.grad(lambda x, p: jnp.vdot(cotangent, solve(x, p)), argnums=(0, 1)))
 
-    serve({"forward": lambda: forward(x, p), "gradient": by_parameters}, ["jaxopt"])
+        def by_parameters():
+            by_x, by_p = by_both(x, p)
+            return by_x, [by_p[name] for name in p]  # in PyTorch's order
+
+        return by_parameters
+
+    calls = {}
+    for name, solve in (("Anderson", accelerated), ("FixedPointIteration", plain)):
+        calls[name] = partial(jax.jit(solve), x, p)
+        calls[f"{name}, gradient"] = gradient(solve)
+    serve(calls, ["jaxopt", "optimistix"])
 
 
 if __name__ == "__main__":
