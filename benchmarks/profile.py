@@ -100,7 +100,8 @@ def kind_of(operation: str) -> str:
 def run(effort: Effort) -> list[Row]:
     """All of it."""
     print("profiles ...", flush=True)
-    return [case.row(effort) for family in (fixed_points, trajectories, programs) for case in family(effort)]
+    families = (fixed_points, compiled_cells, trajectories, programs)
+    return [case.row(effort) for family in families for case in family(effort)]
 
 
 def gradient_of(parameters: list[Tensor], solve: Callable[[], Tensor]) -> Run:
@@ -142,6 +143,25 @@ def fixed_points(effort: Effort) -> Iterator[Case]:
         theirs = gradient(partial(fixed_point.theirs, peer, cell, z0, x))
         whole = gradient(lambda solve=solve: solve().value)
         yield Case(f"{name}: exact gradient", whole, partial(alone, products[0], forward), theirs, faster)
+
+
+def compiled_cells(effort: Effort) -> Iterator[Case]:
+    """The same cell compiled: in the eager loop, and in a graph of the whole solve."""
+    if not effort.full:
+        return
+    cell, z0, x = fixed_point.problem(32)
+    plain, fast = torch.no_grad(), torch.compile(cell)
+    at = plain(lambda: fast(fast(z0, x), x))()
+
+    def alone(calls: int) -> None:
+        for _ in range(calls):
+            fast(at, x)
+
+    for name, most in (("Anderson", 1.1), ("Broyden", 1.2)):
+        for how, f, compile in (("f compiled", fast, False), ("f compiled, one graph", cell, True)):
+            solver = fixed_point.SOLVERS[name]
+            solve = plain(partial(im.fixed_point, f, z0, x, solver=solver, compile=compile))
+            yield Case(f"{name}: forward, {how}", solve, plain(partial(alone, solve().evaluations)), None, most)
 
 
 def trajectories(effort: Effort) -> Iterator[Case]:
