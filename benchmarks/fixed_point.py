@@ -225,7 +225,7 @@ def beside_jax(effort: Effort) -> list[Row]:
     handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
     handed |= {"history": SOLVERS["Anderson"].history}
     lines = []
-    for name, package in (("Anderson", "jaxopt"), ("FixedPointIteration", "optimistix")):
+    for name, package in (("Anderson", None), ("FixedPointIteration", "optimistix")):
         solve = partial(ours, solvers[name], cell, z0, x)
 
         def forward(solve: Callable[[], Tensor] = solve) -> list[Tensor]:

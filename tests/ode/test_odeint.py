@@ -412,3 +412,11 @@ def test_a_captured_tensor_is_refused_with_the_remedy():
     w = torch.ones(3, dtype=D, requires_grad=True)
     with pytest.raises(ValueError, match=r"'w' of shape \(3,\).*Pass it in args"):
         im.odeint(lambda t, y: -w * y, Y, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("length", [1.0, 1e-300, 5e-324])
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_a_slope_that_is_infinite_at_the_start_ends_in_a_status_however_short_the_interval(length, batch_dims):
+    y0, t = torch.ones(1, 3, dtype=torch.float64), (0.0, length)
+    solution = im.odeint(lambda t, y: y / 0, y0, t, batch_dims=batch_dims, on_failure="ignore")
+    assert solution.status.flatten().tolist() == [im.Status.NON_FINITE]

@@ -82,7 +82,7 @@ def first_step(
     xp, whole = library(d0), abs(span)
     h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / within(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
-    h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, 1e-6 * whole)
+    h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, within(1e-6 * whole, TINY, None))  # plain numbers divide by no 0
     dt = h0 * xp.sign(span)
     d2 = size(F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / h0
     d2 = within(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
