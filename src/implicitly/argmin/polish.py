@@ -181,11 +181,13 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     if system.condensed is None:  # its factors are further from exact
         w = newton_step(program, at.factors, at.beta, w)
     residual, size = natural_residual(program, system.scaling, w)
+    wanting = ~(residual <= max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps * size)  # of so many terms
     for _ in range(NEWTON_STEPS):
-        if not happens(~(residual <= 50 * torch.finfo(w.dtype).eps * size)):
+        if not happens(wanting):
             break
-        w = newton_step(program, at.factors, at.beta, w)
+        w, before = newton_step(program, at.factors, at.beta, w), residual
         residual, size = natural_residual(program, system.scaling, w)
+        wanting = wanting & ~(residual > 0.5 * before)  # else it is as exact as rounding lets it be
     good = residual <= tolerance * size
     if happens(~good):  # what the solver found may be better than what its active set leads to
         before, size = natural_residual(program, system.scaling, found.w)
