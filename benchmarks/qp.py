@@ -158,27 +158,32 @@ def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> l
     Q, p, G, h, A, b = args
     problem = {"Q": Q, "p": p, "G": G, "h": h, "A": A, "b": b, "weights": weights}
 
-    def forward() -> list[Tensor]:
-        with torch.no_grad():
-            return [ours(*args)]
+    with torch.no_grad():
+        z = ours(*args)
 
-    z = forward()[0]
-    lines = [
-        Line(
-            f"{what}: forward, ms",
-            "forward",
-            forward,
-            lambda found: float((found[0] - z).abs().max()),
-            "faster",
-            1.0,
-        ),
-        Line(
-            f"{what}: forward and gradient, ms",
-            "forward and gradient",
-            lambda: gradient(ours, args, weights),
-            lambda found: gradient_error(found[-5:], args, weights),
-            "faster",
-            1.0,
-        ),
-    ]
-    return elsewhere.beside("jax_qp", "qpax", problem, lines, effort.rounds, digits=0)
+    def forward(compile: bool) -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(*args, compile=compile)]
+
+    def lines(compile: bool) -> list[Line]:
+        case = f"{what}, compile=True" if compile else what
+        return [
+            Line(
+                f"{case}: forward, ms",
+                "forward",
+                lambda: forward(compile),
+                lambda found: float((found[0] - z).abs().max()),
+                "faster",
+                1.0,
+            ),
+            Line(
+                f"{case}: forward and gradient, ms",
+                "forward and gradient",
+                lambda: gradient(lambda *a: ours(*a, compile=compile), args, weights),
+                lambda found: gradient_error(found[-5:], args, weights),
+                "faster",
+                1.0,
+            ),
+        ]
+
+    return elsewhere.beside("jax_qp", "qpax", problem, lines(False) + lines(True), effort.rounds, digits=0)

@@ -312,7 +312,7 @@ def test_a_derivative_of_the_backward_pass(traced):
 def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):
     told = []
     layer = im.nn.NeuralODE(
-        Net(), solver=im.Bosh3(), adjoint=im.RecursiveCheckpointAdjoint(told.append), compile=True
+        Net(), solver=im.Bosh3(), adjoint=im.RecursiveCheckpointAdjoint(listen=told.append), compile=True
     )
     value = layer(torch.randn(6, 2))
     assert layer.backward_evaluations == 0

@@ -66,6 +66,10 @@ class Adams(Method):
         unknown = self.order - 2
         return (y.new_zeros(y.shape[0], unknown), k, *(torch.zeros_like(k) for _ in range(unknown)))
 
+    def slope(self, memory: Memory) -> Tensor:
+        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        return memory[1]
+
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         lengths, *slopes = memory

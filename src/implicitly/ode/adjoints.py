@@ -74,8 +74,10 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     So it is the derivative of what was computed by just these steps, which is as close to that of the solution as
     the steps suit its neighbours. Where a solution jumps, and a parameter moves the jump, as in a stiff relaxation
-    oscillator, it can be off by several times itself while the solution is right to six digits: tighten rtol and
-    atol until it no longer changes.
+    oscillator, it can be off by several times itself while the solution is right to six digits: the short steps
+    stay where they are, and the neighbour jumps in a long one. `arc_length=True` has the steps move with the
+    solution there. It is the derivative of another sequence of the same steps, with lengths that are constant in
+    arc length rather than in time; elsewhere both are about as close.
 
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
@@ -85,9 +87,12 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     methods run eagerly.
 
     Args:
+        arc_length: whether derivatives take the arc lengths of adaptive steps for constant, not the times that
+            they take.
         listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
     """
 
+    arc_length: bool = False
     listen: Callable[[int], None] | None = None
 
     hybrid = True
@@ -96,6 +101,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         record = Record() if any(is_recorded(x) for x in inputs) else None
+        arc_length = self.arc_length and method.dt is None
         work = Work(
             method,
             problem.field,
@@ -103,8 +109,9 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             report,
             record,
             events=problem.events,
-            key=problem.key,
+            key=None if arc_length else problem.key,
             listen=self.listen,
+            arc_length=arc_length,
         )
         if record is None:
             with torch.no_grad():
@@ -129,12 +136,13 @@ class Work:
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
     listen: Callable[[int], None] | None = None
+    arc_length: bool = False
     as_graph: bool = False
 
     @property
     def hybrid(self) -> bool:
-        """Whether something may end a step besides its length; the times got to are then differentiable."""
-        return bool(self.events or self.method.tstops)
+        """Whether steps end elsewhere than at times known; the times got to are then differentiable."""
+        return bool(self.events or self.method.tstops or self.arc_length)
 
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
@@ -182,7 +190,9 @@ class Work:
         """What takes the steps at these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
         bound = Bound(self.field, theta, self.carries, once)
         if self.hybrid:
-            return HybridStepper(self.method, bound, times, host, moving, events=self.events)
+            return HybridStepper(
+                self.method, bound, times, host, moving, events=self.events, arc_length=self.arc_length
+            )
         return Stepper(self.method, bound, times, host, moving)
 
     def swept(

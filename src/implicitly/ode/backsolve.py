@@ -43,7 +43,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
     Backwards, what decays becomes what grows. So y is compared, at each output time but the last, with the output
     there: where only the ends are asked for, that is the whole trajectory against y0. Where it is too far off, or
     the backward solve fails or takes many times the steps of the forward one, a `ConvergenceWarning` says so, and
-    the gradient is that of `RecursiveCheckpointAdjoint`, from a second forward solve.
+    the gradient is that of `RecursiveCheckpointAdjoint(arc_length=True)`, from a second forward solve.
 
     First order, in reverse mode: second derivatives, forward mode and the transforms of `torch.func` raise
     NotImplementedError.
@@ -219,8 +219,9 @@ def _gradients(
         return Backwards(adjoint, work, found, inputs, wanted).gradients(g)
     except _Unstable as reason:
         message = (
-            f"odeint: BacksolveAdjoint stopped, {reason}. The gradient is that of RecursiveCheckpointAdjoint, "
-            "from a second forward solve. Try: adjoint=RecursiveCheckpointAdjoint(), which spares this attempt; "
+            f"odeint: BacksolveAdjoint stopped, {reason}. The gradient is that of "
+            "RecursiveCheckpointAdjoint(arc_length=True), from a second forward solve. Try: that as the adjoint, "
+            "which spares this attempt; "
             "tighter tolerances or BacksolveAdjoint(solver=...); more output times, at each of which y starts anew"
         )
         warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
@@ -391,8 +392,9 @@ class Backwards:
 
 
 def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor) -> list[Tensor]:
-    """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint` has them, from a new forward solve."""
-    again = replace(work, report=silent, record=Record())
+    """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint(arc_length=True)` has them, which are near
+    those of the solution wherever it jumps, from a new forward solve."""
+    again = replace(work, report=silent, record=Record(), key=None, arc_length=work.method.dt is None)
     times, y0, *theta = (x.detach() for x in inputs)
     k0 = again.stepper(False, times, *theta).bound.F.at(times[:, 0], y0)
     found = again.run(times, y0, k0, *theta)

@@ -1,7 +1,8 @@
 """Steps that end where something happens: at an event, or at a time that must be hit.
 
 A step in which an event happens is taken anew, up to the event. Taken once more for a derivative, its length is
-again what makes g vanish at its end, by the implicit function theorem. So states carry their time.
+again what makes g vanish at its end, by the implicit function theorem. So states carry their time. The lengths of
+other steps are constants there, in time or in arc length.
 """
 
 from __future__ import annotations
@@ -27,12 +28,24 @@ from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
 
+# What arc length weighs a state's relative change with, that of time in the whole interval weighing 1: more suits
+# a jump better, less an equilibrium.
+MOTION = 2.0
+# What part of its size a tolerance is taken for where only absolute ones are given.
+LOOSE = 1e-3
+
 
 @dataclass
 class HybridStepper(Stepper):
-    """Takes steps that events and the method's `tstops` end."""
+    """Takes steps that events and the method's `tstops` end.
+
+    Attributes:
+        events: what is watched.
+        arc_length: whether derivatives take the arc length of a step for constant, not its time.
+    """
 
     events: tuple[Event, ...] = ()
+    arc_length: bool = False
 
     # ------------------------------------------------------------------------------------ times to be hit
 
@@ -273,6 +286,8 @@ class HybridStepper(Stepper):
         ends = torch.where(accepted, to_tensor(taken.ends), 0)
         last = accepted & to_tensor(taken.last)
         dt = torch.where(accepted, to_tensor(taken.dt), 0.0)
+        if self.arc_length:
+            dt = dt / self._speed(y, self.method.slope(carried))
         dt = torch.where(last, self.times[:, -1] - t, dt)
         bounds = self.bounds(taken.t)
         if self.method.tstops:
@@ -280,10 +295,24 @@ class HybridStepper(Stepper):
         if any_of(ends > 0):
             known = to_tensor(taken.t + taken.dt)
             dt = torch.where(ends > 0, self._event_time(ends, known, bounds, t, y, carried) - t, dt)
+        self.bound.F.again = True
         step = self.method.step(within(self.bound.F, bounds), t, dt, y, carried)
         t = torch.where(last, self.times[:, -1], t + dt)
         y, carried = self._begun(ends, t, step.y1, step.memory)
         return step, y, (*carried, t.unsqueeze(1))
+
+    def _speed(self, y: Tensor, k: Tensor) -> Tensor:
+        """1 `(B,)`, with the derivative of the logarithm of the arc length a time, at y `(B, n)` of slope k.
+
+        Arc length is that of (t / span, MOTION y / size), with a component's size |y| + atol / rtol. So what moves
+        by much less than its size in all of the time, and what errors make move, counts for little beside time.
+        """
+        method, rtol = self.method, self.method.rtol
+        loose = torch.where(rtol > 0, rtol, LOOSE) if isinstance(rtol, Tensor) else rtol or LOOSE
+        rate = method.norm(k * (loose / method.tolerance(y.detach())))
+        span = to_tensor(self.end - self.begin).abs()
+        speed = torch.hypot(MOTION * rate, 1 / torch.where(span == 0, 1.0, span))
+        return speed / speed.detach()
 
     def _event_time(
         self,

@@ -172,6 +172,10 @@ class Method(ABC):
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """What to carry from y `(B, n)`, whose slope is k, at t `(B,)`."""
 
+    def slope(self, memory: Memory) -> Tensor:
+        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        return memory[0]
+
     @abstractmethod
     def step(self, F: Field, t: Array | tuple[Tensor, ...], dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`.

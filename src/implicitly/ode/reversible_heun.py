@@ -54,6 +54,10 @@ class ReversibleHeun(Method):
         """The second state and its slope, `(B, n)` each."""
         return (y, k)
 
+    def slope(self, memory: Memory) -> Tensor:
+        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        return memory[1]
+
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         (other, k), length = memory, as_length(dt)

@@ -274,5 +274,8 @@ def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Eve
     if compile and (events or solver.tstops):
         message = "odeint: compile=True has no one graph for events and tstops; the eager loop runs instead"
         warnings.warn(message, CompileWarning, stacklevel=users_line())
+    elif compile and solver.dt is None and getattr(adjoint, "arc_length", False):
+        message = "odeint: compile=True has no one graph for arc_length=True; the eager loop runs instead"
+        warnings.warn(message, CompileWarning, stacklevel=users_line())
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')

@@ -1,0 +1,157 @@
+"""`RecursiveCheckpointAdjoint(arc_length=True)`: steps that move with the solution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import func
+
+import implicitly as im
+
+D = torch.float64
+MOVING, FROZEN = im.RecursiveCheckpointAdjoint(arc_length=True), im.RecursiveCheckpointAdjoint()
+
+
+def oscillator(t, y, mu):
+    x, v = y.unbind(-1)
+    return torch.stack([v, mu * (1 - x * x) * v - x], -1)
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values if len(values) > 1 else values[0], dtype=D)
+
+
+def end(mu, y0=(2.0, 0.0), t=(0.0, 60.0), solver=im.Kvaerno5(rtol=1e-5, atol=1e-5), **options):
+    y0 = y0 if isinstance(y0, torch.Tensor) else tensor(*y0)
+    return im.odeint(oscillator, y0, t, mu, solver=solver, **options)
+
+
+def slope(mu: float, adjoint, **options) -> float:
+    at = tensor(mu).requires_grad_()
+    return float(torch.autograd.grad(end(at, adjoint=adjoint, **options).value[-1, 0], at)[0])
+
+
+def exact_slope(mu: float, t) -> float:
+    tight, h = im.Kvaerno5(rtol=1e-10, atol=1e-12), 1e-3
+    with torch.no_grad():
+        low, high = (float(end(tensor(mu + d), t=t, solver=tight).value[-1, 0]) for d in (-h, h))
+    return (high - low) / (2 * h)
+
+
+def test_the_gradient_through_a_jump_is_that_of_the_solution():
+    """x leaves 2 slowly and jumps to -2 and back; when, depends on mu."""
+    exact = exact_slope(30.0, (0.0, 60.0))
+    assert slope(30.0, MOVING) == pytest.approx(exact, rel=5e-3)
+    assert abs(slope(30.0, FROZEN) - exact) > 0.02 * abs(exact)  # why this is an option
+    back = exact_slope(30.0, (0.0, -1e-3))
+    assert slope(30.0, MOVING, t=(0.0, -1e-3)) == pytest.approx(back, rel=1e-4)
+
+
+METHODS = [im.Dopri5, im.Bosh3, im.Kvaerno3, im.Adams, im.ReversibleHeun]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_comes_closer_as_tolerances_tighten(method):
+    """Where nothing jumps it converges as the other derivative does: to y0, to all times, to mu."""
+    loose, tight = 1e-4, 1e-6
+
+    def gradients(tolerance, adjoint, method=method):
+        given = [tensor(2.0, 0.0), torch.tensor([0.0, 0.5, 1.1], dtype=D), tensor(2.0)]
+        y0, t, mu = (x.requires_grad_() for x in given)
+        solver = method(rtol=tolerance, atol=tolerance)
+        value = im.odeint(oscillator, y0, t, mu, solver=solver, adjoint=adjoint).value
+        found = torch.autograd.grad(value[1, 0] + 2 * value[2, 1], (y0, t, mu))
+        return torch.cat([g.reshape(-1) for g in found])
+
+    exact = gradients(1e-10, FROZEN, im.Dopri8)
+    off = [float((gradients(tolerance, MOVING) - exact).norm() / exact.norm()) for tolerance in (loose, tight)]
+    assert off[0] < 5e-2
+    assert off[1] < max(off[0] / 3, 1e-6)
+
+
+def test_forward_mode_transforms_and_second_derivatives_agree():
+    options = {"solver": im.Dopri5(rtol=1e-9, atol=1e-10), "t": (0.0, 1.0), "adjoint": MOVING}
+
+    def f(y0, mu):
+        return end(mu, y0, **options).value[-1].square().sum()
+
+    y0, mu = tensor(2.0, 0.5), tensor(1.5)
+    reverse = func.grad(f, argnums=(0, 1))(y0, mu)
+    leaves = (y0.clone().requires_grad_(), mu.clone().requires_grad_())
+    for a, b in zip(reverse, torch.autograd.grad(f(*leaves), leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    pushed = func.jvp(f, (y0, mu), (tensor(1.0, -1.0), tensor(2.0)))[1]
+    torch.testing.assert_close(pushed, reverse[0] @ tensor(1.0, -1.0) + 2 * reverse[1], rtol=1e-10, atol=1e-12)
+    h = 1e-5
+    numeric = (func.grad(f, 1)(y0, mu + h) - func.grad(f, 1)(y0, mu - h)) / (2 * h)
+    torch.testing.assert_close(func.hessian(f, 1)(y0, mu), numeric, rtol=1e-4, atol=1e-6)
+    starts = torch.stack([y0, 1.2 * y0])
+    mapped = func.vmap(func.grad(f), in_dims=(0, None))(starts, mu)
+    torch.testing.assert_close(mapped[0], reverse[0], rtol=1e-8, atol=1e-10)
+
+
+def test_samples_have_their_own_lengths():
+    mu, y0 = tensor(0.5, 20.0, 3.0), tensor(2.0, 0.0).repeat(3, 1)
+    at = mu[:, None].clone().requires_grad_()
+
+    def f(t, y, mu):
+        return oscillator(t, y, mu[:, 0])
+
+    options = {"solver": im.Kvaerno5(rtol=1e-5, atol=1e-5), "adjoint": MOVING, "batch_dims": 1, "in_dims": 0}
+    value = im.odeint(f, y0, (0.0, 20.0), at, **options).value[-1, :, 0]
+    (found,) = torch.autograd.grad(value.sum(), at)
+    alone = [slope(float(m), MOVING, t=(0.0, 20.0)) for m in mu]
+    torch.testing.assert_close(found[:, 0], torch.tensor(alone, dtype=D), rtol=1e-3, atol=1e-6)
+
+
+def test_a_long_trajectory_keeps_few_states():
+    at = tensor(20.0).requires_grad_()
+    solver = im.Bosh3(rtol=1e-7, atol=1e-7)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+        found = end(at, t=(0.0, 30.0), solver=solver, adjoint=MOVING)
+    assert int(found.steps) > 1000
+    assert sum(saved) < 40 * int(found.steps)  # the steps themselves, no states
+
+
+def test_an_event_ends_a_moving_trajectory_where_it_happens():
+    """The time at which x first passes zero, against differences."""
+    event, solver = im.Event(lambda t, y, mu: y[..., 0]), im.Kvaerno5(rtol=1e-7, atol=1e-7)
+
+    def time(mu, adjoint):
+        return end(mu, event=event, solver=solver, adjoint=adjoint).t
+
+    at, h = tensor(20.0).requires_grad_(), 1e-2
+    (found,) = torch.autograd.grad(time(at, MOVING), at)
+    with torch.no_grad():
+        numeric = (time(tensor(20.0 + h), MOVING) - time(tensor(20.0 - h), MOVING)) / (2 * h)
+    torch.testing.assert_close(found, numeric, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", [im.Dopri5(dt=0.01), im.RK4(dt=0.01), im.Kvaerno3(dt=0.01)])
+def test_constant_steps_stay_as_they_are(method):
+    options = {"t": (0.0, 1.0), "solver": method}
+    assert slope(2.0, MOVING, **options) == slope(2.0, FROZEN, **options)
+
+
+def test_a_state_at_rest_has_finite_gradients():
+    y0 = torch.zeros(2, dtype=D, requires_grad=True)
+    (found,) = torch.autograd.grad(end(tensor(2.0), y0, t=(0.0, 1.0), adjoint=MOVING).value[-1, 0], y0)
+    (exact,) = torch.autograd.grad(end(tensor(2.0), y0, t=(0.0, 1.0), adjoint=FROZEN).value[-1, 0], y0)
+    torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("rtol", [0.0, torch.tensor([0.0, 1e-6])])
+def test_absolute_tolerances_alone_will_do(rtol):
+    options = {"t": (0.0, 1.0), "solver": im.Dopri5(rtol=rtol, atol=1e-7)}
+    assert slope(2.0, MOVING, **options) == pytest.approx(slope(2.0, FROZEN, **options), rel=1e-3)
+
+
+def test_compile_says_that_the_eager_loop_runs():
+    with pytest.warns(im.CompileWarning, match="arc_length"):
+        end(tensor(2.0), t=(0.0, 0.1), adjoint=MOVING, compile=True)
+
+
+def test_steps_are_taken_again_with_harder_newton_iterations_where_they_must():
+    """In a stiff jump the Jacobian of an earlier step led to stages at first, and that of the step may not."""
+    assert slope(1000.0, MOVING, t=(0.0, 2000.0)) == pytest.approx(1.7848e-3, rel=5e-3)
