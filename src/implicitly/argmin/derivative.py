@@ -86,7 +86,7 @@ class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
     `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
-    transpose, which a test vector tells, are solved by dense LU. At degenerate samples the answer is that of
+    transpose, as a first step, or else a test vector, tells, are solved by dense LU. At degenerate samples the answer is that of
     least squares and, of all of them, the one of minimal norm; what no answer can reduce does not count as
     residual.
     """
@@ -96,8 +96,14 @@ class StructuredSolver(LinearSolver):
     known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
-        """The inverse to apply."""
+        """The inverse to apply, and the first step by it where it is known."""
         jacobian = self.known[0]
+        batch = len(jacobian.degenerate)
+        for transposed in (True, False) if len(r) == batch else ():
+            inverse = _Inverse.of(jacobian, transposed, batch, batch)
+            step, left = inverse(F, r)
+            if bool((row_norm(left) <= PLAIN * row_norm(r)).all()):
+                return inverse, r, step, left
         inverse = _Inverse.recognised(jacobian, F, r)
         if inverse is None:
             return DenseLU(limit_gib=8.0).start(F, z, r)
@@ -107,8 +113,9 @@ class StructuredSolver(LinearSolver):
         """The solution; once more for the residual that rounding, and the factors, left."""
         if not isinstance(memory[0], _Inverse):
             return DenseLU().propose(F, k, z, r, memory)
-        step, left = memory[0](F, r)
-        return Proposal(z + step, memory, left, calls=1)
+        inverse, *first = memory
+        step, left = first[1:] if first and first[0] is r else inverse(F, r)
+        return Proposal(z + step, (inverse,), left, calls=1)
 
 
 @dataclass(frozen=True, eq=False)
