@@ -86,9 +86,9 @@ class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
     `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
-    transpose, as a first step, or else a test vector, tells, are solved by dense LU. At degenerate samples the answer is that of
-    least squares and, of all of them, the one of minimal norm; what no answer can reduce does not count as
-    residual.
+    transpose, as a first step, or else a test vector, tells, are solved by dense LU. At degenerate samples the
+    answer is that of least squares and, of all of them, the one of minimal norm; what no answer can reduce does
+    not count as residual.
     """
 
     recurrent: ClassVar[bool] = False
