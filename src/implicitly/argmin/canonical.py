@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.optional import require
-from implicitly.tree import merge_rows
+from implicitly.tree import columns_of, merge_rows
 
 # ------------------------------------------------------------------------------- from parameters to numbers
 
@@ -63,9 +63,9 @@ class SparseMap:
         """The product."""
         if x.shape[1] == 0:
             return x.new_zeros(len(x), len(self.column))
-        product = x.index_select(1, self.column) * self.coefficient
+        product = columns_of(x, self.column).mul_(self.coefficient)
         rows, columns, coefficients = self.more
-        return product.index_add(1, rows, x.index_select(1, columns) * coefficients) if len(rows) else product
+        return product.index_add_(1, rows, columns_of(x, columns).mul_(coefficients)) if len(rows) else product
 
 
 class _Linear(torch.autograd.Function):
@@ -102,6 +102,7 @@ class AffineMap:
     constant: Tensor
     M: SparseMap
     transpose: SparseMap
+    fixed: bool  # whether M is zero, so that no derivative has to find that out
 
     @classmethod
     def of(cls, matrix: Any, like: Tensor) -> AffineMap:
@@ -109,10 +110,13 @@ class AffineMap:
         matrix = matrix.tocsc()
         constant = torch.from_numpy(matrix[:, [-1]].toarray()[:, 0].astype(np.float64))
         varying = matrix[:, :-1]
-        return cls(constant.to(like), SparseMap.of(varying, like), SparseMap.of(varying.T, like))
+        fixed = varying.count_nonzero() == 0
+        return cls(constant.to(like), SparseMap.of(varying, like), SparseMap.of(varying.T, like), fixed)
 
     def __call__(self, p: Tensor) -> Tensor:
         """The numbers for `p`."""
+        if self.fixed:
+            return self.constant.expand(len(p), -1)
         return self.constant + _Linear.apply(p, self.M, self.transpose)
 
 
@@ -196,7 +200,7 @@ class ParameterSlot:
             value = value.unsqueeze(0)
         if self.symmetric:
             value = (value + value.mT) / 2
-        return value.reshape(len(value), -1).index_select(1, self.source.to(value.device))
+        return columns_of(value.reshape(len(value), -1), self.source.to(value.device))
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class VariableSlot:
 
     def take(self, x: Tensor) -> Tensor:
         """The value `(B, *shape)` of solutions `(B, n)`."""
-        value = x.index_select(1, self.source.to(x.device)) * self.scale.to(x)
+        value = columns_of(x, self.source.to(x.device)) * self.scale.to(x)
         return (value.exp() if self.exp else value).reshape(-1, *self.shape)
 
 

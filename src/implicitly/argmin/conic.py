@@ -32,7 +32,7 @@ from implicitly.argmin.cones import dual_exponential_cone, psd_cone, second_orde
 from implicitly.argmin.power_cone import dual_power_cone
 from implicitly.host import remembered
 from implicitly.implicit import Map
-from implicitly.tree import row_norm
+from implicitly.tree import columns_of, row_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Block:
 
     def take(self, v: Tensor) -> Tensor:
         """Their parts `(B, count, d)` of `v` `(B, m)`."""
-        return v.index_select(1, self.rows.reshape(-1)).reshape(len(v), *self.rows.shape)
+        return columns_of(v, self.rows.reshape(-1)).reshape(len(v), *self.rows.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Cones:
         if not self.blocks:
             return torch.cat(parts, dim=1)
         parts += [block.project_dual(block.take(v)).flatten(1) for block in self.blocks]
-        return torch.cat(parts, dim=1).index_select(1, self._order)
+        return columns_of(torch.cat(parts, dim=1), self._order)
 
     @cached_property
     def _order(self) -> Tensor:
@@ -245,7 +245,7 @@ class Pattern:
     def bind(self, cones: Cones, P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> Map:
         """The residual `(B, n + m)` at z = (x, v), for numbers `(B or 1, ·)`."""
         index, rows, columns = self.full
-        whole = P.index_select(1, index)
+        whole = columns_of(P, index)
 
         def residual(z: Tensor) -> Tensor:
             x, v = z.split([self.n, self.m], dim=1)
@@ -268,5 +268,5 @@ class Pattern:
 
 def _product(M: Tensor, rows: Tensor, columns: Tensor, x: Tensor, size: int) -> Tensor:
     """M x `(B, size)` of sparse matrices with numbers `M` `(B or 1, nnz)` and `x` `(B, ·)`."""
-    terms = M * x.index_select(1, columns)
+    terms = M * columns_of(x, columns)
     return torch.zeros(len(x), size, dtype=terms.dtype, device="cpu").index_add(1, rows, terms)

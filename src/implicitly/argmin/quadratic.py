@@ -24,6 +24,7 @@ from implicitly.argmin.optional import require
 from implicitly.argmin.qp import ProgramSolution, qp
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.iterate import Solution, SolverError
+from implicitly.tree import columns_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class QuadraticForm:
         kept, out: columns of A; the variables of `out` are right-hand sides.
         equations, definitions, inequalities: rows of A; `definitions` belong to `out`, in its order.
         numbers: P_kk, P_ke, P_ee, q_k, q_e, the three parts of A and of b, and the a of the definitions, flat.
+        mixed: whether P_ke is anything but zero.
     """
 
     kept: Tensor
@@ -42,6 +44,7 @@ class QuadraticForm:
     definitions: Tensor
     inequalities: Tensor
     numbers: Assembly
+    mixed: bool
 
     @classmethod
     def of(cls, program: CanonicalProgram) -> QuadraticForm:
@@ -64,8 +67,8 @@ class QuadraticForm:
             *(b[part.numpy()] for part in (equations, definitions, inequalities)),
             A[np.asarray(chosen, dtype=np.int64)],
         )
-        numbers = Assembly(matrices, program.parameters)
-        return cls(kept, out, equations, definitions, inequalities, numbers)
+        numbers, mixed = Assembly(matrices, program.parameters), bool(matrices[1].count_nonzero())
+        return cls(kept, out, equations, definitions, inequalities, numbers, mixed)
 
     def solve(self, values: Sequence[Tensor], batch: int, solver: ProgramSolver, **options: Any) -> Solution:
         """The solution at the parameters' `values`; its `value` is x `(B, n)` and the multipliers `(B, m)`.
@@ -81,6 +84,7 @@ class QuadraticForm:
             curved = P_ee @ R
             Q = Q + R.mT @ curved
             p = p - _times(R.mT, q_e + _times(P_ee, r))
+        if self.mixed:
             mixed = P_ke @ R
             Q, p = Q - mixed - mixed.mT, p + _times(P_ke, r)
         tensors = (Q, p, G, h, M, b_M)
@@ -100,13 +104,14 @@ class QuadraticForm:
                 )
             )
             x_e = r - _times(R, x)
-            multiplier = -(_times(P_ee, x_e) + _times(P_ke.mT, x) + q_e) / a
+            slope = _times(P_ee, x_e) + q_e
+            multiplier = -(slope + _times(P_ke.mT, x) if self.mixed else slope) / a
             batch = max(len(x), len(x_e))
             columns = torch.cat([self.kept, self.out]).argsort().to(q.device)
             rows = torch.cat([self.inequalities, self.equations, self.definitions]).argsort().to(q.device)
             value = (
-                torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1).index_select(1, columns),
-                torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1).index_select(1, rows),
+                columns_of(torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1), columns),
+                columns_of(torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1), rows),
             )
             status, residual, steps = (t.expand(batch) for t in (status, residual, steps))
             return Solution(value, status, residual, steps, found.evaluations)
