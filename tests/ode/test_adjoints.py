@@ -23,7 +23,8 @@ TIMES = {
     "many": torch.tensor([0.0, 0.1, 0.13, 0.7, 1.1], dtype=D),
     "backwards": torch.tensor([1.0, 0.4, -0.5], dtype=D),
 }
-each_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+MOVING = im.RecursiveCheckpointAdjoint(arc_length=True)
+each_adjoint = pytest.mark.parametrize("adjoint", [*ADJOINTS, MOVING], ids=["checkpointed", "unrolled", "moving"])
 
 
 def field(t, y, W):
