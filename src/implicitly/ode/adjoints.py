@@ -101,7 +101,6 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         """The trajectory, its `values` differentiable, and the calls of f."""
         inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
         record = Record() if any(is_recorded(x) for x in inputs) else None
-        arc_length = self.arc_length and method.dt is None
         work = Work(
             method,
             problem.field,
@@ -109,9 +108,9 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             report,
             record,
             events=problem.events,
-            key=None if arc_length else problem.key,
+            key=problem.key,
             listen=self.listen,
-            arc_length=arc_length,
+            arc_length=self.arc_length and method.dt is None,
         )
         if record is None:
             with torch.no_grad():
