@@ -114,10 +114,10 @@ class ProximalStep:
         move = to - m.y
         squared = torch.linalg.vecdot(move, move)
         bound = m.value - torch.linalg.vecdot(m.r, move) + squared / (2 * step)
-        # Where the difference drowns in rounding, the curvature along the move says the same.
+        # Where the difference drowns in rounding, which must not decide, the curvature along the move says the same.
         flat = (value - m.value).abs() <= noise_of(m.value)
         curvature = torch.linalg.vecdot(m.r - r, move)
-        good = (value <= bound) | (flat & (step * curvature <= squared))
+        good = torch.where(flat, step * curvature <= squared, value <= bound)
         return _Trial(step, to, value, r, curvature, squared, good & value.isfinite() & r.isfinite().all(1), calls)
 
     def _extrapolated(self, m: Accelerated, moves: Tensor, z: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,5 +221,6 @@ class _Splitting:
         """What was found."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
         slack = self.program.h - at.u[:, self.program.sizes[1] :]
-        w = torch.cat([at.x, self.weights * at.y], 1)
-        return Point(w, slack, status, at.steps, torch.ones_like(status.sum()))
+        duals = self.weights * at.y
+        binding = duals[:, self.program.sizes[1] :] > slack
+        return Point(torch.cat([at.x, duals], 1), slack, binding, status, at.steps, torch.ones_like(status.sum()))

@@ -86,7 +86,8 @@ def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
     w, slack = w / system.scaling.w, slack * system.scaling.F
     none = ~(w.isfinite().all(1, keepdim=True))
     w, slack = torch.where(none, 0.0, w), torch.where(none | slack.isinf(), 1.0, slack)
-    return Point(w, slack, *origin[2:])
+    binding = w[:, w.shape[1] - slack.shape[1] :] > slack
+    return origin._replace(w=w, slack=slack, binding=binding)
 
 
 def _without(polished: Polished, none: Tensor) -> Polished:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedFactors, CondensedLoop, State, inside, step_length
+from implicitly.argmin.condensed import CondensedFactors, CondensedLoop, State, inside, seem_binding, step_length
 from implicitly.argmin.kkt import Factors, jacobian_product
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
@@ -58,6 +58,8 @@ class _State(NamedTuple):
     Qx: Tensor
     best: Tensor  # the best w / τ and s / τ
     best_slack: Tensor
+    binding: Tensor  # bool, as the last step tells, and as the step to the best point told
+    best_binding: Tensor
     merit: Tensor  # of the best
     proof: Tensor  # how near the best certificate is
     stale: Tensor
@@ -198,7 +200,8 @@ class _Loop:
         zeros = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
         slack = inside(-lam)
-        bare = _State(w, slack, one, one, w, one, w, w, slack, far, far, zeros, zeros - 1, zeros)
+        none = torch.zeros_like(slack, dtype=torch.bool)
+        bare = _State(w, slack, one, one, w, one, w, w, slack, none, none, far, far, zeros, zeros - 1, zeros)
         return self.judged(0, bare)
 
     def judged(self, k: int | Tensor, c: _State) -> _State:
@@ -244,6 +247,7 @@ class _Loop:
             Qx=Qx,
             best=where_rows(better, c.w / tau, c.best),
             best_slack=where_rows(better, c.s / tau, c.best_slack),
+            best_binding=where_rows(better, c.binding, c.best_binding),
             merit=torch.where(better, merit, c.merit),
             proof=torch.minimum(proof, c.proof),
             stale=stale,
@@ -285,6 +289,7 @@ class _Loop:
         moved = c._replace(
             w=where_rows(good, c.w + column * d.w, c.w),
             s=where_rows(good, s + column * d.s, s),
+            binding=where_rows(good, seem_binding(lam, s, d.w[:, n + q :], d.s), c.binding),
             tau=torch.where(good, tau + length * d.tau, tau),
             kappa=torch.where(good, c.kappa + length * d.kappa, c.kappa),
             # Without a step nothing changes any more.
@@ -304,7 +309,7 @@ class _Loop:
         """The best point of every sample."""
         status = torch.where(is_running(c.status), int(Status.MAX_STEPS), c.status)
         count = torch.as_tensor(k, dtype=torch.int64, device=c.w.device) + 1
-        return Point(c.best, c.best_slack, status, c.steps, count)
+        return Point(c.best, c.best_slack, c.best_binding, status, c.steps, count)
 
 
 class _Direction(NamedTuple):

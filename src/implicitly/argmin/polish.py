@@ -88,7 +88,7 @@ class System:
         w = program.Q.new_zeros(program.batch, sum(program.sizes))
         status = torch.zeros(len(w), dtype=torch.int64, device=w.device)
         slack = w[:, : program.sizes[2]]
-        return Point(w, slack, status, status, status.sum())
+        return Point(w, slack, slack > 0, status, status, status.sum())
 
 
 class Polished(NamedTuple):
@@ -149,7 +149,11 @@ def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
     """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds."""
     program = system.program
     factors, beta = system.active(alpha)
-    at = _Active(newton_step(program, factors, beta, w), alpha, factors, beta, 1)
+    if isinstance(factors, CondensedFactors):
+        w = factors.settled(w)
+    else:
+        w = newton_step(program, factors, beta, w)
+    at = _Active(w, alpha, factors, beta, 1)
     signed, lam, small = at.signs(program)
     wrong = signed < -small
     if rounds == 1 or not happens(wrong):
@@ -160,24 +164,9 @@ def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
     return at.with_rows(rows, _settle(system.take_rows(rows), flipped[rows], start[rows], rounds - 1))
 
 
-def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
-    """The solution near what was `found`; a sample has converged if its residual then meets `tolerance`.
-
-    Where the active set cannot be told, or gives no better point, the point stays as it was found. If that counts
-    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate.
-    """
-    program = system.program
-    n, q, _ = program.sizes
-    alpha = (found.w[:, n + q :] > found.slack).to(found.w.dtype)
-    at = _settle(system, alpha, found.w.nan_to_num(0.0, 0.0, 0.0), ROUNDS)
-    signed, _, small = at.signs(program)
-    weak = signed.abs() <= small
-    # Those that bind with no force might as well not: their multipliers are zero, so nothing else changes.
-    rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
-    if len(rows):
-        alpha = torch.where(weak, 0.0, at.alpha)
-        at = at.with_rows(rows, _settle(system.take_rows(rows), alpha[rows], at.w[rows], 1))
-    w = at.w
+def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
+    """`at` as exact as rounding lets it be, and what `natural_residual` says of it."""
+    program, w = system.program, at.w
     if system.condensed is None:  # its factors are further from exact
         w = newton_step(program, at.factors, at.beta, w)
     residual, size = natural_residual(program, system.scaling, w)
@@ -188,6 +177,27 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
         w, before = newton_step(program, at.factors, at.beta, w), residual
         residual, size = natural_residual(program, system.scaling, w)
         wanting = wanting & ~(residual > 0.5 * before)  # else it is as exact as rounding lets it be
+    return at._replace(w=w), residual, size
+
+
+def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
+    """The solution near what was `found`; a sample has converged if its residual then meets `tolerance`.
+
+    Where the active set cannot be told, or gives no better point, the point stays as it was found. If that counts
+    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate.
+    """
+    program = system.program
+    alpha = found.binding.to(found.w.dtype)
+    start = found.w.nan_to_num(0.0, 0.0, 0.0)
+    at, residual, size = _refined(system, _settle(system, alpha, start, ROUNDS))
+    signed, _, small = at.signs(program)
+    weak = signed.abs() <= small
+    # Those that bind with no force might as well not, which changes the derivative alone.
+    rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
+    if len(rows):
+        alpha = torch.where(weak, 0.0, at.alpha)[rows]
+        at = at.with_rows(rows, _Active(at.w[rows], alpha, *system.take_rows(rows).active(alpha), 1))
+    w = at.w
     good = residual <= tolerance * size
     if happens(~good):  # what the solver found may be better than what its active set leads to
         before, size = natural_residual(program, system.scaling, found.w)

@@ -112,11 +112,13 @@ class QuadraticProgram:
 
 
 class Point(NamedTuple):
-    """What a solver found, `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)` and `slack` `(B, m)`;
-    `status` and `steps` `(B,)` int64, `evaluations` a 0-d count of factorisations."""
+    """What a solver found, `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)`, `slack` `(B, m)` and which
+    inequalities seem to be `binding` `(B, m)` bool; `status` and `steps` `(B,)` int64, `evaluations` a 0-d count of
+    factorisations."""
 
     w: Tensor
     slack: Tensor
+    binding: Tensor
     status: Tensor
     steps: Tensor
     evaluations: Tensor
