@@ -114,7 +114,7 @@ class ProximalStep:
         move = to - m.y
         squared = torch.linalg.vecdot(move, move)
         bound = m.value - torch.linalg.vecdot(m.r, move) + squared / (2 * step)
-        # Where the difference drowns in rounding, which must not decide, the curvature along the move says the same.
+        # Where the difference drowns in rounding, which must not decide, the curvature along the move does.
         flat = (value - m.value).abs() <= noise_of(m.value)
         curvature = torch.linalg.vecdot(m.r - r, move)
         good = torch.where(flat, step * curvature <= squared, value <= bound)

@@ -328,10 +328,10 @@ def inside(v: Tensor) -> Tensor:
 
 
 def seem_binding(lam: Tensor, s: Tensor, d_lam: Tensor, d_s: Tensor) -> Tensor:
-    """Which inequalities a step shows to be binding `(B, m)`: those whose slack falls faster than their multiplier.
+    """Which inequalities a step shows to be binding `(B, m)`: their slacks fall faster than their multipliers.
 
-    Whatever their units, and three times as often right as those with λ > s: El-Bakry, Tapia and Zhang, "A study of
-    indicators for identifying zero variables in interior-point methods", 1994.
+    Whatever their units, and far more often right than λ > s: El-Bakry, Tapia and Zhang, "A study of indicators
+    for identifying zero variables in interior-point methods", SIAM Review 36 (1994).
     """
     return d_lam / lam > d_s / s
 

@@ -112,8 +112,8 @@ class QuadraticProgram:
 
 
 class Point(NamedTuple):
-    """What a solver found, `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)`, `slack` `(B, m)` and which
-    inequalities seem to be `binding` `(B, m)` bool; `status` and `steps` `(B,)` int64, `evaluations` a 0-d count of
+    """What a solver found: `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)`, `slack` `(B, m)` and which
+    inequalities seem to be `binding` `(B, m)` bool; `status` and `steps` `(B,)` int64, `evaluations` 0-d, of
     factorisations."""
 
     w: Tensor
