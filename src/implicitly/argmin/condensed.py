@@ -110,8 +110,8 @@ class Condensed:
     def take_rows(self, rows: Tensor) -> Condensed:
         """Those of some samples."""
         *matrices, y0, nu0, c = self.tensors
-        matrices = (t[rows] if t.ndim == 3 else t for t in matrices)
-        return Condensed(self.program.take_rows(rows), *matrices, y0[rows], nu0[rows], c[rows])
+        L, S, X, Y_A, Y_G, M = (t[rows] if t.ndim == 3 else t for t in matrices)
+        return Condensed(self.program.take_rows(rows), L, S, X, Y_A, Y_G, M, y0[rows], nu0[rows], c[rows])
 
 
 def _safe(L: Tensor, info: Tensor) -> Tensor:
