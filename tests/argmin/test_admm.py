@@ -47,6 +47,24 @@ def test_a_start_saves_the_steps(solver):
     assert again.evaluations < first.evaluations
 
 
+@pytest.mark.parametrize("max_steps", [10, 40])
+def test_what_is_left_is_finished_also_where_there_is_no_solution(max_steps):
+    Q, p, G, h, *_ = program(batch=16, n=6, m=6, shared=SHARED, seed=6)
+    G = torch.cat([G, torch.eye(6, dtype=D)[:1], -torch.eye(6, dtype=D)[:1]])
+    h = torch.cat([h, torch.full((16, 2), 9.0, dtype=D)], 1)
+    h[5, -2:] = -1.0  # z <= -1 and z >= 1
+    args = [t.requires_grad_() for t in (Q, p, G, h)]
+    ours = im.qp(*args, solver=im.ADMM(max_steps=max_steps), on_failure="ignore")
+    other = im.qp(*args, on_failure="ignore")
+    assert ours.status.tolist() == other.status.tolist()
+    assert int((ours.status == im.Status.INFEASIBLE).sum()) == 1
+    good = ours.converged
+    torch.testing.assert_close(ours.value[good], other.value[good], rtol=1e-9, atol=1e-10)
+    found = [torch.autograd.grad(sol.value[good].pow(2).sum(), args) for sol in (ours, other)]
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
 def test_a_start_elsewhere_does_no_harm():
     args = program(batch=8, n=6, m=12, shared=SHARED, seed=5)
     far = im.qp(args[0], -args[1], *args[2:])

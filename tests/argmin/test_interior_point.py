@@ -143,6 +143,25 @@ def test_the_tolerance_can_be_chosen():
     assert bool(loose.converged.all())
 
 
+@pytest.mark.parametrize(("n", "m"), [(20, 40), (20, 24)])
+def test_steps_go_on_where_the_active_set_cannot_be_told_yet(n, m, monkeypatch):
+    def near(self, system, embedded, start=None):
+        calls.append((embedded, start))
+        return plain(self, system, embedded, start)
+
+    calls, plain = [], im.InteriorPoint._near
+    monkeypatch.setattr(im.InteriorPoint, "_near", near)
+    args = program(batch=512, n=n, m=m, q=0, seed=14)
+    sol = im.qp(*args, solver=im.InteriorPoint(rtol=1e-6))
+    assert float(sol.residual.max()) < 1e-10
+    (first, nothing), (second, start) = calls  # those on the embedding, which start again, are not needed
+    assert not first
+    assert not second
+    assert nothing is None
+    assert 0 < len(start.w) < 512 / 4
+    assert bool((start.status == Status.CONVERGED).all())
+
+
 @pytest.mark.parametrize("seed", [1, 8, 14])
 def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
     # The last row is minus a positive combination of others, its bound a little less than theirs.

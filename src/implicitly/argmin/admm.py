@@ -42,7 +42,7 @@ NEW_WEIGHT = 5.0
 # Steps between two changes of the weights, at least.
 PAUSE = 20
 # The share of samples that is left to another solver.
-REST = 1 / 8
+REST = 1 / 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class ADMM(ProgramSolver):
                 state, splitting = splitting.adapted(state, k)
                 continue
             part = polish(system.take_rows(rows), splitting.point(state), tolerance)
-            result = part if result is None else result.with_rows(rows, part)
+            result = part if result is None else result.with_rows(rows, part, system)
             left = ((part.status != int(Status.CONVERGED)) & (part.status < int(Status.INFEASIBLE))).nonzero()[
                 :, 0
             ]
@@ -115,7 +115,7 @@ class ADMM(ProgramSolver):
             rows, splitting = rows[left], splitting.take_rows(left)
         if self.finish is not None and (result is None or len(rows)):
             part = self.finish.solve(system.take_rows(rows))
-            result = part if result is None else result.with_rows(rows, part)
+            result = part if result is None else result.with_rows(rows, part, system)
         return polish(system, splitting.point(state), tolerance) if result is None else result
 
 

@@ -188,6 +188,11 @@ class CondensedFactors:
         least = torch.finfo(beta.dtype).eps ** 0.5 * self.condensed.M.diagonal(dim1=-2, dim2=-1)
         return ((self.alpha != 0) & ~(pivots > least)).any(1)
 
+    def take_rows(self, rows: Tensor) -> CondensedFactors:
+        """Those of some samples."""
+        parts = (t[rows] for t in (self.alpha, self.beta, self.N, self.usable))
+        return CondensedFactors(self.condensed.take_rows(rows), *parts)
+
     def with_rows(self, rows: Tensor, part: CondensedFactors) -> CondensedFactors:
         """These with `part` in place of those of some samples."""
         own, new = ((f.alpha, f.beta, f.N.mT, f.usable) for f in (self, part))  # N by columns, as it was
@@ -256,15 +261,20 @@ class CondensedLoop:
         torch.linalg.cholesky_ex(N, out=(N, info))
         return N, info
 
-    def start(self) -> State:
-        """Weighted least squares as if M were diagonal, moved into the interior.
+    def start(self, near: Point | None = None) -> State:
+        """Weighted least squares as if M were diagonal, moved into the interior; or what was found before.
 
         With all of M it takes as many steps; the weight, between one and the size of M, was found by trying.
         """
+        if near is not None:
+            return self.begun(near.w[:, near.w.shape[1] - near.slack.shape[1] :], near.slack)
         diagonal = self.M.diagonal(dim1=-2, dim2=-1).expand_as(self.c)
         weight = diagonal.mean(1, keepdim=True).clamp(min=1e-12) ** 0.25
         lam = -self.c * weight / (weight**2 + diagonal)
-        lam, s = inside(lam) / weight, inside(-lam) * weight
+        return self.begun(inside(lam) / weight, inside(-lam) * weight)
+
+    def begun(self, lam: Tensor, s: Tensor) -> State:
+        """The state before the first step."""
         zero = torch.zeros_like(lam[:, 0])
         count = torch.zeros_like(zero, dtype=torch.int64)
         residual = s - times(self.M, lam) - self.c

@@ -36,7 +36,7 @@ from implicitly.argmin.program import (
 )
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.compiled import run_as_graph
-from implicitly.host import views
+from implicitly.host import happens, views
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
 from implicitly.tree import row_norm
 
@@ -90,10 +90,8 @@ class InteriorPoint(ProgramSolver):
             if found is None:
                 found = self._attempt(system, None, embedded, compile)
             elif rows is not None and len(rows):
-                if embedded and system.condensed is not None:
-                    system = system.plain()
-                    found = found.factorised(system)
-                found = found.with_rows(rows, self._attempt(system, rows, embedded, compile))
+                way = system.plain() if embedded else system
+                found = found.with_rows(rows, self._attempt(way, rows, embedded, compile), system)
         assert found is not None
         return found
 
@@ -103,19 +101,28 @@ class InteriorPoint(ProgramSolver):
         if compile and (embedded or system.program.sizes[2]):  # else there is no loop
             near = self._near_as_graph(system, rows, embedded)
         near = self._near(part, embedded) if near is None else near
-        return polish(part, near, self.tolerance(system.program.Q.dtype), trusted=embedded)
+        tolerance = self.tolerance(system.program.Q.dtype)
+        found = polish(part, near, tolerance, trusted=embedded)
+        untold = (found.status != int(Status.CONVERGED)) & (near.status == int(Status.CONVERGED))
+        if not embedded and happens(untold):  # which inequalities bind shows only nearer to the solution
+            rows = untold.nonzero()[:, 0]
+            left = part.take_rows(rows)
+            near = self._near(left, False, near.take_rows(rows))
+            found = found.with_rows(rows, polish(left, near, tolerance), part)
+        return found
 
-    def _near(self, system: System, embedded: bool) -> Point:
-        """A point near the solution of every sample, by the steps that suit the system."""
+    def _near(self, system: System, embedded: bool, start: Point | None = None) -> Point:
+        """A point near the solution of every sample, by the steps that suit the system; nearer than `start`."""
         tolerance = self.tolerance(system.program.Q.dtype)
         if embedded:
             return self._run(_Loop(system, tolerance, homogeneous=True))
-        loose = max(tolerance, LOOSE * tolerance**0.5)
+        if start is None:
+            tolerance = max(tolerance, LOOSE * tolerance**0.5)
         if not system.program.sizes[2]:
             return system.origin()
         if system.condensed is not None:
-            return self._run(CondensedLoop.of(system.condensed, loose, PATIENCE, TO_BOUNDARY))
-        return self._run(_Loop(system, loose, homogeneous=False))
+            return self._run(CondensedLoop.of(system.condensed, tolerance, PATIENCE, TO_BOUNDARY), start)
+        return self._run(_Loop(system, tolerance, homogeneous=False), start)
 
     def _near_as_graph(self, system: System, rows: Tensor | None, embedded: bool) -> Point | None:
         """`_near` of some samples, None: of all, as one graph; None where none can be had.
@@ -136,8 +143,8 @@ class InteriorPoint(ProgramSolver):
         found = run_as_graph("qp with InteriorPoint", key, near, *system.tensors)
         return None if found is None else Point(*(t[:count] if t.ndim else t for t in found))
 
-    def _run(self, loop: _Loop | CondensedLoop) -> Point:
-        part, state = loop, loop.start()
+    def _run(self, loop: _Loop | CondensedLoop, start: Point | None = None) -> Point:
+        part, state = loop, loop.start(start)
         k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
         if torch.compiler.is_dynamo_compiling():  # nothing is dropped
             return loop.outcome(k, state)
@@ -187,19 +194,24 @@ class _Loop:
         program = self.program
         return torch.cat([-program.p, program.b, program.h], dim=1)
 
-    def start(self) -> _State:
-        """The point nearest to both problems in the sense of least squares, moved into the interior."""
+    def start(self, near: Point | None = None) -> _State:
+        """The point nearest to both problems in the sense of least squares, moved into the interior; or what was
+        found before."""
+        if near is not None:
+            return self.begun(near.w, near.slack)
         n, q, m = self.program.sizes
         right = self.right
         ones = torch.ones(len(right), m, dtype=right.dtype, device=right.device)
         factors = self.system.factorise(ones, -ones)
         w = factors.solve(right.unsqueeze(1)).squeeze(1)
         lam = w[:, n + q :]
-        w = torch.cat([w[:, : n + q], inside(lam)], dim=1)
-        one = torch.ones_like(right[:, 0])
+        return self.begun(torch.cat([w[:, : n + q], inside(lam)], dim=1), inside(-lam))
+
+    def begun(self, w: Tensor, slack: Tensor) -> _State:
+        """The state before the first step."""
+        one = torch.ones_like(w[:, 0])
         zeros = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
-        slack = inside(-lam)
         none = torch.zeros_like(slack, dtype=torch.bool)
         bare = _State(w, slack, one, one, w, one, w, w, slack, none, none, far, far, zeros, zeros - 1, zeros)
         return self.judged(0, bare)

@@ -89,9 +89,11 @@ class Factors:
     def of(cls, program: QuadraticProgram, base: Tensor, alpha: Tensor, beta: Tensor) -> Factors:
         """Factorise. `base` is that of the program, see `base_matrix`; `alpha` and `beta` of its rows."""
         L, info = torch.linalg.cholesky_ex(_plus_gram(base, program.G, -alpha / beta))
-        A = program.A
-        V = torch.cholesky_solve(A.mT.expand(len(L), -1, -1), L)
-        S = A @ V
+        V = program.A.mT.expand(len(L), -1, -1)
+        if not V.shape[2]:
+            return cls(program, alpha, beta, L, V, V.mT[:, :, :0], info == 0)
+        V = torch.cholesky_solve(V, L)
+        S = program.A @ V
         S.diagonal(dim1=1, dim2=2).add_(proximal(S.dtype))
         S, info_S = torch.linalg.cholesky_ex(S)
         return cls(program, alpha, beta, L, V, S, (info == 0) & (info_S == 0))
@@ -135,6 +137,11 @@ class Factors:
         L, S = (torch.where(column, e, t) for e, t in zip(eye, (self.L, self.S)))
         V = torch.where(column, 0.0, self.V)
         return replace(self, beta=torch.where(bad[:, None], 1.0, self.beta), L=L, V=V, S=S)
+
+    def take_rows(self, rows: Tensor) -> Factors:
+        """Those of some samples."""
+        parts = (t[rows] for t in (self.alpha, self.beta, self.L, self.V, self.S, self.usable))
+        return Factors(self.program.take_rows(rows), *parts)
 
     def with_rows(self, rows: Tensor, part: Factors) -> Factors:
         """These with `part` in place of those of some samples."""

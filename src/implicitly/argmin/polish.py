@@ -110,8 +110,11 @@ class Polished(NamedTuple):
         """This with factors as `system` makes them."""
         return self._replace(factors=system.active(self.alpha)[0])
 
-    def with_rows(self, rows: Tensor, part: Polished) -> Polished:
-        """This with `part` in place of its `rows`; the factors of both are of the same kind."""
+    def with_rows(self, rows: Tensor, part: Polished, system: System) -> Polished:
+        """This of all of `system` with `part` in place of its `rows`."""
+        if type(self.factors) is not type(part.factors):  # some samples could be solved in one way alone
+            plain = system.plain()
+            return self.factorised(plain).with_rows(rows, part.factorised(plain.take_rows(rows)), plain)
         merged = {
             name: getattr(self, name).index_copy(0, rows, getattr(part, name))
             for name in ("w", "alpha", "degenerate", "status", "residual", "steps")
@@ -136,6 +139,10 @@ class _Active(NamedTuple):
         )
         return _Active(w, alpha, factors, beta, self.rounds + part.rounds)
 
+    def take_rows(self, rows: Tensor) -> _Active:
+        parts = (self.w[rows], self.alpha[rows], self.factors.take_rows(rows), self.beta[rows])
+        return _Active(*parts, self.rounds)
+
     def signs(self, program: QuadraticProgram) -> tuple[Tensor, Tensor, Tensor]:
         """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
         multipliers; what counts as zero `(B, 1)`."""
@@ -145,8 +152,13 @@ class _Active(NamedTuple):
         return torch.where(self.alpha > 0, lam, slack), lam, torch.finfo(lam.dtype).eps ** 0.6 * size
 
 
-def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
-    """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds."""
+def _settle(
+    system: System, alpha: Tensor, w: Tensor, rounds: int = ROUNDS, before: Tensor | None = None
+) -> _Active:
+    """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds.
+
+    Samples of which as much is negative as `before` `(B,)`, or more, are given up: they would go on and on.
+    """
     program = system.program
     factors, beta = system.active(alpha)
     if isinstance(factors, CondensedFactors):
@@ -158,10 +170,13 @@ def _settle(system: System, alpha: Tensor, w: Tensor, rounds: int) -> _Active:
     wrong = signed < -small
     if rounds == 1 or not happens(wrong):
         return at
-    rows = wrong.any(1).nonzero()[:, 0]
-    flipped = torch.where(wrong, 1 - alpha, alpha)
-    start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)
-    return at.with_rows(rows, _settle(system.take_rows(rows), flipped[rows], start[rows], rounds - 1))
+    count = wrong.sum(1)
+    rows = ((count > 0) if before is None else (count > 0) & (count < before)).nonzero()[:, 0]
+    if not len(rows):
+        return at
+    flipped = torch.where(wrong, 1 - alpha, alpha)[rows]
+    start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)[rows]
+    return at.with_rows(rows, _settle(system.take_rows(rows), flipped, start, rounds - 1, count[rows]))
 
 
 def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
@@ -170,14 +185,27 @@ def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
     if system.condensed is None:  # its factors are further from exact
         w = newton_step(program, at.factors, at.beta, w)
     residual, size = natural_residual(program, system.scaling, w)
-    wanting = ~(residual <= max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps * size)  # of so many terms
-    for _ in range(NEWTON_STEPS):
-        if not happens(wanting):
-            break
-        w, before = newton_step(program, at.factors, at.beta, w), residual
-        residual, size = natural_residual(program, system.scaling, w)
-        wanting = wanting & ~(residual > 0.5 * before)  # else it is as exact as rounding lets it be
+    enough = max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps  # of so many terms
+    wanting = ~(residual <= enough * size)
+    if happens(wanting):
+        rows = wanting.nonzero()[:, 0]
+        parts = (t[rows] for t in (w, residual, size))
+        parts = _better(system.take_rows(rows), at.take_rows(rows), enough, *parts)
+        w, residual, size = (t.index_copy(0, rows, part) for t, part in zip((w, residual, size), parts))
     return at._replace(w=w), residual, size
+
+
+def _better(
+    system: System, at: _Active, enough: float, w: Tensor, residual: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`w` after a few Newton steps, its residual and the size that this is to be compared with."""
+    for _ in range(NEWTON_STEPS):
+        w, before = newton_step(system.program, at.factors, at.beta, w), residual
+        residual, size = natural_residual(system.program, system.scaling, w)
+        # Where it does not fall any more, it is as exact as rounding lets it be.
+        if not happens((residual > enough * size) & ~(residual > 0.5 * before)):
+            break
+    return w, residual, size
 
 
 def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
@@ -189,7 +217,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     program = system.program
     alpha = found.binding.to(found.w.dtype)
     start = found.w.nan_to_num(0.0, 0.0, 0.0)
-    at, residual, size = _refined(system, _settle(system, alpha, start, ROUNDS))
+    at, residual, size = _refined(system, _settle(system, alpha, start))
     signed, _, small = at.signs(program)
     weak = signed.abs() <= small
     # Those that bind with no force might as well not, which changes the derivative alone.

@@ -123,6 +123,11 @@ class Point(NamedTuple):
     steps: Tensor
     evaluations: Tensor
 
+    def take_rows(self, rows: Tensor) -> Point:
+        """That of some samples."""
+        w, slack, binding, status, steps = (t[rows] for t in self[:-1])
+        return Point(w, slack, binding, status, steps, self.evaluations)
+
 
 # ------------------------------------------------------------------------------------------- equilibration
 
