@@ -1,11 +1,15 @@
 """Conic programs: projections, optimality condition, Jacobian, Clarabel."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import implicitly as im
 from implicitly.argmin.conic import Cones, Pattern
+from implicitly.argmin.conic_solver import Numbers, Workers
 from implicitly.argmin.power_cone import dual_power_cone, power_cone
 from implicitly.iterate import Status
 
@@ -162,7 +166,6 @@ def test_factors_dense_and_sparse_invert_the_jacobian():
 
 
 def test_clarabel_refuses_options_out_of_range():
-    import implicitly as im
 
     for bad in (
         {"rtol": 0.0},
@@ -182,6 +185,40 @@ def test_clarabel_refuses_options_out_of_range():
     with pytest.raises(TypeError, match="max_step_fraction"):
         im.Clarabel(settings={"max_step_fraction": "much"}).native_settings()
     assert im.Clarabel(settings={"equilibrate_enable": False}).native_settings().equilibrate_enable is False
+
+
+def test_solvers_refine_their_steps_unless_solutions_are_polished():
+    pytest.importorskip("clarabel")
+
+    def refines(quick, **options):
+        return im.Clarabel(**options).native_settings(quick).iterative_refinement_enable
+
+    assert refines(quick=False)
+    assert not refines(quick=True)
+    assert refines(quick=True, polish=0)
+    assert refines(quick=True, settings={"iterative_refinement_enable": True})
+
+
+def test_a_sample_that_a_quick_solver_fails_at_is_solved_with_care():
+    pytest.importorskip("clarabel")
+    pattern = Pattern.of(1, 1, (np.array([0]), np.array([0])), (np.array([0]), np.array([0])))
+    workers = Workers(pattern, Cones(0, 1, (), (), 0, ()), im.Clarabel())
+    made, make = [], workers._make
+
+    def counted(numbers, settings):
+        made.append(settings.iterative_refinement_enable)
+        solver = make(numbers, settings)
+        return solver if len(made) > 1 else SimpleNamespace(update=solver.update, solve=failing)
+
+    def failing():
+        return SimpleNamespace(status="NumericalError")
+
+    workers._make = counted
+    numbers = Numbers(*(np.array([[v]]) for v in (2.0, -2.0, -1.0, -3.0)))  # x^2 - 2x where x >= 3
+    found = workers.solve(numbers, np.array([True]))
+    assert made == [False, True]
+    assert found.status.tolist() == [int(Status.CONVERGED)]
+    assert found.x[0, 0] == pytest.approx(3.0, abs=1e-6)
 
 
 def test_every_status_of_clarabel_has_one_of_ours():

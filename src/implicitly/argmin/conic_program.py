@@ -27,7 +27,7 @@ DENSE_LIMIT = 2**27
 # How much a Jacobian is regularised before it is factorised; refinement takes that out of what is solved with it.
 PROXIMAL = 1e-10
 # A factorised Jacobian that leaves less of a vector serves another one near it: each refinement gains as much.
-GOOD = 1e-3
+GOOD = 5e-3
 # Where the exact Jacobian leaves more, no solution has it.
 MISSING = 0.01
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
@@ -222,7 +222,7 @@ class Jacobian:
         """
         everything, wanted = self._left_of(z)
         # Where it has moved, or is singular, only the exact one will do.
-        rows = (everything > GOOD).nonzero()[:, 0]
+        rows = (torch.maximum(everything, wanted) > GOOD).nonzero()[:, 0]
         if len(rows):
             own = tuple(t if len(t) == 1 else t[rows] for t in self.theta)
             part = Jacobian(self.family, z[rows], own, self.left_out[rows])
