@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ import implicitly as im
 from benchmarks import fixed_point, ode, qp
 from benchmarks.cells import counted
 from benchmarks.harness import Effort, Row, Spread, alternate
-from benchmarks.programs import draw
+from benchmarks.programs import Programs, draw
 
 PEER = "the goal leaves"
-PACKAGES = ("implicitly", "torch", "torchdeq", "torchdiffeq", "qpth")
+PACKAGES = ("implicitly", "torch", "torchdeq", "torchdiffeq", "qpth", "cvxpylayers")
 
 CAPTION = """\
 The cases of the other tables that have a goal of speed. f: its calls alone, as many of them; with a gradient, its
@@ -193,12 +194,28 @@ def trajectories(effort: Effort) -> Iterator[Case]:
 def programs(effort: Effort) -> Iterator[Case]:
     """Those of the table of quadratic programs."""
     sizes = (128, 50, 50, 10) if effort.full else (4, 6, 6, 2)
-    args = draw(*sizes)
-    plain = torch.no_grad()
-    peer = plain(partial(qp.qpth, *args))
-    yield Case("QP: forward", plain(partial(qp.ours, *args)), None, peer, 5.0)
+    yield from quadratic("QP", draw(*sizes), {}, 5.0)
     if effort.full:
-        yield Case("QP: forward, compile=True", plain(partial(qp.ours, *args, compile=True)), None, peer, 8.0)
+        yield from quadratic("QP, compile=True", draw(*sizes), {"compile": True}, 8.0)
+        args, layer = draw(*sizes), qp.layer_of(*sizes[1:])
+        weights = weights_of(args)
+        both = partial(qp.gradient, qp.ours, args, weights)
+        peer = partial(qp.gradient, layer, args, weights)
+        yield Case("QP beside cvxpylayers: forward and gradient", both, None, peer, 30.0)
     shared = draw(4096 if effort.full else 8, 20, 40, 0, shared=True)[:4]
-    ours = partial(qp.ours, *shared, solver=im.ADMM())
-    yield Case("QP of shared matrices: forward", plain(ours), None, plain(partial(qp.qpth, *shared)), 20.0)
+    yield from quadratic("QP of shared matrices", shared, {"solver": im.ADMM()}, 20.0)
+
+
+def quadratic(name: str, args: Programs, options: dict[str, Any], goal: float) -> Iterator[Case]:
+    """Both passes of a batch of quadratic programs beside qpth."""
+    plain, weights = torch.no_grad(), weights_of(args)
+    ours = partial(qp.ours, **options)
+    yield Case(f"{name}: forward", plain(partial(ours, *args)), None, plain(partial(qp.qpth, *args)), goal)
+    runs = (partial(qp.gradient, solve, args, weights) for solve in (ours, qp.qpth))
+    yield Case(f"{name}: forward and gradient", next(runs), None, next(runs), goal)
+
+
+def weights_of(args: Programs) -> Tensor:
+    """Random weights of the solutions."""
+    p = args[1]
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype)

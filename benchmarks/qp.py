@@ -134,6 +134,8 @@ def beside(
     }
     rows = []
     for part, seconds in times.items():
+        # The goal beside cvxpylayers is for both passes together.
+        aims = {who: goal for who, goal in goals.items() if part != "forward" or who != "cvxpylayers"}
         faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals if who in solves}
         accuracy = off if part == "forward" else errors
         shown = {w: f"{Spread.of(seconds[w]).show(1e3, 0)}, error {accuracy[w]:.0e}" for w in solves} | failed
@@ -144,8 +146,8 @@ def beside(
         if part == "forward":
             mine.append(f"residual {float(exact.residual.max()):.0e}")
         peers = "; ".join(f"{who} {shown[who]}" for who in goals)
-        goal = ", ".join(f"{goals[who]:.0f} times faster than {who}" for who in goals)
-        met = all(ratio.median >= goals[who] for who, ratio in faster.items()) if faster else None
+        goal = ", ".join(f"{aim:.0f} times faster than {who}" for who, aim in aims.items())
+        met = all(ratio.median >= aims[who] for who, ratio in faster.items() if who in aims) if faster else None
         numbers = {w: {"seconds": seconds[w], "error": accuracy[w], "peak_MiB": peaks.get(w)} for w in solves}
         rows.append(Row(f"{what}: {part}, ms", "; ".join(mine), peers, goal, met, numbers))
     return rows

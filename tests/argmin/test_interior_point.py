@@ -162,6 +162,18 @@ def test_steps_go_on_where_the_active_set_cannot_be_told_yet(n, m, monkeypatch):
     assert bool((start.status == Status.CONVERGED).all())
 
 
+@pytest.mark.parametrize("digits", [2, 4])
+def test_steps_that_go_round_in_circles_do_so_not_forever(digits):
+    # A projection onto eight half-planes, on which Mehrotra's steps with all of their second-order term cycle.
+    G = [[0.7052, 0.4328, 0.2407, -0.4483, -0.3828, -0.41, -0.4718, 0.1073]]
+    G += [[-0.1342, 0.4175, 0.6822, 0.4171, -0.5781, -0.7021, -0.6996, -0.1225]]
+    h = [0.6329, 0.6734, 0.7105, 0.6497, 0.7547, 0.3984, 0.4597, 0.6934]
+    G, h, p = (torch.tensor(t, dtype=D).mul(10**digits).round() / 10**digits for t in (G, h, [1.3736, 1.0883]))
+    sol = im.qp(torch.eye(2, dtype=D), p, G.mT, h)
+    assert sol.status == Status.CONVERGED
+    assert float(sol.residual) < 1e-12
+
+
 @pytest.mark.parametrize("seed", [1, 8, 14])
 def test_multipliers_that_grow_without_end_do_not_pass_for_a_solution(seed):
     # The last row is minus a positive combination of others, its bound a little less than theirs.

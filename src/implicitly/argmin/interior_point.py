@@ -290,8 +290,12 @@ class _Loop:
         centring = (after / mu) ** 3
         target = (centring * mu).unsqueeze(1)
         keep = 1 - centring if self.homogeneous else torch.ones_like(centring)
-        r_s = target - s * lam - d.s * d.w[:, n + q :]
-        r_tau = target[:, 0] - tau * c.kappa - d.tau * d.kappa
+        # The second-order term is that of a whole step, and may lead round in circles where such a step leads far
+        # outside. These steps are the last resort; others do with fewer (Colombo and Gondzio, "Further development
+        # of multiple centrality correctors for interior point methods", Comput. Optim. Appl. 41, 2008).
+        share = length if self.homogeneous else torch.ones_like(length)
+        r_s = target - s * lam - share.unsqueeze(1) * d.s * d.w[:, n + q :]
+        r_tau = target[:, 0] - tau * c.kappa - share * d.tau * d.kappa
         first = self.solve(factors, beta, _pad(-keep[:, None] * c.residual, -r_s / lam).unsqueeze(1)).squeeze(1)
         d = _direction(program, c, first, second, keep, r_s, r_tau)
         length = TO_BOUNDARY * _step_length(c, lam, d)

@@ -153,11 +153,12 @@ class _Active(NamedTuple):
 
 
 def _settle(
-    system: System, alpha: Tensor, w: Tensor, rounds: int = ROUNDS, before: Tensor | None = None
+    system: System, alpha: Tensor, w: Tensor, patient: bool, rounds: int = ROUNDS, before: Tensor | None = None
 ) -> _Active:
     """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds.
 
-    Samples of which as much is negative as `before` `(B,)`, or more, are given up: they would go on and on.
+    Samples of which as much is negative as `before` `(B,)`, or more, are given up: few of them get anywhere, for
+    which only who is `patient` waits.
     """
     program = system.program
     factors, beta = system.active(alpha)
@@ -171,12 +172,12 @@ def _settle(
     if rounds == 1 or not happens(wrong):
         return at
     count = wrong.sum(1)
-    rows = ((count > 0) if before is None else (count > 0) & (count < before)).nonzero()[:, 0]
+    rows = ((count > 0) if patient or before is None else (count > 0) & (count < before)).nonzero()[:, 0]
     if not len(rows):
         return at
     flipped = torch.where(wrong, 1 - alpha, alpha)[rows]
     start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)[rows]
-    return at.with_rows(rows, _settle(system.take_rows(rows), flipped, start, rounds - 1, count[rows]))
+    return at.with_rows(rows, _settle(system.take_rows(rows), flipped, start, patient, rounds - 1, count[rows]))
 
 
 def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
@@ -212,12 +213,16 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     """The solution near what was `found`; a sample has converged if its residual then meets `tolerance`.
 
     Where the active set cannot be told, or gives no better point, the point stays as it was found. If that counts
-    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate.
+    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate. Who is
+    trusted is the last to be asked, so that more is tried, too.
     """
     program = system.program
-    alpha = found.binding.to(found.w.dtype)
+    n, q, _ = program.sizes
+    # Far from a solution the last step says less than the point does.
+    near = (found.status == int(Status.CONVERGED)).unsqueeze(1)
+    alpha = torch.where(near, found.binding, found.w[:, n + q :] > found.slack).to(found.w.dtype)
     start = found.w.nan_to_num(0.0, 0.0, 0.0)
-    at, residual, size = _refined(system, _settle(system, alpha, start))
+    at, residual, size = _refined(system, _settle(system, alpha, start, trusted))
     signed, _, small = at.signs(program)
     weak = signed.abs() <= small
     # Those that bind with no force might as well not, which changes the derivative alone.
