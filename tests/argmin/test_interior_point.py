@@ -146,20 +146,22 @@ def test_the_tolerance_can_be_chosen():
 @pytest.mark.parametrize(("n", "m"), [(20, 40), (20, 24)])
 def test_steps_go_on_where_the_active_set_cannot_be_told_yet(n, m, monkeypatch):
     def near(self, system, embedded, start=None):
-        calls.append((embedded, start))
-        return plain(self, system, embedded, start)
+        calls.append((embedded, start, plain(self, system, embedded, start)))
+        return calls[-1][2]
 
     calls, plain = [], im.InteriorPoint._near
     monkeypatch.setattr(im.InteriorPoint, "_near", near)
     args = program(batch=512, n=n, m=m, q=0, seed=14)
     sol = im.qp(*args, solver=im.InteriorPoint(rtol=1e-6))
     assert float(sol.residual.max()) < 1e-10
-    (first, nothing), (second, start) = calls  # those on the embedding, which start again, are not needed
-    assert not first
-    assert not second
-    assert nothing is None
+    # Those on the embedding, which start again, are not needed.
+    assert [(embedded, start is None) for embedded, start, _ in calls] == [(False, True), (False, False)]
+    (_, _, first), (_, start, second) = calls
     assert 0 < len(start.w) < 512 / 4
     assert bool((start.status == Status.CONVERGED).all())
+    further = sol.steps > first.steps
+    assert sol.steps[further].tolist() == (start.steps + second.steps).tolist()
+    assert sol.steps[~further].tolist() == first.steps[~further].tolist()
 
 
 @pytest.mark.parametrize("digits", [2, 4])

@@ -107,7 +107,9 @@ class InteriorPoint(ProgramSolver):
         if not embedded and happens(untold):  # which inequalities bind shows only nearer to the solution
             rows = untold.nonzero()[:, 0]
             left = part.take_rows(rows)
-            near = self._near(left, False, near.take_rows(rows))
+            start = near.take_rows(rows)
+            near = self._near(left, False, start)
+            near = near._replace(steps=start.steps + near.steps)
             found = found.with_rows(rows, polish(left, near, tolerance), part)
         return found
 

@@ -12,7 +12,7 @@ from implicitly.argmin.condensed import Condensed, CondensedFactors
 from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, Scaling, natural_residual, times
 from implicitly.host import happens
-from implicitly.iterate import Status
+from implicitly.iterate import Status, where_rows
 from implicitly.tree import row_norm
 
 # With up to so many inequalities for each unknown they are better made the unknowns.
@@ -201,10 +201,14 @@ def _better(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`w` after a few Newton steps, its residual and the size that this is to be compared with."""
     for _ in range(NEWTON_STEPS):
-        w, before = newton_step(system.program, at.factors, at.beta, w), residual
-        residual, size = natural_residual(system.program, system.scaling, w)
+        new = newton_step(system.program, at.factors, at.beta, w)
+        left, scale = natural_residual(system.program, system.scaling, new)
         # Where it does not fall any more, it is as exact as rounding lets it be.
-        if not happens((residual > enough * size) & ~(residual > 0.5 * before)):
+        going = (left > enough * scale) & (left <= 0.5 * residual)
+        better = (left < residual) | ~residual.isfinite()
+        w = where_rows(better, new, w)
+        residual, size = torch.where(better, left, residual), torch.where(better, scale, size)
+        if not happens(going):
             break
     return w, residual, size
 
