@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import implicitly as im
+from implicitly.argmin.polish import System
+from implicitly.argmin.program import QuadraticProgram, equilibrate
 from implicitly.iterate import Status
 from tests.argmin.programs import D, program, sample
 from tests.problems import seeded
@@ -162,6 +164,19 @@ def test_steps_go_on_where_the_active_set_cannot_be_told_yet(n, m, monkeypatch):
     further = sol.steps > first.steps
     assert sol.steps[further].tolist() == (start.steps + second.steps).tolist()
     assert sol.steps[~further].tolist() == first.steps[~further].tolist()
+
+
+@pytest.mark.parametrize("condensed", [True, False])
+def test_a_point_that_needs_no_step_tells_what_binds(condensed):
+    args = [t.double() for t in program(batch=16, n=6, m=8, q=2, seed=3)]
+    system = System.of(*equilibrate(QuadraticProgram(*args)))
+    system = system if condensed else system.plain()
+    solver = im.InteriorPoint(rtol=1e-6)
+    near = im.InteriorPoint(rtol=1e-12)._near(system, False, solver._near(system, False))
+    again = solver._near(system, False, near)
+    assert again.steps.tolist() == [0] * 16
+    assert again.binding.tolist() == (near.w[:, 8:] > near.slack).tolist()
+    assert bool(again.binding.any())
 
 
 @pytest.mark.parametrize("digits", [2, 4])

@@ -103,8 +103,10 @@ class InteriorPoint(ProgramSolver):
         near = self._near(part, embedded) if near is None else near
         tolerance = self.tolerance(system.program.Q.dtype)
         found = polish(part, near, tolerance, trusted=embedded)
+        if embedded or not system.program.sizes[2]:
+            return found
         untold = (found.status != int(Status.CONVERGED)) & (near.status == int(Status.CONVERGED))
-        if not embedded and happens(untold):  # which inequalities bind shows only nearer to the solution
+        if happens(untold):  # which inequalities bind shows only nearer to the solution
             rows = untold.nonzero()[:, 0]
             left = part.take_rows(rows)
             start = near.take_rows(rows)
@@ -214,8 +216,9 @@ class _Loop:
         one = torch.ones_like(w[:, 0])
         zeros = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
-        none = torch.zeros_like(slack, dtype=torch.bool)
-        bare = _State(w, slack, one, one, w, one, w, w, slack, none, none, far, far, zeros, zeros - 1, zeros)
+        binding = w[:, w.shape[1] - slack.shape[1] :] > slack
+        bests = (w, slack, binding, binding, far, far)
+        bare = _State(w, slack, one, one, w, one, w, *bests, zeros, zeros - 1, zeros)
         return self.judged(0, bare)
 
     def judged(self, k: int | Tensor, c: _State) -> _State:
