@@ -155,6 +155,9 @@ class Case:
             "by default": {},
             "that to a thousandth of the tolerances": {"part": 1e-3},
         }
+        if effort.full:  # another graph to compile is too long for a smoke test
+            ways["by default, compile=True"] = {"compile": True}
+            grad(partial(self.ours, compile=True))
         found = {name: timed(partial(self.ours, **options)) for name, options in ways.items()}
         error = found["arc_length=True"][1]
         theirs = []
@@ -165,7 +168,7 @@ class Case:
             except (ValueError, RuntimeError) as failure:
                 off = f"{type(failure).__name__}"
             theirs.append(f"{name} {time.perf_counter() - start:.1f}, {off}")
-        text = "; ".join(f"{name} {seconds:.1f}, error {off:.0e}" for name, (seconds, off) in found.items())
+        text = "; ".join(f"{name} {seconds:.2f}, error {off:.0e}" for name, (seconds, off) in found.items())
         peers = "continuous adjoint: " + "; ".join(theirs)
         return [Row(f"{self.name}, gradient, s", text, peers, "error at most 1e-3", error <= 1e-3)]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import implicitly as im
 from implicitly import iterate
-from implicitly.ode import graph, graph_adjoint, record
+from implicitly.ode import adjoints, graph, graph_adjoint, record
 
 D = torch.float64
 # Of few stages and steps.
@@ -114,6 +114,7 @@ def test_implicit_methods_solve_their_stages_inside_of_the_graph(traced, method)
     torch.testing.assert_close(graph.value, eager.value, rtol=1e-4, atol=1e-5)
     found, right = (torch.autograd.grad(s.value.sum(), w)[0] for s in (graph, eager))
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
+    assert sorted(graph.name.startswith("the derivative") for graph in traced.values()) == [False, True]
 
 
 def test_long_solves_and_times_of_each_sample_one_of_them_backwards(traced, monkeypatch):
@@ -307,6 +308,63 @@ def test_a_derivative_of_the_backward_pass(traced):
         first = torch.autograd.grad(value.square().sum(), (y0, w), create_graph=True)
         found.append((*first, *torch.autograd.grad(first[0].sum() * first[1], (y0, w))))
     torch.testing.assert_close(*found)
+
+
+def test_a_backward_pass_of_an_implicit_method_is_that_of_its_noted_steps(traced, monkeypatch):
+    for module, name, value in ((graph, "WINDOW", 2), (graph_adjoint, "BLOCK", 8)):
+        monkeypatch.setattr(module, name, value)
+
+    def pulled(t, y, w, shift):  # stiff towards a line, and each sample by itself
+        return -w * (y - torch.sin(y.flip(-1)) - shift) + 0.1 * torch.cos(t) * y
+
+    y0, t = torch.randn(3, 2, dtype=D), torch.tensor([0.0, 0.1, 0.101, 0.102, 0.103, 0.3], dtype=D)
+    args = number([50.0, 1.0]), torch.randn(3, 2, dtype=D)
+    options = {"solver": im.Kvaerno3(rtol=1e-5, stage_tolerance=1e-6), "batch_dims": 1}
+    solution, found = derivatives(pulled, y0, t, *args, compile=True, **options)
+    assert solution.steps.max() > 2 * graph_adjoint.BLOCK
+    assert len(traced) == 2
+    # The same steps, swept eagerly: what differs is where Newton's iterations end, within their tolerance.
+    monkeypatch.setattr(adjoints, "sweep_as_graph", lambda *args: None)
+    _, right = derivatives(pulled, y0, t, *args, compile=True, **options)
+    torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
+
+
+def test_derivatives_of_an_implicit_method_are_those_of_finite_differences(traced):
+    y0, w = (0.5 * torch.randn(2, 2, dtype=D)).requires_grad_(), number(0.8).requires_grad_()
+    t = torch.tensor([1.0, 0.6, 0.33, 0.04], dtype=D, requires_grad=True)
+
+    def solve(y0, t, w):
+        method = im.Trapezoid(dt=0.1, rtol=1e-10, atol=1e-12)
+        return im.odeint(turning, y0, t, w, solver=method, compile=True).value
+
+    assert torch.autograd.gradcheck(solve, (y0, t, w))
+    assert len(traced) == 2
+
+
+def test_a_stage_solver_of_the_user_has_no_graph_of_its_backward_pass(traced):
+    y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), (0.0, 0.2)
+    method = im.Trapezoid(dt=0.1, stage_solver=im.Newton(), rtol=1e-8)
+    found = []
+    for c in (True, False):
+        leaf = w.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", im.CompileWarning)
+            value = im.odeint(turning, y0, t, leaf, solver=method, compile=c).value
+        found += torch.autograd.grad(value.sum(), leaf)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_calls_of_an_implicit_backward_pass_are_counted_with_those_of_its_iterations(traced):
+    told = []
+    y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D, requires_grad=True), (0.0, 0.5)
+    adjoint = im.RecursiveCheckpointAdjoint(listen=told.append)
+    method = im.Trapezoid(rtol=1e-3)
+    solution = im.odeint(turning, y0, t, w, solver=method, adjoint=adjoint, compile=True)
+    solution.value.sum().backward()
+    steps = int(solution.steps)
+    # Of each step, taken once more: a Jacobian and at least one iteration; then the slope and the Jacobian of its
+    # derivative; and the slope at the start.
+    assert steps * 4 + 1 <= sum(told) <= steps * (3 + method.stage_steps) + 1
 
 
 def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):

@@ -2,8 +2,9 @@
 
 A graph takes up to `BLOCK` noted steps. One loop computes the states between them again, without derivatives, into
 buffers; a second one goes backwards through the steps, and pulls the cotangents of the state, of what the method
-carries, and of all that is shared through each of them. The same graph with no step to pull back through gives the
-state after a block, where a solve kept states further apart.
+carries, and of all that is shared through each of them. Of a method that searches for the slopes of its stages,
+the first loop keeps those, too, so that the second one has nothing to search for. The same graph with no step to
+pull back through gives the state after a block, where a solve kept states further apart.
 """
 
 from __future__ import annotations
@@ -92,12 +93,14 @@ class Pull:
         stepper: `stepper(times, *theta, moving=...)` takes the steps, see `Stepper`.
         shared: which inputs (times, y0, theta), without y0, a derivative is wanted by.
         width: how many tensors are a state with what the method carries.
+        found: how many slopes of a step are kept from the first loop for the second.
         in_place: whether the buffers are written in place, or copied for each step.
     """
 
     stepper: Callable[..., Stepper]
     shared: tuple[int, ...]
     width: int
+    found: int
     in_place: bool
 
     def run(self, counts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,29 +108,35 @@ class Pull:
 
         Args:
             counts: `(3,)` int64: how many rows to go on by, from the state before the first; how many to pull back
-                through, the first of those; and whether the first row is the first of the solve.
+                through, the first of those; and whether the first row is the first of the solve. Slopes that
+                are kept are those of the rows gone on by.
             tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with what is carried), of which the first
                 is that before the first row; its cotangents after the last row; which samples `(B,)` finished;
                 the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
 
         Returns:
-            The state after the rows gone on by; its cotangents before the rows pulled back through; and those of
-            the shared inputs.
+            The calls of f that searches for slopes took; the state after the rows gone on by; its cotangents
+            before the rows pulled back through; and those of the shared inputs.
         """
         count, width = len(Rows._fields), self.width
         rows, given = Rows(*tensors[:count]), tensors[count:]
         buffers, bars, (finished, g, *inputs) = given[:width], given[width : 2 * width], given[2 * width :]
         on, back, first = counts.unbind()
+        slopes = tuple(inputs[1].new_zeros(BLOCK, *inputs[1].shape) for _ in range(self.found))
 
         def forward(k: Any, carry: Any) -> Any:
-            state, states = carry
+            calls, state, states, slopes = carry
             times, _, *theta = views(*inputs)
-            _, after = moved(self.stepper(times, *theta, moving=False), *rows.row(k.reshape(1))[:2], state)
+            stepper = self.stepper(times, *theta, moving=False)
+            step, after = moved(stepper, *rows.row(k.reshape(1))[:2], state)
             put = Tensor.index_copy_ if self.in_place else Tensor.index_copy
             written = tuple(
                 put(buffer, 0, (k + 1).reshape(1), x.unsqueeze(0)) for buffer, x in zip(states or buffers, after)
             )
-            return after, () if self.in_place else written
+            if self.found:
+                calls = sum(stepper.bound.F.loops, start=calls + stepper.bound.F.calls)
+                slopes = tuple(put(b, 0, k.reshape(1), x.unsqueeze(0)) for b, x in zip(slopes, step.stages))
+            return calls, after, () if self.in_place else written, slopes
 
         def backward(k: Any, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             at, places = (back - 1 - k).reshape(1), views(*inputs)
@@ -138,25 +147,35 @@ class Pull:
             if columns.shape[1]:
                 shown = g.gather(1, columns.unsqueeze(2).expand(-1, -1, g.shape[2]))
                 bars = (*bars, torch.where(inside.unsqueeze(2), shown, 0.0))
-            f = partial(self.passed, taken, moves, columns, inside)
+            known = tuple(x.index_select(0, at).squeeze(0) for x in slopes)
+            f = partial(self.passed, taken, moves, columns, inside, known)
             found = self.pulled(f, places, state, bars)
             return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
 
-        begin = tuple(x[0] for x in buffers), () if self.in_place else buffers
-        _, (state, states) = repeat(forward, begin, _always, on)
+        none = torch.zeros((), dtype=torch.int64, device=on.device)
+        begin = none, tuple(x[0] for x in buffers), () if self.in_place else buffers, slopes
+        _, (calls, state, states, slopes) = repeat(forward, begin, _always, on)
         sums = (torch.zeros_like(inputs[i]) for i in self.shared)
         _, carry = repeat(backward, (*bars, *sums), _always, back)
         # What is carried into the first step follows from y0.
         bars = tuple(torch.where(first > 0, x, 0.0) for x in carry[1:width])
         by_y0, *found = self.pulled(self.begun, tuple(inputs), (finite_start(inputs[1], finished),), bars)
-        return *state, carry[0] + by_y0, *carry[1:width], *(s + x for s, x in zip(carry[width:], found))
+        return calls, *state, carry[0] + by_y0, *carry[1:width], *(s + x for s, x in zip(carry[width:], found))
 
     def passed(
-        self, taken: Taken, moves: Tensor, columns: Tensor, inside: Tensor, inputs: Any, *state: Tensor
+        self,
+        taken: Taken,
+        moves: Tensor,
+        columns: Tensor,
+        inside: Tensor,
+        known: tuple[Tensor, ...],
+        inputs: Any,
+        *state: Tensor,
     ) -> tuple[Tensor, ...]:
         """The state after a row, and the outputs `(B, W, n)` that it passes, if any may be."""
         times, _, *theta = inputs
         stepper = self.stepper(times, *theta, moving=0 in self.shared)
+        stepper.bound.F.found = known
         step, after = moved(stepper, taken, moves, state)
         if not columns.shape[1]:
             return after
@@ -217,34 +236,43 @@ def sweep_as_graph(
     inputs: tuple[Tensor, ...],
     wanted: list[int],
     g: Tensor,
-) -> tuple[list[Tensor], int] | None:
+) -> tuple[list[Tensor], int | Tensor] | None:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
     whose states `record` holds, and the calls of f; None where no graph can be had.
 
-    It has at least one step and one sample; `method` has nodes. `key` names all that decides about it and about
-    `stepper`.
+    It has at least one step and one sample; `method` has nodes, or can be told its slopes. `key` names all that
+    decides about it and about `stepper`.
     """
     inputs = tuple(x.contiguous() for x in inputs)
     (times, *_), shared = inputs, [i for i in wanted if i != 1]
     rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
     places = sorted(record.states)
     states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
-    pull = Pull(stepper, tuple(shared), len(states[0]), iterate.LOOPS_WRITE)
+    in_place = iterate.LOOPS_WRITE and not method.differentiates
+    pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, in_place)
     name = f"the derivative of odeint with {type(method).__name__}"
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
     # Cloned, so that the stride of a lone sample is that of any tensor like it.
     bars = (g[:, -1].clone(memory_format=torch.contiguous_format), *(torch.zeros_like(x) for x in states[0][1:]))
-    sums, calls = [torch.zeros_like(inputs[i]) for i in shared], 0
+    sums = [torch.zeros_like(inputs[i]) for i in shared]
+    calls: int | Tensor = 0
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         nonlocal calls
-        calls += 1 + on * method.calls(False) + back * method.calls(bool(window_of(times)))
+        if pull.found:
+            on = max(on, back)
+        calls += 1 + back * method.calls(bool(window_of(times)))
+        calls += 0 if pull.found else on * method.calls(False)
         buffers = [x.new_empty(BLOCK + 1, *x.shape) for x in state]
         for buffer, x in zip(buffers, state):
             buffer[0] = x
         counts = torch.tensor([on, back, begin == 0 and back > 0], device=times.device)
         block = rows.block(begin, begin + max(on, back))
-        return run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
+        out = run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
+        if out is None:
+            return None
+        calls = calls + out[0] if pull.found else calls
+        return out[1:]
 
     segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))
     for state, (begin, end) in reversed(list(segments)):

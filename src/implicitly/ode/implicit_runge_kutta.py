@@ -91,6 +91,17 @@ class ImplicitRungeKutta(RungeKutta):
         """Its stages take Jacobians."""
         return True
 
+    @property
+    def found_slopes(self) -> int:
+        """Those of all stages, where their equations may be solved with Jacobians."""
+        return self.tableau.stages if self.stage_solver is None else 0
+
+    def calls(self, outputs: bool) -> int:
+        """Of a step that is told its slopes: a stage with an equation has one for its Jacobian, too."""
+        explicit = sum(row[-1] == 0 for row in self.tableau.a[1:])
+        equations = sum(row[-1] != 0 for row in self.tableau.a)
+        return explicit + 2 * equations + (not self.tableau.stiffly_accurate)
+
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
         newton = Newton.at(self, F, t, dt, y)
@@ -123,10 +134,10 @@ class ImplicitRungeKutta(RungeKutta):
                 y1, k = base, memory[0] if not slopes else F(moment, base)
             else:
                 own = length * row[-1]
-                stage = Stage(moment, base, own)
-                y1 = newton.solve(
-                    F, stage, advanced(base, own, predictor(tableau.c, len(slopes)), slopes or memory)
-                )
+                weights, near = predictor(tableau.c, len(slopes)), slopes or memory
+                if F.found:
+                    weights, near = (1.0,), (F.found[len(slopes)],)
+                y1 = newton.solve(F, Stage(moment, base, own), advanced(base, own, weights, near))
                 k = (y1 - base) / _never_zero(own)
             slopes.append(k)
             if newton.failed is not None and all_of(newton.failed):
@@ -171,7 +182,7 @@ class Newton:
     """Finds the stages of one step: Newton's method with one matrix, or the user's solver.
 
     Attributes:
-        inverse: of I - g dt J, `(B, n, n)`; None where the user's solver finds the stages.
+        inverse: of I - g dt J, `(B, n, n)`; None where the user's solver finds the stages, or they are known.
         scale: the tolerance of each component `(B, n)`.
         least: `(B,)` the change, relative to that, which rounding may leave.
         fresh: whether J is that of this step.
@@ -200,7 +211,7 @@ class Newton:
             y = y.detach()
             scale = method.tolerance(y)
             least = to_host(8 * torch.finfo(y.dtype).eps * method.norm(y / scale))
-            if method.stage_solver is not None:
+            if method.stage_solver is not None or F.found:
                 return cls(method, None, scale, least, True)
             J = None if fresh or torch.compiler.is_dynamo_compiling() else F.notes.get("jacobian")
             if fresh := J is None:
@@ -215,7 +226,9 @@ class Newton:
             return Newton.at(self.method, F, t, dt, y, fresh=True)
         # A step is taken again from where a state was kept, so not always with that Jacobian of an earlier step
         # which led to its stages at first; and the one at its start may not lead there.
-        if self.full or not F.again or self.method.stage_solver is not None:
+        # A graph has always the Jacobian of the step's own start.
+        traced = torch.compiler.is_dynamo_compiling()
+        if self.full or traced or not F.again or self.method.stage_solver is not None:
             return None
         return replace(Newton.at(self.method, F, t, dt, y, fresh=True), full=True)
 
@@ -230,6 +243,8 @@ class Newton:
 
     def solve(self, F: Field, stage: Stage, guess: Tensor) -> Tensor:
         """The solution `(B, n)` of a stage, differentiable."""
+        if F.found:
+            return _attached_once(F, stage, guess.detach(), self.method.limit_gib)
         with torch.no_grad():
             if self.method.stage_solver is not None:
                 z, failed = self._search(self.method.stage_solver, F, stage, guess)
@@ -372,10 +387,12 @@ def _condition(F: Field, stage: Stage) -> tuple[Condition, tuple[Tensor, ...]]:
 
 def _attached_once(F: Field, stage: Stage, z: Tensor, limit_gib: float) -> Tensor:
     """`z` `(B, n)` with its first derivative: one more Newton step, with the Jacobian there held fixed."""
-    leaf = z.requires_grad_()
+    rows = z.shape[1] <= FEW and not torch.compiler.is_dynamo_compiling()
+    leaf = z.requires_grad_() if rows else z
     slope = F(stage.moment, leaf)
     length = stage.length.detach() if isinstance(stage.length, Tensor) else stage.length
-    J = _rows(slope, leaf) if z.shape[1] <= FEW else jacobian(F, stage.moment.detach(), z.detach(), limit_gib)
+    moment = stage.moment.detach()
+    J = _rows(slope, leaf) if rows else jacobian(F, moment, z.detach(), limit_gib).detach()
     return z.detach() + _times(inverse_of(J, length), stage.base + stage.length * slope - z.detach())
 
 

@@ -131,8 +131,14 @@ class Method(ABC):
         """How often it calls f for the outputs that a step passes."""
         return 0
 
+    @property
+    def found_slopes(self) -> int:
+        """How many slopes of a step, if it is told them, save the search for them, see `Field.found`."""
+        return 0
+
     def calls(self, outputs: bool) -> int:
-        """How often a step of a method with nodes calls f, with those for its `outputs`."""
+        """How often a step of a method with nodes, or one that is told slopes, calls f, with those for its
+        `outputs`."""
         assert self.nodes is not None
         return len(self.nodes) + (self.output_calls if outputs else 0)
 

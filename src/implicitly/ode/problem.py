@@ -32,6 +32,7 @@ class Field:
         notes: what a method keeps that only saves work, such as a Jacobian.
         once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
         again: whether steps are taken again that were accepted before, and cannot be made shorter.
+        found: slopes `(B, n)` of all stages of the one step that is taken, which is only to be differentiated.
         watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
         jump: the states `(B, n)` from which samples go on after an event.
     """
@@ -45,6 +46,7 @@ class Field:
     notes: dict[str, Any] = field(default_factory=dict)
     once: bool = False
     again: bool = False
+    found: tuple[Tensor, ...] = ()
     watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
     jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
