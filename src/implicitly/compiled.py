@@ -122,6 +122,7 @@ def run_as_graph(
     function: Callable[..., Any] | Make,
     *tensors: Tensor,
     varies: bool = False,
+    nests: bool = False,
     is_right: Callable[[Any], bool] | None = None,
 ) -> Any:
     """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
@@ -130,7 +131,8 @@ def run_as_graph(
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
     static arguments, the solver. A graph in the cache runs in place of another `function` of the same key; what
     makes one, `Make`, is only called where there is no graph. Where the batch `varies`, the graph for a second
-    batch size leaves that size open. Threads that ask for one graph wait for the one of them that makes it.
+    batch size leaves that size open. `nests` says that it has loops in loops. Threads that ask for one graph wait
+    for the one of them that makes it.
 
     Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
     this one gave no more than one right answer: then none can be had.
@@ -142,15 +144,16 @@ def run_as_graph(
     index, graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
-            return run_as_graph(name, key, function, *tensors, varies=varies, is_right=is_right)
+            return run_as_graph(name, key, function, *tensors, varies=varies, nests=nests, is_right=is_right)
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
-        if run is None and (run := _begun(graph, function)) is None:
+        if run is None and (run := _begun(graph, function, nests)) is None:
             return None
         outcome = _outcome(graph, index, run, tensors, is_right)
     if outcome is _TRY_AGAIN:
-        return run_as_graph(name, key, function, *tensors, is_right=is_right)  # no size is left open again
+        # No size is left open again.
+        return run_as_graph(name, key, function, *tensors, nests=nests, is_right=is_right)
     return outcome
 
 
@@ -242,7 +245,7 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tupl
     return index, graph
 
 
-def _begun(graph: _Graph, function: Callable[..., Any] | Make) -> Callable[..., Any] | None:
+def _begun(graph: _Graph, function: Callable[..., Any] | Make, nests: bool) -> Callable[..., Any] | None:
     """What is to run as `graph`; None where it cannot be made, which is then known."""
     if isinstance(function, Make):
         begin = time.perf_counter()
@@ -252,7 +255,9 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make) -> Callable[..., 
             _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
     near = all(device.type == "cpu" for *_, device in graph.shapes)
-    graph.run = _compile(function, None if graph.varying else False, near)
+    # The C++ around a graph takes what a loop began with for what it ended with where it takes no step, as most of
+    # the loops in a loop do at some time, and lets others write there (PyTorch 2.13): such graphs do without it.
+    graph.run = _compile(function, None if graph.varying else False, near and not nests)
     return graph.run
 
 
@@ -329,7 +334,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _compile(function: Callable[..., Any], dynamic: bool | None, near: bool) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], dynamic: bool | None, in_c: bool) -> Callable[..., Any]:
     def solve(*tensors: Tensor) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             raise _NotTracedError
@@ -338,7 +343,7 @@ def _compile(function: Callable[..., Any], dynamic: bool | None, near: bool) -> 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
     options: dict[str, Any] = {"guard_filter_fn": _worth_a_look}
-    if near and LOOPS_WRITE:
+    if in_c and LOOPS_WRITE:
         # What calls the kernels is C++ where that was seen to work: PyTorch 2.11 fails at loops. On its own, with
         # few optimisations, it takes half as long to compile, and the graph runs as fast.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
@@ -388,14 +393,14 @@ class _Solves:
         if condition.graphs is None:
             return search(solver, condition, z0, theta, r0)
         r0 = own.residual(z0, *theta) if r0 is None else r0
-        found, name = None, f"{own.name} with {type(solver).__name__}"
-        if _may_be_graph(name, solver):
-            bare = own.bare()
+        name = f"{own.name} with {type(solver).__name__}"
+        bare = own.bare()
 
-            def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
-                return search(solver, bare, z0, theta, r0)
+        def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
+            return search(solver, bare, z0, theta, r0)
 
-            found = run_as_graph(name, (own.name, self.key, solver), solve, z0, r0, *theta, varies=True)
+        key = (own.name, self.key, solver)
+        found = run_as_graph(name, key, solve, z0, r0, *theta, varies=True, nests=solver.nests)
         self.eager = found is None
         return search(solver, own, z0, theta, r0) if found is None else Found(*found)
 
@@ -405,11 +410,11 @@ class _Solves:
         """As `implicit.search`, for the linear `condition` that reverse mode solves, with `theta` (b, z, ...)."""
         found, name = None, f"{condition.name} with {type(solver).__name__}"
         small = not is_near(b) or b.nbytes <= LARGE
-        if small and not self.eager and _may_be_graph(name, solver):
+        if small and not self.eager:
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
             right = partial(is_as_claimed, solver, condition, theta)
             key = (self.own.name, self.key, solver, "pullback")
-            found = run_as_graph(name, key, make, *theta, is_right=right)
+            found = run_as_graph(name, key, make, *theta, nests=solver.nests, is_right=right)
         if found is None:
             return search(solver, condition, u0, theta, b)
         found = Found(*found)
@@ -438,16 +443,3 @@ def is_as_claimed(solver: Solver, condition: Condition, theta: tuple[Tensor, ...
     least = max(solver.tolerances(condition.dtype)[0], 10 * torch.finfo(b.dtype).eps)
     limit = DRIFTED * torch.maximum(claimed.residual, least * row_norm(b))
     return not bool((is_usable(claimed.status) & ~(residual <= limit)).any())
-
-
-def _may_be_graph(name: str, solver: Solver) -> bool:
-    """Whether the steps of `solver` have no loop of their own; warns where they have."""
-    if not solver.nests:
-        return True
-    warnings.warn(
-        f"{name}: compile=True is for solvers whose steps have no loop of their own; graphs of loops in loops "
-        "compute wrong numbers in PyTorch 2.13. The eager loop runs instead",
-        CompileWarning,
-        stacklevel=users_line(),
-    )
-    return False

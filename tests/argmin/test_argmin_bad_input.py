@@ -197,19 +197,3 @@ def test_empty_batches_over_sets_and_of_residuals_come_back_empty():
     assert im.argmin(bowl, Z0[:0], x, constraint=lambda z, x: z.clamp(min=0)).value.shape == (0, 3)
     assert im.argmin(bowl, Z0[:0], x, constraint=im.Equality(lambda z, x: z[:, 0])).value.shape == (0, 3)
     assert im.least_squares(lambda z, x: z - x, Z0[:0], x).value.shape == (0, 3)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_compile_says_which_solvers_run_eagerly():
-    with pytest.warns(im.CompileWarning, match="LBFGS.*eager loop runs"):
-        value = im.argmin(bowl, Z0, X, compile=True).value
-    torch.testing.assert_close(value, X)
-
-
-@pytest.mark.parametrize("solver", [im.Broyden(line_search=True), im.Newton(), im.NewtonKrylov()])
-def test_graphs_of_loops_in_loops_are_not_trusted_of_roots_either(solver):
-    root = lambda z, x: z + torch.tanh(3 * z.roll(1, 1)) - x  # noqa: E731
-    with pytest.warns(im.CompileWarning, match="loops in loops"):
-        compiled = im.root(root, Z0, X, solver=solver, on_failure="ignore", compile=True)
-    eager = im.root(root, Z0, X, solver=solver, on_failure="ignore")
-    assert torch.equal(compiled.value, eager.value)

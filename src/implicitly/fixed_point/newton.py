@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,12 +123,10 @@ class NewtonKrylov(Solver):
         floor = 0.9 * forcing**2
         chosen = torch.where(floor > 0.1, torch.maximum(chosen, floor), chosen).clamp(1e-6, 0.9)
         forcing = torch.where(k > 0, chosen, forcing) if isinstance(k, Tensor) else (chosen if k else forcing)
-        _, pull = pullback(F, z)
-        # Jacobian-vector products from two reverse passes: forward mode cannot be nested under dual numbers.
-        _, push = pullback(lambda u: pull(u)[0], torch.zeros_like(r))
+        push = _pushforward(F, z)
         found = iterate(
             self.linear_solver,
-            lambda b: Affine(lambda v: -push(v)[0], b),
+            lambda b: Affine(lambda v: -push(v), b),
             (r,),
             torch.zeros_like(r),
             r,
@@ -137,6 +137,20 @@ class NewtonKrylov(Solver):
         d = torch.where(found.z.isfinite(), found.z, 0.0)
         z, r, calls = _move(F, z, r, d, self.line_search)
         return Proposal(z, (forcing, norm), r, calls + found.evaluations)
+
+
+def _pushforward(F: Residual, z: Tensor) -> Callable[[Tensor], Tensor]:
+    """Jacobian-vector products of F at z, from two reverse passes: forward mode cannot be nested under dual
+    numbers."""
+
+    def make() -> Callable[..., Any]:
+        _, pull = pullback(F, z)
+        return pullback(lambda u: pull(u)[0], torch.zeros_like(z))[1]
+
+    if torch.compiler.is_dynamo_compiling():  # a loop of a graph cannot take in what was differentiated before it
+        return lambda v: make()(v)[0]
+    push = make()
+    return lambda v: push(v)[0]
 
 
 def _move(F: Residual, z: Tensor, r: Tensor, d: Tensor, line_search: bool) -> tuple[Tensor, Tensor, int | Tensor]:

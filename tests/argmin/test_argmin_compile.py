@@ -1,0 +1,72 @@
+"""Solvers whose steps have loops of their own, as one graph: they take the steps of the eager loop."""
+
+import pytest
+import torch
+
+import implicitly as im
+
+D = torch.float64
+# PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def objective(z, x):
+    """Convex, and far from quadratic, so that some line searches take the first length and others do not."""
+    z = z - z.roll(1, 1) / 2
+    return (z**4).sum(1) + (z**2).sum(1) / 2 - (x * z).sum(1)
+
+
+def residuals(z, x):
+    return torch.cat([z**3 + z - x, z.sin()], dim=1)
+
+
+def root(z, x):
+    return z + 0.3 * torch.tanh(3 * z.roll(1, 1)) - x
+
+
+CASES = {
+    "LBFGS": lambda *given, **how: im.argmin(objective, *given, **how),
+    "Newton": lambda *given, **how: im.argmin(objective, *given, solver=im.Newton(), **how),
+    "GradientDescent": lambda *given, **how: im.argmin(objective, *given, solver=im.GradientDescent(), **how),
+    "ProjectedGradient": lambda *given, **how: im.argmin(
+        objective, *given, constraint=lambda z, x: z.clamp(-0.1, 0.1), **how
+    ),
+    "NewtonKKT": lambda *given, **how: im.argmin(
+        objective, *given, constraint=im.Equality(lambda z, x: z.sum(1, keepdim=True) - 1), **how
+    ),
+    "LevenbergMarquardt": lambda *given, **how: im.least_squares(residuals, *given, **how),
+    "Newton, root": lambda *given, **how: im.root(root, *given, solver=im.Newton(), **how),
+    "NewtonKrylov": lambda *given, **how: im.root(root, *given, solver=im.NewtonKrylov(), **how),
+    "Broyden": lambda *given, **how: im.root(root, *given, solver=im.Broyden(line_search=True, rtol=1e-8), **how),
+}
+
+
+def assert_same(solve):
+    """Values, derivatives and steps of the graph are those of the eager loop."""
+    found, steps = [], []
+    for c in (True, False):
+        torch.manual_seed(0)
+        x = (3 * torch.randn(6, 4, dtype=D)).requires_grad_()
+        solution = solve(torch.zeros(6, 4, dtype=D), x, compile=c)
+        found.append((solution.value, *torch.autograd.grad(solution.value.square().sum(), x)))
+        steps.append(solution.steps)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+    assert (steps[0] - steps[1]).abs().max() <= 1  # where rounding decides
+    return steps[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_takes_the_steps_of_the_eager_loop(traced, name):
+    assert assert_same(CASES[name]).min() > 0
+    assert any("backward" not in graph.name and graph.calls for graph in traced.values())
+
+
+def test_code_of_loops_in_loops_is_right():
+    # With C++ around it, the graph of PyTorch 2.13 was wrong wherever a line search took its first length.
+    x = 3 * torch.randn(6, 4, dtype=D)
+    graph, eager = (CASES["Newton, root"](torch.zeros(6, 4, dtype=D), x, compile=c) for c in (True, False))
+    torch.testing.assert_close(graph.value, eager.value, rtol=1e-10, atol=1e-10)
+    assert (graph.steps - eager.steps).abs().max() <= 1
+    (kept,) = (graph for graph in im.compile_statistics() if graph.name == "root with Newton")
+    assert kept.fallback is None
+    assert kept.calls == 1
