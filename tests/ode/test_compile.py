@@ -341,6 +341,20 @@ def test_derivatives_of_an_implicit_method_are_those_of_finite_differences(trace
     assert len(traced) == 2
 
 
+def test_samples_that_failed_have_no_part_in_derivatives_of_an_implicit_method(traced):
+    # The second cannot begin, and the third blows up.
+    y0, w = torch.tensor([[0.3], [float("nan")], [2.0], [0.2]], dtype=D), number(1.0)
+    options = {"solver": im.Trapezoid(rtol=1e-3, stage_tolerance=1e-6, max_steps=60), "batch_dims": 1}
+    t = torch.tensor([0.0, 0.4, 1.5], dtype=D)
+    found = []
+    for c in (True, False):
+        solution, (by_y0, _, by_w) = derivatives(lambda t, y, w: w * y**2, y0, t, w, compile=c, **options)
+        assert (solution.status == 0).tolist() == [True, False, False, True]
+        assert (by_y0[1:3] == 0).all()
+        found.append((solution.value[:, ::3], by_y0, by_w))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_stage_solver_of_the_user_has_no_graph_of_its_backward_pass(traced):
     y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), (0.0, 0.2)
     method = im.Trapezoid(dt=0.1, stage_solver=im.Newton(), rtol=1e-8)

@@ -147,7 +147,7 @@ class Pull:
             if columns.shape[1]:
                 shown = g.gather(1, columns.unsqueeze(2).expand(-1, -1, g.shape[2]))
                 bars = (*bars, torch.where(inside.unsqueeze(2), shown, 0.0))
-            known = tuple(x.index_select(0, at).squeeze(0) for x in slopes)
+            known = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in slopes)
             f = partial(self.passed, taken, moves, columns, inside, known)
             found = self.pulled(f, places, state, bars)
             return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
