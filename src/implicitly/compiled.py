@@ -122,7 +122,7 @@ def run_as_graph(
     function: Callable[..., Any] | Make,
     *tensors: Tensor,
     varies: bool = False,
-    nests: bool = False,
+    in_c: bool = True,
     is_right: Callable[[Any], bool] | None = None,
 ) -> Any:
     """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
@@ -131,8 +131,9 @@ def run_as_graph(
     `key` must name everything else that decides what the graph computes: the user's function, its layout, its
     static arguments, the solver. A graph in the cache runs in place of another `function` of the same key; what
     makes one, `Make`, is only called where there is no graph. Where the batch `varies`, the graph for a second
-    batch size leaves that size open. `nests` says that it has loops in loops. Threads that ask for one graph wait
-    for the one of them that makes it.
+    batch size leaves that size open. `in_c` says whether C++ may be around the graph: that of PyTorch 2.13 takes
+    what a loop began with for what it ended with where it takes no step, as most loops in loops do at some time,
+    and lets others write to it. Threads that ask for one graph wait for the one of them that makes it.
 
     Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
     this one gave no more than one right answer: then none can be had.
@@ -144,16 +145,16 @@ def run_as_graph(
     index, graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
-            return run_as_graph(name, key, function, *tensors, varies=varies, nests=nests, is_right=is_right)
+            return run_as_graph(name, key, function, *tensors, varies=varies, in_c=in_c, is_right=is_right)
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
-        if run is None and (run := _begun(graph, function, nests)) is None:
+        if run is None and (run := _begun(graph, function, in_c)) is None:
             return None
         outcome = _outcome(graph, index, run, tensors, is_right)
     if outcome is _TRY_AGAIN:
         # No size is left open again.
-        return run_as_graph(name, key, function, *tensors, nests=nests, is_right=is_right)
+        return run_as_graph(name, key, function, *tensors, in_c=in_c, is_right=is_right)
     return outcome
 
 
@@ -245,7 +246,7 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tupl
     return index, graph
 
 
-def _begun(graph: _Graph, function: Callable[..., Any] | Make, nests: bool) -> Callable[..., Any] | None:
+def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Callable[..., Any] | None:
     """What is to run as `graph`; None where it cannot be made, which is then known."""
     if isinstance(function, Make):
         begin = time.perf_counter()
@@ -254,10 +255,9 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make, nests: bool) -> C
         except CannotSplitError as error:
             _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
-    near = all(device.type == "cpu" for *_, device in graph.shapes)
-    # The C++ around a graph takes what a loop began with for what it ended with where it takes no step, as most of
-    # the loops in a loop do at some time, and lets others write there (PyTorch 2.13): such graphs do without it.
-    graph.run = _compile(function, None if graph.varying else False, near and not nests)
+    # PyTorch 2.11 fails at loops there.
+    in_c = in_c and LOOPS_WRITE and all(device.type == "cpu" for *_, device in graph.shapes)
+    graph.run = _compile(function, None if graph.varying else False, in_c)
     return graph.run
 
 
@@ -326,10 +326,12 @@ def _released(*tensors: Tensor) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """That f calls a solve of its own; else what an error says first: its first line, and the next one where that
-    only announces it."""
+    """That f calls a solve of its own, or makes constants; else what an error says first: its first line, and the
+    next one where that only announces it."""
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
+    if "_tensor_constant" in str(error):
+        return "f makes a tensor of numbers, which the compiler forgets to declare in a loop; make it outside of f"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
@@ -343,9 +345,8 @@ def _compile(function: Callable[..., Any], dynamic: bool | None, in_c: bool) -> 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
     options: dict[str, Any] = {"guard_filter_fn": _worth_a_look}
-    if in_c and LOOPS_WRITE:
-        # What calls the kernels is C++ where that was seen to work: PyTorch 2.11 fails at loops. On its own, with
-        # few optimisations, it takes half as long to compile, and the graph runs as fast.
+    if in_c:
+        # On its own, with few optimisations, it takes half as long to compile, and the graph runs as fast.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
 
@@ -400,7 +401,7 @@ class _Solves:
             return search(solver, bare, z0, theta, r0)
 
         key = (own.name, self.key, solver)
-        found = run_as_graph(name, key, solve, z0, r0, *theta, varies=True, nests=solver.nests)
+        found = run_as_graph(name, key, solve, z0, r0, *theta, varies=True, in_c=not solver.nests)
         self.eager = found is None
         return search(solver, own, z0, theta, r0) if found is None else Found(*found)
 
@@ -414,7 +415,7 @@ class _Solves:
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
             right = partial(is_as_claimed, solver, condition, theta)
             key = (self.own.name, self.key, solver, "pullback")
-            found = run_as_graph(name, key, make, *theta, nests=solver.nests, is_right=right)
+            found = run_as_graph(name, key, make, *theta, in_c=not solver.nests, is_right=right)
         if found is None:
             return search(solver, condition, u0, theta, b)
         found = Found(*found)

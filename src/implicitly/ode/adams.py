@@ -61,6 +61,15 @@ class Adams(Method):
         """Whether it estimates its error: yes."""
         return True
 
+    @property
+    def pulls_as_graph(self) -> bool:
+        """Yes."""
+        return True
+
+    def calls(self, outputs: bool) -> int:
+        """Of a step in a graph: two, and those of a first step, which it takes for all samples."""
+        return 2 + self.starter.calls(outputs)
+
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """Lengths of the steps before `(B, p - 2)`, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
         unknown = self.order - 2
@@ -209,7 +218,11 @@ def _quadrature(count: int, dtype: Any, device: torch.device | None) -> Array:
     where there is no device."""
     nodes, weights = gauss(count // 2 + 1)
     both = ((*nodes, 1.0), (*weights, 0.0))
-    return np.array(both, dtype=dtype) if device is None else torch.tensor(both, dtype=dtype, device=device)
+    if device is None:
+        return np.array(both, dtype=dtype)
+    # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+    numbers = (torch.full((), x, dtype=dtype, device=device) for row in both for x in row)
+    return torch.stack(list(numbers)).reshape(2, -1)
 
 
 def _plus(y: Tensor, weight: Length, slope: Tensor) -> Tensor:

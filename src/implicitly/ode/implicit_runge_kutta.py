@@ -93,11 +93,16 @@ class ImplicitRungeKutta(RungeKutta):
 
     @property
     def found_slopes(self) -> int:
-        """Those of all stages, where their equations may be solved with Jacobians."""
-        return self.tableau.stages if self.stage_solver is None else 0
+        """Those of all stages."""
+        return self.tableau.stages
+
+    @property
+    def pulls_as_graph(self) -> bool:
+        """Where the equations of stages may be solved with Jacobians."""
+        return self.stage_solver is None
 
     def calls(self, outputs: bool) -> int:
-        """Of a step that is told its slopes: a stage with an equation has one for its Jacobian, too."""
+        """Of a step in a graph: a stage with an equation has one for its Jacobian, too."""
         explicit = sum(row[-1] == 0 for row in self.tableau.a[1:])
         equations = sum(row[-1] != 0 for row in self.tableau.a)
         return explicit + 2 * equations + (not self.tableau.stiffly_accurate)

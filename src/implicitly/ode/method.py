@@ -136,9 +136,13 @@ class Method(ABC):
         """How many slopes of a step, if it is told them, save the search for them, see `Field.found`."""
         return 0
 
+    @property
+    def pulls_as_graph(self) -> bool:
+        """Whether a graph can take a step again and pull back through it, for as many `calls` of f each time."""
+        return self.nodes is not None
+
     def calls(self, outputs: bool) -> int:
-        """How often a step of a method with nodes, or one that is told slopes, calls f, with those for its
-        `outputs`."""
+        """How often such a step in a graph calls f, with those for its `outputs`, if it is told its slopes."""
         assert self.nodes is not None
         return len(self.nodes) + (self.output_calls if outputs else 0)
 

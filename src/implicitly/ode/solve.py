@@ -103,8 +103,8 @@ def odeint(
             end are the state there; one at the time of a restart, as rounding has it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero.
-        compile: run the solve as one graph of `torch.compile`, and its backward pass as another, save by `Adams`
-            unless with `BacksolveAdjoint`; a `CompileWarning` says where none can be had.
+        compile: run the solve as one graph of `torch.compile`, and its backward pass as another; a
+            `CompileWarning` says where none can be had, as with events.
 
     Returns:
         `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
