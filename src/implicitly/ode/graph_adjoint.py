@@ -115,7 +115,7 @@ class Pull:
                 the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
 
         Returns:
-            The calls of f that searches for slopes took; the state after the rows gone on by; its cotangents
+            The calls of f on the way forward; the state after the rows gone on by; its cotangents
             before the rows pulled back through; and those of the shared inputs.
         """
         count, width = len(Rows._fields), self.width
@@ -133,9 +133,8 @@ class Pull:
             written = tuple(
                 put(buffer, 0, (k + 1).reshape(1), x.unsqueeze(0)) for buffer, x in zip(states or buffers, after)
             )
-            if self.found:
-                calls = sum(stepper.bound.F.loops, start=calls + stepper.bound.F.calls)
-                slopes = tuple(put(b, 0, k.reshape(1), x.unsqueeze(0)) for b, x in zip(slopes, step.stages))
+            calls = sum(stepper.bound.F.loops, start=calls + stepper.bound.F.calls)
+            slopes = tuple(put(b, 0, k.reshape(1), x.unsqueeze(0)) for b, x in zip(slopes, step.stages))
             return calls, after, () if self.in_place else written, slopes
 
         def backward(k: Any, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -240,8 +239,7 @@ def sweep_as_graph(
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
     whose states `record` holds, and the calls of f; None where no graph can be had.
 
-    It has at least one step and one sample; `method` has nodes, or can be told its slopes. `key` names all that
-    decides about it and about `stepper`.
+    It has at least one step and one sample. `key` names all that decides about it and about `stepper`.
     """
     inputs = tuple(x.contiguous() for x in inputs)
     (times, *_), shared = inputs, [i for i in wanted if i != 1]
@@ -259,10 +257,6 @@ def sweep_as_graph(
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         nonlocal calls
-        if pull.found:
-            on = max(on, back)
-        calls += 1 + back * method.calls(bool(window_of(times)))
-        calls += 0 if pull.found else on * method.calls(False)
         buffers = [x.new_empty(BLOCK + 1, *x.shape) for x in state]
         for buffer, x in zip(buffers, state):
             buffer[0] = x
@@ -271,7 +265,7 @@ def sweep_as_graph(
         out = run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
         if out is None:
             return None
-        calls = calls + out[0] if pull.found else calls
+        calls = calls + out[0] + back * method.calls(bool(window_of(times))) + 1
         return out[1:]
 
     segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))
@@ -283,7 +277,8 @@ def sweep_as_graph(
             before.append(out[: pull.width])
         for cut in reversed(cuts):
             count = min(BLOCK, end - cut)
-            if (out := run(cut, count - 1, count, before.pop())) is None:
+            on = count if pull.found else count - 1
+            if (out := run(cut, on, count, before.pop())) is None:
                 return None
             bars, found = out[pull.width : 2 * pull.width], out[2 * pull.width :]
             sums = [s + x for s, x in zip(sums, found)]
