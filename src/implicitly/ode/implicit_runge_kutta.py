@@ -282,7 +282,10 @@ class Newton:
         return found.z, ~found.converged
 
     def _traced(self, F: Field, stage: Stage, begin: Iterate) -> Iterate:
-        """The iterates in a traced graph, where the loop may change nothing outside of it."""
+        """The iterates in a traced graph, where the loop may change nothing outside of it.
+
+        As `begin` has all samples going, it takes a step, so that C++ may be around it, see `run_as_graph`.
+        """
 
         def change(i: int | Tensor, state: tuple[Iterate, Tensor]) -> tuple[Iterate, Tensor]:
             G = F.bind(*views(*F.theta))
