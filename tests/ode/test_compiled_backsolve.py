@@ -81,9 +81,11 @@ def test_an_unstable_way_back_is_told_of_and_checkpointed(traced):
 @pytest.mark.parametrize(
     "adjoint", [im.BacksolveAdjoint(seminorm=False), im.BacksolveAdjoint(im.Kvaerno3(rtol=1e-5), check=1e6)]
 )
-def test_a_way_back_that_cannot_be_a_graph_is_solved_eagerly(traced, adjoint):
+def test_a_way_back_that_cannot_be_a_graph_is_solved_eagerly_and_a_warning_says_why(traced, adjoint):
     y0, w, t = torch.randn(2, dtype=D), torch.tensor(0.8, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
-    assert_same(turning, y0, t, w, adjoint)
+    why = "an implicit method" if adjoint.seminorm else "seminorm=False"
+    with pytest.warns(im.CompileWarning, match=f"continuous adjoint .* no graph for {why}"):
+        assert_same(turning, y0, t, w, adjoint)
     assert names(traced) == ["odeint"]
 
 

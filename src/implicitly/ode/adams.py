@@ -61,15 +61,6 @@ class Adams(Method):
         """Whether it estimates its error: yes."""
         return True
 
-    @property
-    def pulls_as_graph(self) -> bool:
-        """Yes."""
-        return True
-
-    def calls(self, outputs: bool) -> int:
-        """Of a step in a graph: two, and those of a first step, which it takes for all samples."""
-        return 2 + self.starter.calls(outputs)
-
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """Lengths of the steps before `(B, p - 2)`, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
         unknown = self.order - 2

@@ -82,8 +82,8 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
 
-    Where `compile=True` made one graph of a solve, the backward pass is a graph too. Derivatives of it, transforms
-    of `torch.func` and implicit methods with a `stage_solver` run eagerly.
+    Where `compile=True` made one graph of a solve, the backward pass is a graph too. Derivatives of it and
+    transforms of `torch.func` run eagerly.
 
     Args:
         arc_length: whether derivatives take the arc lengths of adaptive steps for constant, not the times that
@@ -196,10 +196,10 @@ class Work:
     def swept(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
-        """What `sweep` gives, as one graph where the solve was one and its method can have one."""
+        """What `sweep` gives, as one graph where the solve was one."""
         record = self.record
         assert record is not None
-        if self.as_graph and steps[0].numel() and self.method.pulls_as_graph:
+        if self.as_graph and steps[0].numel():
             key, stepper = self.graphs
             found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
             if found is not None:

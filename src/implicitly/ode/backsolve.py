@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from implicitly.compiled import run_as_graph
+from implicitly.compiled import CompileWarning, run_as_graph
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
@@ -247,6 +247,14 @@ class Backwards:
         columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
         self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits)
+        self.as_graph = work.as_graph and not joint and not self.method.differentiates
+        if work.as_graph and not self.as_graph:
+            name, what = type(self.method).__name__, "seminorm=False" if joint else "an implicit method"
+            message = (
+                f"the continuous adjoint of odeint with {name}: compile=True has no graph for {what} there; the "
+                "eager loop runs instead"
+            )
+            warnings.warn(message, CompileWarning, stacklevel=users_line())
         self.limit = self.method.max_steps
         if adjoint.solver is None:
             self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
@@ -315,9 +323,9 @@ class Backwards:
 
     def _as_graph(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived | None:
         """The same as one graph; None where none can be had, or where the solve was none."""
-        work, method = self.work, self.method
-        if not work.as_graph or self.packed.columns is not None or method.differentiates:
+        if not self.as_graph:
             return None
+        work, method = self.work, self.method
         packed, places = self.packed, tuple(self.sums)
         of = partial(augmented, work.field, packed, places, None)
 

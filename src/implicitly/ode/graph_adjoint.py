@@ -115,8 +115,8 @@ class Pull:
                 the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
 
         Returns:
-            The calls of f on the way forward; the state after the rows gone on by; its cotangents
-            before the rows pulled back through; and those of the shared inputs.
+            The calls of f; the state after the rows gone on by; its cotangents before the rows pulled back
+            through; and those of the shared inputs.
         """
         count, width = len(Rows._fields), self.width
         rows, given = Rows(*tensors[:count]), tensors[count:]
@@ -137,7 +137,8 @@ class Pull:
             slopes = tuple(put(b, 0, k.reshape(1), x.unsqueeze(0)) for b, x in zip(slopes, step.stages))
             return calls, after, () if self.in_place else written, slopes
 
-        def backward(k: Any, carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def backward(k: Any, carried: Any) -> Any:
+            calls, carry = carried
             at, places = (back - 1 - k).reshape(1), views(*inputs)
             state = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in states or buffers)
             taken, moves, *of = rows.row(at)
@@ -148,18 +149,20 @@ class Pull:
                 bars = (*bars, torch.where(inside.unsqueeze(2), shown, 0.0))
             known = tuple(finite_start(x.index_select(0, at).squeeze(0), finished) for x in slopes)
             f = partial(self.passed, taken, moves, columns, inside, known)
-            found = self.pulled(f, places, state, bars)
-            return *(x.contiguous() for x in found[:width]), *(s + x for s, x in zip(carry[width:], found[width:]))
+            found, took = self.pulled(f, places, state, bars)
+            sums = (s + x for s, x in zip(carry[width:], found[width:]))
+            return calls + took, (*(x.contiguous() for x in found[:width]), *sums)
 
         none = torch.zeros((), dtype=torch.int64, device=on.device)
         begin = none, tuple(x[0] for x in buffers), () if self.in_place else buffers, slopes
         _, (calls, state, states, slopes) = repeat(forward, begin, _always, on)
         sums = (torch.zeros_like(inputs[i]) for i in self.shared)
-        _, carry = repeat(backward, (*bars, *sums), _always, back)
+        _, (calls, carry) = repeat(backward, (calls, (*bars, *sums)), _always, back)
         # What is carried into the first step follows from y0.
         bars = tuple(torch.where(first > 0, x, 0.0) for x in carry[1:width])
-        by_y0, *found = self.pulled(self.begun, tuple(inputs), (finite_start(inputs[1], finished),), bars)
-        return calls, *state, carry[0] + by_y0, *carry[1:width], *(s + x for s, x in zip(carry[width:], found))
+        (by_y0, *found), took = self.pulled(self.begun, tuple(inputs), (finite_start(inputs[1], finished),), bars)
+        sums = (s + x for s, x in zip(carry[width:], found))
+        return calls + took, *state, carry[0] + by_y0, *carry[1:width], *sums
 
     def passed(
         self,
@@ -170,39 +173,44 @@ class Pull:
         known: tuple[Tensor, ...],
         inputs: Any,
         *state: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The state after a row, and the outputs `(B, W, n)` that it passes, if any may be."""
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """The state after a row, and the outputs `(B, W, n)` that it passes, if any may be; and the calls of f."""
         times, _, *theta = inputs
         stepper = self.stepper(times, *theta, moving=0 in self.shared)
         stepper.bound.F.found = known
         step, after = moved(stepper, taken, moves, state)
-        if not columns.shape[1]:
-            return after
-        part = torch.where(inside, stepper.part(step, columns + 1), 0.0)
-        return *after, stepper.method.between(stepper.bound.F, step, part)
+        if columns.shape[1]:
+            part = torch.where(inside, stepper.part(step, columns + 1), 0.0)
+            after = (*after, stepper.method.between(stepper.bound.F, step, part))
+        return after, stepper.bound.F.calls
 
-    def begun(self, inputs: Any, y0: Tensor) -> Memory:
-        """What is carried into the first step from `y0`."""
+    def begun(self, inputs: Any, y0: Tensor) -> tuple[Memory, int]:
+        """What is carried into the first step from `y0`, and the calls of f."""
         times, _, *theta = inputs
-        return restart(self.stepper(times, *theta, moving=0 in self.shared), y0).memory
+        stepper = self.stepper(times, *theta, moving=0 in self.shared)
+        return restart(stepper, y0).memory, stepper.bound.F.calls
 
     def pulled(
         self,
-        f: Callable[..., tuple[Tensor, ...]],
+        f: Callable[..., tuple[tuple[Tensor, ...], int]],
         inputs: Any,
         state: tuple[Tensor, ...],
         bars: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        """The cotangents of `state` and of the shared inputs for those `bars` of `f(inputs, *state)`."""
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The cotangents of `state` and of the shared inputs for those `bars` of what `f(inputs, *state)` gives
+        beside the calls of the user's f; and those."""
         chosen = [inputs[i] for i in self.shared]
 
-        def of(*given: Tensor) -> tuple[Tensor, ...]:
+        def of(*given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             full = list(inputs)
             for i, x in zip(self.shared, given[len(state) :]):
                 full[i] = x
-            return f(full, *given[: len(state)])
+            value, calls = f(full, *given[: len(state)])
+            return value, torch.full((), calls, device=state[0].device)
 
-        return vjp(of, *state, *chosen)[1](bars)
+        traced: Any = vjp(of, *state, *chosen, has_aux=True)
+        _, pull, calls = traced
+        return pull(bars), calls
 
 
 def moved(
@@ -265,7 +273,7 @@ def sweep_as_graph(
         out = run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
         if out is None:
             return None
-        calls = calls + out[0] + back * method.calls(bool(window_of(times))) + 1
+        calls = calls + out[0]
         return out[1:]
 
     segments = zip(states, pairwise([*(begins[i] for i in places), begins[-1]]))

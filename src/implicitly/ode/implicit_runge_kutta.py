@@ -97,15 +97,10 @@ class ImplicitRungeKutta(RungeKutta):
         return self.tableau.stages
 
     @property
-    def pulls_as_graph(self) -> bool:
-        """Where the equations of stages may be solved with Jacobians."""
-        return self.stage_solver is None
-
-    def calls(self, outputs: bool) -> int:
-        """Of a step in a graph: a stage with an equation has one for its Jacobian, too."""
-        explicit = sum(row[-1] == 0 for row in self.tableau.a[1:])
-        equations = sum(row[-1] != 0 for row in self.tableau.a)
-        return explicit + 2 * equations + (not self.tableau.stiffly_accurate)
+    def ungraphed(self) -> str | None:
+        """What of it no graph of `torch.compile` has; None: nothing."""
+        # Loops of three levels, each with its derivatives: the compiler fails, or takes minutes.
+        return super().ungraphed or (None if self.stage_solver is None else "a stage_solver")
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""

@@ -137,14 +137,9 @@ class Method(ABC):
         return 0
 
     @property
-    def pulls_as_graph(self) -> bool:
-        """Whether a graph can take a step again and pull back through it, for as many `calls` of f each time."""
-        return self.nodes is not None
-
-    def calls(self, outputs: bool) -> int:
-        """How often such a step in a graph calls f, with those for its `outputs`, if it is told its slopes."""
-        assert self.nodes is not None
-        return len(self.nodes) + (self.output_calls if outputs else 0)
+    def ungraphed(self) -> str | None:
+        """What of it no graph of `torch.compile` has; None: nothing."""
+        return "tstops" if self.tstops else None
 
     @property
     def splits(self) -> bool:

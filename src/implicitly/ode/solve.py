@@ -280,7 +280,7 @@ def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Eve
 
 def _ungraphed(solver: Method, adjoint: Any, events: tuple[Event, ...]) -> str | None:
     """What of a solve no graph has; None: nothing."""
-    if events or solver.tstops:
-        return "events and tstops"
+    if events or solver.ungraphed:
+        return "events" if events else solver.ungraphed
     moves = isinstance(adjoint, RecursiveCheckpointAdjoint) and adjoint.arc_length and solver.dt is None
     return "arc_length=True" if moves else None
