@@ -156,8 +156,8 @@ class Case:
             "that to a thousandth of the tolerances": {"part": 1e-3},
         }
         if effort.full:  # another graph to compile is too long for a smoke test
-            ways["by default, compile=True"] = {"compile": True}
-            grad(partial(self.ours, compile=True))
+            ways["arc_length=True, compile=True"] = compiled = {"arc_length": True, "compile": True}
+            grad(partial(self.ours, **compiled))
         found = {name: timed(partial(self.ours, **options)) for name, options in ways.items()}
         error = found["arc_length=True"][1]
         theirs = []

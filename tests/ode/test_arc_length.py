@@ -154,11 +154,6 @@ def test_absolute_tolerances_alone_will_do(rtol):
     assert slope(2.0, MOVING, **options) == pytest.approx(slope(2.0, FROZEN, **options), rel=1e-3)
 
 
-def test_compile_says_that_the_eager_loop_runs():
-    with pytest.warns(im.CompileWarning, match="arc_length"):
-        end(tensor(2.0), t=(0.0, 0.1), adjoint=MOVING, compile=True)
-
-
 def test_steps_are_taken_again_with_harder_newton_iterations_where_they_must():
     """In a stiff jump the Jacobian of an earlier step led to stages at first, and that of the step may not."""
     assert slope(1000.0, MOVING, t=(0.0, 2000.0)) == pytest.approx(1.7848e-3, rel=5e-3)

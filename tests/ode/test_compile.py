@@ -68,6 +68,9 @@ def buffers(request, monkeypatch):
     monkeypatch.setattr(iterate, "LOOPS_WRITE", request.param)
 
 
+SWEPT, ARC_LENGTH = im.RecursiveCheckpointAdjoint(), im.RecursiveCheckpointAdjoint(arc_length=True)
+
+
 METHODS = [
     (im.Dopri5(), 2, 160),  # more outputs than a step writes at once, or a row of the graph backwards passes
     (im.Dopri8(), 4, 5),  # whose outputs between take stages of their own
@@ -327,6 +330,48 @@ def test_a_backward_pass_of_an_implicit_method_is_that_of_its_noted_steps(traced
     monkeypatch.setattr(adjoints, "sweep_as_graph", lambda *args: None)
     _, right = derivatives(pulled, y0, t, *args, compile=True, **options)
     torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [im.Bosh3(rtol=1e-2), im.Dopri8(), im.Adams(rtol=1e-3), im.ReversibleHeun(rtol=1e-3)],
+    ids=lambda m: type(m).__name__,
+)
+def test_lengths_that_are_constant_in_arc_length(traced, method, monkeypatch):
+    """Among samples that begin, move and end at times of their own, with more outputs than a row passes."""
+    for module, name, value in ((graph, "WINDOW", 2), (graph_adjoint, "BLOCK", 3)):
+        monkeypatch.setattr(module, name, value)
+    y0 = torch.tensor([[0.3], [float("nan")], [0.1]], dtype=D)
+    t = torch.tensor([[0.0, 0.3, 0.31, 0.32, 1.0], [0, 0.1, 0.2, 0.3, 0.4], [1.0, 0.9, 0.8, 0.1, -0.5]], dtype=D)
+    options = {"solver": method, "adjoint": ARC_LENGTH, "batch_dims": 1}
+    _, (by_y0, by_t, by_w) = assert_same(driven, y0, t, number(2.0), **options)
+    assert by_y0[[0, 2]].all()
+    assert by_t[[0, 2]].all()
+    assert not by_y0[1].any()
+    assert by_w.isfinite()
+    _, by_default = derivatives(driven, y0, t, number(2.0), compile=True, **(options | {"adjoint": SWEPT}))
+    assert not torch.equal(by_default[2], by_w)
+    kinds = [graph.name.startswith("the derivative") for graph in traced.values()]
+    assert kinds.count(False) <= 2  # the solve is the same
+    assert kinds.count(True) == 2
+
+
+def test_an_implicit_method_with_lengths_constant_in_arc_length(traced, monkeypatch):
+    monkeypatch.setattr(graph_adjoint, "BLOCK", 8)
+
+    def oscillator(t, y, mu):
+        x, v = y.unbind(-1)
+        return torch.stack([v, mu * (1 - x * x) * v - x], -1)
+
+    y0, t, mu = torch.tensor([2.0, 0.0], dtype=D), torch.tensor([0.0, 3.0, 6.0], dtype=D), number(5.0)
+    options = {"solver": im.Kvaerno3(rtol=1e-3, atol=1e-4, stage_tolerance=1e-6), "adjoint": ARC_LENGTH}
+    solution, found = derivatives(oscillator, y0, t, mu, compile=True, **options)
+    assert solution.steps.max() > 2 * graph_adjoint.BLOCK
+    assert len(traced) == 2
+    # The same steps, through all of them at once: what differs is where Newton's iterations end.
+    monkeypatch.setattr(adjoints, "is_plain", lambda *args: False)
+    _, right = derivatives(oscillator, y0, t, mu, compile=True, **options)
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 
 
 def test_derivatives_of_an_implicit_method_are_those_of_finite_differences(traced):

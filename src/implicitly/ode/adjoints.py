@@ -82,7 +82,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
 
-    Where `compile=True` made one graph of a solve, the backward pass is a graph too. Derivatives of it and
+    Where `compile=True` made one graph of a solve, the backward pass is a graph, too. Derivatives of it and
     transforms of `torch.func` run eagerly.
 
     Args:
@@ -144,7 +144,10 @@ class Work:
 
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
-        """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves."""
+        """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves.
+
+        That of the solve is the same whatever its derivative takes for constant.
+        """
         bare = replace(self, record=None, listen=None, report=silent)
         return (self.key, self.method), partial(bare.stepper, False)
 
@@ -201,6 +204,7 @@ class Work:
         assert record is not None
         if self.as_graph and steps[0].numel():
             key, stepper = self.graphs
+            key = (key, self.arc_length)
             found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
             if found is not None:
                 gradients, calls = found

@@ -172,7 +172,8 @@ def integrate_as_graph(
     times, taker = times.contiguous(), stepper(times, *theta)
     method, start = taker.method, State(y0, ())
     if record is not None:
-        start = State(y0, method.start(taker.bound.F, taker.begin, y0, k0))
+        memory = method.start(taker.bound.F, taker.begin, y0, k0)
+        start = State(y0, (*memory, *taker.clock(taker.begin)))
     name = f"odeint with {type(method).__name__}"
     loop = Loop(stepper, iterate.LOOPS_WRITE and not method.differentiates)
     left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, k0, *theta)
@@ -181,7 +182,8 @@ def integrate_as_graph(
             record.note_many(left.buffers.steps(int(left.looping.noted)), start)
         if not bool(left.running):
             return left.found, left.looping.carry.y, int(left.looping.calls)
-        start = State(left.looping.carry.y, left.looping.carry.memory)
+        carry = left.looping.carry
+        start = State(carry.y, (*carry.memory, *taker.clock(carry.t)))
         flat, spec = pytree.tree_flatten((left.looping, left.buffers))
         # Each with the strides of any tensor like it: others would make another graph.
         flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]

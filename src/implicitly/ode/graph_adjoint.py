@@ -233,6 +233,14 @@ def _always(carry: Any) -> bool:
     return True
 
 
+def _bars(g: Tensor, reached: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The cotangents of the last state, with what it carries, for those of outputs and of the times reached."""
+    carried = [torch.zeros_like(x) for x in state[1 : len(state) - len(reached)]]
+    bars = (g[:, -1], *carried, *(x.unsqueeze(1) for x in reached))
+    # Cloned, so that the stride of a lone sample is that of any tensor like it.
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in bars)
+
+
 def sweep_as_graph(
     key: Hashable,
     method: Method,
@@ -243,9 +251,11 @@ def sweep_as_graph(
     inputs: tuple[Tensor, ...],
     wanted: list[int],
     g: Tensor,
-) -> tuple[list[Tensor], int | Tensor] | None:
+    *reached: Tensor,
+) -> tuple[list[Tensor], Tensor] | None:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
-    whose states `record` holds, and the calls of f; None where no graph can be had.
+    whose states `record` holds, and `(B,)` of the times reached where states carry those; and the calls of f. None
+    where no graph can be had.
 
     It has at least one step and one sample. `key` names all that decides about it and about `stepper`.
     """
@@ -256,12 +266,10 @@ def sweep_as_graph(
     states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
     in_place = iterate.LOOPS_WRITE and not method.differentiates
     pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, in_place)
-    name = f"the derivative of odeint with {type(method).__name__}"
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
-    # Cloned, so that the stride of a lone sample is that of any tensor like it.
-    bars = (g[:, -1].clone(memory_format=torch.contiguous_format), *(torch.zeros_like(x) for x in states[0][1:]))
+    bars = _bars(g, reached, states[0])
     sums = [torch.zeros_like(inputs[i]) for i in shared]
-    calls: int | Tensor = 0
+    name, calls = f"the derivative of odeint with {type(method).__name__}", torch.zeros((), dtype=torch.int64)
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         nonlocal calls

@@ -146,8 +146,15 @@ class HybridStepper(Stepper):
             watch = Watch(value, xp.sign(value), fresh, c.steps - 1, c.steps, c.steps)
         return c._replace(watch=watch, status=status if any_of(~is_running(status)) else None)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether anything but the last time may end a step."""
+        return bool(self.events or self.method.tstops)
+
     def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
         """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        if not self.cuts:
+            return super().advance(c)
         with torch.no_grad(), np.errstate(all="ignore") if self.host else nullcontext():
             step, taken, error = self.try_step(c)
             watch = c.watch
@@ -292,13 +299,15 @@ class HybridStepper(Stepper):
         bounds = self.bounds(taken.t)
         if self.method.tstops:
             dt = torch.where(ends == STOP, to_tensor(self.ahead(taken.t)[0]) - t, dt)
-        if any_of(ends > 0):
+        if self.events and any_of(ends > 0):
             known = to_tensor(taken.t + taken.dt)
             dt = torch.where(ends > 0, self._event_time(ends, known, bounds, t, y, carried) - t, dt)
         self.bound.F.again = True
         step = self.method.step(within(self.bound.F, bounds), t, dt, y, carried)
         t = torch.where(last, self.times[:, -1], t + dt)
-        y, carried = self._begun(ends, t, step.y1, step.memory)
+        y, carried = step.y1, step.memory
+        if self.cuts:
+            y, carried = self._begun(ends, t, y, carried)
         return step, y, (*carried, t.unsqueeze(1))
 
     def _speed(self, y: Tensor, k: Tensor) -> Tensor:

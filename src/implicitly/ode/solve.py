@@ -127,7 +127,7 @@ def odeint(
     if torch.compiler.is_dynamo_compiling():
         forget = not isinstance(adjoint, UnrolledAdjoint)
         return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
-    problem = problem.as_graph(f) if compile and _ungraphed(solver, adjoint, events) is None else problem
+    problem = problem.as_graph(f) if compile and _ungraphed(solver, events) is None else problem
     return _solved(solver, adjoint, problem, on_failure)
 
 
@@ -271,16 +271,13 @@ def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Eve
         )
     if compile and isinstance(adjoint, UnrolledAdjoint):
         raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
-    if compile and (what := _ungraphed(solver, adjoint, events)) is not None:
+    if compile and (what := _ungraphed(solver, events)) is not None:
         message = f"odeint: compile=True has no one graph for {what}; the eager loop runs instead"
         warnings.warn(message, CompileWarning, stacklevel=users_line())
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
 
 
-def _ungraphed(solver: Method, adjoint: Any, events: tuple[Event, ...]) -> str | None:
+def _ungraphed(solver: Method, events: tuple[Event, ...]) -> str | None:
     """What of a solve no graph has; None: nothing."""
-    if events or solver.ungraphed:
-        return "events" if events else solver.ungraphed
-    moves = isinstance(adjoint, RecursiveCheckpointAdjoint) and adjoint.arc_length and solver.dt is None
-    return "arc_length=True" if moves else None
+    return "events" if events else solver.ungraphed
