@@ -249,10 +249,12 @@ class Backwards:
         self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits)
         self.as_graph = work.as_graph and not joint and not self.method.differentiates
         if work.as_graph and not self.as_graph:
-            name, what = type(self.method).__name__, "seminorm=False" if joint else "an implicit method"
+            what, remedy = "an implicit method", "pass BacksolveAdjoint(solver=...) an explicit one"
+            if joint:
+                what, remedy = "seminorm=False", "leave it at True"
             message = (
-                f"the continuous adjoint of odeint with {name}: compile=True has no graph for {what} there; the "
-                "eager loop runs instead"
+                f"the continuous adjoint of odeint with {type(self.method).__name__}: compile=True has no graph "
+                f"for {what} there; the eager loop runs instead. Try: {remedy}, or RecursiveCheckpointAdjoint()"
             )
             warnings.warn(message, CompileWarning, stacklevel=users_line())
         self.limit = self.method.max_steps

@@ -99,7 +99,7 @@ class ImplicitRungeKutta(RungeKutta):
     @property
     def ungraphed(self) -> str | None:
         """What of it no graph of `torch.compile` has; None: nothing."""
-        # Loops of three levels, each with its derivatives: the compiler fails, or takes minutes.
+        # The tracer refuses Newton's loop there, which counts calls of f, and takes minutes for Broyden's.
         return super().ungraphed or (None if self.stage_solver is None else "a stage_solver")
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
