@@ -68,7 +68,11 @@ def traced(monkeypatch):
     from torch._dynamo.utils import counters  # the compiler takes as long to import as all of torch
 
     kept, made = type(compiled._graphs)(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **how: made(f, backend="eager", **how))
+
+    def trace(f, options, **how):
+        return made(f, backend="eager", options={"guard_filter_fn": options["guard_filter_fn"]}, **how)
+
+    monkeypatch.setattr(torch, "compile", trace)
     monkeypatch.setattr(compiled, "_graphs", kept)
     monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
     torch._dynamo.reset()

@@ -72,11 +72,22 @@ class Make:
     make: Callable[[], Callable[..., Any]]
 
 
+@dataclass(frozen=True)
+class Check:
+    """What is to be looked at before a graph is used for the first time in a `mode`, and once it is made anew as
+    something has changed that f is made of; it raises what is wrong."""
+
+    of: Callable[[], Tensor]
+    mode: Hashable
+
+
 @dataclass
 class _Graph:
-    """A graph in the cache, with what is reported of it; `varying` holds (tensor, dimension) of varying sizes."""
+    """A graph in the cache, with what is reported of it; `varying` holds (tensor, dimension) of varying sizes, and
+    `checked` the modes of its `Check`."""
 
     name: str
+    index: tuple[Hashable, Hashable]  # where it is kept
     shapes: _Shapes
     varying: _Places
     run: Callable[..., Any] | None = None  # None before the first call
@@ -84,6 +95,7 @@ class _Graph:
     calls: int = 0
     fallback: str | None = None
     abandoned: bool = False  # amid its compilation
+    checked: set[Hashable] = field(default_factory=set)
     making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
@@ -124,6 +136,7 @@ def run_as_graph(
     varies: bool = False,
     in_c: bool = True,
     is_right: Callable[[Any], bool] | None = None,
+    check: Check | None = None,
 ) -> Any:
     """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
     graph can be had, which a `CompileWarning` that begins with `name` tells once.
@@ -136,25 +149,33 @@ def run_as_graph(
     and lets others write to it. Threads that ask for one graph wait for the one of them that makes it.
 
     Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
-    this one gave no more than one right answer: then none can be had.
+    this one gave no more than one right answer: then none can be had. What `check` raises, this raises.
     """
     # Detached: whether a gradient is wanted is no reason to compile again.
-    tensors = tuple(t.detach().resolve_conj().resolve_neg() for t in tensors)
+    tensors = tuple(t.detach() for t in tensors)
+    tensors = tuple(t.resolve_conj().resolve_neg() if t.is_conj() or t.is_neg() else t for t in tensors)
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     kinds = tuple(type(t) for t in tensors if type(t) is not Tensor)
-    index, graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
+    graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
+    again = partial(run_as_graph, name, key, function, *tensors, in_c=in_c, is_right=is_right, check=check)
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
-            return run_as_graph(name, key, function, *tensors, varies=varies, in_c=in_c, is_right=is_right)
+            return again(varies=varies)
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
+        new = check is not None and check.mode not in graph.checked
+        if check is not None and new:
+            check.of()
         if run is None and (run := _begun(graph, function, in_c)) is None:
             return None
-        outcome = _outcome(graph, index, run, tensors, is_right)
+        outcome = _outcome(graph, run, tensors, is_right)
     if outcome is _TRY_AGAIN:
-        # No size is left open again.
-        return run_as_graph(name, key, function, *tensors, in_c=in_c, is_right=is_right)
+        return again()  # no size is left open again
+    if check is not None and check.mode not in graph.checked:
+        if not new:
+            check.of()
+        graph.checked.add(check.mode)
     return outcome
 
 
@@ -164,12 +185,11 @@ _TRY_AGAIN = object()
 
 def _outcome(
     graph: _Graph,
-    index: tuple[Hashable, Hashable],
     run: Callable[..., Any],
     tensors: tuple[Tensor, ...],
     is_right: Callable[[Any], bool] | None,
 ) -> Any:
-    """What `graph`, kept at `index`, gives; None where there is none; or `_TRY_AGAIN`."""
+    """What `graph` gives; None where there is none; or `_TRY_AGAIN`."""
     begin, done = time.perf_counter(), False
     # Imported on first use: the compiler takes as long to import as all of torch.
     from torch._dynamo.exc import TorchDynamoException
@@ -206,25 +226,30 @@ def _outcome(
             _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
             return None
         with _lock:
-            _problems.setdefault(index[0], _Made()).fixed = True
+            _problems.setdefault(graph.index[0], _Made()).fixed = True
     finally:
         if not done:  # perhaps interrupted amid compilation: it is not used again
             with _lock:
                 graph.abandoned = True
-                if _graphs.get(index) is graph:
-                    del _graphs[index]
+                if _graphs.get(graph.index) is graph:
+                    del _graphs[graph.index]
     return _TRY_AGAIN
 
 
-def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tuple[Hashable, Hashable], _Graph]:
+def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
     """The graph in the cache, which is put there first where it is missing, and where it is there."""
     message = None
     with _lock:
+        graph = _graphs.get((key, shapes))
+        key = key if graph is None else graph.index[0]  # of equal ones the same, which is found sooner
         made = _problems.setdefault(key, _Made())
         _problems.move_to_end(key)
-        if (key, shapes) not in _graphs and made.last is not None and not made.varying:
+        if graph is not None:  # the usual case
+            _graphs.move_to_end(graph.index)
+            return graph
+        if made.last is not None and not made.varying:
             made.varying = _vary(made.last, shapes)
-        fits = varies and not made.fixed and (key, shapes) not in _graphs and _can_vary(shapes, made.varying)
+        fits = varies and not made.fixed and _can_vary(shapes, made.varying)
         varying = made.varying if fits else ()
         index = (key, _opened(shapes, varying))
         if index not in _graphs:
@@ -235,7 +260,7 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tupl
                     f"{_change(made.last, shapes)}; pad batches to a few sizes, or use compile=False"
                 )
             made.last = shapes
-            _graphs[index] = _Graph(name, shapes, varying)
+            _graphs[index] = _Graph(name, index, shapes, varying)
         _graphs.move_to_end(index)
         graph = _graphs[index]
         for kept in (_graphs, _problems):
@@ -243,7 +268,7 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> tuple[tupl
                 kept.popitem(last=False)
     if message is not None:
         warnings.warn(message, CompileWarning, stacklevel=users_line())
-    return index, graph
+    return graph
 
 
 def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Callable[..., Any] | None:
@@ -257,7 +282,7 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Ca
             return None
     # PyTorch 2.11 fails at loops there.
     in_c = in_c and LOOPS_WRITE and all(device.type == "cpu" for *_, device in graph.shapes)
-    graph.run = _compile(function, None if graph.varying else False, in_c)
+    graph.run = _compile(function, None if graph.varying else False, in_c, graph.checked.clear)
     return graph.run
 
 
@@ -336,7 +361,15 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _compile(function: Callable[..., Any], dynamic: bool | None, in_c: bool) -> Callable[..., Any]:
+def _compile(
+    function: Callable[..., Any], dynamic: bool | None, in_c: bool, anew: Callable[[], None]
+) -> Callable[..., Any]:
+    """`function` as one graph; `anew` is called each time that one is made."""
+
+    def filtered(guards: Sequence[Any]) -> list[bool]:
+        anew()
+        return [_is_worth_a_look(guard.name) for guard in guards]
+
     def solve(*tensors: Tensor) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             raise _NotTracedError
@@ -344,28 +377,29 @@ def _compile(function: Callable[..., Any], dynamic: bool | None, in_c: bool) -> 
 
     # The compiler keeps its graphs on the code object: one of its own for each function.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    options: dict[str, Any] = {"guard_filter_fn": _worth_a_look}
+    options: dict[str, Any] = {"guard_filter_fn": filtered}
     if in_c:
         # On its own, with few optimisations, it takes half as long to compile, and the graph runs as fast.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
 
 
-# A graph is kept under all that decides about its inputs, and neither the compiler's modules nor ours change.
-_KNOWN = (
-    "L['tensors']",
-    "G['__import_implicitly_dot_",
-    "G['__import_torch_dot__",
-    "G['__import_torch_dot_utils_dot_",
+# A graph is kept under all that decides about its inputs and our own objects (the first input tells of modes that
+# operations are counted in); and no module of the compiler's or ours changes, save for the hooks of all modules.
+_KNOWN = re.compile(
+    r"(\w+\(|\.keys\()*((L\[')?tensors\b(?!('\])?\[0\]$)|__import__\('|G\['("
+    r"__import_(torch|implicitly)_dot_(?!.*\._global_)|torch'|__builtins|___unnamed_scope))"
 )
+_OURS = re.compile(r"\b(args_spec|spec|places|leaves|parameters|method(?!\.norm)|host\._(?!modules)\w+)\b")
 
 
-def _worth_a_look(guards: Sequence[Any]) -> list[bool]:
-    """Which conditions for using a graph again are to be looked at in each call: those on what f is made of.
+def _is_worth_a_look(name: str) -> bool:
+    """Whether a condition on what is called so, for using a graph again, is to be looked at in each call: those on
+    what f is made of.
 
     All together there are a thousand or two, and looking at them takes as long as a short solve.
     """
-    return [not guard.name.startswith(_KNOWN) for guard in guards]
+    return not (_KNOWN.match(name) or _OURS.search(name.partition(".f.")[0]))
 
 
 def as_graphs(condition: Condition, key: Hashable) -> Condition:

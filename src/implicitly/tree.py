@@ -8,7 +8,7 @@ import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -185,6 +185,21 @@ def _describe(tensors: list[Tensor]) -> str:
 # --------------------------------------------------------------------------------------------- functions
 
 
+class Key:
+    """A tuple that is hashed once; raises TypeError where it cannot be."""
+
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, *parts: Any):
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self.parts == other.parts)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A function of its state and everything it depends on: `opened(z, *theta)` is `f(z, *args)`.
@@ -215,19 +230,18 @@ class Opened:
 
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
-        _ = self.host  # made now: a trace cannot
+        self.__dict__["host"] = _host_of(self.modules)  # made now: a trace cannot
         # With their types, and signs of zeros, as 2, 2.0 and True are equal but do not compute the same.
         static = tuple((type(s), s, repr(s) if isinstance(s, float | complex) else None) for s in self.static)
         # Of the batch only the size varies, which the tensors' shapes tell.
-        key = (f, replace(layout, batch=0), str(self.args_spec), static, self.places)
+        of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
         try:
-            hash(key)
+            return Key(f, of_layout, str(self.args_spec), static, self.places, self.autocast)
         except TypeError as error:
             raise TypeError(
                 "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
                 f"({error}); pass tuples instead of arrays or lists, or compile=False"
             ) from error
-        return (*key, self.autocast)
 
     def __call__(self, state: Any, *theta: Tensor) -> Any:
         """f at `state`, with `theta` in place of the tensors it depends on."""
@@ -295,6 +309,12 @@ class _Host(nn.Module):
 
     def forward(self, f: Callable[..., Any], *args: Any) -> Any:
         return f(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
+    """That of a function of which graphs are kept, for its next calls."""
+    return _Host(modules)
 
 
 def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opening:

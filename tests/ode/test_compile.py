@@ -10,6 +10,7 @@ import gc
 import warnings
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -482,6 +483,50 @@ def test_a_tensor_that_f_makes_of_numbers_is_named():
         value = im.odeint(turning, torch.ones(1, 2), (0.0, 0.1), 0.8, solver=im.Euler(dt=0.1), compile=True).value
     eager = im.odeint(turning, torch.ones(1, 2), (0.0, 0.1), 0.8, solver=im.Euler(dt=0.1)).value
     assert torch.equal(value, eager)
+
+
+def test_f_is_checked_when_a_graph_of_it_is_made_and_not_again(traced):
+    class Counting:
+        calls = 0
+
+        def __call__(self, t, y):
+            if not torch.compiler.is_dynamo_compiling():
+                Counting.calls += 1
+            return -y
+
+    f, y0 = Counting(), torch.ones(3, dtype=D)
+    times = (0.0, 1.0)
+    first, second = (im.odeint(f, y0, times, solver=METHOD, compile=True) for _ in range(2))
+    assert Counting.calls == 1
+    eager = im.odeint(f, y0, times, solver=METHOD)
+    assert first.evaluations == second.evaluations == eager.evaluations
+    with pytest.raises(ValueError, match="shape of y0"):
+        im.odeint(lambda t, y: y[:2], y0, times, solver=METHOD, compile=True)
+    with pytest.raises(ValueError, match="in place"):
+        im.odeint(lambda t, y: y.neg_(), y0, times, solver=METHOD, compile=True)
+    assert torch.equal(y0, torch.ones(3, dtype=D))
+
+
+def test_a_tensor_out_of_sight_that_comes_to_need_a_gradient_is_an_error_whenever_it_does(traced):
+    held = SimpleNamespace(rate=torch.ones(3, dtype=D))
+
+    def f(t, y):
+        return -held.rate * y
+
+    def solve():
+        return im.odeint(f, torch.ones(3, dtype=D), (0.0, 1.0), solver=METHOD, compile=True).value
+
+    solve(), solve()
+    held.rate.requires_grad_()
+    with pytest.raises(ValueError, match="requires gradients"):
+        solve()
+    with torch.no_grad():
+        plain = solve()
+    with pytest.raises(ValueError, match="requires gradients"):
+        solve()
+    held.rate = torch.zeros(3, dtype=D)
+    assert torch.equal(solve()[-1], torch.ones(3, dtype=D))
+    assert not torch.equal(plain[-1], torch.ones(3, dtype=D))
 
 
 def test_events_run_eagerly_and_say_so():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
+from implicitly.compiled import Check
 from implicitly.host import on_host, some
 from implicitly.implicit import push
 from implicitly.ode.events import Event
@@ -98,8 +99,9 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
-        inputs = (problem.rows(problem.times), problem.y0, problem.k0.detach(), *problem.theta)
-        record = Record() if any(is_recorded(x) for x in inputs) else None
+        k0 = None if problem.k0 is None else problem.k0.detach()
+        inputs = (problem.rows(problem.times), problem.y0, k0, *problem.theta)
+        record = Record() if any(x is not None and is_recorded(x) for x in inputs) else None
         work = Work(
             method,
             problem.field,
@@ -108,6 +110,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             record,
             events=problem.events,
             key=problem.key,
+            check=problem.check,
             listen=self.listen,
             arc_length=self.arc_length and method.dt is None,
         )
@@ -122,7 +125,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 class Work:
     """A solve to be differentiated: how it is done, and what it leaves.
 
-    With a `key` it is to be one graph, see `Problem`; `as_graph` says whether it was.
+    With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
     """
 
     method: Method
@@ -133,6 +136,7 @@ class Work:
     calls: int = 0
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
+    check: Check | None = None
     listen: Callable[[int], None] | None = None
     arc_length: bool = False
     as_graph: bool = False
@@ -148,25 +152,33 @@ class Work:
 
         That of the solve is the same whatever its derivative takes for constant.
         """
-        bare = replace(self, record=None, listen=None, report=silent)
+        bare = replace(self, record=None, check=None, listen=None, report=silent)
         return (self.key, self.method), partial(bare.stepper, False)
 
-    def run(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
-        """Solve through `times` `(B, T)`."""
+    def run(self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Integrated:
+        """Solve through `times` `(B, T)`; the slope `k0` at `y0` is None where a graph is to find it."""
         found = None
         if self.key is not None:
             key, stepper = self.graphs
-            found = integrate_as_graph(key, stepper, times, y0, k0, theta, self.record)
+            found = integrate_as_graph(key, stepper, times, y0, theta, self.record, self.check)
         self.as_graph = found is not None
-        if found is None:
-            found = self._planned(times, y0, k0, *theta)
-        if found is None:
-            host = not torch.compiler.is_dynamo_compiling() and is_near(times)
-            found = integrate(self.stepper(host, times, *theta), y0, k0, self.record)
-        found, y, calls = found
+        found, y, calls = found or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
         return found
+
+    def _stepwise(
+        self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor
+    ) -> tuple[Integrated, Tensor, int]:
+        """The solve in a Python loop."""
+        if k0 is None:
+            assert self.check is not None
+            k0 = self.check.of().detach()
+            self.calls += 1
+        if (found := self._planned(times, y0, k0, *theta)) is not None:
+            return found
+        host = not torch.compiler.is_dynamo_compiling() and is_near(times)
+        return integrate(self.stepper(host, times, *theta), y0, k0, self.record)
 
     def _planned(
         self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor
@@ -239,9 +251,9 @@ class _Trajectory(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
+    def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Any:
         # Parameters as they are, not detached: they would have to be exchanged in every call.
-        found = work.run(*(x.detach() for x in (times, y0, k0)), *theta)
+        found = work.run(times.detach(), y0.detach(), k0, *theta)
         return *found, *(work.record or Record()).stacked(times)
 
     @staticmethod
@@ -436,6 +448,7 @@ def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[In
         )
     work = Work(method, problem.field, problem.carries, report, Record(), events=problem.events)
     times = problem.rows(problem.times)
+    assert problem.k0 is not None  # as there is no graph of it
     start = (times, problem.y0, problem.k0, *problem.theta)
     # The search for an event is not to be recorded, only the steps that it leads to.
     found = work.run(*(x.detach() for x in start) if work.hybrid else start)

@@ -92,15 +92,16 @@ class BacksolveAdjoint(TrajectoryAdjoint):
                 f"{type(self.solver or method).__name__} needs it; pass seminorm=True, or another solver"
             )
         times = problem.rows(problem.times)
-        inputs = (times, problem.y0, problem.k0.detach(), *problem.theta)
-        if any(is_wrapped(x) for x in inputs):
+        k0 = None if problem.k0 is None else problem.k0.detach()
+        inputs = (times, problem.y0, k0, *problem.theta)
+        if any(x is not None and is_wrapped(x) for x in inputs):
             _refuse("a transform of torch.func")
         if not self.seminorm and not bool((times == times[:1]).all()):
             raise ValueError(
                 "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so they cannot "
                 "have times of their own; pass t of shape (T,), or seminorm=True"
             )
-        work = Work(method, problem.field, problem.carries, report, None, key=problem.key)
+        work = Work(method, problem.field, problem.carries, report, None, key=problem.key, check=problem.check)
         return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
 
 
@@ -115,9 +116,11 @@ class _Backsolve(torch.autograd.Function):
     """A solve that keeps its outputs, and its derivative."""
 
     @staticmethod
-    def forward(adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor):
+    def forward(
+        adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor
+    ):
         # Parameters as they are, not detached: they would have to be exchanged in every call.
-        return tuple(work.run(*(x.detach() for x in (times, y0, k0)), *theta))
+        return tuple(work.run(times.detach(), y0.detach(), k0, *theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly import iterate
-from implicitly.compiled import run_as_graph
+from implicitly.compiled import Check, run_as_graph
 from implicitly.host import views
 from implicitly.iterate import Status, is_running, is_success, repeat
 from implicitly.ode.integrate import Carry, Integrated, Stepper
+from implicitly.ode.method import Memory
 from implicitly.ode.record import Record, State, Taken
 
 # Tried steps of one run of the graph, between whose ends no state is kept.
@@ -68,12 +69,13 @@ def window_of(times: Tensor) -> int:
 
 class Left(NamedTuple):
     """What a graph leaves: the solve as far as it got, and whether there is more of it; what its loop carried and
-    wrote."""
+    wrote; and what the method carried into the first step of all, if that is among the steps."""
 
     found: Integrated
     running: Tensor  # () bool
     looping: Looping
     buffers: Buffers
+    first: Memory = ()
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,14 @@ class Loop:
     stepper: Callable[..., Stepper]
     in_place: bool
 
-    def begin(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Left:
-        """The first `CHUNK` steps, which most solves do not need."""
+    def begin(self, times: Tensor, y0: Tensor, *theta: Tensor) -> Left:
+        """The first `CHUNK` steps, more than most solves need."""
         stepper = self.stepper(times, *theta)
-        carry = stepper.start(y0, k0)
+        carry = stepper.start(y0, stepper.bound.F.at(stepper.begin, y0))
         none = torch.zeros((), dtype=torch.int64, device=y0.device)
         looping = Looping(carry, none, torch.zeros_like(carry.steps), none + stepper.bound.F.calls)
-        return self.steps(times, y0, theta, looping, Buffers.empty(times, y0))
+        left = self.steps(times, y0, theta, looping, Buffers.empty(times, y0))
+        return left._replace(first=carry.memory)
 
     def go_on(self, spec: pytree.TreeSpec, times: Tensor, y0: Tensor, *rest: Tensor) -> Left:
         """`CHUNK` more steps from what is carried and written, the leaves of `spec`, before theta."""
@@ -164,19 +167,19 @@ def integrate_as_graph(
     stepper: Callable[..., Stepper],
     times: Tensor,
     y0: Tensor,
-    k0: Tensor,
     theta: tuple[Tensor, ...],
     record: Record | None,
+    check: Check | None,
 ) -> tuple[Integrated, Tensor, int] | None:
     """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
-    times, taker = times.contiguous(), stepper(times, *theta)
-    method, start = taker.method, State(y0, ())
-    if record is not None:
-        memory = method.start(taker.bound.F, taker.begin, y0, k0)
-        start = State(y0, (*memory, *taker.clock(taker.begin)))
+    times = times.contiguous()
+    taker = stepper(times, *theta)
+    method, start = taker.method, State(y0, taker.clock(taker.begin))
     name = f"odeint with {type(method).__name__}"
     loop = Loop(stepper, iterate.LOOPS_WRITE and not method.differentiates)
-    left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, k0, *theta)
+    left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, *theta, check=check)
+    if left is not None:
+        start = State(y0, (*left.first, *start.memory))
     while left is not None:
         if record is not None:
             record.note_many(left.buffers.steps(int(left.looping.noted)), start)

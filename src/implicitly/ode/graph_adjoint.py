@@ -268,7 +268,7 @@ def sweep_as_graph(
     pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, in_place)
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
     bars = _bars(g, reached, states[0])
-    sums = [torch.zeros_like(inputs[i]) for i in shared]
+    sums: list[Tensor] = []
     name, calls = f"the derivative of odeint with {type(method).__name__}", torch.zeros((), dtype=torch.int64)
 
     def run(begin: int, on: int, back: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -297,6 +297,6 @@ def sweep_as_graph(
             if (out := run(cut, on, count, before.pop())) is None:
                 return None
             bars, found = out[pull.width : 2 * pull.width], out[2 * pull.width :]
-            sums = [s + x for s, x in zip(sums, found)]
+            sums = [s + x for s, x in zip(sums, found)] if sums else list(found)
     by = {1: bars[0] + g[:, 0], **dict(zip(shared, sums))}
     return [by[i] for i in wanted], calls

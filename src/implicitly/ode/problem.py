@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.compiled import Check
 from implicitly.host import Array, every, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.tree import Layout, Opened, Opening, loses, open_function, refuse_captured, watched
+from implicitly.tree import (
+    Layout,
+    Opened,
+    Opening,
+    is_wrapped,
+    loses,
+    open_function,
+    refuse_captured,
+    watched,
+)
 
 
 @dataclass
@@ -74,22 +84,25 @@ class Problem:
 
     Attributes:
         y0: the start `(B, n)`.
-        k0: its slope `(B, n)`, evaluated once to check what f returns.
+        k0: its slope `(B, n)`, evaluated once to check what f returns; None where a graph is to evaluate it, which
+            calls `check` before its first use.
         times: `(B, T)`, or `(1, T)` where all samples share them.
         theta: the tensors that f depends on besides t and y.
         carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
         calls: the calls of f that checking took.
         events: what is watched on the way; theta holds what their functions depend on, too.
+        check: evaluates k0, and raises TypeError / ValueError for what f may not return or depend on.
         key: for a solve that is to be one graph, all that decides about it besides tensors and the method.
     """
 
     opened: Opened
     layout: Layout
     y0: Tensor
-    k0: Tensor
+    k0: Tensor | None
     times: Tensor
     theta: tuple[Tensor, ...]
     carries: tuple[int | None, ...] | None
+    check: Check
     calls: int = 1
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
@@ -106,8 +119,12 @@ class Problem:
         in_dims: Any,
         recording: bool,
         events: tuple[Event, ...] = (),
+        as_graph: bool = False,
     ) -> Problem:
-        """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError."""
+        """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError.
+
+        What is to be solved `as_graph` has args that can be compared, and is checked when the graph is made.
+        """
         if not callable(f):
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         layout = Layout.of(y0, batch_dims, "y0")
@@ -125,31 +142,45 @@ class Problem:
         opening = open_function(at_once, args, layout.device)
         opened, theta, captured = opening
         carries = carries_of(opening, args, layout, in_dims)
-        start = layout.pack(y0)
-        probe, moment = start, times[:, 0].expand(layout.batch)
-        checking = loses(recording)
-        if not recording:
-            probe, moment = start.detach().clone(), moment.detach()
-        theta = tuple(x.detach() for x in theta) if checking else theta
-        show = _shown(layout)
-        # Where that is checked nothing requires a gradient, so neither may the result.
-        with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
-            value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *theta), probe)
-        layout.check(value, "y0")
-        k0 = layout.pack(value)
-        if checking:
-            refuse_captured(k0, (probe, moment, *theta), captured)
-        _check_events(events, opening, layout, (probe, moment, *theta), checking)
-        return cls(opened, layout, start, k0, times, opening.theta, carries, events=events)
+        start, checking = layout.pack(y0), loses(recording)
+
+        def known() -> tuple[Tensor, ...]:
+            probe, moment = start, times[:, 0].expand(layout.batch)
+            if not recording:
+                probe, moment = start.detach().clone(), moment.detach()
+            return probe, moment, *((x.detach() for x in theta) if checking else theta)
+
+        def slope() -> Tensor:
+            probe, moment, *given = inputs = known()
+            show = _shown(layout)
+            # Where that is checked nothing requires a gradient, so neither may the result.
+            with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
+                value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *given), probe)
+            layout.check(value, "y0")
+            k0 = layout.pack(value)
+            if checking:
+                refuse_captured(k0, inputs, captured)
+            return k0
+
+        check = Check(slope, checking)
+        if as_graph:
+            key = opened.key(f, layout)
+            if not any(is_wrapped(x) for x in (start, times, *theta)):
+                return cls(opened, layout, start, None, times, theta, carries, check, calls=0, key=key)
+            return cls(opened, layout, start, slope(), times, theta, carries, check, key=key)
+        k0 = slope()
+        _check_events(events, opening, layout, known(), checking)
+        return cls(opened, layout, start, k0, times, theta, carries, check, events=events)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that f computes in, which decides what errors can be resolved."""
         return self.opened.autocast or self.layout.dtype
 
-    def as_graph(self, f: Callable[..., Any]) -> Problem:
-        """This problem of `f`, to be solved as one graph; raises TypeError for args that cannot be compared."""
-        return replace(self, key=self.opened.key(f, self.layout))
+    @property
+    def evaluated(self) -> Problem:
+        """This problem with its k0."""
+        return self if self.k0 is not None else replace(self, k0=self.check.of(), calls=1)
 
     def rows(self, times: Tensor) -> Tensor:
         """`times` as `(B, T)`."""
@@ -245,9 +276,11 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # of numbers, which `unroll.plan` has looked at
         return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
+    gaps = seen[:, 1:] - seen[:, :-1]
+    if ordered and every(gaps > 0) and every(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
+        return rows  # the usual case
     if not every(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
-    gaps = seen[:, 1:] - seen[:, :-1]
     if ordered and not every((gaps > 0).all(1) | (gaps < 0).all(1)):
         raise ValueError("t must increase throughout, or decrease throughout")
     return rows

@@ -120,14 +120,21 @@ def odeint(
     recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
     _check_choices(solver, adjoint, on_failure, events, compile)
     problem = Problem.of(
-        f, y0, t, args, batch_dims=batch_dims, in_dims=in_dims, recording=recording, events=events
+        f,
+        y0,
+        t,
+        args,
+        batch_dims=batch_dims,
+        in_dims=in_dims,
+        recording=recording,
+        events=events,
+        as_graph=compile and _ungraphed(solver, events) is None,
     )
     solver.check(problem.dtype)
     problem = solver.checked(problem)
     if torch.compiler.is_dynamo_compiling():
         forget = not isinstance(adjoint, UnrolledAdjoint)
         return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
-    problem = problem.as_graph(f) if compile and _ungraphed(solver, events) is None else problem
     return _solved(solver, adjoint, problem, on_failure)
 
 

@@ -116,6 +116,7 @@ class Symplectic(Method):
         q, p = (leaf.shape for leaf in layout.leaves)
         if q != p or layout.leaves[0].width != layout.leaves[1].width:
             raise ValueError(f"{name}: q and p must have the same shape and dtype, got {q} and {p} in a sample")
+        problem = problem.evaluated
         _refuse_coupled(name, problem)
         return replace(problem, calls=problem.calls + 2)
 
@@ -157,6 +158,7 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
     A field that is not separable would be solved with order 1 at best, and nothing would show it.
     """
     with torch.no_grad():
+        assert problem.k0 is not None
         F, y, k = problem.field(*problem.theta), problem.y0.detach(), problem.k0.detach()
         (moment,) = F.moments(problem.rows(problem.times)[:, 0].detach()[None])
         (q, p), (velocity, force) = halves(y), halves(k)

@@ -71,6 +71,7 @@ def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -
     steps = _steps(method, times, problem.layout.work_dtype == torch.float32)
     t = problem.rows(problem.times)
     F = problem.field(*problem.theta)
+    assert problem.k0 is not None  # as the graph that this becomes part of is not ours
     y, memory = problem.y0, method.start(F, t[:, 0], problem.y0, problem.k0)
     size = math.ceil(len(steps) ** 0.5) if forget and torch.is_grad_enabled() else len(steps)
     outputs, calls = [y.unsqueeze(1)], F.calls
