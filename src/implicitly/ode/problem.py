@@ -162,15 +162,12 @@ class Problem:
                 refuse_captured(k0, inputs, captured)
             return k0
 
-        check = Check(slope, checking)
-        if as_graph:
-            key = opened.key(f, layout)
-            if not any(is_wrapped(x) for x in (start, times, *theta)):
-                return cls(opened, layout, start, None, times, theta, carries, check, calls=0, key=key)
-            return cls(opened, layout, start, slope(), times, theta, carries, check, key=key)
-        k0 = slope()
-        _check_events(events, opening, layout, known(), checking)
-        return cls(opened, layout, start, k0, times, theta, carries, check, events=events)
+        later = as_graph and not any(is_wrapped(x) for x in (start, times, *theta))
+        k0 = None if later else slope()
+        if events:
+            _check_events(events, opening, layout, known(), checking)
+        key, check = opened.key(f, layout) if as_graph else None, Check(slope, checking)
+        return cls(opened, layout, start, k0, times, theta, carries, check, int(not later), events, key)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -119,17 +119,9 @@ def odeint(
     events = events_of(event)
     recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
     _check_choices(solver, adjoint, on_failure, events, compile)
-    problem = Problem.of(
-        f,
-        y0,
-        t,
-        args,
-        batch_dims=batch_dims,
-        in_dims=in_dims,
-        recording=recording,
-        events=events,
-        as_graph=compile and _ungraphed(solver, events) is None,
-    )
+    as_graph = compile and _ungraphed(solver, events) is None
+    stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
+    problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
     solver.check(problem.dtype)
     problem = solver.checked(problem)
     if torch.compiler.is_dynamo_compiling():
