@@ -14,7 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # they import each other as they like, without cycles; what shares a line does not import each other.
 LAYERS = (
     ("tree", "unrolled", "jet", "graph_break"),
-    ("host", "history", "independence"),
+    ("host", "independence"),
+    ("history",),
     ("iterate",),
     ("linear", "descent"),
     ("implicit",),

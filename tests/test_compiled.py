@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import implicitly as im
 from implicitly import compiled
+from implicitly.host import LOOPS
 
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
 pytestmark = [
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
 ]
 PICARD = im.FixedPointIteration(rtol=1e-5)
+GRADIENT = im.ImplicitAdjoint(rtol=1e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +161,44 @@ def test_what_changes_in_f_is_not_stale(traced):
 
 def scaled(z, x, power):
     return 0.3 * torch.tanh(z) + x + (1 if isinstance(power, float) else 2)
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["in place", "carried"])
+@pytest.mark.parametrize("solver", [im.Anderson, im.Broyden])
+def test_a_history_that_lies_outside_of_the_loop_is_that_of_the_eager_one(traced, monkeypatch, solver, writes):
+    monkeypatch.setattr(LOOPS, "writes", writes)
+    solver = solver(history=3, rtol=1e-12)
+    f, x = Cell().double(), torch.randn(5, 4, dtype=torch.float64) * torch.tensor([0.1, 1, 3, 10, 0])[:, None]
+    f.scale = 0.9
+    made, eager = (
+        im.fixed_point(f, torch.zeros_like(x), x, solver=solver, compile=compile, adjoint=GRADIENT)
+        for compile in (True, False)
+    )
+    assert eager.steps.amax() > 6  # each place is written more than once
+    assert torch.equal(made.steps, eager.steps)
+    assert_close(made.value, eager.value, rtol=1e-11, atol=1e-11)
+    parameters = list(f.parameters())
+    found, right = (torch.autograd.grad(s.value.square().sum(), parameters) for s in (made, eager))
+    assert_close(found, right, rtol=1e-10, atol=1e-10)
+
+
+def test_loops_of_what_differentiates_carry_what_they_remember():
+    def energy(z, x):
+        return (torch.cosh(z).log() + 0.5 * (z - x).square()).sum()
+
+    def f(z, x):
+        return z - 0.3 * torch.func.grad(energy)(z, x)
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    solver = im.Anderson(history=2, rtol=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", im.CompileWarning)
+        value = solve(f, x, solver=solver)
+        solve(f, x + 1, solver=solver)
+    assert_close(value, solve(f, x, compile=False, solver=solver), rtol=1e-9, atol=1e-9)
+    (graph,) = im.compile_statistics()
+    assert graph.fallback is None
+    assert graph.calls == 2
 
 
 def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own(traced):

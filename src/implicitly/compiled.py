@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from implicitly.graph_break import REASON
+from implicitly.host import LOOPS, carrying
 from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
-from implicitly.iterate import DRIFTED, LOOPS_WRITE, Found, Solver
+from implicitly.iterate import DRIFTED, Found, Solver
 from implicitly.linearised import CannotSplitError, split_pullback
 from implicitly.tree import is_near, row_norm
 
@@ -117,6 +118,7 @@ class _Made:
     last: _Shapes | None = None
     varying: _Places = ()
     fixed: bool = False  # whether a graph of varying sizes was tried in vain
+    carried: bool = False  # whether a graph with a loop that writes was, see `host.Loops`
 
 
 def compile_statistics() -> tuple[CompiledSolve, ...]:
@@ -221,12 +223,15 @@ def _outcome(
     except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
+        made = _problems.setdefault(graph.index[0], _Made())
+        if not graph.varying and not made.carried and "TransformType::Functionalize" in str(error):
+            made.carried = True  # f differentiates
+            return _TRY_AGAIN
         if not graph.varying:
             done = True
             _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
             return None
-        with _lock:
-            _problems.setdefault(graph.index[0], _Made()).fixed = True
+        made.fixed = True
     finally:
         if not done:  # perhaps interrupted amid compilation: it is not used again
             with _lock:
@@ -280,8 +285,10 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Ca
         except CannotSplitError as error:
             _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
+    made = _problems.get(graph.index[0])
+    function = carrying(function) if made is not None and made.carried else function
     # PyTorch 2.11 fails at loops there.
-    in_c = in_c and LOOPS_WRITE and all(device.type == "cpu" for *_, device in graph.shapes)
+    in_c = in_c and LOOPS.known and all(device.type == "cpu" for *_, device in graph.shapes)
     graph.run = _compile(function, None if graph.varying else False, in_c, graph.checked.clear)
     return graph.run
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.host import LOOPS
 from implicitly.tree import is_near, is_wrapped
 
 # Slots there is room for at first. Many solves need no more.
@@ -28,7 +29,8 @@ def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """
     batch, n = like.shape
     if torch.compiler.is_dynamo_compiling():
-        first, second = like.new_zeros(2, batch, slots, n).unbind(0)
+        # Each with memory of its own: a loop refuses two inputs of which one might be changed by way of the other.
+        first, second = (like.new_zeros(batch, slots, n) for _ in range(2))
     else:  # slot by slot in memory
         first, second = _empty(like, 2, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)
     return first, second
@@ -88,12 +90,21 @@ def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Te
     return buffer
 
 
-def write_result(buffer: Tensor, slot: int | Tensor, op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """`buffer` with `op(*operands)` in place `slot` of dimension 1; without a copy where nothing can notice."""
+def write_kept(buffer: Tensor, slot: int | Tensor, value: Tensor) -> Tensor:
+    """As `write`, for one of `Solver.kept`, which traced loops write in place."""
+    if isinstance(slot, Tensor) and LOOPS.writes:
+        return buffer.index_copy_(1, slot.reshape(1), value.unsqueeze(1))
+    return write(buffer, slot, value)
+
+
+def write_result(
+    buffer: Tensor, slot: int | Tensor, op: Callable[..., Tensor], *operands: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `write_kept`, of `op(*operands)`; and that. Without a copy where nothing can notice."""
     if isinstance(slot, Tensor) or not _unseen(buffer, *operands):
-        return write(buffer, slot, op(*operands))
-    op(*operands, out=buffer.select(1, slot))
-    return buffer
+        value = op(*operands)
+        return write_kept(buffer, slot, value), value
+    return buffer, op(*operands, out=buffer.select(1, slot))
 
 
 def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:

@@ -25,6 +25,31 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Loops:
+    """Whether the body of a traced loop `writes` into tensors that lie outside of it, rather than carries them.
+
+    PyTorch can do that from 2.13 on, but not where what the body calls differentiates.
+    """
+
+    known = torch.__version__ >= "2.13"
+    writes = known
+
+
+LOOPS = Loops()
+
+
+def carrying(function: Callable[..., R]) -> Callable[..., R]:
+    """`function` with loops that write nowhere, for a trace."""
+
+    def call(*args: Any) -> R:
+        before, LOOPS.writes = LOOPS.writes, False
+        value = function(*args)
+        LOOPS.writes = before
+        return value
+
+    return call
+
+
 def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function whose last `size` results are kept; a traced graph has them as constants, and calls it itself."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
-from implicitly.host import happens, on_host, remembered, to_host
+from implicitly.host import LOOPS, happens, on_host, remembered, to_host, views
 from implicitly.tree import is_near, is_wrapped, row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
@@ -37,8 +37,6 @@ PATIENCE = 30
 LATE = 1 / 4
 # A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
 DRIFTED = 10
-# Whether the body of a traced loop may write into tensors that lie outside of it.
-LOOPS_WRITE = torch.__version__ >= "2.13"
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 
@@ -161,6 +159,8 @@ class Solver(ABC):
     linear: ClassVar[bool] = False
     # Whether it updates the residual by a recurrence, which can drift from the true one.
     recurrent: ClassVar[bool] = False
+    # How many tensors of its memory, the first ones, are slots of which a step writes one, by `write_result`.
+    kept: ClassVar[int] = 0
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
     # Whether its operations have derivatives wherever they are taken, so that autograd may record them.
@@ -245,6 +245,10 @@ class _Carry(NamedTuple):
     calls: int | Tensor
     memory: tuple[Tensor, ...]
 
+    def with_kept(self, kept: tuple[Tensor, ...]) -> _Carry:
+        """With what was `set_aside`."""
+        return self._replace(memory=(*kept, *self.memory))
+
 
 def iterate(
     solver: Solver,
@@ -280,7 +284,14 @@ def iterate(
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
-    k, step, going = 0, partial(loop.step, F), partial(loop.worth_a_step, droppable)
+    k, going = 0, partial(loop.worth_a_step, droppable)
+    kept, carry = loop.set_aside(carry)
+
+    def step(k: int | Tensor, carry: _Carry) -> _Carry:
+        if not kept:
+            return loop.step(F, k, carry)
+        return loop.set_aside(loop.step(F, k, carry.with_kept(views(*kept))))[1]
+
     if leave_last and loop.budget_only and not loop.is_blind(z):
         k, carry = repeat(step, carry, going, solver.max_steps - 1)
         if carry.status is None:
@@ -289,6 +300,7 @@ def iterate(
                 return loop.ahead(carry, new)
             k, carry = k + 1, loop.judge(F, k, carry, new)
     k, carry = repeat(step, carry, going, solver.max_steps, k, unrolled=unrolled)
+    carry = carry.with_kept(kept)
     found = loop.outcome(k, carry)
     if droppable and k < solver.max_steps and bool(_running(carry).any()):
         assert carries is not None
@@ -400,6 +412,12 @@ class _Loop:
                 r = torch.where(is_running(status).unsqueeze(1), r, 0.0)
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
+
+    def set_aside(self, c: _Carry) -> tuple[tuple[Tensor, ...], _Carry]:
+        """What of the memory a traced loop writes in place, rather than carry it; and `c` with the rest."""
+        traced = torch.compiler.is_dynamo_compiling() and not self.unrolled and LOOPS.writes
+        count = self.solver.kept if traced else 0
+        return c.memory[:count], c._replace(memory=c.memory[count:])
 
     def is_blind(self, x: Tensor) -> bool:
         """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""

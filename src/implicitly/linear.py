@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.history import add_combined, empty_slots, filled, products, read, with_room, write, write_result
+from implicitly.history import add_combined, empty_slots, filled, products, with_room, write, write_result
 from implicitly.host import happens, on_host
 from implicitly.iterate import Proposal, Solver, where_rows
 from implicitly.tree import row_norm
@@ -58,6 +58,8 @@ class GMRES(LinearSolver):
 
     restart: int = 20
 
+    kept: ClassVar[int] = 2
+
     def __post_init__(self):
         super().__post_init__()
         if self.restart < 1:
@@ -89,9 +91,8 @@ class GMRES(LinearSolver):
         if isinstance(slot, Tensor):
             weights = weights * (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
         W, P = with_room(W, slot, slots), with_room(P, slot, slots)
-        W, coefficients, length, full = _orthogonalised(image, W_k, weights, W, slot)
-        P = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
-        w, p = read(W, slot), read(P, slot)
+        W, w, coefficients, length, full = _orthogonalised(image, W_k, weights, W, slot)
+        P, p = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
         # An image inside the space already spanned, while a residual remains: M is singular there.
         singular = length <= full * (10 * torch.finfo(z.dtype).eps)
         inverse = (1 / (length + singular)).masked_fill(singular, 0.0)
@@ -108,9 +109,9 @@ class GMRES(LinearSolver):
 
 def _orthogonalised(
     x: Tensor, basis: Tensor, weights: Tensor, buffer: Tensor, slot: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`buffer` with `x` in place `slot` without its components along the rows of `basis` `(B, m, n)`, the
-    coefficients of those `(B, m)`, the norm of what is left, and that of x.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`buffer` with, in place `slot`, what is left of `x` without its components along the rows of `basis`
+    `(B, m, n)`; that; the coefficients of those `(B, m)`; the norm of what is left, and that of x.
 
     `weights` `(B, m)` are 1 / |row|: rows are orthogonal, not normal, which saves writing each once more. Their
     squares would overflow.
@@ -118,15 +119,14 @@ def _orthogonalised(
     take_away = partial(add_combined, alpha=-1)
     full = row_norm(x)
     coefficients = products(x, basis) * weights * weights
-    buffer = write_result(buffer, slot, take_away, x, coefficients, basis)
-    length = row_norm(read(buffer, slot))
+    buffer, left = write_result(buffer, slot, take_away, x, coefficients, basis)
+    length = row_norm(left)
     # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
     if basis.shape[1] and (not on_host(length) or happens(length < 0.7 * full)):
-        left = read(buffer, slot)
         again = products(left, basis) * weights * weights
-        buffer = write_result(buffer, slot, take_away, left, again, basis)
-        coefficients, length = coefficients + again, row_norm(read(buffer, slot))
-    return buffer, coefficients, length, full
+        buffer, left = write_result(buffer, slot, take_away, left, again, basis)
+        coefficients, length = coefficients + again, row_norm(left)
+    return buffer, left, coefficients, length, full
 
 
 def _nonzero(norm: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import implicitly as im
-from implicitly import iterate
+from implicitly.host import LOOPS
 from implicitly.ode import adjoints, graph, graph_adjoint, record
 
 D = torch.float64
@@ -66,7 +66,7 @@ def number(x):
 @pytest.fixture(params=[True, False], ids=["in place", "carried"])
 def buffers(request, monkeypatch):
     """Buffers of loops are written in place, and, as before PyTorch 2.13, carried."""
-    monkeypatch.setattr(iterate, "LOOPS_WRITE", request.param)
+    monkeypatch.setattr(LOOPS, "writes", request.param)
 
 
 SWEPT, ARC_LENGTH = im.RecursiveCheckpointAdjoint(), im.RecursiveCheckpointAdjoint(arc_length=True)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from implicitly.history import combine, empty_slots, filled, products, with_room, write, write_cross, write_result
+from implicitly.history import (
+    combine,
+    empty_slots,
+    filled,
+    products,
+    with_room,
+    write_cross,
+    write_kept,
+    write_result,
+)
 from implicitly.host import happens, on_host, remembered
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
 from implicitly.tree import is_near, records
@@ -35,6 +45,8 @@ class Anderson(Solver):
     damping: float = 1.0
     regularisation: float | None = None
 
+    kept: ClassVar[int] = 2
+
     def __post_init__(self):
         super().__post_init__()
         if self.history < 1:
@@ -58,8 +70,8 @@ class Anderson(Solver):
         m = gram.shape[1]
         slot, count = k % m, min(k + 1, m) if isinstance(k, int) else k + 1
         residuals, mixed = with_room(residuals, slot, m), with_room(mixed, slot, m)
-        residuals = write(residuals, slot, r)
-        mixed = write_result(mixed, slot, partial(torch.add, alpha=self.damping), z, r)
+        residuals = write_kept(residuals, slot, r)
+        mixed, _ = write_result(mixed, slot, partial(torch.add, alpha=self.damping), z, r)
         row = products(r, filled(residuals, count))
         gram = write_cross(gram, slot, _with_ridge(row, slot, self._ridge(row.dtype)))
         weights = _weights(filled(filled(gram, count).mT, count), slot, count)

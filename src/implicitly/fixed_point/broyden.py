@@ -15,7 +15,6 @@ from implicitly.history import (
     empty_slots,
     filled,
     products,
-    read,
     with_room,
     write,
     write_cross,
@@ -43,6 +42,7 @@ class Broyden(Solver):
     line_search: bool = False
 
     estimates_inverse: ClassVar[bool] = True
+    kept: ClassVar[int] = 2
 
     @property
     def nests(self) -> bool:
@@ -69,11 +69,12 @@ class Broyden(Solver):
         slot, count = (k - 1) % slots, min(k - 1, slots) if isinstance(k, int) else k
         if isinstance(k, Tensor) or k > slots:  # the oldest update goes: M of the others is what is left of M
             M = write_cross(M, slot, torch.zeros_like(M[:, 0]))
+        S, P = with_room(S, slot, slots), with_room(P, slot, slots)
+        # None for a finished sample, whose z stays. M has nothing in this place yet, so that H is the one before;
+        # written before all else is read, S needs no copy in a graph.
+        S, s = write_result(S, slot, torch.sub, z, last)
         S_k, P_k, M_k = (filled(x, count) for x in (S, P, M))
         w = add_combined(r, products(products(r, S_k), filled(M_k.mT, count).mT), P_k)
-        S, P = with_room(S, slot, slots), with_room(P, slot, slots)
-        S = write_result(S, slot, torch.sub, z, last)  # none for a finished sample, whose z stays
-        s = read(S, slot)
         M = write(M, slot, _with_one(combine(products(s, P_k), M_k), slot))
         along, squared = _dot(s, w), _dot(s, s)
         denominator = squared / length - along
@@ -81,7 +82,7 @@ class Broyden(Solver):
         skip = denominator.abs() <= 1e-8 * squared
         inverse = torch.where(skip, 0.0, 1 / torch.where(skip, 1.0, denominator))
         p = w if not self.line_search else torch.addcmul(w, 1 - 1 / length, s)
-        P = write_result(P, slot, torch.mul, p, inverse)
+        P, _ = write_result(P, slot, torch.mul, p, inverse)
         if not self.line_search:
             return self._step(F, z, r, 1 + along * inverse, w, (S, P, M))
         return self._step(F, z, r, torch.ones_like(length), torch.addcmul(w, along * inverse, p), (S, P, M))

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly import iterate
 from implicitly.compiled import Check, run_as_graph
-from implicitly.host import views
+from implicitly.host import LOOPS, views
 from implicitly.iterate import Status, is_running, is_success, repeat
 from implicitly.ode.integrate import Carry, Integrated, Stepper
 from implicitly.ode.method import Memory
@@ -84,12 +83,16 @@ class Loop:
 
     Attributes:
         stepper: `stepper(times, *theta)` takes the steps.
-        in_place: whether buffers are written in place. The compiler cannot do that in a loop which differentiates,
-            nor before PyTorch 2.13; there they are carried, and copied for each step.
+        differentiates: whether the steps do.
     """
 
     stepper: Callable[..., Stepper]
-    in_place: bool
+    differentiates: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether buffers are written in place, or carried, and copied for each step."""
+        return LOOPS.writes and not self.differentiates
 
     def begin(self, times: Tensor, y0: Tensor, *theta: Tensor) -> Left:
         """The first `CHUNK` steps, more than most solves need."""
@@ -176,7 +179,7 @@ def integrate_as_graph(
     taker = stepper(times, *theta)
     method, start = taker.method, State(y0, taker.clock(taker.begin))
     name = f"odeint with {type(method).__name__}"
-    loop = Loop(stepper, iterate.LOOPS_WRITE and not method.differentiates)
+    loop = Loop(stepper, method.differentiates)
     left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, *theta, check=check)
     if left is not None:
         start = State(y0, (*left.first, *start.memory))

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.func import vjp
 from torch.nn.functional import pad
 
-from implicitly import iterate
 from implicitly.compiled import run_as_graph
-from implicitly.host import views
+from implicitly.host import LOOPS, views
 from implicitly.iterate import repeat
 from implicitly.ode.graph import window_of
 from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, restart
@@ -94,14 +93,19 @@ class Pull:
         shared: which inputs (times, y0, theta), without y0, a derivative is wanted by.
         width: how many tensors are a state with what the method carries.
         found: how many slopes of a step are kept from the first loop for the second.
-        in_place: whether the buffers are written in place, or copied for each step.
+        differentiates: whether the steps do.
     """
 
     stepper: Callable[..., Stepper]
     shared: tuple[int, ...]
     width: int
     found: int
-    in_place: bool
+    differentiates: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the buffers are written in place, or carried, and copied for each step."""
+        return LOOPS.writes and not self.differentiates
 
     def run(self, counts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Up to `BLOCK` rows.
@@ -264,8 +268,7 @@ def sweep_as_graph(
     rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
     places = sorted(record.states)
     states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
-    in_place = iterate.LOOPS_WRITE and not method.differentiates
-    pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, in_place)
+    pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, method.differentiates)
     fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
     bars = _bars(g, reached, states[0])
     sums: list[Tensor] = []
