@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 from implicitly.graph_break import REASON
 from implicitly.host import LOOPS, carrying
@@ -193,6 +194,7 @@ def _outcome(
 ) -> Any:
     """What `graph` gives; None where there is none; or `_TRY_AGAIN`."""
     begin, done = time.perf_counter(), False
+    refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
     # Imported on first use: the compiler takes as long to import as all of torch.
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
@@ -223,6 +225,7 @@ def _outcome(
     except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
+        _allow_hooks(refusal)
         made = _problems.setdefault(graph.index[0], _Made())
         if not graph.varying and not made.carried and "TransformType::Functionalize" in str(error):
             made.carried = True  # f differentiates
@@ -239,6 +242,15 @@ def _outcome(
                 if _graphs.get(graph.index) is graph:
                     del _graphs[graph.index]
     return _TRY_AGAIN
+
+
+def _allow_hooks(refusal: str | None) -> None:
+    """Have hooks on saved tensors refused by `refusal`, or allowed by None, as before: where the compiler fails
+    amid a transform, it leaves them refused in all that this thread does afterwards."""
+    if refusal is None:
+        autograd._saved_tensors_hooks_enable()
+    else:
+        autograd._saved_tensors_hooks_disable(refusal)
 
 
 def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
