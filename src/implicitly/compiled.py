@@ -32,7 +32,7 @@ _Places = tuple[tuple[int, int], ...]
 CAPACITY = 32
 # Graphs of one key after which a warning says that shapes change too often, and again after as many more.
 MANY = 8
-# Bytes of a state above which a graph on a CPU, which copies what a solver remembers at each step, is slower.
+# Bytes of a state above which a backward solve on a CPU has no graph: nearly all of its time is that of products.
 LARGE = 2**18
 
 _graphs: OrderedDict[Hashable, _Graph] = OrderedDict()

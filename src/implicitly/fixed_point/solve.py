@@ -65,8 +65,8 @@ def fixed_point(
             others that fell short have the gradient at their best iterate. In the graph of a model that you
             compile (see Note) nothing is announced; look at `status`.
         compile: run the whole solve as one graph of `torch.compile`, and the linear solve of `ImplicitAdjoint` as
-            another; a `CompileWarning` says where none can be had. Backward solves of large states on a CPU run
-            eagerly: a graph copies what a solver remembers at each step.
+            another; a `CompileWarning` says where none can be had. Backward solves of large states on a CPU, whose
+            time is nearly all f's, run eagerly.
 
     Returns:
         `Solution`: `value` like z0; `status`, `residual` (|f(z) - z|) and `steps` of shape `(B,)`.
