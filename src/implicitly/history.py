@@ -118,11 +118,6 @@ def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
     return buffer
 
 
-def read(buffer: Tensor, slot: int | Tensor) -> Tensor:
-    """What is in place `slot` of dimension 1."""
-    return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer.select(1, slot)
-
-
 def _unseen(*tensors: Tensor) -> bool:
     """Whether neither autograd nor a transform nor a tracer looks on."""
     if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():

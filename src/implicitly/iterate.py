@@ -159,7 +159,7 @@ class Solver(ABC):
     linear: ClassVar[bool] = False
     # Whether it updates the residual by a recurrence, which can drift from the true one.
     recurrent: ClassVar[bool] = False
-    # How many tensors of its memory, the first ones, are slots of which a step writes one, by `write_result`.
+    # How many tensors of its memory, the first ones, are slots of which a step writes one, by `write_kept`.
     kept: ClassVar[int] = 0
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
