@@ -155,12 +155,12 @@ class ImplicitAdjoint(Adjoint):
         return attach_usable(found, condition, problem.theta, how)
 
 
-def _transposed_inverse(S: Tensor, P: Tensor, M: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
-    """g -> H' g of Broyden's H = I + P' M S, of which the first `count` `(B,)` slots count."""
-    slots = S.shape[1]  # there may never have been room for all
-    M, known = M[:, :slots, :slots], torch.arange(slots, device=S.device) < count.unsqueeze(1)
-    S, P = (torch.where(known.unsqueeze(2), x, 0.0) for x in (S, P))
-    return lambda g: add_combined(g, combine(products(g, P), M), S)
+def _transposed_inverse(D: Tensor, N: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
+    """g -> H' g of Broyden's H = I + D' N D, of which the first `count` `(B,)` slots count."""
+    slots = D.shape[1]  # there may never have been room for all
+    N, known = N[:, :slots, :slots], torch.arange(slots, device=D.device) < count.unsqueeze(1)
+    D = torch.where(known.unsqueeze(2), D, 0.0)
+    return lambda g: add_combined(g, combine(products(g, D), N), D)
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,17 @@ KEPT = 2**28
 MAPPED = 2**25 - 2**16
 
 
-def empty_slots(like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Two memories `(B, m, n)` for vectors `like` `(B, n)`, with room for the first of `slots` (see `with_room`).
+def empty_slots(like: Tensor, slots: int, count: int = 2) -> tuple[Tensor, ...]:
+    """`count` memories `(B, m, n)` for vectors `like` `(B, n)`, with room for the first of `slots` (`with_room`).
 
     What was never written is never read (see `filled`), save in a traced loop, where all of it is there and zero.
     """
     batch, n = like.shape
     if torch.compiler.is_dynamo_compiling():
         # Each with memory of its own: a loop refuses two inputs of which one might be changed by way of the other.
-        first, second = (like.new_zeros(batch, slots, n) for _ in range(2))
-    else:  # slot by slot in memory
-        first, second = _empty(like, 2, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)
-    return first, second
+        return tuple(like.new_zeros(batch, slots, n) for _ in range(count))
+    # Slot by slot in memory.
+    return _empty(like, count, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -118,6 +117,11 @@ def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
     return buffer
 
 
+def read(buffer: Tensor, slot: int | Tensor) -> Tensor:
+    """What is in place `slot` of dimension 1."""
+    return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer.select(1, slot)
+
+
 def _unseen(*tensors: Tensor) -> bool:
     """Whether neither autograd nor a transform nor a tracer looks on."""
     if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
@@ -147,3 +151,8 @@ def add_combined(
     """x `(B, n)` plus alpha times the linear combination of `rows` `(B, m, n)`, in one pass."""
     place = None if out is None else out.unsqueeze(1)
     return torch.baddbmm(x.unsqueeze(1), coefficients.unsqueeze(1), rows, alpha=alpha, out=place)[:, 0]
+
+
+def added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
+    """As `add_combined`, of an `x` that nobody else holds: without a copy of it."""
+    return x.unsqueeze(1).baddbmm_(coefficients.unsqueeze(1), rows)[:, 0]

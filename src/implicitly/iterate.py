@@ -197,8 +197,8 @@ class Solver(ABC):
     def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The iterate after `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (from 0)."""
 
-    def estimate(self, k: int | Tensor, memory: Any) -> tuple[Tensor, ...]:
-        """What of the memory, after `k` steps, describes the inverse of the residual's Jacobian."""
+    def estimate(self, k: int | Tensor, z: Tensor, memory: Any) -> tuple[Tensor, ...]:
+        """What tells, after `k` steps that ended at `z`, the inverse of the residual's Jacobian."""
         return ()
 
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -487,7 +487,7 @@ class _Loop:
 
     def outcome(self, k: int | Tensor, c: _Carry) -> Found:
         calls = c.calls if self.unrolled else _count(c.calls)
-        estimate = self.solver.estimate(k, c.memory)
+        estimate = self.solver.estimate(k, c.z, c.memory)
         if c.status is None and self.is_blind(c.z):
             found = last_step(self.solver, c.z, c.r, c.best, c.best_norm)
             return found._replace(evaluations=calls, estimate=estimate)

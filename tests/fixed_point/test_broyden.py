@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -81,16 +83,25 @@ class Peek(im.ImplicitAdjoint):
         return super().attach(found, condition, problem)
 
 
-def update(S, P, M, count):
+def update(D, N, count):
     """H - I, of the matrices that the estimate stands for."""
-    known = (torch.arange(S.shape[1]) < count[:, None])[:, :, None]
-    S, P = torch.where(known, S, 0.0), torch.where(known, P, 0.0)
-    return P.mT @ M[:, : S.shape[1], : S.shape[1]] @ S
+    known = (torch.arange(D.shape[1]) < count[:, None])[:, :, None]
+    D = torch.where(known, D, 0.0)
+    return D.mT @ N[:, : D.shape[1], : D.shape[1]] @ D
+
+
+def outer(u, v):
+    return u.unsqueeze(2) * v.unsqueeze(1)
+
+
+def square(d):
+    return d.square().sum(1)[:, None, None]
 
 
 @pytest.mark.parametrize("history", [30, 5])
 def test_its_estimate_of_the_inverse_maps_the_last_change_of_residual_to_the_last_step(history):
-    """The secant equation, H y = s, for the matrix that (S, P, M) stand for, until an update is forgotten."""
+    """The secant equation, H y = s, for the matrix that (D, N) stand for, until an update is forgotten; and the
+    product of those that are known, as Kelley writes it."""
     n, x = 6, draw(4, 6, seed=8)
     W = matrix(n, 0.9, 9)
     iterates, estimates = [], []
@@ -103,10 +114,16 @@ def test_its_estimate_of_the_inverse_maps_the_last_change_of_residual_to_the_las
     im.fixed_point(f, torch.zeros(4, n, dtype=D), solver=solver, adjoint=Peek(listen=estimates.append))
     H = torch.eye(n, dtype=D) + update(*estimates[0])
     residuals = [torch.tanh(z @ W + x) - z for z in iterates]
-    # It gave the last step, and its last update was made from the step before that.
-    step = (H @ residuals[-2].unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(step, iterates[-1] - iterates[-2], rtol=1e-8, atol=1e-12)
+    known = min(9, history)
+    expected = torch.eye(n, dtype=D).expand(4, n, n)
+    steps = [after - before for before, after in pairwise(iterates)][-known:]
+    for step, following in pairwise(steps):
+        expected = expected + outer(following, (step.unsqueeze(1) @ expected).squeeze(1)) / square(step)
+    torch.testing.assert_close(H, expected, rtol=1e-8, atol=1e-10)
     if history > 9:
+        # It gave the last step, and its last update was made from the step before that.
+        step = (H @ residuals[-2].unsqueeze(2)).squeeze(2)
+        torch.testing.assert_close(step, iterates[-1] - iterates[-2], rtol=1e-8, atol=1e-12)
         s, y = iterates[-2] - iterates[-3], residuals[-3] - residuals[-2]
         torch.testing.assert_close((H @ y.unsqueeze(2)).squeeze(2), s, rtol=1e-8, atol=1e-10)
 

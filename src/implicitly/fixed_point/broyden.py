@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.history import (
     add_combined,
+    added,
     combine,
     empty_slots,
     filled,
     products,
+    read,
     with_room,
     write,
     write_cross,
@@ -22,19 +24,26 @@ from implicitly.history import (
 )
 from implicitly.iterate import Proposal, Residual, Solver
 
+# The secant equation has no solution where s'Hy = 0: so near to that, relative to |s|^2, the update is left out.
+UNDEFINED = 1e-8
+
 
 @dataclass(frozen=True)
 class Broyden(Solver):
     """Broyden's good method: a quasi-Newton step with an estimate H of the inverse Jacobian, one call of f a step.
 
-    H is the product of rank-one updates (I + p_i s_i') with s_i the last steps, on top of the identity. It is
-    applied as H r = r + P' M S r, where M = (I - L)^-1 with L_ij = s_i . p_j for j older than i gains one row a
-    step; so a step reads the history three times whatever its length. Since H y = s - H r for the last step, p
-    needs no product of its own. When the history is full the oldest update goes. Kelley, "Iterative Methods for
-    Linear and Nonlinear Equations", SIAM 1995, section 7.3; updates of Broyden 1965.
+    The last steps alone tell what H is. Of step i let d_i be the direction and s_i = (1 - e_i) d_i the step, with
+    e_i what a line search took off it (0 without one). Then
+
+        H_{i+1} = (I + p_i d_i' / |d_i|^2) H_i,    p_i = d_{i+1} - e_i d_i,    d_{i+1} = H_{i+1} r_{i+1},
+
+    on top of H_0 = I. Solved for d_{i+1}, which is on both sides, this is (w - t e_i d_i) / (1 - t) with
+    w = H_i r_{i+1} and t = d_i'w / |d_i|^2. Kelley, "Iterative Methods for Linear and Nonlinear Equations", SIAM
+    1995, section 7.3; updates of Broyden 1965. Directions D are kept as rows, and the rest of H = I + D' N D as a
+    small matrix that gains one row a step; so a step reads the history three times, whatever its length.
 
     Args:
-        history: rank-one updates kept; memory is `2 * history` states.
+        history: steps kept, each a rank-one update; memory is `history` states. When it is full the oldest goes.
         line_search: backtrack along the step until the residual falls.
     """
 
@@ -42,7 +51,7 @@ class Broyden(Solver):
     line_search: bool = False
 
     estimates_inverse: ClassVar[bool] = True
-    kept: ClassVar[int] = 2
+    kept: ClassVar[int] = 1
 
     @property
     def nests(self) -> bool:
@@ -55,54 +64,80 @@ class Broyden(Solver):
             raise ValueError(f"Broyden: history must be at least 1, got {self.history}")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """S and P `(B, m, n)`, M `(B, m, m)`, the last iterate `(B, n)` and step length `(B, 1)`."""
+        """The directions D `(B, m, n)`, and T `(B, m, m)`, where row i of T D is d_i' H_i / |d_i|^2; the iterate
+        `(B, n)` at which the last step began; for a line search its length `(B, 1)`, and all e_i `(B, m)`."""
         slots = min(self.history, self.max_steps)
-        M = z.new_zeros(z.shape[0], slots, slots)
-        return *empty_slots(z, slots), M, z, torch.ones_like(z[:, :1])
+        T, e = z.new_zeros(z.shape[0], slots, slots), z.new_zeros(z.shape[0], slots)
+        return *empty_slots(z, slots, 1), T, z, *((torch.ones_like(z[:, :1]), e) if self.line_search else ())
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The quasi-Newton step from `z`."""
-        S, P, M, last, length = memory
         if isinstance(k, int) and k == 0:  # nothing to learn from yet
-            return self._step(F, z, r, torch.ones_like(length), r, (S, P, M))
-        slots = M.shape[1]
-        slot, count = (k - 1) % slots, min(k - 1, slots) if isinstance(k, int) else k
-        if isinstance(k, Tensor) or k > slots:  # the oldest update goes: M of the others is what is left of M
-            M = write_cross(M, slot, torch.zeros_like(M[:, 0]))
-        S, P = with_room(S, slot, slots), with_room(P, slot, slots)
-        # None for a finished sample, whose z stays. M has nothing in this place yet, so that H is the one before;
-        # written before all else is read, S needs no copy in a graph.
-        S, s = write_result(S, slot, torch.sub, z, last)
-        S_k, P_k, M_k = (filled(x, count) for x in (S, P, M))
-        w = add_combined(r, products(products(r, S_k), filled(M_k.mT, count).mT), P_k)
-        M = write(M, slot, _with_one(combine(products(s, P_k), M_k), slot))
-        along, squared = _dot(s, w), _dot(s, s)
-        denominator = squared / length - along
-        # s'Hy = 0 makes the update infinite: skip it.
-        skip = denominator.abs() <= 1e-8 * squared
-        inverse = torch.where(skip, 0.0, 1 / torch.where(skip, 1.0, denominator))
-        p = w if not self.line_search else torch.addcmul(w, 1 - 1 / length, s)
-        P, _ = write_result(P, slot, torch.mul, p, inverse)
+            return self._searched(F, z, r, r, memory) if self.line_search else Proposal(z + r, (*memory[:2], z))
+        D, T, *searched = self._with_last(k, z, memory)
+        slots = T.shape[1]
+        slot, count = (k - 1) % slots, min(k, slots) if isinstance(k, int) else k
+        known, T_known = filled(D, count), filled(filled(T, count).mT, count).mT
+        e = [filled(x, count) for x in searched[1:]]
+        d = read(D, slot)
+        row, Dr = products(d, known), products(r, known)
+        squared = read(row, slot)[:, None]
+        still = squared == 0  # a finished sample, whose z stays: no step, and nothing to learn from it
+        inverse = (1 / torch.where(still, 1.0, squared)).masked_fill(still, 0.0)
+        newest = inverse * _with_one(combine(_from_next(row, *e), T_known), slot)
+        t = torch.linalg.vecdot(newest, Dr)[:, None]
+        skip = (1 - t).abs() <= UNDEFINED
+        t, newest = t.masked_fill(skip, 0.0), newest.masked_fill(skip, 0.0)
+        weights, scale = _to_next(products(Dr, T_known), *e), 1 / (1 - t)
+        T = write(T, slot, torch.nn.functional.pad(newest, (0, slots - newest.shape[1])))
         if not self.line_search:
-            return self._step(F, z, r, 1 + along * inverse, w, (S, P, M))
-        return self._step(F, z, r, torch.ones_like(length), torch.addcmul(w, along * inverse, p), (S, P, M))
+            return Proposal(added(torch.addcmul(z, scale, r), scale * weights, known), (D, T, z))
+        d = torch.addcmul(add_combined(r, weights, known), t * (searched[0] - 1), d) * scale
+        return self._searched(F, z, r, d, (D, T, z, *searched))
 
-    def _step(self, F: Residual, z: Tensor, r: Tensor, length: Tensor, d: Tensor, history: Any) -> Proposal:
-        """To z + length * d, or part of the way."""
+    def _with_last(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """D with the direction of step `k - 1`, which led to `z`, in place of the oldest; T without that; and for
+        a line search the length of that step, and all e_i."""
+        D, T, begun, *searched = memory
+        slots = T.shape[1]
+        slot = (k - 1) % slots
+        if isinstance(k, Tensor) or k > slots:
+            T = write_cross(T, slot, torch.zeros_like(T[:, 0]))
+        D = with_room(D, slot, slots)
+        # Written before all else is read, D needs no copy in a graph.
         if not self.line_search:
-            return Proposal(torch.addcmul(z, length, d), (*history, z, torch.ones_like(length)))
+            return write_result(D, slot, torch.sub, z, begun)[0], T
+        length, e = searched
+        D, _ = write_result(D, slot, _direction, z, begun, length)
+        return D, T, length, write(e, slot, 1 - length[:, 0])
+
+    def _searched(self, F: Residual, z: Tensor, r: Tensor, d: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
+        """To z + d, or part of the way."""
+        D, T, *_, e = memory
         moved, r, length, calls = backtrack(F, z, r, d)
-        return Proposal(moved, (*history, z, length), r, calls)
+        return Proposal(moved, (D, T, z, length, e), r, calls)
 
-    def estimate(self, k: int | Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`(S, P, M, c)` of H = I + P' M S, of which the first c `(B,)` slots count."""
-        S, P, M, last, _ = memory
-        count = (torch.as_tensor(k, device=last.device) - 1).clamp(0, M.shape[1])
-        return S, P, M, count.expand(last.shape[0])
+    def estimate(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`(D, N, c)` of H = I + D' N D, of which the first c `(B,)` slots count."""
+        D, T, *searched = self._with_last(k, z, memory)
+        count = torch.as_tensor(k, device=z.device).clamp(0, T.shape[1])
+        return D, _to_next(T, *(e[:, :, None] for e in searched[1:])), count.expand(z.shape[0])
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y)[:, None]
+def _to_next(t: Tensor, e: Tensor | None = None) -> Tensor:
+    """Coefficients of the directions `(B, m, ...)` in sum_i t_i p_i."""
+    moved = t.roll(1, 1)
+    return moved if e is None else moved - e * t
+
+
+def _from_next(row: Tensor, e: Tensor | None = None) -> Tensor:
+    """Products with each p_i `(B, m)`, where `row` holds those with each d_i."""
+    moved = row.roll(-1, 1)
+    return moved if e is None else moved - e * row
+
+
+def _direction(z: Tensor, begun: Tensor, length: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.div(z - begun, length, out=out)
 
 
 def _with_one(row: Tensor, slot: int | Tensor) -> Tensor:
