@@ -22,7 +22,7 @@ SAY_FAILED := tail -n 15 $(LOG) >&2; echo "==> Installing failed. All that pip s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help tour test lint types format bench bench-smoke clean
+.PHONY: help tour test lint types format bench bench-smoke smoke-families smoke-gpu clean
 
 help:  ## Show this
 	@echo "implicitly: implicit layers for PyTorch"
@@ -53,7 +53,12 @@ bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync smoke-families smoke-gpu
+
+smoke-families: $(BENCH_INSTALLED)
 	@$(BIN)/python -m benchmarks --smoke $(ARGS)
+
+smoke-gpu: $(BENCH_INSTALLED)
 	@$(BIN)/python -m benchmarks.gpu --device cpu --smoke
 
 clean:  ## Remove .venv, caches and builds (runs/ stays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import importlib.metadata
@@ -11,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ class Effort:
 
 
 FULL = Effort(rounds=15, slow_samples=256, iterations=500, training_steps=1000)
-SMOKE = Effort(rounds=2, slow_samples=16, iterations=20, training_steps=60)
+SMOKE = Effort(rounds=1, slow_samples=16, iterations=20, training_steps=60)
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,27 @@ def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[
     for run in runs.values():
         if not (warm or isinstance(run, Elsewhere)):
             run()
-    once = {name: _seconds(run, 1) for name, run in runs.items()}
-    repeats = {name: max(1, math.ceil(LEAST / seconds)) for name, seconds in once.items()}
-    # Where all are slow, that was the first round.
-    times = {name: [once[name]] if max(repeats.values()) == 1 else [] for name in runs}
-    for index in range(len(next(iter(times.values()))), rounds):
-        for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
-            times[name].append(_seconds(runs[name], repeats[name]) / repeats[name])
+    with _young_garbage():
+        once = {name: _seconds(run, 1) for name, run in runs.items()}
+        repeats = {name: max(1, math.ceil(LEAST / seconds)) for name, seconds in once.items()}
+        # Where all are slow, that was the first round.
+        times = {name: [once[name]] if max(repeats.values()) == 1 else [] for name in runs}
+        for index in range(len(next(iter(times.values()))), rounds):
+            for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
+                times[name].append(_seconds(runs[name], repeats[name]) / repeats[name])
     return times
+
+
+@contextlib.contextmanager
+def _young_garbage() -> Iterator[None]:
+    """Collect garbage among what is made from now on only: all that compilers and peers have made takes longer to
+    look through than most timings last."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _seconds(run: Run, repeats: int) -> float:
