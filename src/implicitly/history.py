@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import LOOPS
+from implicitly.host import LOOPS, Array
 from implicitly.tree import is_near, is_wrapped
 
 # Slots there is room for at first. Many solves need no more.
@@ -117,9 +117,9 @@ def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
     return buffer
 
 
-def read(buffer: Tensor, slot: int | Tensor) -> Tensor:
+def read(buffer: Array, slot: int | Tensor) -> Array:
     """What is in place `slot` of dimension 1."""
-    return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer.select(1, slot)
+    return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer[:, slot]
 
 
 def _unseen(*tensors: Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import implicitly as im
+from implicitly.fixed_point.anderson import _weights, _weights_on_host, _with_ridge
 from tests.problems import draw, matrix
 
 D = torch.float64
@@ -91,6 +93,30 @@ def test_weights_that_would_leap_a_million_residuals_are_not_believed(contractio
     value = im.fixed_point(lambda z: contraction * z + 1, z0, solver=solver).value
     expected = 1 / (1 - contraction) if believed else sum(contraction**k for k in range(5))
     torch.testing.assert_close(value, torch.full((1, 1), expected, dtype=D), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_weights_found_on_the_host_are_those_that_are_recorded(dtype):
+    """Of residuals that shrink by orders of magnitude, of which one sample has one that is zero, and one a NaN."""
+    shrunk = draw(5, 6, 40, seed=20) * 10.0 ** -torch.arange(6.0, dtype=D)[:, None]
+    shrunk[2, 4], shrunk[3, 2] = 0.0, float("nan")
+    shrunk = shrunk.to(dtype)
+    gram, ridge = shrunk @ shrunk.mT, 10 * torch.finfo(dtype).eps
+    for slot in range(6):
+        gram[:, slot] = _with_ridge(gram[:, slot].clone(), slot, ridge)
+    slot = 5
+    row = (shrunk @ shrunk.mT)[:, slot]
+    found = _weights_on_host(gram.numpy().copy(), row.numpy().copy(), slot, ridge)
+    expected = _weights(gram, slot, 6)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
+    assert found[3].tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_a_singular_system_says_nothing_of_the_others():
+    gram = np.stack([np.eye(3), np.ones((3, 3)), np.diag([1.0, 4.0, 2.0])])
+    row = gram[:, 2].copy()
+    found = _weights_on_host(gram, row, 2, 0.0)
+    np.testing.assert_allclose(found, [[1 / 3] * 3, [0, 0, 1], np.array([4, 1, 2]) / 7], rtol=1e-12)
 
 
 def test_regularisation_pulls_the_mix_towards_equal_weights():

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.history import (
-    add_combined,
     added,
-    combine,
     empty_slots,
     filled,
     products,
@@ -22,7 +21,9 @@ from implicitly.history import (
     write_cross,
     write_result,
 )
+from implicitly.host import Array, library, on_host, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver
+from implicitly.tree import records
 
 # The secant equation has no solution where s'Hy = 0: so near to that, relative to |s|^2, the update is left out.
 UNDEFINED = 1e-8
@@ -77,23 +78,20 @@ class Broyden(Solver):
         D, T, *searched = self._with_last(k, z, memory)
         slots = T.shape[1]
         slot, count = (k - 1) % slots, min(k, slots) if isinstance(k, int) else k
-        known, T_known = filled(D, count), filled(filled(T, count).mT, count).mT
-        e = [filled(x, count) for x in searched[1:]]
-        d = read(D, slot)
-        row, Dr = products(d, known), products(r, known)
-        squared = read(row, slot)[:, None]
-        still = squared == 0  # a finished sample, whose z stays: no step, and nothing to learn from it
-        inverse = (1 / torch.where(still, 1.0, squared)).masked_fill(still, 0.0)
-        newest = inverse * _with_one(combine(_from_next(row, *e), T_known), slot)
-        t = torch.linalg.vecdot(newest, Dr)[:, None]
-        skip = (1 - t).abs() <= UNDEFINED
-        t, newest = t.masked_fill(skip, 0.0), newest.masked_fill(skip, 0.0)
-        weights, scale = _to_next(products(Dr, T_known), *e), 1 / (1 - t)
-        T = write(T, slot, torch.nn.functional.pad(newest, (0, slots - newest.shape[1])))
+        known, d = filled(D, count), read(D, slot)
+        small = (products(d, known), products(r, known), *(filled(x, count) for x in searched[1:]))
+        if on_host(*small) and not records():
+            with np.errstate(all="ignore"):
+                newest, scale, weights = _learned(to_host(T)[:, :count, :count], slot, *map(to_host, small))
+            to_host(T)[:, slot, :count] = newest
+            scale, weights = to_tensor(scale), to_tensor(weights)
+        else:
+            newest, scale, weights = _learned(filled(filled(T, count).mT, count).mT, slot, *small)
+            T = write(T, slot, torch.nn.functional.pad(newest, (0, slots - newest.shape[1])))
         if not self.line_search:
-            return Proposal(added(torch.addcmul(z, scale, r), scale * weights, known), (D, T, z))
-        d = torch.addcmul(add_combined(r, weights, known), t * (searched[0] - 1), d) * scale
-        return self._searched(F, z, r, d, (D, T, z, *searched))
+            return Proposal(added(torch.addcmul(z, scale, r), weights, known), (D, T, z))
+        direction = torch.addcmul(added(scale * r, weights, known), (scale - 1) * (searched[0] - 1), d)
+        return self._searched(F, z, r, direction, (D, T, z, *searched))
 
     def _with_last(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """D with the direction of step `k - 1`, which led to `z`, in place of the oldest; T without that; and for
@@ -124,15 +122,29 @@ class Broyden(Solver):
         return D, _to_next(T, *(e[:, :, None] for e in searched[1:])), count.expand(z.shape[0])
 
 
-def _to_next(t: Tensor, e: Tensor | None = None) -> Tensor:
+def _learned(T: Array, slot: int | Tensor, row: Array, Dr: Array, e: Array | None = None) -> tuple[Array, ...]:
+    """What the products D d and D r `(B, c)` tell, d being the last direction, in place `slot`: the new row of T;
+    1 / (1 - t) `(B, 1)`; and that times w - r as a combination of the directions `(B, c)`."""
+    xp = library(row)
+    squared = read(row, slot)[:, None]
+    still = squared == 0  # a finished sample, whose z stays: no step, and nothing to learn from it
+    inverse = xp.where(still, 0.0, 1 / xp.where(still, 1.0, squared))
+    newest = inverse * _with_one((_from_next(row, e)[:, :, None] * T).sum(1), slot)
+    t = (newest * Dr).sum(1)[:, None]
+    skip = abs(1 - t) <= UNDEFINED
+    newest, scale = xp.where(skip, 0.0, newest), 1 / xp.where(skip, 1.0, 1 - t)
+    return newest, scale, scale * _to_next((T * Dr[:, None]).sum(2), e)
+
+
+def _to_next(t: Array, e: Array | None = None) -> Array:
     """Coefficients of the directions `(B, m, ...)` in sum_i t_i p_i."""
-    moved = t.roll(1, 1)
+    moved = _joined(t[:, -1:], t[:, :-1])
     return moved if e is None else moved - e * t
 
 
-def _from_next(row: Tensor, e: Tensor | None = None) -> Tensor:
+def _from_next(row: Array, e: Array | None = None) -> Array:
     """Products with each p_i `(B, m)`, where `row` holds those with each d_i."""
-    moved = row.roll(-1, 1)
+    moved = _joined(row[:, 1:], row[:, :1])
     return moved if e is None else moved - e * row
 
 
@@ -140,9 +152,13 @@ def _direction(z: Tensor, begun: Tensor, length: Tensor, out: Tensor | None = No
     return torch.div(z - begun, length, out=out)
 
 
-def _with_one(row: Tensor, slot: int | Tensor) -> Tensor:
+def _with_one(row: Array, slot: int | Tensor) -> Array:
     """A new `row` `(B, m)` with 1 in place `slot`."""
     if isinstance(slot, Tensor):
         return row.index_fill(1, slot.reshape(1), 1.0)
-    row.select(1, slot).fill_(1.0)
+    row[:, slot] = 1.0
     return row
+
+
+def _joined(*parts: Array) -> Array:
+    return library(parts[0]).concatenate(parts, 1)
