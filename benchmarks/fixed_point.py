@@ -19,6 +19,7 @@ from benchmarks.cells import DenseCell, counted, relative_error, unrolled_gradie
 from benchmarks.elsewhere import Line, beside
 from benchmarks.harness import Effort, Row, Spread, alternate, peak_mib, ratios, resident_mib
 from benchmarks.peers import TORCHDEQ, TorchDEQ
+from implicitly.history import combine, empty_slots, products
 from implicitly.recipes.deq_image import Cell
 from implicitly.viz import saved_bytes
 
@@ -38,7 +39,8 @@ ADJOINT = im.ImplicitAdjoint(rtol=RTOL)
 CAPTION = """\
 Where nothing else is said: the convolutional cell of `deq-image` (48 and 64 channels, 16x16, batch 32,
 float32); relative tolerance 1e-3 forward and backward; solvers as they are by default, torchdeq with
-`ift=True`, its exact gradient. Overhead: time of a forward solve / (calls of f x time of one call).
+`ift=True`, its exact gradient. Overhead: time of a forward solve / (calls of f x time of one call). Of moving its
+history: calls of f, writing what is new of the history, and reading it for inner products and a combination.
 Gradient error: relative, against float64 unrolled until converged to 1e-10. Rows evaluated: calls of f
 weighted by batch size. Peak: most of tensors alive at once, forward and backward. Medians of {rounds} rounds
 in alternation (least to greatest)."""
@@ -109,8 +111,10 @@ def overhead(effort: Effort) -> list[Row]:
     rows, seconds = [], []
     for name, goal in (("Anderson", 1.15), ("Broyden", 1.3)):
         pair = (name, f"torchdeq {name}")
+        bare = partial(history_moved, SOLVERS[name], cell, z0, x, calls[name])
         # One pair at a time: what a solve does to the memory of the process, the next one feels.
-        times = alternate({"calls": calls_alone, **{who: solves[who] for who in pair}}, effort.rounds)
+        runs = {"calls": calls_alone, **{who: solves[who] for who in pair}, "history moved": bare}
+        times = alternate(runs, effort.rounds)
         seconds += times["calls"]
         found = {who: ratios(times[who], times["calls"], calls_at_once / calls[who]) for who in pair}
         texts = [
@@ -121,8 +125,28 @@ def overhead(effort: Effort) -> list[Row]:
         numbers["calls alone"] = {"calls": calls_at_once, "seconds": times["calls"]}
         met = found[name].median <= goal
         rows.append(Row(f"{name}: overhead of the forward solve", *texts, f"at most {goal:g}", met, numbers))
+        least = ratios(times["history moved"], times["calls"], calls_at_once / calls[name])
+        numbers = {"history moved": {"calls": calls[name], "seconds": times["history moved"]}}
+        rows.append(Row(f"{name}: the same of f, and of moving its history", least.show(), "", numbers=numbers))
     alone = Spread.of([t / calls_at_once for t in seconds])
     return [Row("one call of f, ms", alone.show(1e3, 1), "the same", numbers={"seconds": seconds}), *rows]
+
+
+def history_moved(solver: im.Anderson | im.Broyden, cell: nn.Module, z: Tensor, x: Tensor, calls: int) -> None:
+    """Calls of f, and no more of the solver than it has to read and write: what is new of its history, and all of
+    its history for inner products with the residual and for a combination."""
+    batch, n, m = len(z), z[0].numel(), solver.history
+    memories = empty_slots(z.reshape(batch, n), m, 2 if isinstance(solver, im.Anderson) else 1)
+    weights = torch.full((batch, m), 1 / m)
+    at = z.reshape(batch, n)
+    for k in range(calls):
+        new = cell(at.view_as(z), x).reshape(batch, n)
+        count = min(k + 1, m)
+        r = torch.sub(new, at, out=memories[0].select(1, k % m))
+        if len(memories) > 1:
+            memories[1].select(1, k % m).copy_(new)
+        products(r, memories[0][:, :count])
+        at = combine(weights[:, :count], memories[-1][:, :count])
 
 
 @torch.no_grad()
