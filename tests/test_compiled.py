@@ -496,3 +496,22 @@ def test_a_solve_inside_of_a_compiled_one_makes_it_eager_and_is_named(outer, inn
     assert f"f itself calls {inner}, and a graph cannot hold one solve inside of another" in told[0]
     for a, b in zip(actual, expected):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("what", ["fixed_point", "odeint", "qp"])
+def test_few_of_the_compilers_conditions_are_looked_at_in_each_call(what, traced, monkeypatch):
+    """Which ones is told by how the compiler calls them: another version may do so in another way, and only time
+    would show."""
+    looked, told = [], compiled._is_worth_a_look
+    monkeypatch.setattr(compiled, "_is_worth_a_look", lambda name: looked.append(told(name)) or looked[-1])
+    f, x = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 2)
+    with torch.no_grad():
+        if what == "fixed_point":
+            im.fixed_point(lambda z, x: 0.1 * f(z) + x, torch.zeros(4, 2), x, solver=PICARD, compile=True)
+        elif what == "odeint":
+            im.odeint(lambda t, y: f(y), x, (0.0, 1.0), compile=True)
+        else:
+            eye, row = torch.eye(2).expand(4, 2, 2), torch.ones(4, 1, 2)
+            im.qp(eye, x, row, torch.ones(4, 1), compile=True)
+    assert len(looked) > 200
+    assert 3 * sum(looked) < len(looked)
