@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward
 from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
@@ -435,7 +436,10 @@ def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> t
     pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad([o for o, _ in pairs], inputs, [b for _, b in pairs], materialize_grads=True)
+    # What `torch.autograd.grad` does once it has looked at its arguments, which for a small f takes as long.
+    what, by = (tuple(x) for x in zip(*pairs))
+    found = _engine_run_backward(what, by, False, False, tuple(inputs), True, accumulate_grad=False)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
 
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:

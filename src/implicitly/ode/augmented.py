@@ -48,13 +48,14 @@ class Packed:
             return torch.cat([y, a], dim=1)
         return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
 
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, a, and the further columns."""
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """y, a, and the further columns, None where there are none."""
         if self.pairs:
             q, v, p, u = z.chunk(4, dim=1)
-            return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), z[:, :0]
+            return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), None
         if self.columns is None:
-            return z[:, : self.n], z[:, self.n :], z[:, :0]
+            y, a = z.split([self.n, self.n], dim=1)
+            return y, a, None
         size = self.batch * self.n
         y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
         return y.reshape(-1, self.n), a.reshape(-1, self.n), others
@@ -66,7 +67,7 @@ class Packed:
         def norm(rows: Tensor) -> Tensor:
             y, a, others = self.split(rows)
             larger = torch.maximum(method.norm(y), method.norm(a))
-            return larger if self.columns is None else torch.maximum(larger.amax(), rms_norm(others))
+            return larger if others is None else torch.maximum(larger.amax(), rms_norm(others))
 
         tolerances = {"rtol": self._spread(method.rtol), "atol": self._spread(method.atol)}
         return replace(method, norm=norm, **tolerances, **options)

@@ -196,7 +196,9 @@ def _of_finished(
 ) -> list[Tensor]:
     """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
     finished = found.status == int(Status.CONVERGED)
-    if work.carries is None or bool(finished.all()):
+    if bool(finished.all()):
+        return _gradients(adjoint, work, found, inputs, wanted, g)
+    if work.carries is None:
         return _gradients(adjoint, work, found, inputs, wanted, torch.where(finished[:, None, None], g, 0.0))
     # f may have no derivative where samples failed, and can be asked for the others alone.
     (rows,) = finished.nonzero(as_tuple=True)
@@ -240,10 +242,13 @@ class Backwards:
         self.adjoint, self.work, self.inputs, self.wanted = adjoint, work, inputs, wanted
         self.times, y0, *theta = inputs
         self.finished = found.status == int(Status.CONVERGED)
-        self.start = torch.where(self.finished, found.length, 1.0)  # a failed sample's may be NaN
-        # A failed sample takes steps of length 0 from where it began, which count for nothing.
-        values = torch.where(self.finished[:, None, None], found.values.detach(), y0.unsqueeze(1))
-        self.values = finite_start(values, self.finished)
+        self.all_finished = bool(self.finished.all())
+        self.start, self.values = found.length, found.values.detach()
+        if not self.all_finished:
+            self.start = torch.where(self.finished, self.start, 1.0)  # a failed sample's may be NaN
+            # A failed sample takes steps of length 0 from where it began, which count for nothing.
+            values = torch.where(self.finished[:, None, None], self.values, y0.unsqueeze(1))
+            self.values = finite_start(values, self.finished)
         shared = [i - 2 for i in wanted if i > 1]
         self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
         joint = bool(shared) and not adjoint.seminorm
@@ -278,7 +283,8 @@ class Backwards:
             a = a + g[:, i]
             if bool(a.any()):
                 a, slope, length = self._to_output_before(i, a, length)
-                times_bar[:, i] = (g[:, i] * slope).sum(1)
+                if 0 in self.wanted:
+                    times_bar[:, i] = (g[:, i] * slope).sum(1)
         if 0 in self.wanted:
             F: Any = self.bound.F
             times_bar[:, 0] = -(a * self._known(F.base.at(self.times[:, 0], self.values[:, 0]).detach())).sum(1)
@@ -290,7 +296,7 @@ class Backwards:
 
     def _known(self, slope: Tensor) -> Tensor:
         """`slope` `(B, n)`, 0 for failed samples."""
-        return torch.where(self.finished.unsqueeze(1), slope, 0.0)
+        return slope if self.all_finished else torch.where(self.finished.unsqueeze(1), slope, 0.0)
 
     def _to_output_before(self, i: int, a: Tensor, length: Array | None) -> tuple[Tensor, Tensor, Array]:
         """From a at output i to that at the output before, the slope of y at output i, the length of a next step.
@@ -299,7 +305,8 @@ class Backwards:
         """
         joint = self.packed.columns is not None
         ends = torch.stack([self.times[:, i], self.times[:, i - 1]], dim=1)
-        ends = torch.where(self.finished.unsqueeze(1), ends, self.times[:, :1])
+        if not self.all_finished:
+            ends = torch.where(self.finished.unsqueeze(1), ends, self.times[:, :1])
         if joint:
             ends = ends[self.finished][:1]
         # What is solved for is a over its largest entry: tolerances are none of the scale of the loss.
@@ -313,7 +320,7 @@ class Backwards:
         self._check_status(i, arrived)
         y, a, others = self.packed.split(arrived.z)
         self._check_state(i - 1, y)
-        if joint:
+        if others is not None:
             self._add_columns(others[0] * scale)
         return self._known(a * scale), self._known(self.packed.split(arrived.slope)[0]), self._host(arrived.length)
 
