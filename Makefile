@@ -18,6 +18,8 @@ JAX_INSTALLED := $(JAX_VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input -c constraints.txt
 EDITABLE := --no-build-isolation --editable
 LOG := $(VENV)/install.log
+# What make of before version 4, as on a Mac, does not know.
+SYNCED := $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 SAY_FAILED := tail -n 15 $(LOG) >&2; echo "==> Installing failed. All that pip said is in $(LOG)." >&2; exit 1
 
 .DEFAULT_GOAL := help
@@ -53,7 +55,7 @@ bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync smoke-families smoke-gpu
+	@$(MAKE) --no-print-directory --jobs=2 $(SYNCED) smoke-families smoke-gpu
 
 smoke-families: $(BENCH_INSTALLED)
 	@$(BIN)/python -m benchmarks --smoke $(ARGS)

@@ -147,3 +147,16 @@ def test_the_estimate_of_a_sample_that_finished_early_stays_as_good_as_it_was():
     assert int(steps[0]) + 2 < int(steps.max())
     for i in range(3):
         assert float(together[i]) <= 2 * float(error([i])[1])
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("history", [1, 10, 40])
+def test_a_start_that_is_the_solution_is_kept_and_has_its_derivative(history, line_search):
+    """However much room the history is to have, no step writes into it."""
+    x = torch.zeros(3, 4, dtype=D, requires_grad=True)
+    solver = im.Broyden(history=history, line_search=line_search)
+    f, adjoint = lambda z, x: 0.5 * torch.sin(z) + x, im.ImplicitAdjoint(inverse="start")
+    solution = im.fixed_point(f, torch.zeros(3, 4, dtype=D), x, solver=solver, adjoint=adjoint)
+    assert solution.steps.tolist() == [0, 0, 0]
+    (gradient,) = torch.autograd.grad(solution.value.sum(), x)
+    torch.testing.assert_close(gradient, torch.full((3, 4), 2.0, dtype=D))

@@ -25,7 +25,8 @@ from implicitly.iterate import Proposal, Residual, Solver, where_rows
 from implicitly.tree import is_near, records
 
 LARGEST_WEIGHTS = 1e4
-# The square of a residual that is exactly 0, in the least normal number: all the weight is its.
+# What the square of a residual that is exactly 0 is taken for, in multiples of the least normal number: all the
+# weight is its.
 LEAST = 1e8
 
 

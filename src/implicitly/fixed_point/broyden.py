@@ -117,9 +117,11 @@ class Broyden(Solver):
 
     def estimate(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`(D, N, c)` of H = I + D' N D, of which the first c `(B,)` slots count."""
+        count = torch.as_tensor(k, device=z.device).clamp(0, memory[1].shape[1]).expand(z.shape[0])
+        if isinstance(k, int) and k == 0:  # no step was taken
+            return *memory[:2], count
         D, T, *searched = self._with_last(k, z, memory)
-        count = torch.as_tensor(k, device=z.device).clamp(0, T.shape[1])
-        return D, _to_next(T, *(e[:, :, None] for e in searched[1:])), count.expand(z.shape[0])
+        return D, _to_next(T, *(e[:, :, None] for e in searched[1:])), count
 
 
 def _learned(T: Array, slot: int | Tensor, row: Array, Dr: Array, e: Array | None = None) -> tuple[Array, ...]:

@@ -196,10 +196,10 @@ def _of_finished(
 ) -> list[Tensor]:
     """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
     finished = found.status == int(Status.CONVERGED)
-    if bool(finished.all()):
+    arrived = bool(finished.all())
+    if arrived or work.carries is None:
+        g = g if arrived else torch.where(finished[:, None, None], g, 0.0)
         return _gradients(adjoint, work, found, inputs, wanted, g)
-    if work.carries is None:
-        return _gradients(adjoint, work, found, inputs, wanted, torch.where(finished[:, None, None], g, 0.0))
     # f may have no derivative where samples failed, and can be asked for the others alone.
     (rows,) = finished.nonzero(as_tuple=True)
     dims = (0, 0, *work.carries)
