@@ -224,6 +224,24 @@ def test_tolerances_may_be_tensors_and_the_norm_any():
         compare(run, given, solver, adjoint)
 
 
+@both_dims
+@pytest.mark.parametrize("kind", [im.Midpoint, im.Bosh3, im.RK4, im.Dopri5], ids=lambda k: k.__name__)
+def test_the_integrals_are_of_the_order_of_the_method(kind, batch_dims):
+    """Those of one system, by the weights of the method, and those of a batch, by Gauss' rule."""
+    given = W.clone().requires_grad_()
+
+    def gradient(backward):
+        adjoint = im.BacksolveAdjoint(solver=backward, check=float("inf"))
+        given_as = {"solver": TIGHT, "adjoint": adjoint, "batch_dims": batch_dims}
+        end = im.odeint(field, Y0, (0.0, 2.0), given, **given_as).value[-1]
+        return torch.autograd.grad(end.sin().sum(), given)[0]
+
+    exact = gradient(im.Dopri8(rtol=1e-12, atol=1e-13))
+    coarse, fine = (float((gradient(kind(dt=dt)) - exact).norm()) for dt in (0.2, 0.1))
+    assert math.log2(coarse / fine) > kind(dt=0.1).order - 0.35
+    assert fine > 1e-9  # it is not rounding that is measured
+
+
 def test_the_seminorm_takes_fewer_calls():
     """A parameter whose gradient alone is hard to integrate."""
     c = torch.zeros(1, dtype=D, requires_grad=True)

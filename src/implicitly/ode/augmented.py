@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from implicitly.host import gauss, library, some, to_tensor
 from implicitly.iterate import where_rows
 from implicitly.ode.adjoints import pulled
-from implicitly.ode.combine import stage_times
+from implicitly.ode.combine import nonzero, stage_times
 from implicitly.ode.control import rms_norm
 from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
@@ -32,12 +33,14 @@ class Packed:
             all of y, all of a, and P = `columns` further numbers, the gradients by theta.
         pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
             p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
+        kept: of how many of the latest slopes of z the gradients by theta are kept, which no column holds then.
     """
 
     batch: int
     n: int
     columns: int | None = None
     pairs: bool = False
+    kept: int = 0
 
     def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
         """z, or its slope."""
@@ -54,7 +57,7 @@ class Packed:
             q, v, p, u = z.chunk(4, dim=1)
             return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), None
         if self.columns is None:
-            y, a = z.split([self.n, self.n], dim=1)
+            y, a = z.chunk(2, dim=1)
             return y, a, None
         size = self.batch * self.n
         y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
@@ -93,9 +96,11 @@ class Augmented(Field):
 
     Attributes:
         base: f itself.
+        pulled: the cotangents of the wanted theta that belong to the latest slopes, as many as are `Packed.kept`.
     """
 
     base: Field = field(kw_only=True)
+    pulled: deque[list[Tensor]] = field(kw_only=True)
 
 
 def augmented(
@@ -110,7 +115,8 @@ def augmented(
         for i in wanted:
             theta[i].requires_grad_()
     base, joint = plain(*theta), packed.columns is not None
-    places = list(wanted) if joint else []
+    places = list(wanted) if joint or packed.kept else []
+    latest: deque[list[Tensor]] = deque(maxlen=packed.kept)
     failed = None if not joint or finished is None or bool(finished.all()) else ~finished
 
     def show(times: Tensor) -> Sequence[Tensor]:
@@ -130,10 +136,25 @@ def augmented(
             da, *others = pull(-a)
         if failed is not None:
             k, da = (torch.where(failed.unsqueeze(1), 0.0, x) for x in (k, da))
+        latest.append(others)
         return packed.pack(k, da, others)
 
     bind = partial(augmented, plain, packed, wanted, finished)
-    return Augmented(show, slope, bind, theta, base=base)
+    return Augmented(show, slope, bind, theta, base=base, pulled=latest)
+
+
+def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The integral by theta over a step of `length` `()`, by the weights of the method.
+
+    `found` has what belongs to each slope: the one the step began with, and those of its calls.
+    """
+    assert method.weights is not None
+    each: Any = torch  # whose functions of lists are public in all but their names
+    (first, weight), *others = nonzero(method.weights)
+    total = each._foreach_mul(found[first], weight)
+    for i, weight in others:
+        total = each._foreach_add(total, found[i], alpha=weight)
+    return each._foreach_mul(total, length)
 
 
 class Nodes(NamedTuple):

@@ -17,7 +17,7 @@ from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, sweep
-from implicitly.ode.augmented import Nodes, Packed, augmented, real
+from implicitly.ode.augmented import Nodes, Packed, augmented, integrated, real
 from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
@@ -51,8 +51,9 @@ class BacksolveAdjoint(TrajectoryAdjoint):
     Args:
         solver: the method, with its tolerances, of the backward solve; None: that of the forward one.
         seminorm: True: the gradients by args and parameters take no part in the control of the error. They are
-            integrals, and no other component depends on them. They are found by Gauss' rule on the dense output
-            of every accepted step. False: they do take part, as components of the state, so that all samples
+            integrals, and no other component depends on them. They are found over every accepted step: of one
+            system by an explicit Runge-Kutta method with its weights, else by Gauss' rule on the dense output.
+            False: they do take part, as components of the state, so that all samples
             take the same backward steps; samples then cannot have times of their own.
         check: by how many tolerances (of the root mean square, or the `norm` of the solver) the y solved
             backwards may be off at an output time; inf: any. With constant steps too, `rtol` and `atol` of the
@@ -254,7 +255,11 @@ class Backwards:
         joint = bool(shared) and not adjoint.seminorm
         columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
-        self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits)
+        # A slope of one system can find along the way what it weighs in the integral by theta; of many, each
+        # weighs by a length of its own.
+        own_weights = len(y0) == 1 and bool(shared) and not joint and self.method.weights is not None
+        kept = len(self.method.nodes or ()) if own_weights else 0
+        self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits, kept)
         self.as_graph = work.as_graph and not joint and not self.method.differentiates
         if work.as_graph and not self.as_graph:
             what, remedy = "an implicit method", "pass BacksolveAdjoint(solver=...) an explicit one"
@@ -327,9 +332,12 @@ class Backwards:
     def _eagerly(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived:
         """From `z` at the first of the `ends` `(B, 2)` to the last."""
         stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
-        slope = self.bound.F.at(stepper.begin, z)
-        integrates = self.sums and self.packed.columns is None
-        listen = partial(self._integrate_theta, scale) if integrates else None
+        F: Any = self.bound.F
+        slope, listen = F.at(stepper.begin, z), None
+        if self.packed.kept:
+            listen = partial(self._add_kept, scale, [F.pulled[-1]])
+        elif self.sums and self.packed.columns is None:
+            listen = partial(self._integrate_theta, scale)
         found, z, calls = integrate(stepper, z, slope, listen=listen, length=length)
         return Arrived(z, slope, found.status, found.t, found.tries, found.length, (), calls)
 
@@ -347,7 +355,7 @@ class Backwards:
         back = Back(stepper, work.field, packed, places, length is not None)
         limit = torch.tensor(self.limit, device=z.device)
         first = torch.zeros_like(scale[:, 0]) if length is None else to_tensor(length)
-        key = (work.key, method, places, back.guessed, "backsolve")
+        key = (work.key, method, places, packed.kept, back.guessed, "backsolve")
         name = f"the continuous adjoint of odeint with {type(method).__name__}"
         tensors = (limit, *(x.contiguous() for x in (ends, z, scale, first, *self.bound.theta)))
         found = run_as_graph(name, key, back.run, *tensors)
@@ -379,6 +387,22 @@ class Backwards:
                 total += gradient
             else:
                 total.index_add_(d, rows, gradient)
+
+    def _add_kept(
+        self,
+        scale: Tensor,
+        first: list[list[Tensor]],
+        stepper: Stepper,
+        step: Step,
+        taken: Taken,
+        rows: Tensor | None,
+    ) -> None:
+        """The same for one system, from what its slopes found; `first` has what belongs to that at y."""
+        F: Any = stepper.bound.F
+        added = integrated(self.method, (to_tensor(step.dt) * scale).reshape(()), [*first, *F.pulled])
+        first[:] = [F.pulled[-1]]
+        for total, part in zip(self.sums.values(), added):
+            total += part
 
     def _check_status(self, i: int, found: Arrived) -> None:
         failed = found.status != int(Status.CONVERGED)

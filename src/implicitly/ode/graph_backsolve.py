@@ -15,9 +15,11 @@ from torch.func import vjp
 
 from implicitly.host import views
 from implicitly.iterate import Status, is_running, repeat
-from implicitly.ode.augmented import Nodes, Packed
+from implicitly.ode.augmented import Augmented, Nodes, Packed, integrated
 from implicitly.ode.integrate import Stepper
+from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
+from implicitly.ode.record import Taken
 from implicitly.tree import of_places
 
 
@@ -60,26 +62,47 @@ class Back:
         `length` `(B,)` of the first step, where it is `guessed`; at most `limit` `()` steps.
         """
         stepper = self.stepper(ends, *theta)
-        slope = stepper.bound.F.at(stepper.begin, z)
-        calls = torch.zeros((), dtype=torch.int64, device=z.device) + stepper.bound.F.calls
+        F: Any = stepper.bound.F
+        slope = F.at(stepper.begin, z)
+        first = tuple(F.pulled[-1]) if self.packed.kept else ()
+        calls = torch.zeros((), dtype=torch.int64, device=z.device) + F.calls
 
         def step(k: int | Tensor, carried: Any) -> Any:
-            carry, sums, calls = carried
+            carry, sums, first, calls = carried
             # Made here, as a loop may change nothing that lies outside of it.
             ends_here, scale_here, *theta_here = views(ends, scale, *theta)
             stepper = self.stepper(ends_here, *theta_here)
             step, taken, _, new = stepper.advance(carry)
-            nodes = Nodes.of(self.packed, stepper, step, taken, scale_here) if self.places else None
-            parts = () if nodes is None else self.integral(nodes, theta_here)
-            calls = calls + stepper.bound.F.calls + (0 if nodes is None else len(nodes.states))
-            return new, tuple(s + p for s, p in zip(sums, parts)), calls
+            F: Any = stepper.bound.F
+            calls = calls + F.calls
+            if self.packed.kept:
+                parts, first = self.from_slopes(stepper.method, step, taken, scale_here, first, F)
+            elif self.places:
+                nodes = Nodes.of(self.packed, stepper, step, taken, scale_here)
+                parts, calls = self.integral(nodes, theta_here), calls + len(nodes.states)
+            else:
+                parts = ()
+            return new, tuple(s + p for s, p in zip(sums, parts)), first, calls
 
         sums = tuple(torch.zeros_like(theta[i]) for i in self.places)
-        carried = (stepper.start(z, slope, length if self.guessed else None), sums, calls)
-        _, (carry, sums, calls) = repeat(step, carried, lambda c: is_running(c[0].status).any(), limit)
+        carried = (stepper.start(z, slope, length if self.guessed else None), sums, first, calls)
+        _, (carry, sums, _, calls) = repeat(step, carried, lambda c: is_running(c[0].status).any(), limit)
         assert carry.status is not None
         status = torch.where(is_running(carry.status), int(Status.MAX_STEPS), carry.status)
         return Arrived(carry.y, slope, status, carry.t, carry.tries, carry.length, sums, calls)
+
+    def from_slopes(
+        self, method: Method, step: Step, taken: Taken, scale: Tensor, first: tuple[Tensor, ...], F: Augmented
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The integral of one system from what its slopes found, and what belongs to the slope at the next step's
+        start, as `first` does to that at the start of this one.
+        """
+        accepted = taken.accepted.reshape(())
+        parts = integrated(method, (step.dt * scale).reshape(()), [list(first), *F.pulled])
+        return (
+            tuple(torch.where(accepted, part, 0.0) for part in parts),
+            tuple(torch.where(accepted, last, x) for last, x in zip(F.pulled[-1], first)),
+        )
 
     def integral(self, nodes: Nodes, theta: list[Tensor]) -> tuple[Tensor, ...]:
         """The integral of a df/dtheta over a step, by those theta that gradients are wanted of."""

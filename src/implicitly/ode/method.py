@@ -142,6 +142,12 @@ class Method(ABC):
         return "tstops" if self.tstops else None
 
     @property
+    def weights(self) -> tuple[float, ...] | None:
+        """What the slopes weigh in what a step adds to the state, where these are the slope it begins with and
+        those of its calls of f at its `nodes`, in that order; None: they are not."""
+        return None
+
+    @property
     def splits(self) -> bool:
         """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
         return False

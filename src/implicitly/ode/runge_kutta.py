@@ -81,6 +81,11 @@ class ExplicitRungeKutta(RungeKutta):
         return self.tableau.moments
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """Those of the tableau."""
+        return self.tableau.b
+
+    @property
     def stability(self) -> float:
         """The largest step times rate with which what decays at that rate does so in the method too."""
         return real_limit(self.tableau)
