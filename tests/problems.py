@@ -71,7 +71,8 @@ class Problem:
 
 def flat(state: Any) -> Tensor:
     """A pytree of tensors as one real vector."""
-    leaves = [torch.view_as_real(t) if t.is_complex() else t for t in pytree.tree_leaves(state)]
+    # Not by `view_as_real` and back: parts of a vector may begin at an odd place, where no complex number can.
+    leaves = [torch.stack([t.real, t.imag], -1) if t.is_complex() else t for t in pytree.tree_leaves(state)]
     return torch.cat([t.reshape(-1) for t in leaves])
 
 
@@ -80,10 +81,7 @@ def unflat(vector: Tensor, like: Any) -> Any:
     leaves, spec = pytree.tree_flatten(like)
     parts = vector.split([t.numel() * (2 if t.is_complex() else 1) for t in leaves])
     shaped = [
-        # A part of a vector may begin at an odd place, where no complex number can.
-        torch.view_as_complex(p.reshape(*t.shape, 2).clone(memory_format=torch.contiguous_format))
-        if t.is_complex()
-        else p.reshape(t.shape)
+        torch.complex(*p.reshape(*t.shape, 2).unbind(-1)) if t.is_complex() else p.reshape(t.shape)
         for p, t in zip(parts, leaves)
     ]
     return pytree.tree_unflatten(shaped, spec)

@@ -290,3 +290,15 @@ def test_listen_hears_every_backward_solve():
     assert heard[0].z.shape == (3, 2)
     torch.testing.assert_close(heard[0].z, torch.full((3, 2), 2.0, dtype=D))
     assert heard[0].status.tolist() == [0, 0, 0]
+
+
+def test_a_failed_sample_beside_an_arg_that_is_a_lazy_conjugate():
+    c = torch.tensor([[0.3 + 0.2j], [5e200]], dtype=torch.complex128, requires_grad=True)
+    start, solver = torch.ones(2, 2, dtype=torch.complex128), im.FixedPointIteration(max_steps=50)
+    gradients = []
+    for given in (c.conj(), c.conj().resolve_conj()):
+        solution = im.fixed_point(lambda z, c: c * z * z + 1, start, given, solver=solver, on_failure="ignore")
+        assert solution.status.tolist() == [int(im.Status.MAX_STEPS), int(im.Status.NON_FINITE)]
+        gradients += torch.autograd.grad(solution.value.real.sum(), c)
+    assert torch.equal(*gradients)
+    assert gradients[0][1] == 0

@@ -56,7 +56,8 @@ def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.lru_cache(maxsize=size)
         def kept(*args: Any) -> R:
-            with torch.inference_mode(False):  # tensors that are kept have to serve autograd, too
+            # Tensors that are kept have to serve autograd, too, and who comes after a transform of torch.func.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
                 return function(*args)  # pyright: ignore[reportCallIssue]
 
         @functools.wraps(function)

@@ -51,6 +51,7 @@ from implicitly.tree import (
     merge_rows,
     of_places,
     pullback,
+    real_parts,
     recorded,
     row_norm,
     unwrapped,
@@ -411,9 +412,7 @@ def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...],
 
 def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
     """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
-    real = (
-        torch.view_as_real(t) if t.is_complex() else t for t in theta if t.is_floating_point() or t.is_complex()
-    )
+    real = (real_parts(t) for t in theta if t.is_floating_point() or t.is_complex())
     return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
 
 
@@ -436,7 +435,7 @@ def without_failed(
 
 def _finite(t: Tensor, condition: Condition) -> Tensor:
     if t.is_complex():
-        t = torch.view_as_complex(torch.nan_to_num(torch.view_as_real(t), 0.0, 0.0, 0.0))
+        t = torch.complex(*torch.nan_to_num(real_parts(t), 0.0, 0.0, 0.0).unbind(-1))
     elif t.is_floating_point():
         t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
     else:

@@ -27,6 +27,18 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return _PARTS.get(dtype, dtype)
 
 
+def real_parts(x: Tensor, alone: bool = False) -> Tensor:
+    """Complex `x` `(...)` as pairs `(..., 2)`; real tensors as they are. A view where it stays `alone`.
+
+    Else it may be put behind others, and its cotangent begin at an odd place, where no complex number can: the
+    derivative of `view_as_real` does not see to that.
+    """
+    if not x.is_complex():
+        return x
+    pairs = torch.view_as_real(x.resolve_conj())
+    return pairs if alone else torch.stack(pairs.unbind(-1), -1)
+
+
 def row_norm(matrix: Tensor) -> Tensor:
     """2-norm of each row: `(B, n)` to `(B,)`."""
     return torch.linalg.vector_norm(matrix, dim=1)
@@ -77,26 +89,31 @@ class Layout:
         flat, spec = pytree.tree_flatten(state)
         if not flat:
             raise ValueError(f"{name} holds no tensor")
-        for leaf in flat:
+        for i, leaf in enumerate(flat):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} must hold tensors only, got a {type(leaf).__name__}")
+                place = _place(spec, i, "as", name)
+                raise TypeError(f"{name} must hold tensors only, got a {type(leaf).__name__}{place}")
             if not (leaf.is_floating_point() or leaf.is_complex()):
+                of = _leaf_names(spec, name)[i]
                 raise TypeError(
-                    f"{name} has dtype {leaf.dtype}: a solution is a real or complex number; "
-                    f"pass {name}.float() or {name}.double()"
+                    f"{of} has dtype {leaf.dtype}: a solution is a real or complex number; "
+                    f"pass {of}.float() or {of}.double()"
                 )
             if leaf.ndim < batch_dims:
+                place = _place(spec, i, "as", name)
                 raise ValueError(
-                    f"{name} has a 0-d tensor, but batch_dims=1 takes dimension 0 as the batch; "
+                    f"{name} has a 0-d tensor{place}, but batch_dims=1 takes dimension 0 as the batch; "
                     "pass batch_dims=0 for one system"
                 )
         dtypes = {real_dtype(leaf.dtype) for leaf in flat}
         devices = {leaf.device for leaf in flat}
         if len(dtypes) > 1 or len(devices) > 1:
-            raise ValueError(f"{name} mixes dtypes or devices: {_describe(flat)}; convert them to one")
+            raise ValueError(f"{name} mixes dtypes or devices: {_describe(state, name)}; convert them to one")
         batches = {leaf.shape[0] for leaf in flat} if batch_dims else {1}
         if len(batches) > 1:
-            raise ValueError(f"the tensors of {name} disagree on the batch (dimension 0): {_describe(flat)}")
+            raise ValueError(
+                f"the tensors of {name} disagree on the batch (dimension 0): {_describe(state, name)}"
+            )
         leaves = tuple(_leaf(leaf, batch_dims) for leaf in flat)
         return cls(spec, leaves, batches.pop(), batch_dims, dtypes.pop(), flat[0].device)
 
@@ -126,30 +143,37 @@ class Layout:
         """Raise ValueError / TypeError unless `state`, which `f` returned for `given`, has this layout."""
         flat, spec = pytree.tree_flatten(state)
         if spec != self.spec:
-            raise ValueError(f"{f} must return the structure of {given}: expected {self.spec}, got {spec}")
+            differs = _difference(self.spec.unflatten(range(len(self.leaves))), state, given)
+            raise ValueError(f"{f} must return the structure of {given}: {differs}")
         lead = (self.batch,) if self.batch_dims else ()
-        for x, leaf in zip(flat, self.leaves):
+        for i, (x, leaf) in enumerate(zip(flat, self.leaves)):
             expected = (*lead, *leaf.shape)
             if not isinstance(x, Tensor):
-                raise TypeError(f"{f} must return tensors, got a {type(x).__name__}")
+                place = _place(spec, i, "as", given)
+                raise TypeError(f"{f} must return tensors, got a {type(x).__name__}{place}")
             if tuple(x.shape) != expected:
+                place = _place(spec, i, "for", given)
                 raise ValueError(
-                    f"{f} must return the shape of {given}: expected {expected}, got {tuple(x.shape)}"
+                    f"{f} must return the shape of {given}: expected {expected}{place}, got {tuple(x.shape)}"
                 )
             if x.dtype != leaf.dtype and not casts(self.device.type):
+                place = _place(spec, i, "for", given)
                 raise ValueError(
-                    f"{f} must return the dtype of {given}: expected {leaf.dtype}, got {x.dtype}; mixed dtypes "
-                    "usually come from an argument or parameter of another dtype"
+                    f"{f} must return the dtype of {given}: expected {leaf.dtype}{place}, got {x.dtype}; mixed "
+                    "dtypes usually come from an argument or parameter of another dtype"
                 )
             if x.device != self.device:
-                raise ValueError(f"{f} must return the device of {given}: expected {self.device}, got {x.device}")
+                place = _place(spec, i, "for", given)
+                raise ValueError(
+                    f"{f} must return the device of {given}: expected {self.device}{place}, got {x.device}"
+                )
 
     def _pack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
         batch = x.shape[0] if self.batch_dims else 1
         if not leaf.in_order:
             x = torch.permute(x, (*range(self.batch_dims), *(d + self.batch_dims for d in leaf.order)))
         if leaf.dtype.is_complex:
-            x = torch.view_as_real(x)
+            x = real_parts(x, alone=len(self.leaves) == 1)
         return x.reshape(batch, leaf.width)
 
     def _unpack_leaf(self, x: Tensor, leaf: _Leaf) -> Tensor:
@@ -158,9 +182,7 @@ class Layout:
         if leaf.dtype.is_complex:
             x = x.reshape(*shape, 2)
             # Columns of a larger matrix may begin at an odd place, where no complex number can.
-            x = torch.view_as_complex(
-                x if len(self.leaves) == 1 else x.clone(memory_format=torch.contiguous_format)
-            )
+            x = torch.view_as_complex(x) if len(self.leaves) == 1 else torch.complex(*x.unbind(-1))
         if leaf.in_order:
             return x.reshape(shape) if x.dtype == leaf.dtype else x.reshape(shape).to(leaf.dtype)
         inverse = [leaf.order.index(d) + self.batch_dims for d in range(len(leaf.shape))]
@@ -178,8 +200,63 @@ def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
     return _Leaf(shape, order, x.dtype, width, order == tuple(range(len(shape))))
 
 
-def _describe(tensors: list[Tensor]) -> str:
-    return ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors)
+# What follows is for messages: it takes longer than a small f.
+
+
+def _describe(state: Any, name: str) -> str:
+    described = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in pytree.tree_leaves(state))
+    names = _leaf_names(pytree.tree_structure(state), name)
+    return ", ".join(f"{name} {of}" for name, of in zip(names, described))
+
+
+def _place(spec: pytree.TreeSpec, i: int, preposition: str, name: str) -> str:
+    """The name of leaf `i` behind a preposition; nothing where it is the only thing there is."""
+    return "" if spec.is_leaf() else f" {preposition} {_leaf_names(spec, name)[i]}"
+
+
+def _leaf_names(spec: pytree.TreeSpec, name: str) -> list[str]:
+    """Of each leaf what a user writes for it, such as `z0['a'][1]` where `name` is `z0`."""
+
+    def below(tree: Any, name: str) -> Iterator[str]:
+        if pytree.tree_structure(tree).is_leaf():
+            yield name
+        else:
+            for key, part in _parts_of(tree):
+                yield from below(part, name + key)
+
+    return list(below(spec.unflatten(range(spec.num_leaves)), name))
+
+
+def _parts_of(node: Any) -> list[tuple[str, Any]]:
+    """What a node of a pytree holds, each with what a user writes behind the node for it."""
+
+    def is_part(x: Any) -> bool:
+        return x is not node
+
+    try:
+        return [(pytree.keystr(k), part) for k, part in pytree.tree_flatten_with_path(node, is_part)[0]]
+    except ValueError:  # its type was registered without names for them
+        return [(f"<{i}>", part) for i, part in enumerate(pytree.tree_leaves(node, is_part))]
+
+
+def _difference(expected: Any, got: Any, name: str) -> str:
+    """The first place, under `name`, at which two pytrees have not the same structure."""
+    is_leaf, came_leaf = (pytree.tree_structure(x).is_leaf() for x in (expected, got))
+    if is_leaf or came_leaf or type(expected) is not type(got):
+        kind = "a tensor" if is_leaf else f"a {type(expected).__name__}"
+        came = "a tensor" if isinstance(got, Tensor) else f"a {type(got).__name__}"
+        return f"expected {kind} for {name}, got {came}"
+    ours, theirs = dict(_parts_of(expected)), dict(_parts_of(got))
+    missing = [f"{name}{key} is missing" for key in ours if key not in theirs]
+    more = [f"got {name}{key} besides" for key in theirs if key not in ours]
+    if missing or more:
+        return ", ".join(missing + more)
+    if list(ours) != list(theirs):
+        return f"expected the order {', '.join(ours)} in {name}, got {', '.join(theirs)}"
+    for key, part in ours.items():
+        if pytree.tree_structure(part) != pytree.tree_structure(theirs[key]):
+            return _difference(part, theirs[key], name + key)
+    return f"expected {pytree.tree_structure(expected)} for {name}, got {pytree.tree_structure(got)}"
 
 
 # --------------------------------------------------------------------------------------------- functions
@@ -249,13 +326,11 @@ class Opened:
 
     def at(self, *theta: Tensor) -> Callable[[Any], Any]:
         """f with `theta` in place of the tensors it depends on, as a map of the state."""
-        count = len(theta) - len(self.parameters)
-        tensors, given = iter(theta[:count]), theta[count:]
-        flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
-        args = pytree.tree_unflatten(flat, self.args_spec)
-        own = not torch.compiler.is_dynamo_compiling() and all(map(operator.is_, given, self.parameters))
-        exchanged = {name: given[i] for name, i in self.places}
-        default = None if torch.compiler.is_dynamo_compiling() else self.default_device
+        if torch.compiler.is_dynamo_compiling():
+            return functools.partial(self._traced, theta)
+        args, exchanged = self._placed(theta)
+        own = all(map(operator.is_, theta[len(theta) - len(self.parameters) :], self.parameters))
+        default = self.default_device
 
         def call(state: Any) -> Any:
             if self.autocast is None and default is None and not casts(self.device_type):
@@ -266,6 +341,21 @@ class Opened:
                 return self._call(own, exchanged, state, args)
 
         return call
+
+    def _traced(self, theta: tuple[Tensor, ...], state: Any) -> Any:
+        # In the loop that calls: where W.T is asked for inside of it, the tracer looks for W there.
+        args, exchanged = self._placed(tuple(x.view_as(x) for x in theta))
+        if self.autocast is None and not casts(self.device_type):
+            return self._call(False, exchanged, state, args)
+        with self._arithmetic():
+            return self._call(False, exchanged, state, args)
+
+    def _placed(self, theta: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """The args of f, and what is to be exchanged in its modules."""
+        count = len(theta) - len(self.parameters)
+        tensors, given = iter(theta[:count]), theta[count:]
+        flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
+        return pytree.tree_unflatten(flat, self.args_spec), {name: given[i] for name, i in self.places}
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -426,7 +516,7 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
     def pull_within(cotangent: Tensor) -> tuple[Tensor, ...]:
         def paired(*inputs: Tensor) -> Tensor:
             # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
-            unused = sum((torch.view_as_real(x) if x.is_complex() else x).flatten()[:0].sum() for x in inputs)
+            unused = sum(real_parts(x).flatten()[:0].sum() for x in inputs)
             return (f(*inputs) * cotangent).sum() + unused
 
         return grad(paired, argnums=tuple(range(len(primals))))(*primals)

@@ -305,6 +305,130 @@ def test_failures_are_reported_as_asked():
     assert layer.solution.converged.tolist() == [True, False]
 
 
+# ------------------------------------------------------------------------------------- finished samples dropped
+
+
+class Fading(nn.Module):
+    """dy/dt = -a y, counting the samples that it is called for."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def forward(self, t, y, a=1.0):
+        self.rows += len(y)
+        return -a * y
+
+
+class OneLong:
+    """Fifteen samples that soon end and one that does not, and how many rows f is asked for."""
+
+    def __init__(self, **options):
+        self.counted = Fading()
+        ends = torch.full((16,), 1e-3, dtype=D)
+        ends[5] = 20.0
+        times = torch.stack([torch.zeros_like(ends), ends], 1)
+        self.layer = im.nn.NeuralODE(self.counted, times, TIGHT, batch_dims=1, **options)
+        self.x = torch.linspace(1, 2, 48, dtype=D).reshape(16, 3)
+
+    def rows(self, *args):
+        self.counted.rows = 0
+        self.layer(self.x, *args)
+        return self.counted.rows
+
+
+RATES = torch.linspace(1, 2, 16, dtype=D)[:, None]
+
+
+def test_finished_samples_are_dropped_where_it_is_said_which_args_hold_them():
+    alone = OneLong().rows()
+    unknown = OneLong().rows(RATES)
+    assert unknown > 10 * alone
+    for in_dims in (0, (0,), [0]):
+        told = OneLong(in_dims=in_dims)
+        assert told.rows(RATES) < 2 * alone
+        assert_close(told.layer(told.x, RATES), told.x * (-RATES * told.layer.t[:, 1:]).exp())
+    assert OneLong(in_dims=(None,)).rows(RATES[:1]) < 2 * alone
+    assert OneLong().rows(1.5) < 2 * alone  # a number holds no sample
+
+
+def test_the_noise_of_regularisers_is_dropped_with_its_samples():
+    alone = OneLong(regularisers=[im.nn.KineticEnergy()]).rows()
+    for in_dims, args in ((None, ()), (0, (RATES,))):
+        noisy = OneLong(regularisers=both(), in_dims=in_dims)
+        assert noisy.rows(*args) < 3 * alone  # the estimate calls f once more each time
+        _, (energy, squares) = noisy.layer(noisy.x, *args)
+        rate, time = (args[0] if args else torch.ones_like(RATES)), noisy.layer.t[:, 1:]
+        assert_close(squares, (3 * rate.square() * time).squeeze(1))
+        assert_close(energy, (noisy.x.square() * rate * (1 - (-2 * rate * time).exp()) / 2).sum(1))
+
+
+def test_what_is_drawn_may_be_shared():
+    @dataclass(frozen=True)
+    class Shared(im.nn.Regulariser):
+        sample_dim = None
+
+        def draw(self, y):
+            return torch.arange(3.0, dtype=D)
+
+        def rate(self, f, t, y, dy, drawn):
+            return (0 * y + drawn).sum(1)
+
+    shared = OneLong(regularisers=[Shared()])
+    assert shared.rows() < 2 * OneLong(regularisers=[im.nn.KineticEnergy()]).rows()
+    assert_close(shared.layer(shared.x)[1][0], 3 * shared.layer.t[:, 1])
+
+
+def test_what_is_decided_once_is_dropped_with_its_samples():
+    dropout = im.nn.Dropout(0.5)
+
+    class Masked(Fading):
+        def __init__(self):
+            super().__init__()
+            self.dropout = dropout
+
+        def forward(self, t, y, a=1.0):
+            return self.dropout(super().forward(t, y, a))
+
+    for args, options in (((), {}), ((RATES,), {"in_dims": 0})):
+        masked = OneLong(**options)
+        masked.layer.f = masked.counted = Masked()
+        torch.manual_seed(5)
+        assert masked.rows(*args) < 2 * OneLong().rows() + 16
+        torch.manual_seed(5)
+        mask = dropout.decide(masked.x)
+        torch.manual_seed(5)
+        value = masked.layer(masked.x, *args)
+        rate = args[0] if args else 1.0
+        assert_close(value, masked.x * (-rate * mask * masked.layer.t[:, 1:]).exp())
+
+
+def test_a_buffer_of_f_may_hold_the_samples():
+    class Buffered(Fading):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rates", RATES)
+
+        def forward(self, t, y):
+            return super().forward(t, y, self.rates)
+
+    for regularisers in ((), both()):
+        own = OneLong(regularisers=regularisers)
+        own.layer.f = own.counted = Buffered()
+        value = own.layer(own.x)
+        value = value[0] if regularisers else value
+        assert_close(value, own.x * (-RATES * own.layer.t[:, 1:]).exp())
+
+
+def test_in_dims_that_cannot_be_meant_are_refused():
+    with pytest.raises(ValueError, match="batch_dims=0 is one system"):
+        im.nn.NeuralODE(Fading(), in_dims=0)
+    with pytest.raises(ValueError, match=r"in_dims=\(0, None\) has 2 entries, but f gets 1 args"):
+        OneLong(in_dims=(0, None)).rows(RATES)
+    with pytest.raises(ValueError, match="so it should hold 16 samples"):
+        OneLong(in_dims=0).rows(RATES[:3])
+
+
 # --------------------------------------------------------------------------------------- decided once a solve
 
 

@@ -218,7 +218,7 @@ EQUATIONS = (
     Equation(
         "tree",
         _tree,
-        {"a": draw(2, 3, seed=7), "b": (draw(2, seed=8), draw(2, 2, seed=9))},
+        {"a": draw(2, 2, seed=7), "b": (draw(2, seed=8), draw(2, 2, seed=9, dtype=C))},
         _times(0.0, 0.4, 1.0),
         (_times(0.8)[0],),
         _tree_solution,
@@ -228,7 +228,7 @@ EQUATIONS = (
         "complex",
         _swirl,
         draw(2, 2, seed=10, dtype=C),
-        _times(0.0, 0.3, 0.6, 0.9),  # a vector of all inputs has each complex one at an even place
+        _times(0.0, 0.3, 0.9),
         (torch.tensor([0.3 + 1.0j, -0.2 - 0.9j], dtype=C),),
         _swirl_solution,
         (None,),

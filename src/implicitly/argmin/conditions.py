@@ -22,7 +22,7 @@ from implicitly.host import happens
 from implicitly.implicit import Condition, Map, Report, push
 from implicitly.iterate import Found, Solution, Status
 from implicitly.problem import Problem, carries_of
-from implicitly.tree import Layout, casts, open_function, pullback, row_norm
+from implicitly.tree import Layout, casts, open_function, pullback, real_parts, row_norm
 
 Function = Callable[..., Any]
 
@@ -133,8 +133,7 @@ class LeastSquares(Form):
 
         def squares_of(call: Function, theta: tuple[Tensor, ...]) -> Descent:
             def residuals(z: Tensor) -> Tensor:
-                leaves = pytree.tree_leaves(call(layout.unpack(z)))
-                real = [torch.view_as_real(x) if x.is_complex() else x for x in leaves]
+                real = [real_parts(x) for x in pytree.tree_leaves(call(layout.unpack(z)))]
                 # Of no width where there are no residuals for lack of samples.
                 rows = [x.reshape(len(z), x[:1].numel() if layout.batch_dims else x.numel()) for x in real]
                 return torch.cat(rows, 1).to(z.dtype)

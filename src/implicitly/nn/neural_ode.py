@@ -16,7 +16,7 @@ from implicitly.graph_break import one_break_unless
 from implicitly.implicit import users_line
 from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
-from implicitly.nn.per_solve import PerSolve, decide_once
+from implicitly.nn.per_solve import PerSolve, decide_once, has_buffers
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Norm
@@ -69,6 +69,9 @@ class NeuralODE(nn.Module):
             ODEs", NeurIPS 2019.
         batch_dims: 0: the whole batch is one system of common steps, and t reaches f 0-d. 1: samples have their
             own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`.
+        in_dims: which of `forward`'s `args` hold one entry a sample, as in `implicitly.odeint`. Finished samples
+            are dropped from the calls of f where it is given, or where args hold no tensor and f no buffer (those
+            of this package's modules that decide once a solve aside).
         regularisers: rates to integrate along the trajectory, such as `(KineticEnergy(),)`. They take no part in
             the error control: steps and states are those without them. May be exchanged at any time, too.
         compile: solve as one graph of `torch.compile`, as in `implicitly.odeint`.
@@ -96,6 +99,7 @@ class NeuralODE(nn.Module):
         *,
         augment: int = 0,
         batch_dims: int = 0,
+        in_dims: Any = None,
         on_failure: str = "raise",
         regularisers: Sequence[Regulariser] = (),
         compile: bool = False,
@@ -110,6 +114,8 @@ class NeuralODE(nn.Module):
             raise ValueError(f"augment must be a whole number of features >= 0, got {augment!r}")
         if batch_dims not in (0, 1):
             raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
+        if in_dims is not None and batch_dims == 0:
+            raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
         if on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
         for regulariser in regularisers:
@@ -122,6 +128,7 @@ class NeuralODE(nn.Module):
         self.adjoint = adjoint
         self.augment = augment
         self.batch_dims = batch_dims
+        self.in_dims = in_dims
         self.on_failure = on_failure
         self.regularisers = tuple(regularisers)
         self.compile_solve = compile
@@ -147,7 +154,7 @@ class NeuralODE(nn.Module):
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
         self._calls = calls = _Calls()
-        held = self._held(times, y, args, calls)
+        held, held_dims = self._held(times, y, args, calls)
         rates = _Field(self.f, tuple(self.regularisers), calls)
         drawn = tuple(r.draw(y) for r in rates.regularisers)
         start, solver = y, self.solver
@@ -165,6 +172,7 @@ class NeuralODE(nn.Module):
             solver=solver,
             adjoint=self._counting(calls),
             batch_dims=self.batch_dims,
+            in_dims=self._samples_in(args, held_dims),
             on_failure=self.on_failure,
             compile=self.compile_solve,
         )
@@ -200,10 +208,29 @@ class NeuralODE(nn.Module):
             return x
         return torch.cat([x, x.new_zeros(len(x), self.augment, *x.shape[2:])], dim=1)
 
-    def _held(self, times: Times, y: Any, args: tuple[Any, ...], calls: _Calls) -> dict[str, Tensor]:
-        """What f decides once, found by one call at the start, if anything."""
+    def _samples_in(self, args: tuple[Any, ...], held_dims: dict[str, int | None]) -> Any:
+        """Which dimensions of all that f depends on hold the samples; None: not known."""
+        if self.batch_dims == 0:
+            return None
+        dims = self.in_dims
+        if dims is None:
+            if has_buffers(self.f) or any(isinstance(x, Tensor | nn.Module) for x in pytree.tree_leaves(args)):
+                return None
+            dims = (None,) * len(args)
+        elif isinstance(dims, int):
+            dims = (dims,) * len(args)
+        elif len(dims) != len(args):
+            raise ValueError(
+                f"in_dims={dims!r} has {len(dims)} entries, but f gets {len(args)} args after t and y"
+            )
+        return (held_dims, tuple(r.sample_dim for r in self.regularisers), *dims)
+
+    def _held(
+        self, times: Times, y: Any, args: tuple[Any, ...], calls: _Calls
+    ) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+        """What f decides once, found by one call at the start, if anything, and where it holds the samples."""
         if not any(isinstance(m, PerSolve) for m in self.f.modules()):
-            return {}
+            return {}, {}
         first = pytree.tree_leaves(y)[0]
         t0 = times[..., 0] if isinstance(times, Tensor) else torch.tensor(times[0], device="cpu")
         t0 = t0.to(device=first.device, dtype=_time_dtype(first))
@@ -211,7 +238,7 @@ class NeuralODE(nn.Module):
             t0 = t0.expand(len(first)).reshape(-1, *(1 for _ in first.shape[1:]))
         # Not detached, as the start of an equilibrium is: here the state at the start is the input.
         calls.total += 1
-        return decide_once(self.f, t0, y, *args)[0]
+        return decide_once(self.f, t0, y, *args)
 
     def _counting(self, calls: _Calls) -> TrajectoryAdjoint | UnrolledAdjoint:
         """The adjoint, whose graphs tell how often they call f."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,14 @@ Slopes = Callable[[Tensor, Tensor], Tensor]
 class Regulariser(ABC):
     """A rate that `NeuralODE` integrates along its trajectory, one number a sample."""
 
+    # The dimension of what is drawn that holds the samples, or None where it is shared.
+    sample_dim: ClassVar[int | None] = 0
+
     def draw(self, y: Tensor) -> Tensor | None:
-        """What is random in the rate, for a start `y` `(B, ...)`; drawn before each solve and constant in it."""
+        """What is random in the rate, for a start `y` `(B, ...)`; drawn before each solve and constant in it.
+
+        Its dimension `sample_dim` (0 unless a subclass sets another, or None) holds one entry a sample.
+        """
         return None
 
     @abstractmethod
@@ -37,7 +44,7 @@ class Regulariser(ABC):
             f: further calls of the field; each costs as much as one of the solver's.
             t: 0-d, or `(B, 1, ..., 1)` with `batch_dims=1`.
             y, dy: `(B, ...)`, with the augmented entries.
-            drawn: what `draw` gave.
+            drawn: what `draw` gave, of the samples in y: those that are not finished.
         """
 
 

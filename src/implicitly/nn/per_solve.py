@@ -74,6 +74,13 @@ def decide_once(cell: nn.Module, *inputs: Any) -> tuple[dict[str, Tensor], dict[
     return tensors, {_buffer(name): modules[name].sample_dim for name in modules if _buffer(name) in tensors}
 
 
+def has_buffers(module: nn.Module) -> bool:
+    """Whether `module` holds any, other than those of `PerSolve` modules, which are known to be of no sample."""
+    if isinstance(module, PerSolve):
+        return False
+    return bool(module._buffers) or any(has_buffers(child) for child in module.children())
+
+
 def _buffer(name: str) -> str:
     return f"{name}.held" if name else "held"
 

@@ -20,7 +20,7 @@ from implicitly.linear import Neumann
 from implicitly.nn.deq import DEQ
 
 
-def as_deq(sequential: nn.Sequential) -> DEQ:
+def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
     """One equilibrium layer that computes what `sequential` computes, with the same parameters.
 
     The state is what all layers put out, z = (z_1, ..., z_L), and the cell applies every layer at once to what
@@ -29,6 +29,9 @@ def as_deq(sequential: nn.Sequential) -> DEQ:
     Exactly these are done, and the status is MAX_STEPS: a tolerance relative to the whole state would stop
     before a small output, or a vanishing gradient, is right. Layers must be deterministic and treat samples
     independently.
+
+    Args:
+        compile: as in `implicitly.fixed_point`.
     """
     if not isinstance(sequential, nn.Sequential) or len(sequential) == 0:
         raise TypeError(f"as_deq needs an nn.Sequential with at least one layer, got {sequential!r}")
@@ -37,6 +40,7 @@ def as_deq(sequential: nn.Sequential) -> DEQ:
         _AllLayers(sequential),
         FixedPointIteration(rtol=0, max_steps=depth),
         ImplicitAdjoint(Neumann(rtol=0, max_steps=depth)),
+        compile=compile,
         init=_Outputs(sequential),
         readout=_last,
     )
