@@ -34,11 +34,12 @@ of {rounds} rounds in alternation (least to greatest)."""
 
 
 class VectorField(nn.Module):
-    """f(t, y) of a small network, `(B, 2)` like y."""
+    """f(t, y) of a small network, `(B, width)` like y."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 2) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+        layers = nn.Linear(width, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, width)
+        self.net = nn.Sequential(*layers)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return self.net(y)

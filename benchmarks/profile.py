@@ -23,11 +23,12 @@ PEER = "the goal leaves"
 PACKAGES = ("implicitly", "torch", "torchdeq", "torchdiffeq", "qpth", "cvxpylayers")
 
 CAPTION = """\
-The cases of the other tables that have a goal of speed. f: its calls alone, as many of them; with a gradient, its
-products, too. The rest: what the solve takes besides, by the processor time that torch.profiler gives to
-operations; what no operation takes is Python's, and that of calling them. The goal leaves: what all of it may take
-by the goal, beside f or the peer in the same run. Medians of {rounds} rounds in alternation (least to
-greatest)."""
+The cases of the other tables that have a goal of speed. f: its calls alone, as many of them; with a gradient,
+its products, too. The rest: what the solve takes besides, by the processor time that torch.profiler gives to
+operations; what no operation takes is Python's, and that of calling them. The goal leaves: what all of it may
+take by the goal, beside f or the peer in the same run. What stands in the way of diffrax's times for the ODE is
+in the rows of the same solves, which are held against torchdiffeq's. Medians of {rounds} rounds in alternation
+(least to greatest)."""
 
 # What operations are called by, in the order in which they are looked up.
 KINDS = {

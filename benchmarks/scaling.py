@@ -32,12 +32,13 @@ TORCHDIFFEQ, QPTH = (f"{name} {importlib.metadata.version(name)}" for name in ("
 RTOL, MAX_STEPS = 1e-3, 50
 
 CAPTION = """\
-A solve and its exact gradient, ms; eager, and as graphs by compile=True. Calls of f are those of both passes.
-Peak: the most MiB of tensors alive at once in both passes. ODE by batch: network and tolerances of the table of
-differential equations; by steps: that network, batch 32, Euler from 0 to 1, beside torchdiffeq's direct gradient,
-with the MiB kept between the passes. Fixed point: tanh(linear(z) + x) by Anderson to relative 1e-3. QP: as many
-inequalities as unknowns, float64. Errors: of the gradient, as in the family's own table; by steps, against float64
-with the same steps. Medians of at most {rounds} rounds in alternation; all of them: benchmarks/results."""
+A solve and its exact gradient, ms: eager, and as graphs by compile=True. Calls of f are those of both passes.
+Peak: the most MiB of tensors alive at once in both passes. ODE by batch and dimension: network, but for its
+width, and tolerances of the table of differential equations; by steps: that network, batch 32, Euler from 0 to
+1, beside torchdiffeq's direct gradient, with the MiB kept between the passes. Fixed point: tanh(linear(z) + x)
+by Anderson to relative 1e-3. QP: as many inequalities as unknowns, float64. Errors: of the gradient, as in the
+family's own table; by steps, against float64 with the same steps. Medians of at most {rounds} rounds in
+alternation (least to greatest)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Point:
 
 
 def _row(what: str, peer: str, numbers: dict[str, dict[str, Any]], failed: Mapping[str, str]) -> Row:
-    """The medians; there is no room for the spread."""
+    """The medians, and the spread."""
     shown = {who: _show(found) for who, found in numbers.items() if who not in failed} | failed
     texts = []
     for who in numbers:
@@ -98,7 +99,7 @@ def _row(what: str, peer: str, numbers: dict[str, dict[str, Any]], failed: Mappi
 
 
 def _show(found: Mapping[str, Any]) -> str:
-    text = f"{1e3 * Spread.of(found['seconds']).median:.1f}, error {found['error']:.0e}"
+    text = f"{Spread.of(found['seconds']).show(1e3, 1)}, error {found['error']:.0e}"
     if "calls" in found:
         text += f", {found['calls']} calls"
     for kind in ("peak", "kept"):
@@ -127,14 +128,16 @@ def peak(runs: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[str],
 
 
 def trajectories(effort: Effort) -> list[Row]:
-    """By batch, which is one system to both."""
-    return [trajectory(batch, effort).row(min(effort.rounds, 5)) for batch in sizes(effort, (1, 16, 256, 4096))]
+    """By batch, which is one system to both, of 2 dimensions; by dimension, in a batch of 32."""
+    shapes = [(batch, 2) for batch in sizes(effort, (1, 16, 256, 4096))]
+    shapes += [(32, width) for width in sizes(effort, (2, 16, 128, 1024))]
+    return [trajectory(*shape, effort).row(min(effort.rounds, 5)) for shape in shapes]
 
 
-def trajectory(batch: int, effort: Effort) -> Point:
+def trajectory(batch: int, width: int, effort: Effort) -> Point:
     """Adaptive steps."""
     torch.manual_seed(0)
-    f, y0, t = VectorField(), torch.randn(batch, 2), torch.tensor([0.0, 1.0])
+    f, y0, t = VectorField(width), torch.randn(batch, width), torch.tensor([0.0, 1.0])
     parameters = list(f.parameters())
     wide = copy.deepcopy(f).double()
     options: dict[str, Any] = {"solver": im.Dopri8(rtol=1e-12, atol=1e-13), "adjoint": im.UnrolledAdjoint()}
@@ -148,7 +151,8 @@ def trajectory(batch: int, effort: Effort) -> Point:
     if effort.full:
         runs["compile=True"] = both(ours, compile=True)
     error = partial(relative_error, exact=by_parameters)
-    return Point(f"ODE, batch {batch}", TORCHDIFFEQ, runs, error, peak(runs), f)
+    what = f"ODE, batch {batch}, {width} dimensions"
+    return Point(what, TORCHDIFFEQ, runs, error, peak(runs), f)
 
 
 def steps(effort: Effort) -> list[Row]:
@@ -233,7 +237,7 @@ def fixed_point(batch: int, width: int, effort: Effort) -> Point:
 def programs(effort: Effort) -> list[Row]:
     """By batch, of 10 unknowns; by dimension, in a batch of 8."""
     shapes = [(batch, 10) for batch in sizes(effort, (1, 16, 256, 4096))]
-    shapes += [(8, n) for n in sizes(effort, (2, 16, 128, 512))]
+    shapes += [(8, n) for n in sizes(effort, (2, 16, 128, 1024))]
     return [program(*shape, effort).row(min(effort.rounds, 3)) for shape in shapes]
 
 

@@ -74,7 +74,8 @@ def traced(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", trace)
     monkeypatch.setattr(compiled, "_graphs", kept)
-    monkeypatch.setattr(compiled, "_problems", type(compiled._problems)())
+    for name in ("_problems", "_counts", "_reasons"):
+        monkeypatch.setattr(compiled, name, type(getattr(compiled, name))())
     torch._dynamo.reset()
     counters.clear()
     # A graph that cannot be had would make every comparison one of the eager loop with itself.

@@ -7,6 +7,7 @@ code of them takes; which graphs there are is the same.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import time
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -40,7 +42,8 @@ def _fresh():
     torch._dynamo.reset()
     counters.clear()
     compiled._graphs.clear()
-    compiled._problems.clear()
+    for kept in (compiled._problems, compiled._counts, compiled._reasons):
+        kept.clear()
 
 
 class Cell(nn.Module):
@@ -88,6 +91,41 @@ def test_the_second_batch_size_leaves_the_size_open(traced):
     assert len(im.compile_statistics()) == 4
 
 
+def field(t, y, W):
+    return torch.tanh(y @ W)
+
+
+def trajectory(adjoint, x, W, compile):
+    options = {"solver": im.Bosh3(rtol=1e-4), "adjoint": adjoint, "batch_dims": 1, "compile": compile}
+    return im.odeint(field, x, (0.0, 0.5, 1.0), W, **options).value
+
+
+def program(x, W, compile):
+    Q = W @ W.T + torch.eye(4)
+    return im.qp(Q.expand(len(x), -1, -1) * 1, x, W.expand(len(x), -1, -1) * 1, x * 0 + 1, compile=compile).value
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        partial(trajectory, im.RecursiveCheckpointAdjoint()),
+        partial(trajectory, im.BacksolveAdjoint()),
+        program,
+    ],
+    ids=["odeint", "backsolve", "qp"],
+)
+def test_the_second_batch_size_leaves_the_size_open_backwards_too(traced, run):
+    W = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    for batch in (5, 7, 3, 9):
+        x = torch.randn(batch, 4, dtype=torch.float64, requires_grad=True)
+        found, right = (
+            torch.autograd.grad(run(x, W, compile).square().sum(), (x, W)) for compile in (True, False)
+        )
+        assert_close(found, right, rtol=1e-9, atol=1e-9)
+    assert sorted(graph.calls for graph in im.compile_statistics()) in ([1, 1, 3, 3], [1, 2, 3, 6])
+    assert all(graph.fallback is None for graph in im.compile_statistics())
+
+
 def test_code_is_generated_for_a_size_that_is_open(monkeypatch):
     made = torch.compile
 
@@ -119,6 +157,89 @@ def test_graphs_that_are_made_again_and_again_are_told_of(monkeypatch):
             warnings.simplefilter("ignore")
             run(torch.zeros(size + 1, size), torch.zeros(1))
     assert len(im.compile_statistics()) == compiled.CAPACITY
+
+
+def test_states_of_another_width_count_as_the_same_function(monkeypatch):
+    monkeypatch.setattr(compiled, "_compile", fake)
+    f = scaled
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for width in range(1, compiled.MANY):
+            solve(f, torch.randn(2, width), 2)
+    with pytest.warns(im.CompileWarning, match=r"graph 8 for the same function, .* from \(2, 7\), .* to \(2, 8\)"):
+        solve(f, torch.randn(2, 8), 2)
+    for power in range(1, compiled.MANY):  # of what is no tensor, too
+        solve(f, torch.randn(2, 8), float(power))
+    with pytest.warns(im.CompileWarning, match="graph 16 .* an argument or an attribute of f changed"):
+        solve(f, torch.randn(2, 8), 8.0)
+
+
+def test_functions_made_for_one_call_each_are_told_of(monkeypatch):
+    monkeypatch.setattr(compiled, "_compile", fake)
+    monkeypatch.setattr(compiled, "_dropped", compiled._Count())
+    x, calls = torch.randn(2, 3), compiled.CAPACITY + compiled.MANY
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(calls - 1):
+            solve(lambda z, x: 0.3 * z + x, x)
+    with pytest.warns(
+        im.CompileWarning, match="keeps 32 graphs, and 8 were dropped .* only once; .* lambda .*: make it once"
+    ):
+        solve(lambda z, x: 0.3 * z + x, x)
+
+
+def test_a_number_of_f_that_keeps_changing_is_told_of_and_never_stale(traced):
+    cell, x = Cell(), torch.randn(3, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", im.CompileWarning)
+        for i in range(20):  # after each eight of them the compiler gives up
+            cell.scale = 0.3 - 0.01 * i
+            assert_right(cell, x)
+    assert [re.search(r"makes graph (\d+) ", str(w.message))[1] for w in told] == ["8", "16"]
+    assert "attribute of f changed" in str(told[0].message)
+
+
+def transposed(z, x, W):
+    return z @ W.T + torch.sin(z) @ W.mT - x
+
+
+@pytest.mark.parametrize("solver", [im.Newton(), im.NewtonKrylov(), im.LBFGS()], ids=lambda s: type(s).__name__)
+def test_transposes_by_attribute_are_part_of_graphs_that_differentiate_f(traced, solver):
+    x, W = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64) / 8 + torch.eye(4)
+    module = nn.Linear(4, 4, bias=False).double()
+    module.forward = lambda z, x: transposed(z, x, module.weight)
+    for f, args in ((transposed, (x, W)), (module, (x,))):
+        if isinstance(solver, im.LBFGS):
+            of = partial(im.argmin, lambda z, *args, f=f: f(z, *args).square().sum(1))
+        else:
+            of = partial(im.root, f)
+        found, right = (of(torch.zeros_like(x), *args, solver=solver, compile=c).value for c in (True, False))
+        assert_close(found, right, rtol=1e-9, atol=1e-9)
+    assert [graph.fallback for graph in im.compile_statistics()] == [None, None]
+
+
+def test_a_transpose_of_what_f_closes_over_is_named():
+    x, W = torch.randn(3, 4), torch.eye(4)
+    with pytest.warns(im.CompileWarning, match=r"closes over; pass it in args, or write transpose\(-2, -1\)"):
+        im.root(lambda z, x: z @ W.T - x, torch.zeros_like(x), x, compile=True)
+
+
+def test_a_backward_pass_through_numpy_runs_eagerly_and_says_so(traced):
+    def f(z, x):
+        return torch.tanh(0.3 * z + x) * torch.from_numpy(
+            np.full(4, 0.9, np.float32) * z.detach().numpy().shape[0]
+        )
+
+    x = torch.randn(1, 4)
+    gradients = []
+    for compile in (False, True):
+        given = x.clone().requires_grad_()
+        value = im.fixed_point(f, torch.zeros_like(x), given, solver=PICARD, compile=compile).value
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            gradients += torch.autograd.grad(value.sum(), given)
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert any("backward" in str(w.message) and "RuntimeError" in str(w.message) for w in told)
 
 
 def test_what_is_interrupted_is_compiled_again(monkeypatch):
@@ -250,8 +371,8 @@ def test_side_effects_and_branches_run_eagerly_and_are_told_once(kind, capsys):
         warnings.simplefilter("error", im.CompileWarning)
         assert effects(f, x, True, capsys) == expected_effects
         assert torch.equal(solve(f, x), expected)
-    (kept,) = im.compile_statistics()
-    assert kept.fallback is not None
+        solve(f, torch.randn(5, 4))  # for another size it is not tried again
+    assert len({kept.fallback for kept in im.compile_statistics()} - {None}) == 1
 
 
 def effects(f, x, compile, capsys):

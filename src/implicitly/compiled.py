@@ -23,20 +23,23 @@ from implicitly.host import LOOPS, carrying
 from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
 from implicitly.iterate import DRIFTED, Found, Solver
 from implicitly.linearised import CannotSplitError, split_pullback
-from implicitly.tree import is_near, row_norm
+from implicitly.tree import Key, is_near, row_norm
 
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]
 
 # Graphs kept, of which a trajectory has two; each keeps its function, and so its parameters, alive.
 CAPACITY = 32
-# Graphs of one key after which a warning says that shapes change too often, and again after as many more.
+# Graphs of one function after which a warning says that too many are made, and again after as many more; the same
+# of graphs that were dropped after one use.
 MANY = 8
 # Bytes of a state above which a backward solve on a CPU has no graph: nearly all of its time is that of products.
 LARGE = 2**18
 
 _graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 _problems: OrderedDict[Hashable, _Made] = OrderedDict()
+_counts: OrderedDict[Hashable, _Count] = OrderedDict()
+_reasons: OrderedDict[Hashable, str] = OrderedDict()  # why there are no graphs of a function
 _lock = threading.Lock()
 
 
@@ -97,8 +100,14 @@ class _Graph:
     calls: int = 0
     fallback: str | None = None
     abandoned: bool = False  # amid its compilation
+    anew: bool = False  # whether the compiler made one, not yet counted
     checked: set[Hashable] = field(default_factory=set)
     making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
+
+    def begin_anew(self) -> None:
+        """Note that the compiler makes one, perhaps as something changed that f is made of."""
+        self.checked.clear()
+        self.anew = True
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
         """Tell the compiler which sizes vary."""
@@ -113,13 +122,23 @@ class _Graph:
 
 @dataclass
 class _Made:
-    """The graphs made for one key: how many, the shapes of the last, and which sizes are seen to vary."""
+    """The graphs made for one key: the shapes of the last, and which sizes are seen to vary."""
 
-    count: int = 0
     last: _Shapes | None = None
     varying: _Places = ()
     fixed: bool = False  # whether a graph of varying sizes was tried in vain
     carried: bool = False  # whether a graph with a loop that writes was, see `host.Loops`
+
+
+@dataclass
+class _Count:
+    """How many graphs were made for one function and solver, and the shapes of the last."""
+
+    made: int = 0
+    last: _Shapes = ()
+
+
+_dropped = _Count()
 
 
 def compile_statistics() -> tuple[CompiledSolve, ...]:
@@ -196,7 +215,7 @@ def _outcome(
     begin, done = time.perf_counter(), False
     refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
     # Imported on first use: the compiler takes as long to import as all of torch.
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
@@ -205,9 +224,7 @@ def _outcome(
         out = run(*tensors)
         if is_right is None or is_right(out):
             done = True
-            with _lock:
-                graph.calls += 1
-                graph.first_call_s = graph.first_call_s or time.perf_counter() - begin
+            _note_call(graph, time.perf_counter() - begin)
             return out
         if graph.calls < 2:
             done = True
@@ -222,6 +239,8 @@ def _outcome(
             stacklevel=users_line(),
         )
         return None
+    except FailOnRecompileLimitHit:  # of one that was made anew for one attribute of f after the other
+        return _TRY_AGAIN
     except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
         # says so.
@@ -232,7 +251,8 @@ def _outcome(
             return _TRY_AGAIN
         if not graph.varying:
             done = True
-            _fall_back(graph, f"{type(error).__name__}: {_reason(error)}", time.perf_counter() - begin)
+            reason = f"{type(error).__name__}: {_reason(error)}"
+            _fall_back(graph, reason, time.perf_counter() - begin, always=all(t.numel() for t in tensors))
             return None
         made.fixed = True
     finally:
@@ -242,6 +262,19 @@ def _outcome(
                 if _graphs.get(graph.index) is graph:
                     del _graphs[graph.index]
     return _TRY_AGAIN
+
+
+def _note_call(graph: _Graph, seconds: float) -> None:
+    """Count a call of `graph`, which took so many seconds, and the making of another graph where it led to one."""
+    message = None
+    with _lock:
+        if graph.anew and graph.calls:
+            message = _counted(graph.name, graph.index[0], graph.shapes)
+        graph.anew = False
+        graph.calls += 1
+        graph.first_call_s = graph.first_call_s or seconds
+    if message is not None:
+        warnings.warn(message, CompileWarning, stacklevel=users_line())
 
 
 def _allow_hooks(refusal: str | None) -> None:
@@ -255,7 +288,7 @@ def _allow_hooks(refusal: str | None) -> None:
 
 def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
     """The graph in the cache, which is put there first where it is missing, and where it is there."""
-    message = None
+    messages = []
     with _lock:
         graph = _graphs.get((key, shapes))
         key = key if graph is None else graph.index[0]  # of equal ones the same, which is found sooner
@@ -270,22 +303,60 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
         varying = made.varying if fits else ()
         index = (key, _opened(shapes, varying))
         if index not in _graphs:
-            made.count += 1
-            if made.count % MANY == 0 and made.last is not None:
-                message = (
-                    f"{name}: compile=True makes graph {made.count} for the same problem, as "
-                    f"{_change(made.last, shapes)}; pad batches to a few sizes, or use compile=False"
-                )
             made.last = shapes
-            _graphs[index] = _Graph(name, index, shapes, varying)
+            graph = _graphs[index] = _Graph(name, index, shapes, varying)
+            if (reason := _reasons.get((name, _function_of(key, whole=True)))) is not None:
+                graph.fallback, graph.first_call_s, graph.run = reason, 0.0, _released
+            else:
+                messages.append(_counted(name, key, shapes))
         _graphs.move_to_end(index)
         graph = _graphs[index]
-        for kept in (_graphs, _problems):
-            while len(kept) > CAPACITY:
-                kept.popitem(last=False)
-    if message is not None:
-        warnings.warn(message, CompileWarning, stacklevel=users_line())
+        messages.append(_within_capacity())
+    for message in messages:
+        if message is not None:
+            warnings.warn(message, CompileWarning, stacklevel=users_line())
     return graph
+
+
+def _function_of(key: Hashable, whole: bool = False) -> Hashable:
+    """`key` with the function alone in place of each `Key`; if `whole`, with all in it but the state's layout."""
+    if isinstance(key, Key):
+        return Key(key.parts[0], *key.parts[2:]) if whole else key.parts[0]
+    return tuple(_function_of(part, whole) for part in key) if isinstance(key, tuple) else key
+
+
+def _counted(name: str, key: Hashable, shapes: _Shapes) -> str | None:
+    """Count a graph that is made under `key`; what is to be said if there are many."""
+    index = (name, _function_of(key))
+    count = _counts.setdefault(index, _Count())
+    _counts.move_to_end(index)
+    count.made += 1
+    last, count.last = count.last, shapes
+    if count.made % MANY:
+        return None
+    return (
+        f"{name}: compile=True makes graph {count.made} for the same function, as {_change(last, shapes)}; pad "
+        "batches to a few sizes, have tensors in place of numbers that change, or use compile=False"
+    )
+
+
+def _within_capacity() -> str | None:
+    """Drop what has not been used for longest; what is to be said if many graphs were used but once."""
+    name, before = "", _dropped.made
+    while len(_graphs) > CAPACITY:
+        _, graph = _graphs.popitem(last=False)
+        if graph.calls == 1:
+            _dropped.made, name = _dropped.made + 1, graph.name
+    for kept in (_problems, _counts, _reasons):
+        while len(kept) > CAPACITY:
+            kept.popitem(last=False)
+    if _dropped.made // MANY == before // MANY:
+        return None
+    return (
+        f"{name}: compile=True keeps {CAPACITY} graphs, and {_dropped.made} were dropped that had been used only "
+        "once; a function that is made anew for each call, as a lambda is, has a new graph each time: make it "
+        "once, with what changes in args, or use compile=False"
+    )
 
 
 def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Callable[..., Any] | None:
@@ -301,13 +372,15 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Ca
     function = carrying(function) if made is not None and made.carried else function
     # PyTorch 2.11 fails at loops there.
     in_c = in_c and LOOPS.known and all(device.type == "cpu" for *_, device in graph.shapes)
-    graph.run = _compile(function, None if graph.varying else False, in_c, graph.checked.clear)
+    graph.run = _compile(function, None if graph.varying else False, in_c, graph.begin_anew)
     return graph.run
 
 
-def _fall_back(graph: _Graph, reason: str, seconds: float) -> None:
-    """Note that there is no `graph`, and warn of it."""
+def _fall_back(graph: _Graph, reason: str, seconds: float, always: bool = False) -> None:
+    """Note that there is no `graph`, or `always` none of its function for other shapes either, and warn of it."""
     with _lock:
+        if always:
+            _reasons[graph.name, _function_of(graph.index[0], whole=True)] = reason
         told = graph.fallback is not None
         graph.fallback, graph.first_call_s = reason, seconds
         graph.run = _released
@@ -335,8 +408,14 @@ def _vary(old: _Shapes, new: _Shapes) -> _Places:
 
 def _can_vary(shapes: _Shapes, varying: _Places) -> bool:
     """Whether sizes at `varying` can be left open. The compiler treats sizes 0 and 1 apart; and of what is not
-    contiguous it would have to be told how strides follow from sizes."""
-    return all(shapes[i][0][dim] > 1 and _is_contiguous(*shapes[i][:2]) for i, dim in varying)
+    contiguous it would have to be told how strides follow from sizes, unless no stride does: where samples follow
+    each other."""
+
+    def can(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> bool:
+        in_rows = dim == 0 and strides[0] > sum((n - 1) * stride for n, stride in zip(shape[1:], strides[1:]))
+        return shape[dim] > 1 and (in_rows or _is_contiguous(shape, strides))
+
+    return all(can(*shapes[i][:2], dim) for i, dim in varying)
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -344,11 +423,12 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _opened(shapes: _Shapes, varying: _Places) -> tuple[tuple[Any, ...], ...]:
-    """`shapes` with None for sizes at `varying`, and for the strides there."""
+    """`shapes` with None for sizes at `varying`, and for strides that follow from them."""
     opened: list[tuple[Any, ...]] = list(shapes)
     for i, dim in varying:
-        shape, _, *rest = opened[i]
-        opened[i] = ((*shape[:dim], None, *shape[dim + 1 :]), None, *rest)
+        shape, strides, *rest = opened[i]
+        strides = None if strides is None or _is_contiguous(*shapes[i][:2]) else strides
+        opened[i] = ((*shape[:dim], None, *shape[dim + 1 :]), strides, *rest)
     return tuple(opened)
 
 
@@ -356,7 +436,7 @@ def _change(old: _Shapes, new: _Shapes) -> str:
     """What differs between the tensors of two graphs."""
     pairs = enumerate(zip(old, new))
     changes = [f"its tensor {i} changed from {_shown(*a)} to {_shown(*b)}" for i, (a, b) in pairs if a != b]
-    return ", ".join(changes) or "the graph that it had was dropped for others"
+    return ", ".join(changes) or "an argument or an attribute of f changed, or its graph was dropped for others"
 
 
 def _shown(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -374,6 +454,8 @@ def _reason(error: BaseException) -> str:
     next one where that only announces it."""
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
+    if "Expected FakeTensor, got" in str(error):
+        return "f takes .T or .mT of a tensor that it closes over; pass it in args, or write transpose(-2, -1)"
     if "_tensor_constant" in str(error):
         return "f makes a tensor of numbers, which the compiler forgets to declare in a loop; make it outside of f"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]

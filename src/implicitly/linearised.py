@@ -26,7 +26,7 @@ def split_pullback(
     call f for each product. The graphs have no derivative of their own. They hold the sizes and settings of this
     call, and other tensors that f uses, in which they see what is changed in place.
 
-    Raises CannotSplitError where f looks at numbers.
+    Raises CannotSplitError where f looks at numbers, or leaves what can be written down.
     """
 
     def pulled(u: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
@@ -34,7 +34,10 @@ def split_pullback(
 
     inputs = (torch.zeros_like(z), z, *theta)
     with torch.no_grad(), _Tape(inputs) as tape:
-        value = functionalize(pulled)(*inputs)
+        try:
+            value = functionalize(pulled)(*inputs)
+        except RuntimeError as error:  # if f is wrong, the eager loop says so
+            raise CannotSplitError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     u, *others = tape.inputs
     moving = {u}
     for node in tape.graph.nodes:

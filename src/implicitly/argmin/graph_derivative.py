@@ -64,7 +64,7 @@ def solve_as_graph(
         right = lambda found: is_as_claimed(solver, condition, theta, found)  # noqa: E731
         name = f"{condition.name} with {type(solver).__name__}"
         found = run_as_graph(
-            name, (condition.name, form, *settings.values()), Make(make), b, *tensors, is_right=right
+            name, (condition.name, form, *settings.values()), Make(make), b, *tensors, varies=True, is_right=right
         )
     if found is None or not bool(is_success(found[1]).all()):
         return search(solver, condition, u0, theta, b)

@@ -144,7 +144,7 @@ class InteriorPoint(ProgramSolver):
             return self._near(System.of_tensors(*tensors), embedded)
 
         key = ("qp", self, embedded, system.program.sizes)
-        found = run_as_graph("qp with InteriorPoint", key, near, *system.tensors)
+        found = run_as_graph("qp with InteriorPoint", key, near, *system.tensors, varies=True)
         return None if found is None else Point(*(t[:count] if t.ndim else t for t in found))
 
     def _run(self, loop: _Loop | CondensedLoop, start: Point | None = None) -> Point:

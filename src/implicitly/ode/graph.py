@@ -180,7 +180,7 @@ def integrate_as_graph(
     method, start = taker.method, State(y0, taker.clock(taker.begin))
     name = f"odeint with {type(method).__name__}"
     loop = Loop(stepper, method.differentiates)
-    left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, *theta, check=check)
+    left = run_as_graph(name, (key, "begin"), loop.begin, times, y0, *theta, check=check, varies=True)
     if left is not None:
         start = State(y0, (*left.first, *start.memory))
     while left is not None:
@@ -193,7 +193,8 @@ def integrate_as_graph(
         flat, spec = pytree.tree_flatten((left.looping, left.buffers))
         # Each with the strides of any tensor like it: others would make another graph.
         flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
-        left = run_as_graph(name, (key, "go on"), partial(loop.go_on, spec), times, y0, *flat, *theta)
+        go_on = partial(loop.go_on, spec)
+        left = run_as_graph(name, (key, "go on"), go_on, times, y0, *flat, *theta, varies=True)
     return None
 
 
@@ -207,4 +208,4 @@ def _result(times: Tensor, y0: Tensor, looping: Looping, buffers: Buffers) -> In
     end = torch.where(reached.unsqueeze(1), c.y, float("nan"))
     values = torch.cat([y0.unsqueeze(1), inner, end.unsqueeze(1)], dim=1)
     none = torch.zeros_like(c.steps)
-    return Integrated(values, c.status, c.error, c.steps, c.tries, c.t, c.length, c.worst, none - 1, none)
+    return Integrated(values, c.status, c.error, c.steps, c.tries, c.t, c.length, none - 1, none)

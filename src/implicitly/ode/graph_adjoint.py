@@ -269,7 +269,8 @@ def sweep_as_graph(
     places = sorted(record.states)
     states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
     pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, method.differentiates)
-    fixed, key = (ended.finished, g[:, 1:-1].contiguous(), *inputs), (key, "derivative", pull.shared)
+    inner = g[:, 1:-1].clone(memory_format=torch.contiguous_format)
+    fixed, key = (ended.finished, inner, *inputs), (key, "derivative", pull.shared)
     bars = _bars(g, reached, states[0])
     sums: list[Tensor] = []
     name, calls = f"the derivative of odeint with {type(method).__name__}", torch.zeros((), dtype=torch.int64)
@@ -281,7 +282,7 @@ def sweep_as_graph(
             buffer[0] = x
         counts = torch.tensor([on, back, begin == 0 and back > 0], device=times.device)
         block = rows.block(begin, begin + max(on, back))
-        out = run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed)
+        out = run_as_graph(name, key, pull.run, counts, *block, *buffers, *bars, *fixed, varies=True)
         if out is None:
             return None
         calls = calls + out[0]
