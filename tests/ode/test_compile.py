@@ -75,7 +75,7 @@ SWEPT, ARC_LENGTH = im.RecursiveCheckpointAdjoint(), im.RecursiveCheckpointAdjoi
 METHODS = [
     (im.Dopri5(), 2, 160),  # more outputs than a step writes at once, or a row of the graph backwards passes
     (im.Dopri8(), 4, 5),  # whose outputs between take stages of their own
-    (im.Heun(rtol=1e-3), 0.5, 2),
+    (im.Heun(rtol=1e-3, controller=im.Controller(integral=0.6, proportional=0.3, derivative=0.2)), 0.5, 2),
     (im.RK4(dt=0.3), 4, 2),
     (im.ReversibleHeun(rtol=1e-3), 1, 4),
     (im.Adams(rtol=1e-4), 2, 4),
@@ -90,6 +90,23 @@ def test_takes_the_steps_of_the_eager_loop(traced, method, end, times, monkeypat
     kinds = [graph.name.startswith("the derivative") for graph in traced.values()]
     assert sorted(set(kinds)) == [False, True]
     assert kinds.count(False) <= 2  # the first steps, and all others
+
+
+def test_steps_are_as_long_as_times_resolve(traced):
+    """In float32, times beside 1e4 are a thousandth apart."""
+    y0, solver = torch.zeros(2, 1), im.Bosh3(max_steps=50)
+    for f in (lambda t, y: torch.ones_like(y), lambda t, y: -y):
+        graph, eager = (
+            im.odeint(f, y0, (1e4, 1e4 + 1), solver=solver, batch_dims=1, compile=c) for c in (True, False)
+        )
+        assert torch.equal(graph.steps, eager.steps)
+        torch.testing.assert_close(graph.value, eager.value)
+
+
+def test_a_failure_names_the_component_that_is_to_blame(traced):
+    options = {"solver": im.Bosh3(max_steps=20), "compile": True}
+    with pytest.raises(im.SolverError, match=r"MAX_STEPS .*largest error in component 2\. Try"):
+        im.odeint(lambda t, y, w: w * y, torch.ones(3), (0.0, 10.0), torch.tensor([0.0, 0.0, -50.0]), **options)
 
 
 def test_a_symplectic_method(traced):
@@ -428,7 +445,7 @@ def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):
 
 
 def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch):
-    monkeypatch.setattr(graph_adjoint, "run_as_graph", lambda *args: None)
+    monkeypatch.setattr(graph_adjoint, "run_as_graph", lambda *args, varies: None)
     y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.linspace(0, 2, 3, dtype=D)
     assert_same(turning, y0, t, w, solver=METHOD)
     assert len(traced) == 1

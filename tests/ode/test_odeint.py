@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,6 +172,83 @@ def test_interpolate_gives_the_solution_between_by_the_same_steps(reverse):
         solution.interpolate((2.5,))
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    "adjoint", [im.RecursiveCheckpointAdjoint(), im.UnrolledAdjoint()], ids=["exact", "plain"]
+)
+def test_interpolate_has_the_derivatives_of_the_solution_at_the_start(adjoint, backwards):
+    """y = y0 exp(-a (t - t0)), whose derivatives are known."""
+    y0, a = (torch.tensor(x, dtype=D, requires_grad=True) for x in ([3.0], 0.7))
+    times = torch.tensor([0.3, -1.0 if backwards else 2.0], dtype=D, requires_grad=True)
+    solver = im.Dopri5(rtol=1e-9, atol=1e-11)
+    solution = im.odeint(lambda t, y, a: -a * y, y0, times, a, solver=solver, adjoint=adjoint)
+    t = torch.tensor([0.3, 0.3 + 0.5 * float(times[1].detach() - 0.3), 0.3], dtype=D, requires_grad=True)
+    value = solution.interpolate(t)
+    exact = y0 * torch.exp(-a * (t[:, None] - times[0]))
+    assert torch.equal(value[[0, 2]], exact[[0, 2]])
+    torch.testing.assert_close(value, exact, rtol=1e-8, atol=0)
+    given = (t, y0, a, times)
+    first = [torch.autograd.grad(x[0, 0], given, create_graph=True) for x in (value, exact)]
+    torch.testing.assert_close(*first, rtol=1e-12, atol=1e-14)
+    second = [torch.autograd.grad(g[0][0], given) for g in first]
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", [im.Kvaerno5(), im.Adams(), im.RK4(dt=0.1), im.ReversibleHeun(dt=0.1)])
+@pytest.mark.parametrize(
+    "adjoint", [im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint()], ids=["exact", "back"]
+)
+def test_interpolate_moves_with_the_time_at_the_start_by_every_method(adjoint, solver):
+    y0, t = torch.tensor([[3.0], [1.0]], dtype=D), torch.tensor([[0.0, 0.5], [0.2, 0.5]], dtype=D)
+    times = torch.tensor([[0.0, 1.0], [0.2, 2.0]], dtype=D)
+    solution = im.odeint(lambda t, y: -0.7 * y, y0, times, solver=solver, adjoint=adjoint, batch_dims=1)
+    slopes = torch.autograd.grad(solution.interpolate(t.requires_grad_())[0].sum(), t)[0]
+    torch.testing.assert_close(slopes, torch.tensor([[-2.1, 0.0], [-0.7, 0.0]], dtype=D), rtol=1e-12, atol=1e-12)
+
+
+def test_interpolate_at_the_start_of_a_sample_that_failed_is_its_start():
+    def f(t, y):
+        return torch.where(y > 2, float("nan"), -y)
+
+    y0 = torch.tensor([[3.0], [1.0]], dtype=D, requires_grad=True)
+    solution = im.odeint(f, y0, (0.0, 1.0), batch_dims=1, on_failure="ignore")
+    value = solution.interpolate((0.0, 0.5))
+    assert torch.equal(value[0], y0)
+    assert value[1].isnan().flatten().tolist() == [True, False]
+    torch.testing.assert_close(torch.autograd.grad(value[0].sum(), y0)[0], torch.ones(2, 1, dtype=D))
+
+
+@pytest.mark.parametrize(
+    "adjoint", [im.RecursiveCheckpointAdjoint(), im.UnrolledAdjoint()], ids=["exact", "plain"]
+)
+def test_interpolate_refuses_what_was_changed_since_the_solve(adjoint):
+    net = torch.nn.Linear(3, 3).double()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    y0, t, a = torch.ones(3, dtype=D), torch.tensor([0.0, 1.0], dtype=D), torch.tensor(0.5, dtype=D)
+
+    def solved():
+        return im.odeint(lambda t, y, a: a * net(y), y0, t, a, adjoint=adjoint)
+
+    solution = solved()
+    before = solution.interpolate((0.0, 0.5))
+    before.sum().backward()
+    assert torch.equal(solution.interpolate((0.0, 0.5)), before)
+    optimiser.step()
+    with pytest.raises(ValueError, match=r"but a parameter of shape \(3, 3\) was changed in place.*solve again"):
+        solution.interpolate((0.5,))
+    for changed, name in ((y0, "y0"), (t, "t"), (a, r"a tensor of args of shape \(\)")):
+        solution = solved()
+        with torch.no_grad():
+            changed.mul_(1.1)
+        with pytest.raises(ValueError, match=f"but {name} was changed in place"):
+            solution.interpolate((0.5,))
+    with torch.inference_mode():
+        solution = im.odeint(lambda t, y: -y, torch.ones(3, dtype=D), (0.0, 1.0))
+    assert solution.interpolate((0.5,)).shape == (1, 3)
+    grad = torch.func.grad(lambda y: im.odeint(lambda t, y: -y, y, (0.0, 1.0)).interpolate((0.5,)).sum())
+    torch.testing.assert_close(torch.func.vmap(grad)(torch.ones(2, 3, dtype=D)), grad(y0).expand(2, 3))
+
+
 def test_interpolate_takes_times_of_each_sample():
     t = torch.tensor([[0.0, 1.0], [0.0, 4.0]], dtype=D)
     y0 = torch.ones(2, 1, dtype=D)
@@ -283,6 +361,41 @@ def test_the_norm_may_be_the_users():
     assert set(norms) == {(1, 5)}
 
 
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("parts", [(1.0, 0.0, 0.0), (0.7, 0.4, 0.0), (0.6, 0.3, 0.2), (0.5, 0.0, -0.1)])
+def test_the_parts_of_a_controller_make_the_lengths_that_follow_by_hand(parts, batch_dims):
+    """Heun's method integrates cos t with the error dt / 2 |cos(t + dt) - cos t|, of which 1e-3 is allowed."""
+    integral, proportional, derivative = parts
+    t, dt, errors, expected, rejected = 0.1, 0.05, [1.0, 1.0], [], 0
+    while t < 6.0:
+        dt = min(dt, 6.0 - t)
+        error = dt / 2 * abs(math.cos(t + dt) - math.cos(t)) / 1e-3
+        if error <= 1:
+            t += dt
+            expected.append(t)
+            power = error**-integral * errors[-1] ** proportional * errors[-2] ** -derivative
+            factor, errors = 0.9 * power**0.5, [errors[-1], error]
+        else:
+            rejected += 1
+            factor = min(0.9, 0.9 * error**-0.5)
+        dt *= min(max(factor, 0.2), 10.0)
+    found = []
+
+    def f(t, y):
+        found.append(float(t.flatten()[0]))
+        return torch.cos(t) * torch.ones_like(y)
+
+    controller = im.Controller(integral=integral, proportional=proportional, derivative=derivative)
+    solver = im.Heun(rtol=0.0, atol=1e-3, dt0=0.05, controller=controller)
+    y0 = torch.ones(1 + 2 * batch_dims, 1, dtype=D)
+    solution = im.odeint(f, y0, (0.1, 6.0), solver=solver, batch_dims=batch_dims)
+    assert solution.steps.flatten().tolist() == [len(expected)] * len(solution.steps.flatten())
+    assert int(solution.rejected.flatten()[0]) == rejected
+    assert len(expected) > 15
+    ends = [s for s in found if min(abs(s - e) for e in expected) < 1e-9]
+    assert len(ends) >= len(expected)
+
+
 def test_a_proportional_part_rejects_fewer_steps_of_a_stiff_problem():
     def f(t, y):
         return torch.stack([y[1], 20 * (1 - y[0] ** 2) * y[1] - y[0]])
@@ -293,6 +406,62 @@ def test_a_proportional_part_rejects_fewer_steps_of_a_stiff_problem():
         for controller in (im.Controller(), im.Controller(integral=0.7, proportional=0.4))
     ]
     assert rejected[1] < rejected[0]
+
+
+FAR = {
+    "grow": lambda t, y: torch.ones_like(y),
+    "rest": lambda t, y: -y,
+    "wave": lambda t, y: torch.cos(t) * torch.ones_like(y),
+}
+
+
+@pytest.mark.parametrize("f", FAR.values(), ids=FAR.keys())
+@pytest.mark.parametrize("t", [(1e4, 1e4 + 1), (1e4 + 1, 1e4), (-1e4, -1e4 + 1)], ids=["up", "down", "before 0"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        im.Dopri5(max_steps=100),
+        im.Dopri5(max_steps=100, dt0=1e-5),
+        im.Dopri5(max_steps=100, tstops=(10000.5, -9999.5)),
+        im.Kvaerno5(max_steps=100),
+        im.Adams(max_steps=100),
+        im.ReversibleHeun(max_steps=100, rtol=1e-3, atol=1e-3),
+    ],
+    ids=["Dopri5", "dt0", "tstops", "Kvaerno5", "Adams", "ReversibleHeun"],
+)
+def test_steps_are_as_long_as_times_resolve_however_far_from_0_they_are(solver, t, f):
+    """In float32, times beside 1e4 are a thousandth apart, and the first step wants to be shorter."""
+    alone = im.odeint(f, torch.zeros(1), t, solver=solver)
+    several = im.odeint(f, torch.zeros(3, 1), t, solver=solver, batch_dims=1)
+    exact = {"grow": t[1] - t[0], "rest": 0.0, "wave": math.sin(t[1]) - math.sin(t[0])}
+    name = next(name for name, other in FAR.items() if other is f)
+    torch.testing.assert_close(alone.value[-1], torch.tensor([exact[name]]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(several.value[-1], alone.value[-1].expand(3, 1), rtol=0, atol=1e-4)
+
+
+def test_steps_grow_with_the_distance_of_times_from_0():
+    """Where the slope suits steps of length 1, which times beyond 2**24 do not resolve."""
+    solver = im.Dopri5(dt0=1.0, dt_max=1.0, max_steps=100)
+    t = (2.0**24 - 8, 2.0**24 + 64)
+    solution = im.odeint(lambda t, y: torch.ones_like(y), torch.zeros(1), t, solver=solver)
+    torch.testing.assert_close(solution.value[-1], torch.tensor([72.0]))
+
+
+def test_a_step_that_times_do_not_resolve_ends_in_underflow():
+    with pytest.raises(im.SolverError, match=r"STEP_UNDERFLOW at t = 0\.1 after 0 steps \(1 tried\)"):
+        im.odeint(lambda t, y: 1e20 * y, torch.ones(1, dtype=D), (0.1, 1.0))
+
+
+@pytest.mark.parametrize("t", [(1e6, 1e6 + 1), (1e6 - 1, -1e6), (0.0, 1e6)])
+@pytest.mark.parametrize("compile", [False, True])
+def test_constant_steps_that_times_do_not_resolve_are_refused(t, compile):
+    solver, f = im.Euler(dt=0.01), lambda t, y: -y
+    with pytest.raises(ValueError, match=r"float32 does not resolve .*dt=0\.01 at t = 1e\+06; .* is 0\.12\. Pass"):
+        im.odeint(f, torch.ones(1), t, solver=solver, compile=compile)
+    with pytest.raises(ValueError, match="does not resolve"):
+        im.odeint(f, torch.ones(2, 1), torch.tensor([[0.0, 1.0], t]), solver=im.Adams(dt=0.01), batch_dims=1)
+    solution = im.odeint(f, torch.ones(1, dtype=D), (1e6, 1e6 + 1), solver=solver)
+    assert int(solution.steps) == 100
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -334,6 +503,49 @@ def test_running_out_of_steps_says_how_far_it_got():
         im.odeint(lambda t, y: -y, torch.ones(1, dtype=D), (0.0, 1.0), solver=im.RK4(dt=0.01, max_steps=10))
 
 
+RATES = torch.tensor([0.0, 0.0, -50.0], dtype=D)
+
+
+def late_nan(t, y):
+    return torch.where((t > 0.5) & (torch.arange(3) == 2), float("nan"), -y)
+
+
+@pytest.mark.parametrize(
+    ("f", "solver", "words"),
+    [
+        (lambda t, y: RATES * y, im.Dopri5(max_steps=20), r"MAX_STEPS .*, largest error in component 2\. Try"),
+        (lambda t, y: RATES * y, im.Adams(max_steps=20), r"MAX_STEPS .*, largest error in component 2\. Try"),
+        (lambda t, y: RATES * y, im.Kvaerno5(max_steps=3), r"MAX_STEPS .*, largest error in component 2\. Try"),
+        (lambda t, y: RATES * y, im.RK4(dt=0.01, max_steps=5), r"MAX_STEPS .*, next step 0\.01\. Try"),
+        (lambda t, y: -RATES * y**2, im.Bosh3(), r"STEP_UNDERFLOW .*, largest error in component 2\. Try"),
+        (late_nan, im.RK4(dt=0.1), r"NON_FINITE .*, NaN or inf in component 2\. Try"),
+        (late_nan, im.Dopri5(), r"NON_FINITE .*, NaN or inf in component 2\. Try"),
+        (late_nan, im.Dopri5(tstops=(0.5,)), r"NON_FINITE at t = 0\.5 .*, NaN or inf in component 2\. Try"),
+    ],
+)
+def test_a_failure_names_the_component_that_is_to_blame_or_none(f, solver, words):
+    y0 = torch.ones(2, 3, dtype=D)
+    with pytest.raises(im.SolverError, match=words):
+        im.odeint(f, y0[0], (0.0, 10.0), solver=solver)
+    with pytest.raises(im.SolverError, match=words):
+        im.odeint(f, y0, (0.0, 10.0), solver=solver, batch_dims=1, in_dims=())
+
+
+@pytest.mark.parametrize("solver", [im.Dopri5(), im.RK4(dt=0.1), im.Kvaerno5()])
+def test_a_start_that_is_nan_names_the_component(solver):
+    y0 = torch.tensor([[1.0, 1.0, 1.0], [1.0, float("nan"), 1.0]], dtype=D)
+    with pytest.raises(im.SolverError, match=r"Sample 1: NON_FINITE at t = 0 .*NaN or inf in component 1\. Try"):
+        im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=solver, batch_dims=1)
+    with pytest.raises(im.SolverError, match=r"NaN or inf in component 1 and 1 more\. Try"):
+        im.odeint(lambda t, y: torch.cat([y[:1] / 1, y[1:] / 0]), y0[0], (0.0, 1.0), solver=solver)
+
+
+def test_a_failure_that_no_component_is_to_blame_for_names_none():
+    event = im.Event(lambda t, y: torch.sqrt(y[0] - 0.5) + 1)
+    with pytest.raises(im.SolverError, match=r"NON_FINITE at t = 0\.69.*, next step [-.e0-9]+\. Try"):
+        im.odeint(lambda t, y: -y, torch.ones(3, dtype=D), (0.0, 1.0), event=event)
+
+
 def test_constant_steps_into_nan_end_there():
     def f(t, y):
         return torch.where(t > 0.5, float("nan"), -y)
@@ -370,6 +582,9 @@ def decay(t, y):
         (decay, Y, torch.zeros(3, 2, dtype=D), {"batch_dims": 1}, ValueError, "B = 2"),
         (decay, Y, torch.zeros(2, 2, dtype=D), {}, ValueError, "shape"),
         (decay, Y, 1.0, {}, TypeError, "sequence of times"),
+        (decay, Y, "ab", {}, TypeError, "sequence of times, got a str"),
+        (decay, Y, (0.0, "b"), {}, TypeError, r"t must hold numbers only, got \(0.0, 'b'\)"),
+        (decay, Y, (0.0, None), {}, TypeError, "t must hold numbers only"),
         (decay, torch.ones(2, dtype=torch.int64), (0.0, 1.0), {}, TypeError, "y0 has dtype torch.int64"),
         (decay, {}, (0.0, 1.0), {}, ValueError, "y0 holds no tensor"),
         (lambda t, y: y[:1], Y, (0.0, 1.0), {}, ValueError, r"expected \(2, 3\), got \(1, 3\)"),
@@ -383,6 +598,39 @@ def decay(t, y):
         (decay, Y, (0.0, 1.0), {"batch_dims": 2}, ValueError, "batch_dims"),
         (decay, Y.float(), (0.0, 1.0), {"solver": im.Dopri5(rtol=1e-9)}, ValueError, "float32 cannot resolve"),
         (decay, Y.bfloat16(), (0.0, 1.0), {}, ValueError, "bfloat16 cannot resolve"),
+        (decay, Y.float(), (0.0, 1.0), {"solver": im.Dopri5(rtol=0.0, atol=1e-35)}, ValueError, "with atol=1e-35"),
+        (
+            decay,
+            Y,
+            (0.0, 1.0),
+            {"solver": im.Dopri5(atol=torch.ones(3)), "batch_dims": 0},
+            ValueError,
+            r"atol must be .* each of the 6 components .* got the shape \(3,\)",
+        ),
+        (
+            decay,
+            Y,
+            (0.0, 1.0),
+            {"solver": im.Kvaerno5(rtol=torch.full((2, 1), 1e-3)), "batch_dims": 1},
+            ValueError,
+            r"Kvaerno5: rtol must be .* of shape \(3,\), got the shape \(2, 1\)",
+        ),
+        (
+            decay,
+            Y,
+            (0.0, 1.0),
+            {"solver": im.Dopri5(norm=lambda r: r.norm()), "batch_dims": 1},
+            ValueError,
+            r"one number a sample, but maps \(2, 3\) to \(\); reduce dimension 1",
+        ),
+        (
+            decay,
+            Y,
+            (0.0, 1.0),
+            {"solver": im.Adams(norm=lambda r: float(r.norm()))},
+            TypeError,
+            "Adams: norm must return a tensor .* got a float",
+        ),
     ],
 )
 def test_input_that_cannot_be_meant_is_refused(f, y0, t, options, error, message):
@@ -406,6 +654,29 @@ def test_input_that_cannot_be_meant_is_refused(f, y0, t, options, error, message
 def test_options_that_cannot_be_meant_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: im.RK4(dt=torch.tensor(0.1)), r"RK4: dt must be a number, got a Tensor; .*float\(...\)"),
+        (lambda: im.Dopri5(dt0="a"), "dt0 must be a number, got a str"),
+        (lambda: im.Dopri5(dt_max=torch.tensor(0.1)), "dt_max must be a number"),
+        (lambda: im.Dopri5(norm=2.0), "norm must map .* got a float"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_length_may_be_a_number_of_numpy():
+    values = [
+        im.odeint(lambda t, y: -y, Y, (0.0, 1.0), solver=solver).value
+        for solver in (im.RK4(dt=0.25), im.RK4(dt=np.float32(0.25)), im.RK4(dt=np.float64(0.25)))
+    ]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
 
 
 def test_a_captured_tensor_is_refused_with_the_remedy():

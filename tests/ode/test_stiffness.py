@@ -109,7 +109,7 @@ def test_the_rate_is_the_largest_modulus_of_an_eigenvalue(eigenvalue):
     def field(A):
         return Field(torch.unbind, lambda t, y: y @ A.T, field, (A,))
 
-    halt = Halt(field, (A,), torch.zeros(3, dtype=D), torch.randn(3, 4, dtype=D))
+    halt = Halt(field, (A,), torch.zeros(3, dtype=D), torch.randn(3, 4, dtype=D), tried=pytest.fail)
     rate = halt.rate(1)
     assert rate is not None
     assert math.isclose(rate, abs(eigenvalue), rel_tol=0.1)

@@ -16,8 +16,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
-from implicitly.host import on_host, some
+from implicitly.host import on_host, some, to_host
 from implicitly.implicit import push
+from implicitly.iterate import Status
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph
@@ -35,7 +36,7 @@ from implicitly.ode.integrate import (
     restart,
     states_before,
 )
-from implicitly.ode.method import Method
+from implicitly.ode.method import Method, Step
 from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
@@ -165,8 +166,20 @@ class Work:
         self.as_graph = found is not None
         found, y, calls = found or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
-        self.report(self.method, found, Halt(self.field, theta, found.t, y), self.calls)
+        halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
+        self.report(self.method, found, halt, self.calls)
         return found
+
+    def _tried(self, times: Tensor, theta: tuple[Tensor, ...], found: Integrated, y: Tensor) -> Step:
+        """One more step tried from where a solve through `times` ended, the states `y` `(B, n)`."""
+        host = is_near(times)
+        stepper = self.stepper(host, torch.stack([found.t, times[:, -1]], dim=1), *theta)
+        slope, length = stepper.bound.F.at(stepper.begin, y), found.length
+        if self.method.dt is None:  # what was tried last and met NaN or inf was at most so much longer
+            met = found.status == int(Status.NON_FINITE)
+            length = torch.where(met, length / self.method.controller.shrink, length)
+        start = stepper.start(y, slope, to_host(length) if host else length)
+        return stepper.try_step(start)[0]
 
     def _stepwise(
         self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor

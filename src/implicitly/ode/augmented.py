@@ -20,7 +20,7 @@ from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Taken
-from implicitly.tree import is_plain, of_places, pullback
+from implicitly.tree import is_plain, of_places, pullback, real_parts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Packed:
             return torch.cat([q, v, p, u], dim=1)
         if self.columns is None:
             return torch.cat([y, a], dim=1)
-        return torch.cat([real(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
+        return torch.cat([real_parts(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """y, a, and the further columns, None where there are none."""
@@ -86,7 +86,7 @@ class Packed:
 
 
 def real(x: Tensor) -> Tensor:
-    """`x` with complex numbers as pairs."""
+    """`x` with complex numbers as pairs, which share its memory."""
     return torch.view_as_real(x) if x.is_complex() else x
 
 

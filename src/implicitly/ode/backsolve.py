@@ -85,7 +85,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
         if self.solver is not None:
-            self.solver.check(problem.dtype)
+            self.solver.check(problem)
             problem = self.solver.checked(problem)
         if (self.solver or method).splits and not self.seminorm:
             raise ValueError(
@@ -358,7 +358,7 @@ class Backwards:
         key = (work.key, method, places, packed.kept, back.guessed, "backsolve")
         name = f"the continuous adjoint of odeint with {type(method).__name__}"
         tensors = (limit, *(x.contiguous() for x in (ends, z, scale, first, *self.bound.theta)))
-        found = run_as_graph(name, key, back.run, *tensors)
+        found = run_as_graph(name, key, back.run, *tensors, varies=True)
         if found is None:
             return None
         arrived = Arrived(*found)

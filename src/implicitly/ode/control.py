@@ -27,11 +27,14 @@ def rms_norm(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """A PI step-size controller; without a proportional part, as by default, the elementary one.
+    """A PID step-size controller: PI without a derivative part, and elementary, as by default, with neither that
+    nor a proportional one.
 
-    With e the norm of the local error over the tolerance, and e' that of the step before, the next step is
-    `safety * e^-(integral / q) * e'^(proportional / q)` times as long, within `shrink` and `grow`; q is the order
-    of the error estimate. Gustafsson, ACM TOMS 17 (1991); Hairer and Wanner, Solving ODEs II, section IV.2.
+    With e the norm of the local error over the tolerance, and e' and e'' those of the accepted steps before, the
+    next step is `safety * e^-(integral / q) * e'^(proportional / q) * e''^-(derivative / q)` times as long, within
+    `shrink` and `grow`; q is the order of the error estimate. A controller with the gains kI, kP and kD has
+    `integral=kI + kP + kD`, `proportional=kP + 2 * kD` and `derivative=kD`. Gustafsson, ACM TOMS 17 (1991); Hairer
+    and Wanner, Solving ODEs II, section IV.2; Soderlind, ACM TOMS 29 (2003).
     """
 
     safety: float = 0.9
@@ -39,23 +42,40 @@ class Controller:
     grow: float = 10.0
     integral: float = 1.0
     proportional: float = 0.0
+    derivative: float = 0.0
 
     def __post_init__(self):
         if not (0 < self.safety <= 1 and 0 < self.shrink < 1 < self.grow):
             raise ValueError(f"Controller: 0 < safety <= 1 and 0 < shrink < 1 < grow, got {self}")
 
-    def factor(self, error: Array, last: Array, accepted: Array, order: int) -> Array:
-        """By how much `(B,)` the next step is longer, after a step with `error` and one before with `last`."""
+    def factor(
+        self, error: Array, last: Array, accepted: Array, order: int, before: tuple[Array, ...] = ()
+    ) -> Array:
+        """By how much `(B,)` the next step is longer, after a step with `error`, one before with `last`, and, for
+        a derivative part, one before that."""
         xp = library(error)
         error = within(error, TINY, None)
         factor = self.safety * error ** (-self.integral / order)
         if self.proportional:
             factor = factor * within(last, 1e-10, None) ** (self.proportional / order)
+        if self.derivative:
+            factor = factor * within(before[0], 1e-10, None) ** (-self.derivative / order)
         # A rejected step says what its length should have been; the one before says nothing about that.
         if some(~accepted):
             again = within(self.safety * error ** (-1 / order), None, self.safety)
             factor = xp.where(accepted, factor, again)
         return within(factor, self.shrink, self.grow)
+
+
+def shortest_step(t: Array) -> Array:
+    """A length `(B,)` as near to 0 as t tells apart from it, whichever way the step goes."""
+    return library(t).finfo(t.dtype).eps * abs(t)
+
+
+def stands_still(t: Array, length: float, end: Array) -> Array:
+    """Whether steps of `length` between the times t and `end`, of any shape, come to be of length 0 on the way."""
+    sign = library(t).sign(end - t)
+    return (t + sign * length == t) | (end - sign * length == end)
 
 
 def first_step(

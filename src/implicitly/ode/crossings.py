@@ -88,7 +88,7 @@ def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Ev
         largest = abs(later).max(1) if xp is not torch else later.abs().amax(1)
         tiny = ROUNDING * torch.finfo(dt.dtype).eps * largest
         leaving = watch.fresh & ~(abs(watch.value) > tiny)
-        slope = xp.where(leaving, to_host(_slopes(F, t, dt, step.y, step.k, len(events))), slope)
+        slope = xp.where(leaving, to_host(slopes_of(F, t, dt, step.y, step.k, len(events))), slope)
         sign = xp.where(leaving, xp.sign(slope), sign)
     after = sign
     hit = xp.zeros_like(sign, dtype=xp.int64)
@@ -105,7 +105,7 @@ def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Ev
     return Scan(numbers, after, slope, leaving, hit, sick)
 
 
-def _slopes(F: Field, t: Tensor, dt: Tensor, y: Tensor, k: Tensor, count: int) -> Tensor:
+def slopes_of(F: Field, t: Tensor, dt: Tensor, y: Tensor, k: Tensor, count: int) -> Tensor:
     """dg/dt dt `(B, E)` along a trajectory with the slope `k` `(B, n)`."""
     assert F.watch is not None
     watch, tangents = F.watch, (dt.detach(), (dt.unsqueeze(1) * k).detach())
@@ -210,7 +210,7 @@ def correct(
         better = active & (g.abs() < least)
         best, least = torch.where(better, length, best), torch.where(better, g.abs(), least)
         if k == 0:
-            slopes = _slopes(F, t + length, torch.ones_like(t), y, k1, int(first.max()) + 1)
+            slopes = slopes_of(F, t + length, torch.ones_like(t), y, k1, int(first.max()) + 1)
             slope = slopes.gather(1, first.clamp(min=0).unsqueeze(1))[:, 0]
         else:
             moved = length - before

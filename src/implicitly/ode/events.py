@@ -18,7 +18,8 @@ class Event:
     An event happens where g reaches 0 or passes it, after the first time. Where g is 0 at the start, or after a
     restart, the sign just after counts: a ball that leaves the floor does not hit it. It is looked for at the ends
     of every accepted step and at a few points between, so two changes of sign much closer than a step can be
-    missed; `dt_max` of the method shortens the steps.
+    missed; `dt_max` of the method shortens the steps. Where restarts follow each other so fast that rounding does
+    not tell them apart, as the bounces of a ball do in the end, the sample ends as `Status.STEP_UNDERFLOW`.
 
     Args:
         g: `g(t, y, *args)` is one number a sample: 0-d for one system, `(B,)` with `batch_dims=1`, in the dtype of

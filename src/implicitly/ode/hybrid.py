@@ -21,9 +21,20 @@ from implicitly.host import Array, library, to_host, to_tensor
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Status, is_running, where_rows
 from implicitly.linear import DenseLU
-from implicitly.ode.crossings import ROUNDING, Scan, Watch, any_of, chosen, correct, first_root, scan, values
+from implicitly.ode.crossings import (
+    ROUNDING,
+    Scan,
+    Watch,
+    any_of,
+    chosen,
+    correct,
+    first_root,
+    scan,
+    slopes_of,
+    values,
+)
 from implicitly.ode.events import Event
-from implicitly.ode.integrate import STRETCH, Carry, Stepper
+from implicitly.ode.integrate import Carry, Stepper, step_length
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
@@ -33,6 +44,9 @@ from implicitly.ode.record import STOP, State, Taken
 MOTION = 2.0
 # What part of its size a tolerance is taken for where only absolute ones are given.
 LOOSE = 1e-3
+# Which way g moves at an event is looked at where the step up to it is at most so many times as long as times
+# resolve, and where the same event had a restart right before it.
+UNSURE = 4.0
 
 
 @dataclass
@@ -101,9 +115,7 @@ class HybridStepper(Stepper):
         if not self.method.tstops:
             return super().try_step(c)
         xp, (limit, stop) = library(c.t), self.ahead(c.t)
-        left = limit - c.t
-        reach = c.length * (1 + STRETCH) >= abs(left)
-        dt = xp.where(reach, left, (c.t + c.length * self.sign) - c.t)
+        reach, dt = step_length(c.t, c.length, limit)
         ends = xp.where(reach & stop, self.plain + STOP, self.plain)
         F = within(self.bound.F, self.bounds(c.t))
         step = self.method.step(F, c.t, dt, c.y, c.memory)
@@ -182,18 +194,38 @@ class HybridStepper(Stepper):
             there = to_host(values(self.bound.F, to_tensor(c.t + dt), step.y1, len(self.events)))
             seen = xp.where((first >= 0)[:, None], there, seen)
         happens = first >= 0
-        stays = happens & (abs(taken.dt) <= self.resolved(c.t))
+        stays, sign = happens & (abs(taken.dt) <= self.resolved(c.t)), found.sign_before(part)
+        stuck = xp.where(stays, old.stuck + 1, 0)
+        again = old.fresh.any(1) & (first == old.event)
+        if any_of(unsure := happens & (again | (abs(taken.dt) <= UNSURE * self.resolved(c.t)))):
+            turned = self._turned(step, c.t + taken.dt, first, sign)
+            stuck = xp.where(unsure & turned, len(self.events) + 1, stuck)
         new = Watch(
             seen,
-            found.sign_before(part),
+            sign,
             old.fresh & False,
             xp.where(happens, first, old.event),
             old.event_count + happens,
-            xp.where(stays, old.stuck + 1, 0),
+            stuck,
         )
         rows = taken.accepted
         pairs = ((rows[:, None] if n.ndim == 2 else rows, n, o) for n, o in zip(new, old))
         return step, taken, error, Watch(*(xp.where(*pair) for pair in pairs))
+
+    def _turned(self, step: Step, t: Array, first: Array, sign: Array) -> Array:
+        """Where `(B,)` g of event `first` (-1: none) has not come to change its `sign` `(B, E)` at t, where a step
+        ends, but moves away from 0.
+
+        So it is in a bounce that rounding does not resolve: the ball still rises where it is taken to hit the
+        floor, and a restart would send it through.
+        """
+        slopes = to_host(
+            slopes_of(self.bound.F, to_tensor(t), to_tensor(self.sign), step.y1, step.k1, len(self.events))
+        )
+        xp, turned = library(slopes), first < -1
+        for i in range(len(self.events)):
+            turned = xp.where(first == i, sign[:, i] * slopes[:, i] >= 0, turned)
+        return turned
 
     def _first_event(self, step: Step, memory: Memory, found: Scan, hits: Array) -> tuple[Array, Array, Array]:
         """Which event `(B,)` is first in a step, taken with `memory`, -1: none; where from 0 to 1; and how long

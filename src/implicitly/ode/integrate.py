@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor, within
 from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, where_rows
-from implicitly.ode.control import first_step
+from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
@@ -48,8 +48,8 @@ class Carry(NamedTuple):
     status: Array | None  # None: every sample is running (known only where looking is cheap)
     steps: Array  # (B,) accepted
     tries: Array  # (B,)
-    worst: Array  # (B,) the component with the largest error in the last step tried
     watch: tuple[Array, ...] = ()  # what else a stepper must know
+    before: tuple[Array, ...] = ()  # (B,) the error of the accepted step before the last, for who wants it
 
 
 class Integrated(NamedTuple):
@@ -65,7 +65,6 @@ class Integrated(NamedTuple):
     tries: Tensor
     t: Tensor
     length: Tensor
-    worst: Tensor
     event: Tensor
     event_count: Tensor
 
@@ -168,7 +167,8 @@ class Stepper:
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
         status = status if some(~finite) or len(y) == 0 else None  # without samples, none is running
         memory = method.start(self.bound.F, t, y, k)
-        return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, zeros)
+        before = (xp.ones_like(length),) if method.dt is None and method.controller.derivative else ()
+        return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, before=before)
 
     def first_length(self, y: Tensor, k: Tensor) -> Array:
         """The length `(B,)` of the first step from y `(B, n)`, whose slope is k."""
@@ -240,32 +240,25 @@ class Stepper:
         accepted, last, method = taken.accepted, taken.last, self.method
         xp, length = library(error), c.length
         if method.dt is None:
-            factor = method.controller.factor(error, c.error, accepted, method.order)
+            factor = method.controller.factor(error, c.error, accepted, method.order, c.before)
             length = within(abs(taken.dt) * factor, None, method.dt_max)
         if c.status is None and not some(~accepted | last):  # the usual step: all go on
             t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
-            return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.worst, c.watch)
+            before = (c.error,) if c.before else ()
+            return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.watch, before)
         status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
-        worst = c.worst
         if some(rejected := running & ~accepted):
             dead, length, reason = self._given_up(c, rejected, length, error)
             status = xp.where(dead, reason, status)
-            if step.error is not None and some(dead):
-                worst = xp.where(dead, self._largest(step), worst)
         status = xp.where(accepted & last, int(Status.CONVERGED), status)
         t = xp.where(accepted, xp.where(last, self.end, c.t + taken.dt), c.t)
         y, memory = kept(accepted, (step.y1, step.memory), (c.y, c.memory))
+        before = tuple(xp.where(accepted, c.error, b) for b in c.before)
         error = xp.where(accepted, error, c.error)
         steps, tries = c.steps + accepted, c.tries + running
-        return Carry(y, memory, t, length, error, status, steps, tries, worst, c.watch)
-
-    def _largest(self, step: Step) -> Array:
-        """The component `(B,)` with the largest error over its tolerance."""
-        assert step.error is not None
-        over = (step.error / self.method.tolerance(step.y.detach())).abs()
-        return to_host(over.nan_to_num(nan=float("inf")).argmax(1))
+        return Carry(y, memory, t, length, error, status, steps, tries, c.watch, before)
 
     def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
         """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
@@ -317,8 +310,12 @@ class Stepper:
 
 
 def step_length(t: Array, length: Array, end: Array) -> tuple[Array, Array]:
-    """Which samples `(B,)` a step of `length` from t leads to the `end`, and how long it is, with its sign."""
+    """Which samples `(B,)` a step of `length` from t leads to the `end`, and how long it is, with its sign.
+
+    It is at least as long as times resolve at t: a step of length 0 would have no error, and go on for ever.
+    """
     xp, left = library(t), end - t
+    length = xp.maximum(length, shortest_step(t))
     last = length * (1 + STRETCH) >= abs(left)
     # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
     return last, xp.where(last, left, (t + length * xp.sign(left)) - t)
@@ -409,7 +406,7 @@ def integrate(
     status = xp.full_like(ended.steps, int(Status.MAX_STEPS))
     if ended.status is not None:
         status = xp.where(is_running(ended.status), status, ended.status)
-    numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length, ended.worst)
+    numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     numbers += stepper.happened(ended)
     status, *others = (to_tensor(x) for x in numbers)
     values = assemble(stepper.times, y0, ended.y, Ended(status, to_tensor(ended.t)), run.pieces)

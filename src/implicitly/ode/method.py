@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, to_tensor
-from implicitly.ode.control import Controller, Norm, rms_norm
+from implicitly.host import Array, every, on_host, to_host, to_tensor
+from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
+from implicitly.tree import unwrapped
 
 # What a method carries from one step to the next besides the state: tensors with one row a sample.
 Memory = tuple[Tensor, ...]
@@ -74,6 +76,13 @@ class Method(ABC):
         name = type(self).__name__
         if self.dt is None and not self.adaptive:
             raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
+        for which in ("dt", "dt0", "dt_min", "dt_max"):
+            value = getattr(self, which)
+            if value is not None and not isinstance(value, float | int | np.floating | np.integer):
+                raise TypeError(
+                    f"{name}: {which} must be a number, got a {type(value).__name__}; of a tensor pass "
+                    "float(...), as no derivative goes through the lengths of steps"
+                )
         for which in ("dt", "dt0"):
             value = getattr(self, which)
             if value is not None and not 0 < value < float("inf"):
@@ -86,6 +95,8 @@ class Method(ABC):
             raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
         if self.max_steps < 1:
             raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
+        if not callable(self.norm):
+            raise TypeError(f"{name}: norm must map (B, n) to (B,), got a {type(self.norm).__name__}")
         if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for which in ("rtol", "atol"):
@@ -158,19 +169,61 @@ class Method(ABC):
         None: not known."""
         return None
 
-    def check(self, dtype: torch.dtype) -> None:
-        """Raise ValueError for tolerances that `dtype` cannot resolve."""
-        eps = torch.finfo(dtype).eps
-        if self.dt is not None:
-            return
+    def check(self, problem: Problem) -> None:
+        """Raise TypeError / ValueError for tolerances and lengths that do not suit the `problem`, or that its
+        dtype cannot resolve."""
+        if self.dt is None:
+            self._check_tolerances(problem.y0.shape[1], problem.dtype)
+            self._check_norm(problem.y0.detach())
+        elif not torch.compiler.is_dynamo_compiling():  # there `unroll` has looked at the times
+            self._check_length(problem.times)
+
+    def _check_tolerances(self, width: int, dtype: torch.dtype) -> None:
+        """Raise ValueError for tolerances of a state of `width` numbers a sample."""
+        name, eps, tiny = type(self).__name__, torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        for which, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if isinstance(value, Tensor) and value.shape not in ((), (1,), (width,)):
+                raise ValueError(
+                    f"{name}: {which} must be a number or one for each of the {width} components of a flattened "
+                    f"sample, of shape ({width},), got the shape {tuple(value.shape)}"
+                )
         if isinstance(self.rtol, float) and self.rtol >= 2 * eps:
             return
         rtol, atol = (torch.as_tensor(x, device=getattr(x, "device", "cpu")) for x in (self.rtol, self.atol))
-        if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol == 0))).any()):
+        if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol < tiny / eps))).any()):
             raise ValueError(
-                f"{type(self).__name__}: {dtype} cannot resolve rtol={float(rtol.min()):g}; the smallest it can "
-                f"is {2 * eps:.2g}. Loosen rtol, or pass y0, t and the arguments in a wider dtype"
+                f"{name}: {dtype} cannot resolve rtol={float(rtol.min()):g} with atol={float(atol.min()):g}; the "
+                f"smallest rtol it can is {2 * eps:.2g}. Loosen rtol, or pass y0, t and the arguments in a wider "
+                "dtype"
             )
+
+    def _check_norm(self, y: Tensor) -> None:
+        """Raise TypeError / ValueError for a norm that is not one number a row of y `(B, n)`."""
+        if self.norm is rms_norm:
+            return
+        with torch.no_grad():
+            size = self.norm(y)
+        if not isinstance(size, Tensor):
+            raise TypeError(f"{type(self).__name__}: norm must return a tensor (B,), got a {type(size).__name__}")
+        if size.shape != y.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__}: norm must map (B, n) to (B,), one number a sample, but maps "
+                f"{tuple(y.shape)} to {tuple(size.shape)}; reduce dimension 1 alone, as r.norm(dim=1) does"
+            )
+
+    def _check_length(self, times: Tensor) -> None:
+        """Raise ValueError for constant steps that do not move the `times` `(B, T)`."""
+        assert self.dt is not None
+        length, seen = min(self.dt, self.dt_max), to_host(times) if on_host(times) else times.detach()
+        begin, end = seen[:, 0], seen[:, -1]
+        if every(~stands_still(begin, length, end)):
+            return
+        far = float(unwrapped(times.detach()).abs().max())
+        raise ValueError(
+            f"{type(self).__name__}: {times.dtype} does not resolve a step of dt={length:g} at t = {far:g}; the "
+            f"smallest it does is {torch.finfo(times.dtype).eps * far:.2g}. Pass t and y0 in float64, times that "
+            "are measured from the start, or a longer dt"
+        )
 
     def checked(self, problem: Problem) -> Problem:
         """`problem`, with the calls of f that it took to see that the method applies to it.

@@ -17,6 +17,7 @@ from torch import Tensor
 from implicitly.host import every, finite_rows, on_host, remembered
 from implicitly.iterate import Status
 from implicitly.ode.combine import stage_times
+from implicitly.ode.control import stands_still
 from implicitly.ode.integrate import Integrated, step_length
 from implicitly.ode.method import Memory, Method
 from implicitly.ode.problem import Field
@@ -66,7 +67,8 @@ class Plan(NamedTuple):
 
 @remembered(16)
 def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> Plan | None:
-    """The steps of `length` through `times`; None for wrong times or more than `limit` steps.
+    """The steps of `length` through `times`; None for wrong times, of which some are too far from 0 for such
+    steps, or more than `limit` steps.
 
     `single`: in float32, else in float64.
     """
@@ -75,7 +77,7 @@ def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> P
     if seen.shape[1] < 2 or not np.isfinite(seen).all() or not (sign * np.diff(seen) > 0).all():
         return None
     t, end, steps, last = seen[:, 0], seen[:, -1], [], False
-    if abs(end - t) > (limit + 1) * length:
+    if abs(end - t) > (limit + 1) * length or stands_still(t, length, end):
         return None
     while not last and len(steps) <= limit:
         last, dt = step_length(t, np.full_like(t, length), end)
@@ -148,4 +150,4 @@ def arrived(values: Tensor, t: Tensor, status: int | Tensor, count: int, length:
     none = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
     number = torch.zeros_like(t)
     ended, steps = (none + status, number, none + count, none + count), (t.clone(), number + length)
-    return Integrated(values, *ended, *steps, none, none - 1, none.clone())
+    return Integrated(values, *ended, *steps, none - 1, none)

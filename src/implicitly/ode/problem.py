@@ -256,9 +256,12 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     Raises TypeError / ValueError for what cannot be times.
     """
     if not isinstance(t, Tensor):
-        if not isinstance(t, Sequence):
+        if not isinstance(t, Sequence) or isinstance(t, str):
             raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
-        t = torch.as_tensor(t, dtype=layout.work_dtype, device=layout.device)
+        try:
+            t = torch.as_tensor(t, dtype=layout.work_dtype, device=layout.device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"t must hold numbers only, got {t!r}: {error}") from error
     if t.dtype != layout.work_dtype or t.device != layout.device:
         raise ValueError(
             f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "

@@ -45,6 +45,7 @@ class Trajectory(Solution):
         interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
             order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is
             differentiable like `value`, also in the times. Nothing is stored for it: the steps are taken again.
+            ValueError where the parameters, args, y0 or t were changed in place since the solve.
         event: `(B,)` int64, which event happened last, by its index; -1: none.
         event_count: `(B,)` int64, how many events happened.
     """
@@ -122,7 +123,7 @@ def odeint(
     as_graph = compile and _ungraphed(solver, events) is None
     stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
     problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
-    solver.check(problem.dtype)
+    solver.check(problem)
     problem = solver.checked(problem)
     if torch.compiler.is_dynamo_compiling():
         forget = not isinstance(adjoint, UnrolledAdjoint)
@@ -134,7 +135,8 @@ def _solved(
     solver: Method, adjoint: TrajectoryAdjoint | UnrolledAdjoint, problem: Problem, on_failure: str
 ) -> Trajectory:
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
-    interpolate = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
+    again = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
+    interpolate = partial(again, _versions(problem))
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -165,8 +167,9 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
 
 
 @one_break
-def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], t: Any) -> Any:
+def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], versions: tuple[int, ...], t: Any) -> Any:
     """The solution at times t: the steps of the solve taken again, with outputs there."""
+    _check_unchanged(problem, versions)
     wanted = times_of(t, problem.layout, ordered=False)
     begin, end = problem.times[:, :1], problem.times[:, -1:]
     sign = (end - begin).detach().sign()
@@ -176,14 +179,47 @@ def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], t: Any) 
     order = (sign * wanted.detach()).argsort(dim=1)
     times = wanted.expand(order.shape[0], -1).gather(1, order)
     rows = max(len(times), len(begin))
-    asked = torch.cat([begin.expand(rows, 1), times.expand(rows, -1), end.expand(rows, 1)], dim=1)
+    # No step passes the start itself; what it passes right behind has the derivatives of the solution there.
+    at_start, behind = times == begin, torch.where(times == begin, _behind(begin, end), 0.0)
+    asked = torch.cat([begin.expand(rows, 1), (times + behind).expand(rows, -1), end.expand(rows, 1)], dim=1)
     # Eagerly: a graph would be made for each number of times.
     values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
-    # No step passes the start itself.
-    at_start = (times == begin).unsqueeze(2)
-    values = torch.where(at_start, problem.y0.unsqueeze(1), values)
+    if happens(at_start):
+        values = torch.where(at_start.unsqueeze(2), _moved_to(problem.y0.unsqueeze(1), values), values)
     back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
     return problem.stacked(values.gather(1, back))
+
+
+def _versions(problem: Problem) -> tuple[int, ...]:
+    """How often what a solve depends on, t and y0 and theta, was changed in place; of inference mode 0."""
+    given = (problem.times, problem.y0, *problem.theta)
+    return tuple(0 if x.is_inference() else x._version for x in given)
+
+
+def _check_unchanged(problem: Problem, versions: tuple[int, ...]) -> None:
+    """Raise ValueError where what a solve depends on is not what it was, of the `versions`, any more."""
+    now = _versions(problem)
+    if now == versions:
+        return
+    i = next(i for i, (a, b) in enumerate(zip(now, versions)) if a != b)
+    kinds = ["t", "y0", *("a tensor of args" for _ in problem.theta)]
+    kinds[len(kinds) - len(problem.opened.parameters) :] = ["a parameter" for _ in problem.opened.parameters]
+    shape = f" of shape {tuple(problem.theta[i - 2].shape)}" if i > 1 else ""
+    raise ValueError(
+        f"interpolate takes the steps of the solve again, but {kinds[i]}{shape} was changed in place since the "
+        "solve. Call interpolate before the change, such as the step of an optimiser, or solve again"
+    )
+
+
+def _behind(begin: Tensor, end: Tensor) -> Tensor:
+    """How far `(B, 1)`, with its sign, a time right behind `begin` is from it, the next one or so."""
+    begin, span, known = begin.detach(), (end - begin).detach(), torch.finfo(begin.dtype)
+    return span.sign() * torch.minimum((known.eps * begin.abs()).clamp(min=known.tiny), span.abs())
+
+
+def _moved_to(y0: Tensor, values: Tensor) -> Tensor:
+    """The numbers of `y0` `(B, 1, n)` with the derivative of `values` `(B, K, n)`; `y0` where those are none."""
+    return torch.where(values.isfinite(), y0.detach() + (values - values.detach()), y0)
 
 
 def _not_again(t: Any) -> Any:
@@ -244,12 +280,12 @@ def _tell(
             f"{events} events happened before, the last one event {int(found.event[i])}; where their times "
             f"accumulate, end the sample by an event without restart. Or {remedy}"
         )
+    component = halt.component(method, i, status)
     message = (
         f"odeint: {type(method).__name__} did not reach the end for {len(failed)} of {len(found.status)} samples "
         f"({', '.join(f'{count} {s.name}' for s, count in counts.items() if count)}). Sample {i}: {status.name} "
         f"at t = {float(found.t[i]):.6g} after {int(found.steps[i])} steps ({int(found.tries[i])} tried), next "
-        f"step {float(found.length[i]):.3g}, largest error in component {int(found.worst[i])}. "
-        f"Try: {remedy}"
+        f"step {float(found.length[i]):.3g}{', ' + component if component else ''}. Try: {remedy}"
     )
     if on_failure == "raise":
         raise SolverError(message, solution())

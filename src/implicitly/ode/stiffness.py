@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.iterate import Status
+from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.tableaus import Tableau
 from implicitly.tree import recorded, records
@@ -42,12 +44,35 @@ def real_limit(tableau: Tableau) -> float:
 
 @dataclass(frozen=True)
 class Halt:
-    """Where a solve ended: states `(B, n)` at times `(B,)` along a `field` at `theta`."""
+    """Where a solve ended: states `(B, n)` at times `(B,)` along a `field` at `theta`.
+
+    One more step from there is not taken until it is `tried`.
+    """
 
     field: Callable[..., Field]
     theta: tuple[Tensor, ...]
     t: Tensor
     y: Tensor
+    tried: Callable[[], Step]
+
+    def component(self, method: Method, row: int, status: Status) -> str | None:
+        """What is wrong in which component of a sample: words; None where one more step does not tell."""
+        with torch.no_grad():
+            if records():
+                return None
+            step = self.tried()
+            # In the order in which they come to be: from one NaN on, all may be NaN.
+            for rows in (step.y, step.k, *step.stages, step.y1, step.k1, step.error):
+                if rows is None or rows.shape != step.y.shape:
+                    continue
+                places = (~rows[row].isfinite()).nonzero()[:, 0].tolist()
+                if places:
+                    others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+                    return f"NaN or inf in component {places[0]}{others}"
+            if status is Status.NON_FINITE or step.error is None or step.y.shape[1] == 0:
+                return None
+            over = (step.error / method.tolerance(step.y, step.y1))[row].abs()
+            return f"largest error in component {int(over.argmax())}"
 
     def rate(self, row: int, steps: int = 40) -> float | None:
         """The largest modulus of an eigenvalue of df/dy of a sample there, by power iteration with the transposed
