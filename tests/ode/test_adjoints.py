@@ -250,9 +250,26 @@ def test_vmap_maps_states_arguments_and_times():
     torch.testing.assert_close(per_sample, torch.autograd.grad(value, whole)[0], rtol=1e-8, atol=1e-10)
 
 
-def test_unrolling_under_vmap_names_what_works():
-    with pytest.raises(ValueError, match="RecursiveCheckpointAdjoint"):
-        func.vmap(lambda y: im.odeint(field, y, (0.0, 1.0), W, adjoint=im.UnrolledAdjoint()).value)(Y0)
+@pytest.mark.parametrize("solver", [im.Dopri5(rtol=1e-7), im.RK4(dt=0.1), im.Kvaerno3(rtol=1e-5)])
+def test_unrolled_solves_are_mapped_by_vmap(solver):
+    given = Y0[:3]
+
+    def end(y, w):
+        adjoint = im.UnrolledAdjoint()
+        return im.odeint(field, y, (0.0, 0.4, 1.0), w * W, solver=solver, adjoint=adjoint).value[1:].sin().sum()
+
+    one = torch.tensor(1.0, dtype=D)
+    for transformed in (end, func.grad(end), func.grad(end, argnums=1), func.hessian(end)):
+        right = torch.stack([transformed(y, one) for y in given])
+        torch.testing.assert_close(
+            func.vmap(transformed, in_dims=(0, None))(given, one), right, rtol=1e-9, atol=1e-11
+        )
+    weights = torch.tensor([0.5, 1.0, 1.5], dtype=D, requires_grad=True)
+    found, right = (
+        torch.autograd.grad(values.sum(), weights)[0]
+        for values in (func.vmap(end)(given, weights), torch.stack([end(y, w) for y, w in zip(given, weights)]))
+    )
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
 
 
 # --------------------------------------------------------------------------------------- failed samples

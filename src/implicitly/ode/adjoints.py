@@ -457,24 +457,24 @@ def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> t
 
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
     """The trajectory with autograd recording every operation of the accepted steps."""
-    inputs = (problem.times, problem.y0, *problem.theta)
-    if any(is_batched(x) for x in inputs):
-        raise ValueError(
-            "UnrolledAdjoint cannot decide under torch.func.vmap when a sample has arrived; use "
-            "RecursiveCheckpointAdjoint, or batch_dims=1 instead of vmap"
-        )
     work = Work(method, problem.field, problem.carries, report, Record(), events=problem.events)
     times = problem.rows(problem.times)
     assert problem.k0 is not None  # as there is no graph of it
-    start = (times, problem.y0, problem.k0, *problem.theta)
-    # The search for an event is not to be recorded, only the steps that it leads to.
-    found = work.run(*(x.detach() for x in start) if work.hybrid else start)
     assert work.record is not None
-    ended = Ended(found.status, found.t.detach())
-    if work.record.clean and bool(unwrapped(ended.finished).all()) and not work.hybrid:
-        return found, work.calls
-    # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
-    steps = work.record.stacked(times.detach())
+    start = (times, problem.y0, problem.k0, *problem.theta)
+    if any(is_batched(x) for x in start):
+        # Nothing can be decided here, so that all that is mapped is solved as one batch first.
+        output, fields = _Trajectory.apply(work, *(x.detach() for x in start)), len(Integrated._fields)
+        found, steps = Integrated(*output[:fields]), output[fields:]
+        ended = Ended(found.status, found.t.detach())
+    else:
+        # The search for an event is not to be recorded, only the steps that it leads to.
+        found = work.run(*(x.detach() for x in start) if work.hybrid else start)
+        ended = Ended(found.status, found.t.detach())
+        if work.record.clean and bool(unwrapped(ended.finished).all()) and not work.hybrid:
+            return found, work.calls
+        # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
+        steps = work.record.stacked(times.detach())
     values, *t = work.outputs(steps, ended, times, problem.y0, *problem.theta)
     values = torch.where(ended.finished[:, None, None], values, found.values.detach())
     reached = torch.where(ended.finished, t[0], ended.t) if t else found.t
