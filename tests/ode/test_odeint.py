@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -338,6 +339,52 @@ def test_steps_stay_within_their_bounds():
     im.odeint(f, torch.ones(1, dtype=D), (0.0, 1.0), solver=im.Heun(dt_max=0.05))
     steps = torch.tensor(times[1:]).unique().diff()
     assert float(steps.max()) <= 0.05 + 1e-7
+
+
+@pytest.mark.parametrize(
+    "solver", [im.Dopri5, partial(im.RK4, dt=0.1), im.Kvaerno3], ids=["Dopri5", "RK4", "Kvaerno3"]
+)
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("end", [2.0, -2.0])
+def test_progress_is_told_from_step_to_step(solver, batch_dims, end):
+    parts = []
+    y0 = torch.tensor([[0.5], [1.0], [2.0]], dtype=D, requires_grad=True)
+    rates = torch.tensor([[1.0], [5.0], [0.1]], dtype=D)
+    args, options = (rates,), {"batch_dims": batch_dims, "in_dims": 0 if batch_dims else None}
+    f = lambda t, y, a: -a * y  # noqa: E731
+    solution = im.odeint(f, y0, (0.0, end / 2, end), *args, solver=solver(progress=parts.append), **options)
+    plain = im.odeint(f, y0, (0.0, end / 2, end), *args, solver=solver(), **options)
+    torch.testing.assert_close(solution.value, plain.value, rtol=1e-12, atol=1e-12)
+    assert len(parts) == int((solution.steps + solution.rejected).max())
+    assert parts == sorted(parts)
+    assert 0 <= parts[0] < 1
+    assert parts[-1] == 1
+    count = len(parts)
+    torch.autograd.grad(solution.value.sum(), y0)
+    assert len(parts) == count
+
+
+def test_progress_of_a_sample_that_an_event_ended_counts_no_more():
+    parts = []
+    event = im.Event(lambda t, y: y[:, 0] - 0.9)
+    y0 = torch.tensor([[1.0], [0.5]], dtype=D)
+    solver = im.Dopri5(progress=parts.append)
+    im.odeint(lambda t, y: -y, y0, (0.0, 3.0), event=event, batch_dims=1, solver=solver)
+    assert parts[-1] == 1
+
+
+def test_progress_and_backward_solves():
+    forward, backward = [], []
+    y0 = torch.tensor([1.0], dtype=D, requires_grad=True)
+    for adjoint in (im.BacksolveAdjoint(), im.BacksolveAdjoint(solver=im.Dopri5(progress=backward.append))):
+        solver = im.Dopri5(progress=forward.append)
+        value = im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=solver, adjoint=adjoint).value
+        count = len(forward)
+        value[-1].sum().backward()
+        assert len(forward) == count
+    assert backward[-1] == 1
+    with pytest.warns(im.CompileWarning, match="no one graph for progress"):
+        im.odeint(lambda t, y: -y, y0.detach(), (0.0, 1.0), solver=solver, compile=True)
 
 
 def test_tolerances_may_differ_by_component():

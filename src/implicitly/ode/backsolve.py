@@ -275,7 +275,9 @@ class Backwards:
             self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
         self.bound = Bound(of, tuple(theta), None if joint else work.carries)
-        self.method_of_z = self.packed.method(self.method, max_steps=self.limit)
+        # What tells of the forward solve is not to begin anew.
+        progress = None if adjoint.solver is None else adjoint.solver.progress
+        self.method_of_z = self.packed.method(self.method, max_steps=self.limit, progress=progress)
 
     def gradients(self, g: Tensor) -> list[Tensor]:
         """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""

@@ -191,6 +191,15 @@ class Stepper:
             accepted = accepted & is_running(c.status)
         return step, Taken(c.t, dt, last, accepted, self.plain), error
 
+    def tell(self, c: Carry) -> None:
+        """Tell the method's `progress` how far the samples that are running have come."""
+        if self.method.progress is None:
+            return
+        part = abs(c.t - self.begin) / abs(self.end - self.begin)
+        if c.status is not None:
+            part = library(part).where(is_running(c.status), part, 1.0)
+        self.method.progress(float(part.min()) if len(part) else 1.0)
+
     def after(self, t: Array) -> Array:
         """The times `(B,)` at which f is asked for the slopes with which steps from t begin."""
         return t
@@ -352,6 +361,7 @@ class Run:
     def body(self, i: int | Tensor, c: Carry) -> Carry:
         """One step of the loop."""
         step, taken, error, new = self.stepper.advance(c)
+        self.stepper.tell(new)
         if not some(taken.accepted):
             return new
         self.pieces += [of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken)]

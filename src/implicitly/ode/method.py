@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,6 +59,10 @@ class Method(ABC):
         norm: maps `(B, n)` to `(B,)`; the root mean square unless given.
         tstops: times between the first and the last at which a step must end, because f jumps there. Steps up to
             one ask for f before it only, those from one after it only.
+        progress: is told after each step tried how far the solve has come: the part from 0 to 1 of the way of the
+            sample that is furthest behind, 1 at the end. It is waited for, and so is an accelerator; with it no
+            graph of `compile=True` can be had. With tqdm: `progress=lambda part: bar.update(part - bar.n)` of a
+            `bar = tqdm(total=1.0)`.
     """
 
     rtol: float | Tensor = 1e-5
@@ -71,6 +75,7 @@ class Method(ABC):
     controller: Controller = field(default_factory=_controller)
     norm: Norm = rms_norm
     tstops: tuple[float, ...] = ()
+    progress: Callable[[float], object] | None = None
 
     def __post_init__(self):
         name = type(self).__name__
@@ -97,6 +102,10 @@ class Method(ABC):
             raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
         if not callable(self.norm):
             raise TypeError(f"{name}: norm must map (B, n) to (B,), got a {type(self.norm).__name__}")
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(
+                f"{name}: progress must be a function of a number, got a {type(self.progress).__name__}"
+            )
         if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for which in ("rtol", "atol"):
@@ -150,7 +159,7 @@ class Method(ABC):
     @property
     def ungraphed(self) -> str | None:
         """What of it no graph of `torch.compile` has; None: nothing."""
-        return "tstops" if self.tstops else None
+        return "tstops" if self.tstops else "progress" if self.progress is not None else None
 
     @property
     def weights(self) -> tuple[float, ...] | None:

@@ -96,7 +96,9 @@ def planned(method: Method, times: Tensor) -> Plan | None:
     Times on an accelerator are waited for.
     """
     shared = len(times) == 1 or (len(times) > 1 and times.stride(0) == 0)
-    if method.dt is None or method.nodes is None or method.tstops or not shared or is_tracked(times):
+    if method.dt is None or method.nodes is None or method.tstops or method.progress is not None:
+        return None
+    if not shared or is_tracked(times):
         return None
     known = tuple(times[0].tolist())
     return plan(known, min(method.dt, method.dt_max), method.max_steps, times.dtype == torch.float32)

@@ -55,6 +55,7 @@ def is_unrollable(method: Any, adjoint: Any, t: Any) -> bool:
         isinstance(method, ExplicitRungeKutta | ReversibleHeun)
         and method.dt is not None
         and not method.tstops
+        and method.progress is None
         and isinstance(adjoint, RecursiveCheckpointAdjoint | UnrolledAdjoint)
         and isinstance(t, list | tuple)
         and all(isinstance(x, float | int) for x in t)
