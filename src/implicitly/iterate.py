@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -304,10 +305,24 @@ def iterate(
     found = loop.outcome(k, carry)
     if droppable and k < solver.max_steps and bool(_running(carry).any()):
         assert carries is not None
-        found = _without_finished(loop, bind, theta, carries, k, carry, found)
+        with some_dropped():
+            found = _without_finished(loop, bind, theta, carries, k, carry, found)
     if verify and scale is not None and happens(found.steps > 0):
         found = _verified(found, row_norm(bind(*theta)(found.z)), DRIFTED * (atol + rtol * scale), scale)
     return found
+
+
+@contextmanager
+def some_dropped() -> Iterator[None]:
+    """Where f raises, say that samples are missing from its calls."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "Samples that were done had been dropped from this call of f. A tensor that holds one entry a sample "
+            "has to be in args, with in_dims saying so: parameters and buffers of f are taken to be shared"
+        )
+        raise
 
 
 def _without_finished(

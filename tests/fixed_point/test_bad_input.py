@@ -470,3 +470,29 @@ def test_coupling_is_found_in_pytrees():
     f = lambda z: {"a": z["a"] + z["b"].sum(0, keepdim=True), "b": z["b"]}  # noqa: E731
     coupled = im.check_independence(f, {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)})
     assert sorted(coupled) == [(0, 1), (1, 0)]
+
+
+class OfEachSample(nn.Module):
+    """Has a parameter of one entry a sample, which nobody can tell from a shared one."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.linspace(0.1, 0.9, 8).unsqueeze(1))
+
+    def forward(self, *inputs):
+        return self.rate * torch.cos(inputs[-1])
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda f, z: im.fixed_point(f, z, solver=im.FixedPointIteration(rtol=1e-6)),
+        lambda f, z: im.odeint(
+            f, z, torch.linspace(0.1, 3, 8).unsqueeze(1) * torch.tensor([0.0, 1.0]), batch_dims=1
+        ),
+    ],
+    ids=["fixed_point", "odeint"],
+)
+def test_a_parameter_of_each_sample_is_named_where_samples_were_dropped(solve):
+    with pytest.raises(RuntimeError, match=r"must match the size .*\n.*had been dropped .* in args, with in_dims"):
+        solve(OfEachSample(), torch.ones(8, 3))

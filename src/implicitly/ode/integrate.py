@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor, within
-from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, where_rows
+from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, some_dropped, where_rows
 from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
@@ -410,7 +410,8 @@ def integrate(
     ended = carry
     while droppable and count < limit and _unfinished(carry):
         carry = run.drop(carry)
-        count, carry = repeat(run.body, carry, partial(_worth_a_step, True), limit, count)
+        with some_dropped():
+            count, carry = repeat(run.body, carry, partial(_worth_a_step, True), limit, count)
         ended = _with_rows(ended, run.rows, carry)
     xp = library(ended.t)
     status = xp.full_like(ended.steps, int(Status.MAX_STEPS))
