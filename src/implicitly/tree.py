@@ -511,17 +511,22 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
         value, pull = vjp(f, *primals)[:2]
         return value, pull
 
-    # Under a transform the map must not outlive the level of its own `vjp`: deeper transforms would meet tensors
-    # of a level that is gone. So each product differentiates afresh, inside of its level.
-    def pull_within(cotangent: Tensor) -> tuple[Tensor, ...]:
-        def paired(*inputs: Tensor) -> Tensor:
-            # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
-            unused = sum(real_parts(x).flatten()[:0].sum() for x in inputs)
-            return (f(*inputs) * cotangent).sum() + unused
+    return f(*primals), functools.partial(pull_within, f, primals)
 
-        return grad(paired, argnums=tuple(range(len(primals))))(*primals)
 
-    return f(*primals), pull_within
+def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """The cotangents of `primals`, under a transform.
+
+    There the map from cotangents must not outlive the level of its own `vjp`: deeper transforms would meet tensors
+    of a level that is gone. So each product differentiates afresh, inside of its level.
+    """
+
+    def paired(*inputs: Tensor) -> Tensor:
+        # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
+        unused = sum(real_parts(x).flatten()[:0].sum() for x in inputs)
+        return (f(*inputs) * cotangent).sum() + unused
+
+    return grad(paired, argnums=tuple(range(len(primals))))(*primals)
 
 
 def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[int]) -> Callable[..., Tensor]:

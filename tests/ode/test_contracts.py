@@ -123,12 +123,7 @@ def test_a_sample_of_nan_harms_no_other(equation, method, adjoint, give_in_dims)
 DT = 0.4
 
 
-# Three reverse passes of torch.func: `_Trajectory.backward` has a `vjp` outlive its level; see `tree.pullback`.
-ESCAPED = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="a vjp outlives its level of torch.func")
-EACH_TRANSFORM = [pytest.param(t, marks=ESCAPED) if t.name == "grad-grad-grad" else t for t in TRANSFORMS]
-
-
-@pytest.mark.parametrize("transform", EACH_TRANSFORM, ids=_id)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=_id)
 @pytest.mark.parametrize("equation", [NAMED[name] for name in ("number", "short", "complex")], ids=_id)
 def test_torch_func_transforms_are_exact(equation, transform):
     f = library(equation, im.RK4(dt=DT), im.RecursiveCheckpointAdjoint())

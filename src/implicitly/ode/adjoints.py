@@ -41,7 +41,17 @@ from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
-from implicitly.tree import is_batched, is_near, is_plain, is_recorded, merge_rows, of_places, unwrapped
+from implicitly.tree import (
+    is_batched,
+    is_near,
+    is_plain,
+    is_recorded,
+    is_wrapped,
+    merge_rows,
+    of_places,
+    pull_within,
+    unwrapped,
+)
 
 # Where in `Integrated` the times are that samples got to.
 REACHED = Integrated._fields.index("t")
@@ -294,8 +304,10 @@ class _Trajectory(torch.autograd.Function):
             if is_plain(*bars, *inputs):
                 found = ctx.work.swept(steps, ended, inputs, wanted, *bars)
             else:
-                of_wanted = of_places(partial(ctx.work.outputs, steps, ended), inputs, wanted)
-                found = vjp(of_wanted, *(inputs[i] for i in wanted))[1](bars)
+                of_wanted = of_places(partial(ctx.work.joined, steps, ended), inputs, wanted)
+                chosen, bar = tuple(inputs[i] for i in wanted), torch.cat([x.flatten() for x in bars])
+                transformed = any(is_wrapped(x) for x in (bar, *chosen))
+                found = pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
         times, y0, *theta = gradients
