@@ -40,6 +40,7 @@ _graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 _problems: OrderedDict[Hashable, _Made] = OrderedDict()
 _counts: OrderedDict[Hashable, _Count] = OrderedDict()
 _reasons: OrderedDict[Hashable, str] = OrderedDict()  # why there are no graphs of a function
+_dropped: list[str] = []  # the names of graphs that were used but once, since a warning last told of them
 _lock = threading.Lock()
 
 
@@ -136,9 +137,6 @@ class _Count:
 
     made: int = 0
     last: _Shapes = ()
-
-
-_dropped = _Count()
 
 
 def compile_statistics() -> tuple[CompiledSolve, ...]:
@@ -240,6 +238,8 @@ def _outcome(
         )
         return None
     except FailOnRecompileLimitHit:  # of one that was made anew for one attribute of f after the other
+        if not graph.calls:  # the user allows none
+            raise
         return _TRY_AGAIN
     except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
         # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
@@ -312,9 +312,8 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
         _graphs.move_to_end(index)
         graph = _graphs[index]
         messages.append(_within_capacity())
-    for message in messages:
-        if message is not None:
-            warnings.warn(message, CompileWarning, stacklevel=users_line())
+    for message in filter(None, messages):
+        warnings.warn(message, CompileWarning, stacklevel=users_line())
     return graph
 
 
@@ -342,18 +341,19 @@ def _counted(name: str, key: Hashable, shapes: _Shapes) -> str | None:
 
 def _within_capacity() -> str | None:
     """Drop what has not been used for longest; what is to be said if many graphs were used but once."""
-    name, before = "", _dropped.made
     while len(_graphs) > CAPACITY:
         _, graph = _graphs.popitem(last=False)
         if graph.calls == 1:
-            _dropped.made, name = _dropped.made + 1, graph.name
+            _dropped.append(graph.name)
     for kept in (_problems, _counts, _reasons):
         while len(kept) > CAPACITY:
             kept.popitem(last=False)
-    if _dropped.made // MANY == before // MANY:
+    if len(_dropped) < MANY:
         return None
+    name = _dropped[-1]
+    _dropped.clear()
     return (
-        f"{name}: compile=True keeps {CAPACITY} graphs, and {_dropped.made} were dropped that had been used only "
+        f"{name}: compile=True keeps {CAPACITY} graphs, and {MANY} were dropped that had been used only "
         "once; a function that is made anew for each call, as a lambda is, has a new graph each time: make it "
         "once, with what changes in args, or use compile=False"
     )
@@ -455,7 +455,9 @@ def _reason(error: BaseException) -> str:
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
     if "Expected FakeTensor, got" in str(error):
-        return "f takes .T or .mT of a tensor that it closes over; pass it in args, or write transpose(-2, -1)"
+        return (
+            "f takes .T, or the like, of a tensor that it closes over; pass it in args, or write transpose(-2, -1)"
+        )
     if "_tensor_constant" in str(error):
         return "f makes a tensor of numbers, which the compiler forgets to declare in a loop; make it outside of f"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]

@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vjp
 from torch.utils import _pytree as pytree
 
+from implicitly.leaf_names import described, difference, leaf_names, placed
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 _PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -91,16 +93,16 @@ class Layout:
             raise ValueError(f"{name} holds no tensor")
         for i, leaf in enumerate(flat):
             if not isinstance(leaf, Tensor):
-                place = _place(spec, i, "as", name)
+                place = placed(spec, i, "as", name)
                 raise TypeError(f"{name} must hold tensors only, got a {type(leaf).__name__}{place}")
             if not (leaf.is_floating_point() or leaf.is_complex()):
-                of = _leaf_names(spec, name)[i]
+                of = leaf_names(spec, name)[i]
                 raise TypeError(
                     f"{of} has dtype {leaf.dtype}: a solution is a real or complex number; "
                     f"pass {of}.float() or {of}.double()"
                 )
             if leaf.ndim < batch_dims:
-                place = _place(spec, i, "as", name)
+                place = placed(spec, i, "as", name)
                 raise ValueError(
                     f"{name} has a 0-d tensor{place}, but batch_dims=1 takes dimension 0 as the batch; "
                     "pass batch_dims=0 for one system"
@@ -108,11 +110,11 @@ class Layout:
         dtypes = {real_dtype(leaf.dtype) for leaf in flat}
         devices = {leaf.device for leaf in flat}
         if len(dtypes) > 1 or len(devices) > 1:
-            raise ValueError(f"{name} mixes dtypes or devices: {_describe(state, name)}; convert them to one")
+            raise ValueError(f"{name} mixes dtypes or devices: {described(state, name)}; convert them to one")
         batches = {leaf.shape[0] for leaf in flat} if batch_dims else {1}
         if len(batches) > 1:
             raise ValueError(
-                f"the tensors of {name} disagree on the batch (dimension 0): {_describe(state, name)}"
+                f"the tensors of {name} disagree on the batch (dimension 0): {described(state, name)}"
             )
         leaves = tuple(_leaf(leaf, batch_dims) for leaf in flat)
         return cls(spec, leaves, batches.pop(), batch_dims, dtypes.pop(), flat[0].device)
@@ -143,27 +145,27 @@ class Layout:
         """Raise ValueError / TypeError unless `state`, which `f` returned for `given`, has this layout."""
         flat, spec = pytree.tree_flatten(state)
         if spec != self.spec:
-            differs = _difference(self.spec.unflatten(range(len(self.leaves))), state, given)
+            differs = difference(self.spec.unflatten(range(len(self.leaves))), state, given)
             raise ValueError(f"{f} must return the structure of {given}: {differs}")
         lead = (self.batch,) if self.batch_dims else ()
         for i, (x, leaf) in enumerate(zip(flat, self.leaves)):
             expected = (*lead, *leaf.shape)
             if not isinstance(x, Tensor):
-                place = _place(spec, i, "as", given)
+                place = placed(spec, i, "as", given)
                 raise TypeError(f"{f} must return tensors, got a {type(x).__name__}{place}")
             if tuple(x.shape) != expected:
-                place = _place(spec, i, "for", given)
+                place = placed(spec, i, "for", given)
                 raise ValueError(
                     f"{f} must return the shape of {given}: expected {expected}{place}, got {tuple(x.shape)}"
                 )
             if x.dtype != leaf.dtype and not casts(self.device.type):
-                place = _place(spec, i, "for", given)
+                place = placed(spec, i, "for", given)
                 raise ValueError(
                     f"{f} must return the dtype of {given}: expected {leaf.dtype}{place}, got {x.dtype}; mixed "
                     "dtypes usually come from an argument or parameter of another dtype"
                 )
             if x.device != self.device:
-                place = _place(spec, i, "for", given)
+                place = placed(spec, i, "for", given)
                 raise ValueError(
                     f"{f} must return the device of {given}: expected {self.device}{place}, got {x.device}"
                 )
@@ -198,65 +200,6 @@ def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
         order = (*thin, *sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d]))
     width = math.prod(shape) * (2 if x.is_complex() else 1)
     return _Leaf(shape, order, x.dtype, width, order == tuple(range(len(shape))))
-
-
-# What follows is for messages: it takes longer than a small f.
-
-
-def _describe(state: Any, name: str) -> str:
-    described = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in pytree.tree_leaves(state))
-    names = _leaf_names(pytree.tree_structure(state), name)
-    return ", ".join(f"{name} {of}" for name, of in zip(names, described))
-
-
-def _place(spec: pytree.TreeSpec, i: int, preposition: str, name: str) -> str:
-    """The name of leaf `i` behind a preposition; nothing where it is the only thing there is."""
-    return "" if spec.is_leaf() else f" {preposition} {_leaf_names(spec, name)[i]}"
-
-
-def _leaf_names(spec: pytree.TreeSpec, name: str) -> list[str]:
-    """Of each leaf what a user writes for it, such as `z0['a'][1]` where `name` is `z0`."""
-
-    def below(tree: Any, name: str) -> Iterator[str]:
-        if pytree.tree_structure(tree).is_leaf():
-            yield name
-        else:
-            for key, part in _parts_of(tree):
-                yield from below(part, name + key)
-
-    return list(below(spec.unflatten(range(spec.num_leaves)), name))
-
-
-def _parts_of(node: Any) -> list[tuple[str, Any]]:
-    """What a node of a pytree holds, each with what a user writes behind the node for it."""
-
-    def is_part(x: Any) -> bool:
-        return x is not node
-
-    try:
-        return [(pytree.keystr(k), part) for k, part in pytree.tree_flatten_with_path(node, is_part)[0]]
-    except ValueError:  # its type was registered without names for them
-        return [(f"<{i}>", part) for i, part in enumerate(pytree.tree_leaves(node, is_part))]
-
-
-def _difference(expected: Any, got: Any, name: str) -> str:
-    """The first place, under `name`, at which two pytrees have not the same structure."""
-    is_leaf, came_leaf = (pytree.tree_structure(x).is_leaf() for x in (expected, got))
-    if is_leaf or came_leaf or type(expected) is not type(got):
-        kind = "a tensor" if is_leaf else f"a {type(expected).__name__}"
-        came = "a tensor" if isinstance(got, Tensor) else f"a {type(got).__name__}"
-        return f"expected {kind} for {name}, got {came}"
-    ours, theirs = dict(_parts_of(expected)), dict(_parts_of(got))
-    missing = [f"{name}{key} is missing" for key in ours if key not in theirs]
-    more = [f"got {name}{key} besides" for key in theirs if key not in ours]
-    if missing or more:
-        return ", ".join(missing + more)
-    if list(ours) != list(theirs):
-        return f"expected the order {', '.join(ours)} in {name}, got {', '.join(theirs)}"
-    for key, part in ours.items():
-        if pytree.tree_structure(part) != pytree.tree_structure(theirs[key]):
-            return _difference(part, theirs[key], name + key)
-    return f"expected {pytree.tree_structure(expected)} for {name}, got {pytree.tree_structure(got)}"
 
 
 # --------------------------------------------------------------------------------------------- functions

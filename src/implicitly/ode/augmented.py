@@ -85,11 +85,6 @@ class Packed:
         return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
 
 
-def real(x: Tensor) -> Tensor:
-    """`x` with complex numbers as pairs, which share its memory."""
-    return torch.view_as_real(x) if x.is_complex() else x
-
-
 @dataclass
 class Augmented(Field):
     """The slopes of z.

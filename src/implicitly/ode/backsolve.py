@@ -17,13 +17,13 @@ from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, sweep
-from implicitly.ode.augmented import Nodes, Packed, augmented, integrated, real
+from implicitly.ode.augmented import Nodes, Packed, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.tree import is_wrapped
+from implicitly.tree import is_wrapped, real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
 # beyond that the reverse system is stiff, and taking the forward steps again costs less.
@@ -253,13 +253,14 @@ class Backwards:
         shared = [i - 2 for i in wanted if i > 1]
         self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
         joint = bool(shared) and not adjoint.seminorm
-        columns = sum(real(x).numel() for x in self.sums.values()) if joint else None
+        columns = sum(real_parts(x, alone=True).numel() for x in self.sums.values()) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
         # A slope of one system can find along the way what it weighs in the integral by theta; of many, each
         # weighs by a length of its own.
         own_weights = len(y0) == 1 and bool(shared) and not joint and self.method.weights is not None
         kept = len(self.method.nodes or ()) if own_weights else 0
         self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits, kept)
+        self.first: list[Tensor] = []  # what is kept of the slope that the next step begins with
         self.as_graph = work.as_graph and not joint and not self.method.differentiates
         if work.as_graph and not self.as_graph:
             what, remedy = "an implicit method", "pass BacksolveAdjoint(solver=...) an explicit one"
@@ -337,7 +338,7 @@ class Backwards:
         F: Any = self.bound.F
         slope, listen = F.at(stepper.begin, z), None
         if self.packed.kept:
-            listen = partial(self._add_kept, scale, [F.pulled[-1]])
+            self.first, listen = F.pulled[-1], partial(self._add_kept, scale)
         elif self.sums and self.packed.columns is None:
             listen = partial(self._integrate_theta, scale)
         found, z, calls = integrate(stepper, z, slope, listen=listen, length=length)
@@ -371,9 +372,10 @@ class Backwards:
         return arrived
 
     def _add_columns(self, columns: Tensor) -> None:
-        parts = columns.split([real(x).numel() for x in self.sums.values()])
+        parts = columns.split([real_parts(x, alone=True).numel() for x in self.sums.values()])
         for total, part in zip(self.sums.values(), parts):
-            real(total).add_(part.view_as(real(total)))
+            numbers = real_parts(total, alone=True)
+            numbers.add_(part.view_as(numbers))
 
     def _integrate_theta(
         self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None
@@ -390,19 +392,11 @@ class Backwards:
             else:
                 total.index_add_(d, rows, gradient)
 
-    def _add_kept(
-        self,
-        scale: Tensor,
-        first: list[list[Tensor]],
-        stepper: Stepper,
-        step: Step,
-        taken: Taken,
-        rows: Tensor | None,
-    ) -> None:
-        """The same for one system, from what its slopes found; `first` has what belongs to that at y."""
+    def _add_kept(self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None) -> None:
+        """The same for one system, from what its slopes found, the `first` of which the step begins with."""
         F: Any = stepper.bound.F
-        added = integrated(self.method, (to_tensor(step.dt) * scale).reshape(()), [*first, *F.pulled])
-        first[:] = [F.pulled[-1]]
+        added = integrated(self.method, (to_tensor(step.dt) * scale).reshape(()), [self.first, *F.pulled])
+        self.first = F.pulled[-1]
         for total, part in zip(self.sums.values(), added):
             total += part
 
