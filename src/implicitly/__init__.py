@@ -32,6 +32,7 @@ from implicitly.ode.adams import Adams
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Controller
+from implicitly.ode.delay import ddeint
 from implicitly.ode.events import Event
 from implicitly.ode.implicit_runge_kutta import ImplicitEuler, ImplicitMidpoint, Kvaerno3, Kvaerno5, Trapezoid
 from implicitly.ode.reversible_heun import ReversibleHeun
@@ -102,6 +103,7 @@ __all__ = [
     "argmin",
     "check_independence",
     "compile_statistics",
+    "ddeint",
     "fixed_point",
     "implicit_gradient",
     "jet",

@@ -57,6 +57,11 @@ class Adams(Method):
         object.__setattr__(self, "starter", STARTERS[self.order](dt=self.dt))
 
     @property
+    def degree(self) -> int:
+        """The degree in time of the dense output of a step."""
+        return max(self.order, self.starter.degree)
+
+    @property
     def adaptive(self) -> bool:
         """Whether it estimates its error: yes."""
         return True

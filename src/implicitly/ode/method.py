@@ -162,6 +162,11 @@ class Method(ABC):
         return "tstops" if self.tstops else "progress" if self.progress is not None else None
 
     @property
+    def degree(self) -> int:
+        """The degree in time of the dense output of a step."""
+        return 3
+
+    @property
     def weights(self) -> tuple[float, ...] | None:
         """What the slopes weigh in what a step adds to the state, where these are the slope it begins with and
         those of its calls of f at its `nodes`, in that order; None: they are not."""

@@ -35,6 +35,11 @@ class RungeKutta(Method):
         """Whether it has an embedded method."""
         return self.tableau.error is not None
 
+    @property
+    def degree(self) -> int:
+        """The degree in time of the dense output of a step."""
+        return 3 if self.tableau.dense is None else len(self.tableau.dense[0])
+
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
         """The slope."""
         return (k,)

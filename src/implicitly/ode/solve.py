@@ -119,7 +119,7 @@ def odeint(
     """
     events = events_of(event)
     recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
-    _check_choices(solver, adjoint, on_failure, events, compile)
+    check_choices(solver, adjoint, on_failure, events, compile)
     as_graph = compile and _ungraphed(solver, events) is None
     stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
     problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
@@ -140,7 +140,7 @@ def _solved(
     solution = partial(_trajectory, problem, interpolate)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
-        _tell(on_failure, method, found, halt, lambda: solution(found, calls))
+        tell("odeint", on_failure, method, found, halt, lambda: solution(found, calls))
 
     return solution(*solve(solver, problem, report))
 
@@ -261,10 +261,15 @@ def _remedy(method: Method, status: Status, length: float, halt: Halt, row: int)
     )
 
 
-def _tell(
-    on_failure: str, method: Method, found: Integrated, halt: Halt, solution: Callable[[], Trajectory]
+def tell(
+    solve: str,
+    on_failure: str,
+    method: Method,
+    found: Integrated,
+    halt: Halt,
+    solution: Callable[[], Trajectory],
 ) -> None:
-    """Announce samples that did not reach the end: "raise" with the `solution`, "warn" or "ignore"."""
+    """Announce samples that did not reach the end of a `solve`: "raise" with the `solution`, "warn", "ignore"."""
     if on_failure == "ignore" or not happens(found.status != int(Status.CONVERGED)):  # one operation, usually
         return
     found = Integrated(*(unwrapped(x.detach()) for x in found))
@@ -282,7 +287,7 @@ def _tell(
         )
     component = halt.component(method, i, status)
     message = (
-        f"odeint: {type(method).__name__} did not reach the end for {len(failed)} of {len(found.status)} samples "
+        f"{solve}: {type(method).__name__} did not reach the end for {len(failed)} of {len(found.status)} samples "
         f"({', '.join(f'{count} {s.name}' for s, count in counts.items() if count)}). Sample {i}: {status.name} "
         f"at t = {float(found.t[i]):.6g} after {int(found.steps[i])} steps ({int(found.tries[i])} tried), next "
         f"step {float(found.length[i]):.3g}{', ' + component if component else ''}. Try: {remedy}"
@@ -292,7 +297,7 @@ def _tell(
     warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
 
 
-def _check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...], compile: bool) -> None:
+def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...], compile: bool) -> None:
     """Raise TypeError / ValueError for what is no choice."""
     if not isinstance(solver, Method):
         raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")

@@ -1,0 +1,462 @@
+"""`ddeint`: a slope that depends on earlier states, as a chain of ordinary differential equations.
+
+Over a time that is no longer than the shortest lag, all that f asks of the past is known: the method of steps.
+Each link of the chain is a solve of its own, and has the dense output of earlier ones as an argument, so that the
+derivative goes back along the chain by itself, whatever adjoint a link has.
+
+Bellen and Zennaro, "Numerical Methods for Delay Differential Equations", 2003, chapters 2 to 4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.graph_break import one_break
+from implicitly.host import to_host
+from implicitly.iterate import Status
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, Work, silent, solve_unrolled
+from implicitly.ode.integrate import Integrated
+from implicitly.ode.method import Method
+from implicitly.ode.piecewise import Piecewise, knots
+from implicitly.ode.problem import Problem, times_of
+from implicitly.ode.record import Record, Taken
+from implicitly.ode.runge_kutta import Dopri5
+from implicitly.ode.solve import Trajectory, check_choices, tell
+from implicitly.ode.stiffness import Halt
+from implicitly.tree import Layout
+from implicitly.unrolled import UnrolledAdjoint
+
+# Times that differ by no more than so many units of rounding are the same one.
+SAME = 64
+# So many jumps of derivatives are looked for at most, those of the lowest ones first.
+JUMPS = 1000
+
+
+@one_break
+def ddeint(
+    f: Callable[..., Any],
+    history: Any,
+    t: Any,
+    *args: Any,
+    lags: Any,
+    solver: Method = Dopri5(),
+    adjoint: TrajectoryAdjoint | UnrolledAdjoint = RecursiveCheckpointAdjoint(),
+    batch_dims: int = 0,
+    in_dims: Any = None,
+    on_failure: str = "raise",
+) -> Trajectory:
+    """Solve the delay equation dy/dt = f(t, y(t), (y(t - lag) for each lag), *args), and differentiate it.
+
+    Derivatives of the solution jump where a lag, or a sum of lags, has passed since `t[0]`: steps end there, as
+    far as the order of the method lets the jumps matter. The past is read off the dense output of its steps; these
+    adapt to the tolerances as those of `odeint` do, and none is longer than the shortest lag.
+
+    Args:
+        f: `f(t, y, delayed, *args)` returns dy/dt: the pytree, shapes and dtypes of y. `delayed` is a tuple with a
+            state like y for each lag. Gradients reach the tensors of `args` and the parameters of every module
+            that f or history is, is bound to or closes over.
+        history: what y was up to `t[0]`: a tensor or pytree of tensors that it was all the time, or
+            `history(t, *args)`. With `batch_dims=1` t comes 0-d for the start, else in the shape `(B, 1, ..., 1)`.
+        t: the output times `(T,)`, increasing: a tensor, or a tuple of numbers. `t[0]` is where history ends.
+        lags: a tuple of positive numbers or of 0-d tensors, or a tensor `(m,)`; gradients reach tensors.
+        solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps, but for those that
+            reach the end of a lag. `max_steps` counts for each stretch of one lag.
+        adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`. Later slopes depend on all
+            steps, so the memory of each grows with their number.
+        batch_dims: 0: y is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent samples,
+            each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`. Samples share the lags.
+        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
+        on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
+            that they got to are NaN, their gradients zero.
+
+    Returns:
+        `Trajectory`, as of `odeint`; `interpolate` reads what is stored, without calls of f.
+
+    Raises:
+        TypeError, ValueError: for input that cannot be meant, before any step; under `torch.vmap`, in place of
+            which `batch_dims=1` has samples with steps of their own.
+        SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
+
+    Source: Bellen and Zennaro, "Numerical Methods for Delay Differential Equations", 2003; Hairer, Norsett and
+    Wanner, "Solving ODEs I", 1993, section II.17.
+    """
+    check_choices(solver, adjoint, on_failure, (), False)
+    delayed = Delayed.of(f, history, t, args, lags, batch_dims, in_dims, solver)
+    chain = Chain(delayed, solver, adjoint, on_failure)
+    for begin, end in itertools.pairwise(delayed.bounds(solver)):
+        chain.go_on(begin, end)
+    return chain.trajectory()
+
+
+class Link(NamedTuple):
+    """A part of the solution, from `begin` to `end`."""
+
+    begin: float
+    end: float
+    states: Piecewise
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """A delay equation, checked.
+
+    Attributes:
+        history: None where `before` is what y was all the time.
+        times: `(T,)`.
+        lags: `(m,)`.
+        dims: which of `args` hold one entry a sample; None: not known.
+        y0: the start.
+        degree: that of the dense output.
+    """
+
+    f: Callable[..., Any]
+    history: Callable[..., Any] | None
+    before: Any
+    times: Tensor
+    lags: Tensor
+    args: tuple[Any, ...]
+    dims: tuple[Any, ...] | None
+    y0: Any
+    layout: Layout
+    degree: int
+
+    @classmethod
+    def of(
+        cls,
+        f: Any,
+        history: Any,
+        t: Any,
+        args: tuple[Any, ...],
+        lags: Any,
+        batch_dims: int,
+        in_dims: Any,
+        solver: Method,
+    ) -> Delayed:
+        """Check what came in; raises TypeError / ValueError."""
+        if not callable(f):
+            raise TypeError(f"f must be callable, got a {type(f).__name__}")
+        given = callable(history)
+        y0 = history(_first(t), *args) if given else history
+        layout = Layout.of(y0, batch_dims, "history")
+        rows = times_of(t, layout)
+        if isinstance(t, Tensor) and t.ndim != 1:
+            raise ValueError(f"t must have the shape (T,), as samples share the lags, got {tuple(t.shape)}")
+        if _number(rows[0, 1] - rows[0, 0]) < 0:
+            raise ValueError("t must increase: of y it is known what it was before t[0], not after")
+        moves, before, dims = (history, None, None) if given else (None, history, None)
+        if batch_dims:
+            dims = _dims_of(in_dims, args)
+        elif in_dims is not None:
+            raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
+        found = cls(f, moves, before, rows[0], _lags_of(lags, layout), args, dims, y0, layout, solver.degree)
+        if given:
+            ones = (layout.batch, *(1,) * len(layout.leaves[0].shape)) if batch_dims else ()
+            layout.check(history((rows[0, 0] - found.lags[0]).expand(ones), *args), "its start", "history")
+        return found
+
+    @property
+    def same(self) -> float:
+        """How far two times may be apart to be taken for one."""
+        most = max(abs(_number(x)) for x in (self.times[0], self.times[-1]))
+        return SAME * torch.finfo(self.times.dtype).eps * most
+
+    def stated(self, y: Any, begin: Tensor, end: Tensor, links: Sequence[Link], recording: bool) -> Problem:
+        """The equation from y at `begin` to the `end`, as an ordinary one: the past is known there."""
+        first, a, b = (_number(x) for x in (self.times[0], begin, end))
+        windows = []
+        for lag in map(_number, self.lags):
+            known = [x.states for x in links if x.end > a - lag + self.same and x.begin < b - lag - self.same]
+            windows.append(Piecewise.joined(known) if b - lag > first + self.same else None)
+        f = partial(_slope, self.f, self.history, self.degree)
+        args = (self.lags, self.before, tuple(windows), *self.args)
+        dims = None if self.dims is None else (None, 0, 1, *self.dims)
+        span, batch_dims = torch.stack([begin, end]), self.layout.batch_dims
+        return Problem.of(f, y, span, args, batch_dims=batch_dims, in_dims=dims, recording=recording)
+
+    def bounds(self, solver: Method) -> list[Tensor]:
+        """The times, 0-d, at which links begin and end: where derivatives jump, at most the shortest lag apart.
+
+        Raises ValueError where there would be too many.
+        """
+        span = _number(self.times[-1] - self.times[0])
+        lags = np.array([_number(x) for x in self.lags])
+        shortest, unit = lags.min(), np.eye(len(lags), dtype=int)[lags.argmin()]
+        if shortest <= self.same or span / shortest > solver.max_steps:
+            raise ValueError(
+                f"a lag of {shortest:g} is too short for a solve over {span:g}: no step is longer, which makes "
+                f"more than max_steps={solver.max_steps} of them, or is less than {self.times.dtype} resolves. "
+                "Leave lags out that are as short as a step, or raise max_steps"
+            )
+        counts = [0 * unit]
+        for jump in (*_jumps(lags, span - self.same, solver.order), None):
+            until = span if jump is None else jump @ lags
+            while until - counts[-1] @ lags > shortest + self.same:  # longer than what is known of the past
+                counts.append(counts[-1] + unit)
+            if jump is not None and until - counts[-1] @ lags > self.same:
+                counts.append(jump)
+        sums = [self.times[0] + torch.as_tensor(count).to(self.lags) @ self.lags for count in counts[1:]]
+        return [self.times[0], *sums, self.times[-1]]
+
+
+def _first(t: Any) -> Tensor:
+    """The time `t[0]`, 0-d, before it is known what y is like; raises TypeError for what holds no times."""
+    if isinstance(t, Tensor) and t.ndim and t.numel():
+        return t.flatten()[0]
+    if isinstance(t, Sequence) and t and isinstance(t[0], float | int):
+        return torch.tensor(float(t[0]), dtype=torch.get_default_dtype())
+    raise TypeError(f"t must be a tensor (T,) or a sequence of times, got {t!r}")
+
+
+def _seen(x: Tensor) -> np.ndarray:
+    """The numbers of `x`, which are waited for."""
+    seen = to_host(x.cpu())
+    assert isinstance(seen, np.ndarray)
+    return seen
+
+
+def _number(x: Tensor) -> float:
+    return float(_seen(x))
+
+
+def _lags_of(lags: Any, layout: Layout) -> Tensor:
+    """`lags` as a tensor `(m,)`; raises TypeError / ValueError for what cannot be lags."""
+    if not isinstance(lags, Tensor | tuple | list):
+        raise TypeError(f"lags must be a tuple of numbers or a tensor (m,), got a {type(lags).__name__}")
+    if not isinstance(lags, Tensor):
+        wrong = [x for x in lags if not isinstance(x, float | int | Tensor)]
+        if wrong:
+            raise TypeError(f"lags must hold numbers or 0-d tensors, got a {type(wrong[0]).__name__}")
+        like = {"dtype": layout.work_dtype, "device": layout.device}
+        each = [x if isinstance(x, Tensor) else torch.tensor(x, **like) for x in lags]
+        if any(x.ndim for x in each):
+            raise ValueError(f"lags must be 0-d each, got the shapes {[tuple(x.shape) for x in each]}")
+        lags = torch.stack(each) if each else torch.zeros(0, **like)
+    if lags.ndim != 1 or len(lags) == 0:
+        raise ValueError(f"lags must be one or more, a tensor (m,), got the shape {tuple(lags.shape)}")
+    if lags.dtype != layout.work_dtype or lags.device != layout.device:
+        raise ValueError(
+            f"lags are {lags.dtype} on {lags.device}, but history needs {layout.work_dtype} on {layout.device}"
+        )
+    seen = _seen(lags)
+    if not ((seen > 0) & np.isfinite(seen)).all():
+        raise ValueError(f"lags must be finite and > 0, got {seen.tolist()}")
+    return lags
+
+
+def _dims_of(in_dims: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """`in_dims` as one entry for each of `args`; None where they are not known."""
+    if in_dims is None and any(isinstance(x, Tensor) for x in pytree.tree_leaves(args)):
+        return None
+    return tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(args)
+
+
+def _jumps(lags: np.ndarray, span: float, order: int) -> Iterator[np.ndarray]:
+    """How often each of the `lags` has passed `(m,)` when a derivative up to the `order` jumps, within `span`.
+
+    After k lags it is that of order k + 1; higher ones than the order are smooth enough for the method.
+    """
+    m = len(lags)
+    levels = [k for k in range(1, order + 1) if math.comb(m + k, k) <= JUMPS]
+    found = []
+    for level in levels or [1]:
+        for chosen in itertools.combinations_with_replacement(range(m), level):
+            count = np.bincount(chosen, minlength=m)
+            if count @ lags < span:
+                found.append(count)
+    return iter(sorted(found, key=lambda count: count @ lags))
+
+
+def _slope(
+    f: Callable[..., Any],
+    history: Callable[..., Any] | None,
+    degree: int,
+    t: Tensor,
+    y: Any,
+    lags: Tensor,
+    before: Any,
+    windows: tuple[Piecewise | None, ...],
+    *args: Any,
+) -> Any:
+    """dy/dt of an ordinary equation: of each lag the state is in a window, or not yet."""
+    delayed = []
+    for lag, window in zip(lags.unbind(), windows):
+        if window is not None:
+            past = window.at((t - lag).reshape(1, *window.times.shape[1:]), degree)
+            delayed.append(pytree.tree_map(lambda x: x[0], past))
+        else:
+            delayed.append(before if history is None else history(t - lag, *args))
+    return f(t, y, tuple(delayed), *args)
+
+
+@dataclass
+class Chain:
+    """A solve, link by link."""
+
+    delayed: Delayed
+    solver: Method
+    adjoint: TrajectoryAdjoint | UnrolledAdjoint
+    on_failure: str
+    links: list[Link] = field(default_factory=list)
+    found: Integrated | None = None  # of all links, with the outputs of the last
+    calls: int = 0
+    y: Any = None
+
+    def go_on(self, begin: Tensor, end: Tensor) -> None:
+        """Solve from `begin` to the `end`, unless all samples have failed."""
+        delayed = self.delayed
+        if self.found is not None and not _seen(self.ended).any():
+            return
+        recording = self.adjoint.recording
+        y = delayed.y0 if self.found is None else self.y
+        problem = delayed.stated(y, begin, end, self.links, recording)
+        solver = self._method(begin, end)
+        solver.check(problem)
+        problem = solver.checked(problem)
+        problem = self._with_knots(replace(solver, progress=None), problem)
+        heard: list[Halt] = []
+        solve = solve_unrolled if isinstance(self.adjoint, UnrolledAdjoint) else self.adjoint.solve
+        found, calls = solve(solver, problem, lambda method, found, halt, calls: heard.append(halt))
+        self.calls += calls + problem.calls
+        told = self._noted(found)
+        self._go_from(problem, found.values, begin, end)
+        tell("ddeint", self.on_failure, self.solver, told, heard[0], self.trajectory)
+
+    @property
+    def ended(self) -> Tensor:
+        """Which samples `(B,)` have not failed so far."""
+        assert self.found is not None
+        return self.found.status == int(Status.CONVERGED)
+
+    def _method(self, begin: Tensor, end: Tensor) -> Method:
+        """The solver of one link: it tells of progress in the whole, and only the first begins with `dt0`."""
+        solver, told = self.solver, self.solver.progress
+        if told is not None:
+            first, last = (_number(x) for x in (self.delayed.times[0], self.delayed.times[-1]))
+            base, share = (_number(begin) - first) / (last - first), _number(end - begin) / (last - first)
+            solver = replace(solver, progress=lambda part: told(base + share * part))
+        return solver if not self.links or solver.dt0 is None else replace(solver, dt0=None)
+
+    def _with_knots(self, solver: Method, problem: Problem) -> Problem:
+        """The `problem` with the times of the pieces of its solution: those in the steps that it takes."""
+        work = Work(solver, problem.field, problem.carries, silent, Record())
+        steps = _Steps.apply(work, problem.rows(problem.times), problem.y0, problem.k0, *problem.theta)
+        self.calls += work.calls
+        taken = Taken(*map(_seen, steps))
+        span = problem.rows(problem.times)
+        begin, end = span[:, :1], span[:, -1:]
+        found = knots(taken, _seen(span), self.delayed.degree)
+        seen, with_begin, with_end = torch.from_numpy(found).to(span).unbind(2)
+        moved = with_begin * (begin - begin.detach()) + with_end * (end - end.detach())
+        return replace(problem, times=seen + moved)
+
+    def _noted(self, found: Integrated) -> Integrated:
+        """Count a link in; gives how all ended so far, those that failed before as if they had not."""
+        if (before := self.found) is None:
+            self.found = found
+            return found
+        alive = self.ended
+        new = {name: torch.where(alive, getattr(found, name), getattr(before, name)) for name in _LAST}
+        sums = {name: getattr(before, name) + getattr(found, name) * alive for name in _SUMS}
+        self.found = found._replace(**new, **sums)
+        return self.found._replace(status=torch.where(alive, found.status, int(Status.CONVERGED)))
+
+    def _go_from(self, problem: Problem, values: Tensor, begin: Tensor, end: Tensor) -> None:
+        """Add a link with `values` `(B, K, n)`, from the last of which the next one goes on."""
+        self.y = pytree.tree_map(lambda x: x[-1], problem.stacked(values))
+        at_start = problem.times == problem.times[:, :1]  # no step passes its own begin
+        if _seen(at_start[:, 1:]).any():
+            values = torch.where(at_start.unsqueeze(2), problem.y0.unsqueeze(1), values)
+        # What a failed sample left must not turn zero cotangents of shared tensors into NaN.
+        values = torch.where(self.ended[:, None, None], values, values.detach().nan_to_num(0.0))
+        times = problem.times.T if self.delayed.layout.batch_dims else problem.times[0]
+        states = Piecewise(times, problem.stacked(values))
+        self.links.append(Link(_number(begin), _number(end), states))
+
+    def trajectory(self) -> Trajectory:
+        """What was found so far."""
+        found, layout = self.found, self.delayed.layout
+        assert found is not None
+        each, times = layout.per_sample, self.delayed.times
+        return Trajectory(
+            self.at(times),
+            each(found.status),
+            each(found.error),
+            each(found.steps),
+            self.calls,
+            t=each(torch.where(self.ended, times[-1], found.t.detach())),
+            rejected=each(found.tries - found.steps),
+            interpolate=self.interpolate,
+            event=each(found.event),
+            event_count=each(found.event_count),
+        )
+
+    def at(self, t: Tensor) -> Any:
+        """The solution at times `(W,)` or `(W, B)`; NaN where a sample did not get to."""
+        found, layout = self.found, self.delayed.layout
+        assert found is not None
+        states = Piecewise.joined([link.states for link in self.links])
+        rows = t.unsqueeze(1) if t.ndim == 1 else t
+        beyond = (rows.detach() > found.t.detach()) & ~self.ended
+        shape = (len(t), layout.batch) if layout.batch_dims else (len(t),)
+        values = states.at(rows.expand(shape) if layout.batch_dims else t, self.delayed.degree)
+        if not _seen(beyond).any():
+            return values
+        lost = beyond.reshape(shape)
+        blank = float("nan")
+        return pytree.tree_map(
+            lambda x: torch.where(lost.reshape(*shape, *(1,) * (x.ndim - len(shape))), blank, x), values
+        )
+
+    def interpolate(self, t: Any) -> Any:
+        """As of `Trajectory`."""
+        delayed = self.delayed
+        wanted = times_of(t, delayed.layout, ordered=False)
+        seen, first, last = (_seen(x) for x in (wanted, delayed.times[0], delayed.times[-1]))
+        if ((seen < first) | (seen > last)).any():
+            raise ValueError("interpolate: times must lie between the first and the last one of the solve")
+        return self.at(wanted.T if delayed.layout.batch_dims else wanted[0])
+
+
+# Of `Integrated`: what counts in the last link that a sample got to, and what adds up.
+_LAST = ("status", "error", "t", "length")
+_SUMS = ("steps", "tries")
+
+
+class _Steps(torch.autograd.Function):
+    """The steps of a solve, as `Record.stacked` has them: nothing that has a derivative."""
+
+    @staticmethod
+    def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
+        work.run(times.detach(), y0.detach(), k0, *theta)
+        assert work.record is not None
+        return work.record.stacked(times)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        raise AssertionError("steps have no derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return (None,) * len(Taken._fields)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise ValueError(
+            "ddeint under torch.vmap: how many steps there are differs between what is mapped. Stack it along "
+            "dimension 0, and pass batch_dims=1"
+        )

@@ -1,0 +1,132 @@
+"""A solution as polynomials between its steps: what later slopes can ask of earlier states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitly.host import on_host, remembered
+from implicitly.ode.record import STOP, Taken
+from implicitly.tree import is_tracked
+
+
+class Piecewise(NamedTuple):
+    """N polynomials of degree p, one behind the other, each by its values at p + 1 `places`.
+
+    The last place of one is the first of the next, so there are K = N p + 1 times.
+    """
+
+    times: Tensor  # (K,), or (K, B) of samples with steps of their own
+    values: Any  # the pytree of a state, each tensor (K, *shape)
+
+    def at(self, t: Tensor, degree: int) -> Any:
+        """The states at times t, `(W,)` or `(W, B)`: each tensor `(W, *shape)`."""
+        near = on_host(t, self.times) and not (is_tracked(t) or is_tracked(self.times))
+        place, weights = (self._on_host if near else self._weighed)(t, degree)
+
+        def between(values: Tensor) -> Tensor:
+            around = _rows(values, place)
+            share = weights.reshape(*weights.shape, *(1,) * (around.ndim - weights.ndim))
+            return (share * around).sum(1).to(values.dtype)
+
+        return pytree.tree_map(between, self.values)
+
+    def _weighed(self, t: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+        """Which values are around t and what they weigh, `(W, p + 1)` or `(W, p + 1, B)`, differentiable."""
+        begins = self.times[:-1:degree].detach()
+        piece = (begins <= t.detach().unsqueeze(1)).sum(1) - 1
+        first = piece.clamp(0, len(begins) - 1).unsqueeze(1) * degree
+        place = first + _range(degree + 1, t.device).view(-1, *(1,) * (t.ndim - 1))
+        begin, *_, end = _rows(self.times, place).unbind(1)
+        part = (t - begin) / torch.where(end == begin, 1.0, end - begin)
+        x, same, scale = _lagrange(degree, part.dtype, part.device)
+        factors = torch.where(same, 1.0, (part.unsqueeze(-1) - x).unsqueeze(-2))
+        return place, (factors.prod(-1) * scale).movedim(-1, 1)
+
+    def _on_host(self, t: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+        """As `_weighed`, by operations that take less time where numbers are few."""
+        seen, times = t.numpy(), self.times.numpy()
+        begins = times[:-1:degree]
+        if t.ndim == 1:
+            first = np.maximum(begins.searchsorted(seen, side="right") - 1, 0) * degree
+            begin, end = times[first], times[first + degree]
+        else:
+            first = np.maximum((begins <= seen[:, None]).sum(1) - 1, 0) * degree
+            columns = np.arange(seen.shape[1])
+            begin, end = times[first, columns], times[first + degree, columns]
+        part = (seen - begin) / np.where(end == begin, 1, end - begin)
+        x, same, scale, order = _lagrange_on_host(degree, t.ndim, part.dtype)
+        weights = np.where(same, 1, part[:, None, None] - x).prod(2) * scale
+        return torch.from_numpy(first[:, None] + order), torch.from_numpy(weights)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Piecewise]) -> Piecewise:
+        """Those of several, of which each begins where the one before ends."""
+        if len(parts) == 1:
+            return parts[0]
+        first, *others = parts
+        return pytree.tree_map(lambda x, *rest: torch.cat([x, *(y[1:] for y in rest)]), first, *others)
+
+
+def _rows(x: Tensor, place: Tensor) -> Tensor:
+    """The rows of x `(K, ...)` at `place` `(W, p + 1)`, or those of x `(K, B, ...)` at `(W, p + 1, B)`."""
+    return x[place] if place.ndim == 2 else x[place, _range(place.shape[-1], x.device)]
+
+
+@remembered(64)
+def _range(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+@remembered(32)
+def places(degree: int) -> np.ndarray:
+    """Where `(p + 1,)` in a piece, from 0 to 1, its values are known: at Chebyshev's points."""
+    return (1 - np.cos(np.pi * np.arange(degree + 1) / degree)) / 2
+
+
+@remembered(32)
+def _lagrange(degree: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the polynomials that are 1 at one of the `places`, 0 at others: places, which is which, and factors."""
+    x, same = torch.from_numpy(places(degree)), torch.eye(degree + 1, dtype=torch.bool)
+    scale = 1 / torch.where(same, 1.0, x.unsqueeze(1) - x).prod(1)
+    return x.to(device, dtype), same.to(device), scale.to(device, dtype)
+
+
+@remembered(32)
+def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """As `_lagrange`, to be combined with an array of `ndim` dimensions; and the numbers of the places."""
+    count, ones = degree + 1, (1,) * (ndim - 1)
+    x, same, scale = (c.numpy() for c in _lagrange(degree, torch.float64, torch.device("cpu")))
+    x, scale = x.astype(dtype).reshape(count, *ones), scale.astype(dtype).reshape(count, *ones)
+    return x, same.reshape(count, count, *ones), scale, np.arange(count).reshape(count, *ones)
+
+
+def knots(steps: Taken, span: np.ndarray, degree: int) -> np.ndarray:
+    """The places in steps, each field of them `(B, N)`, through the `span` `(B, 2)`.
+
+    Of each `(B, K, 3)`: its time, and how it moves with the first and with the last time. Samples of fewer steps
+    than others have further pieces of no length at the end.
+    """
+    edges = [_edges(Taken(*step), ends) for *step, ends in zip(*steps, span)]
+    count = max((len(e) for e in edges), default=2)
+    whole = [np.concatenate([e, np.repeat(e[-1:], count - len(e), axis=0)]) for e in edges]
+    rows = np.array(whole, dtype=span.dtype).reshape(-1, count, 1, 3)
+    inner = rows[:, :-1] + np.diff(rows, axis=1) * places(degree)[:-1, None].astype(span.dtype)
+    return np.concatenate([inner.reshape(len(span), (count - 1) * degree, 3), rows[:, -1]], axis=1)
+
+
+def _edges(steps: Taken, span: np.ndarray) -> np.ndarray:
+    """Where the steps of a sample begin and end, `(N + 1, 3)`, with how these move; of no step the `span`."""
+    t, dt, last, _, ends = (x[steps.accepted] for x in steps)
+    begins, stops = (t, ends == STOP) if len(t) else (span[:1], np.zeros(1, dtype=bool))
+    if len(t) and not last[-1]:  # a sample that failed
+        begins, stops = np.append(t, t[-1] + dt[-1]), np.append(stops, False)
+    # All steps move with the first time, up to one that ends at a time to be hit.
+    moving = np.cumsum(stops) - stops == 0
+    rows = np.stack([begins, moving.astype(t.dtype), np.zeros_like(begins)], axis=1)
+    return np.concatenate([rows, np.array([[span[1], 0, 1]], dtype=t.dtype)])
