@@ -140,3 +140,13 @@ def test_an_operator_that_is_not_linear_is_refused_or_never_called_converged():
             continue
         good = (operator(solution.value) - B).norm(dim=1) <= 1e-6 * B.norm(dim=1)
         assert bool((good | ~solution.converged).all())
+
+
+def test_the_residual_reported_is_that_of_the_value():
+    """Of a singular system GMRES may get to less than nothing; then 0 is the answer, and |b| its residual."""
+    torch.manual_seed(2)
+    A = torch.eye(5, dtype=torch.float64) + 0.1 * torch.randn(5, 5, dtype=torch.float64)
+    A[:, 0] = A[:, 1]
+    b = torch.randn(1, 5, dtype=torch.float64)
+    solution = im.linear_solve(lambda u, A: u @ A.T, b, A, on_failure="ignore")
+    assert solution.residual[0].item() == pytest.approx((b - solution.value @ A.T).norm().item(), rel=1e-6)

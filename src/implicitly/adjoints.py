@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.history import add_combined, combine, products
+from implicitly.host import happens
 from implicitly.implicit import (
     Backward,
     Condition,
@@ -21,10 +23,11 @@ from implicitly.implicit import (
     is_usable,
     search,
     some,
+    users_line,
     without_failed,
 )
-from implicitly.iterate import Found, Solver
-from implicitly.linear import GMRES
+from implicitly.iterate import ConvergenceWarning, Found, Solver, Status, where_rows
+from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.tree import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
@@ -124,8 +127,7 @@ class ImplicitAdjoint(Adjoint):
     def __post_init__(self):
         if self.inverse not in ("ignore", "start", "precondition"):
             raise ValueError(f'inverse must be "ignore", "start" or "precondition", got {self.inverse!r}')
-        if not isinstance(self.linear_solver, Solver):
-            raise TypeError(f"linear_solver must be a solver such as GMRES(), got {self.linear_solver!r}")
+        check_linear_solver(self.linear_solver)
 
     @property
     def backward_solver(self) -> Solver:
@@ -185,6 +187,7 @@ class _Unrolled(Adjoint):
             return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)
         found = condition.examined(found, problem.theta)
+        found = _with_a_step(found, condition, problem)
         z, status, residual, steps = (unwrapped(t.detach()) for t in found[:4])
         condition.report(condition.name, solver, Found(z, status, residual, steps, found.evaluations))
         found = found._replace(looked_at=has_waited(solver, condition))
@@ -201,3 +204,30 @@ class _Unrolled(Adjoint):
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, whose graph is the solve itself."""
         return found.z
+
+
+def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
+    """`found` with one plain step for samples whose start has converged, so that there is one to differentiate.
+
+    Warns where plain steps lead nowhere, and such samples have no gradient.
+    """
+    if not any(is_recorded(t) for t in problem.theta):
+        return found
+    at_once = (found.steps == 0) & (found.status == int(Status.CONVERGED))
+    if not happens(at_once):
+        return found if found.z.requires_grad or is_wrapped(found.z) else _tied(found, problem)
+    if condition.relative_to_iterate:
+        return found._replace(z=where_rows(at_once, problem.z0 + problem.r0, found.z))
+    if condition.report.on_failure != "ignore":
+        warnings.warn(
+            f"{condition.name}: {int(unwrapped(at_once).sum())} of {len(at_once)} samples start at a solution, so "
+            "that there is no step to unroll, and their gradient is zero: use im.ImplicitAdjoint()",
+            ConvergenceWarning,
+            stacklevel=users_line(),
+        )
+    return _tied(found, problem)
+
+
+def _tied(found: Found, problem: Problem) -> Found:
+    """`found` whose value has a derivative, be it zero, as where there are no samples."""
+    return found._replace(z=found.z + (constant(found.z, problem.theta) - found.z.detach()))

@@ -15,10 +15,12 @@ States are matrices `(B, n)`, one sample a row, and samples do not depend on eac
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
@@ -54,13 +56,17 @@ from implicitly.tree import (
     real_parts,
     recorded,
     row_norm,
+    unhooked,
     unwrapped,
 )
 
 Map = Callable[[Tensor], Tensor]
 
-# A linear solve that did not converge still gives a derivative, a reported one, below this relative residual.
+# A linear solve that did not converge still gives a derivative, a reported one, below this relative residual,
 GOOD_ENOUGH = 0.1
+# unless, times the condition number that |M|, |u| and |b| show, it is larger than this, and what was found may be
+# mostly error: of a singular system the residual shows in one of n directions only.
+HOPELESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Condition:
         scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
         examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
         graphs: how it is solved otherwise than by `search`.
+        keep: notes what f is, beside theta; what it gives makes it so again, for a derivative: see `Opened.kept`.
     """
 
     bind: Callable[..., Map]
@@ -94,6 +101,7 @@ class Condition:
     scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     examine: Callable[[Any, Found], Found] | None = None
     graphs: Graphs | None = None
+    keep: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -105,7 +113,7 @@ class Condition:
 
     def bare(self) -> Condition:
         """What of it a graph needs, which outlives the solve: not what announces, nor what looks at the result."""
-        return replace(self, report=Report("ignore"), carries=None, examine=None, graphs=None)
+        return replace(self, report=Report("ignore"), carries=None, examine=None, graphs=None, keep=None)
 
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
         """`found` with the status that a closer look gives."""
@@ -151,7 +159,7 @@ class Report:
 
 def users_line() -> int:
     """The stacklevel, for a warning of the caller, of the nearest frame outside of this package and torch."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__), contextlib.__file__)
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
@@ -173,6 +181,14 @@ REMEDY = {
     Status.INFEASIBLE: "no point satisfies the constraints: check their signs, or relax them",
     Status.UNBOUNDED: "the objective falls for ever along a feasible direction: constrain it",
     Status.NOT_MINIMUM: "a stationary point that is no local minimum: start elsewhere (z0)",
+}
+
+
+# Of the linear solve of a derivative.
+LINEAR_REMEDY = {
+    **REMEDY,
+    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one",
+    Status.NON_FINITE: "the gradient that comes in, or the derivative of f at the solution, holds NaN or inf",
 }
 
 
@@ -310,6 +326,7 @@ class _Find(Opaque):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod
+    @unhooked()
     def forward(solver, condition, run, starts, *tensors):
         start, theta = tensors[:starts], tensors[starts:]
         found = run(solver, condition, start[0], theta, *start[1:])
@@ -361,20 +378,33 @@ class Backward:
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
         """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
         theta = (g, z, *(t.detach() for t in theta))
-        found = find(self.solver, transposed(condition), torch.zeros_like(g), theta, g)
-        return self.usable(found, g)
+        system = transposed(condition)
+        found = find(self.solver, system, torch.zeros_like(g), theta, g)
+        return self.usable(found, system, theta)
 
-    def usable(self, found: Found, b: Tensor) -> Tensor:
-        """What was found for `b`, 0 where a solve broke down: no derivative rather than an arbitrary one."""
-        usable = is_usable(found.status)
+    def usable(self, found: Found, condition: Condition, theta: tuple[Tensor, ...]) -> Tensor:
+        """What was found for M u = b, 0 where a solve broke down: no derivative rather than an arbitrary one.
+
+        NaN where b has NaN or inf, as a scaler of mixed precision looks for those.
+        """
+        b, usable = theta[0], is_usable(found.status)
+        if not some(found, ~is_success(found.status)):
+            return found.z
         if not self.solver.budget_only:
-            halfway = found.residual <= GOOD_ENOUGH * row_norm(b)
+            size = row_norm(b)
+            with torch.no_grad():
+                growth = row_norm(b - condition.residual(b, *theta)) / size  # |M b| / |b|
+            certain = found.residual / size * growth * row_norm(found.z) <= HOPELESS * size
+            halfway = (found.residual <= GOOD_ENOUGH * size) & certain
             usable = usable & ((found.status == int(Status.CONVERGED)) | halfway)
-        return torch.where(usable[:, None], found.z, 0.0)
+        nothing = torch.where(b.isfinite().all(1), 0.0, float("nan"))
+        return torch.where(usable[:, None], found.z, nothing[:, None])
 
     def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
+        if b.shape[1] == 0:  # states without entries
+            return b
         if inverse is None:
             found = find(self.solver, condition, torch.zeros_like(b), theta, b)
         elif self.use == "start":
@@ -384,7 +414,7 @@ class Backward:
             found = found._replace(z=inverse(found.z))
         if self.listen is not None and not is_wrapped(b):
             self.listen(found)
-        return attach(condition, self.usable(found, b), theta, Backward(self.solver))
+        return attach(condition, self.usable(found, condition, theta), theta, Backward(self.solver))
 
 
 def some(found: Found, mask: Tensor) -> bool:
@@ -475,28 +505,22 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.condition, ctx.how = inputs[:2]
+        keep = ctx.condition.keep
+        ctx.as_then = nullcontext if keep is None else keep()
         # The output, not the input: higher derivatives go through it.
         ctx.save_for_backward(output, *inputs[3:])
         ctx.save_for_forward(output, *inputs[3:])
 
     @staticmethod
+    @unhooked()
     def backward(ctx, *cotangents):
         (g,) = cotangents
         z, *theta = ctx.saved_tensors
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
         gradients: list[Tensor | None] = [None] * len(theta)
-        if is_plain(g, z, *theta):
-            pull = recorded(ctx.condition.residual, (z, *theta), [0, *(i + 1 for i in needed)])
-            u = ctx.how.solve(transposed(ctx.condition, len(z), pull), (g, z, *theta), ctx.how.inverse)
-            for i, gradient in zip(needed, pull(u, [i + 1 for i in needed])):
+        with ctx.as_then():
+            for i, gradient in zip(needed, _cotangents(ctx.condition, ctx.how, g, z, theta, needed)):
                 gradients[i] = gradient
-            return None, None, None, *gradients
-        u = ctx.how.solve(transposed(ctx.condition), (g, z, *theta), ctx.how.inverse)
-
-        of_needed = of_places(partial(ctx.condition.residual, z), theta, needed)
-        _, pull = pullback(of_needed, *(theta[i] for i in needed))
-        for i, gradient in zip(needed, pull(u)):
-            gradients[i] = gradient
         return None, None, None, *gradients
 
     @staticmethod
@@ -518,6 +542,19 @@ class _Attach(torch.autograd.Function):
         condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
         out = _Attach.apply(condition, backward, merge_rows(z, in_dims[2], size), *theta)
         return out.reshape(size, -1, out.shape[1]), 0
+
+
+def _cotangents(
+    condition: Condition, how: Backward, g: Tensor, z: Tensor, theta: list[Tensor], needed: list[int]
+) -> tuple[Tensor, ...]:
+    """What the theorem gives those of theta that are `needed`, for the cotangent g of z."""
+    if is_plain(g, z, *theta):
+        pull = recorded(condition.residual, (z, *theta), [0, *(i + 1 for i in needed)])
+        u = how.solve(transposed(condition, len(z), pull), (g, z, *theta), how.inverse)
+        return pull(u, [i + 1 for i in needed])
+    u = how.solve(transposed(condition), (g, z, *theta), how.inverse)
+    of_needed = of_places(partial(condition.residual, z), theta, needed)
+    return pullback(of_needed, *(theta[i] for i in needed))[1](u)
 
 
 class _Answered(torch.autograd.Function):
@@ -584,8 +621,10 @@ def pushed(condition: Condition) -> Condition:
 
 def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
     carries = None if condition.carries is None else (0, 0, *condition.carries)
-    report = replace(condition.report, unpack=None)
-    return Condition(bind, name, condition.dtype, report, linear=True, carries=carries)
+    message = condition.report.message or partial(explain, remedy=LINEAR_REMEDY)
+    report = replace(condition.report, unpack=None, message=message)
+    keep = condition.keep
+    return Condition(bind, name, condition.dtype, report, linear=True, carries=carries, keep=keep)
 
 
 def _mapped(

@@ -19,13 +19,14 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
 from implicitly.host import LOOPS, happens, on_host, remembered, to_host, views
-from implicitly.tree import is_near, is_wrapped, row_norm, unwrapped
+from implicitly.tree import is_batched, is_near, is_wrapped, row_norm, unwrapped
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -38,6 +39,9 @@ PATIENCE = 30
 LATE = 1 / 4
 # A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
 DRIFTED = 10
+# What numbers may be given as.
+INTEGERS = (int, np.integer)
+NUMBERS = (float, int, np.floating, np.integer)
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 
@@ -102,6 +106,9 @@ class SolverError(RuntimeError):
     def __init__(self, message: str, solution: Solution):
         super().__init__(message)
         self.solution = solution
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.solution)
 
 
 class ConvergenceWarning(UserWarning):
@@ -172,10 +179,21 @@ class Solver(ABC):
     def __post_init__(self):
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+            if value is None:
+                continue
+            if not isinstance(value, NUMBERS):
+                raise TypeError(f"{type(self).__name__}: {name} must be a number, got a {type(value).__name__}")
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"{type(self).__name__}: {name} must be a finite number >= 0, got {value}")
-        if self.max_steps < 1:
-            raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
+        self.check_count("max_steps")
+
+    def check_count(self, name: str) -> None:
+        """Raise TypeError / ValueError unless the option `name` is a whole number from 1 on."""
+        value = getattr(self, name)
+        if not isinstance(value, INTEGERS) or isinstance(value, bool):
+            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
 
     @property
     def budget_only(self) -> bool:
@@ -285,6 +303,7 @@ def iterate(
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
+    droppable = droppable and not any(is_batched(x) for x in (z, *theta))  # there nobody can tell who has finished
     k, going = 0, partial(loop.worth_a_step, droppable)
     kept, carry = loop.set_aside(carry)
 
@@ -556,7 +575,8 @@ def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> F
     drifted = (found.status == int(Status.CONVERGED)) & ~(residual <= limit)
     status = torch.where(drifted, int(Status.STAGNATED), found.status)
     # Worse than the zero vector is no solution at all.
-    z = where_rows(residual <= 2 * scale, found.z, torch.zeros_like(found.z))
+    hopeless = residual > 2 * scale
+    z, residual = where_rows(hopeless, torch.zeros_like(found.z), found.z), torch.where(hopeless, scale, residual)
     return found._replace(z=z, status=status, residual=residual, evaluations=found.evaluations + 1)
 
 

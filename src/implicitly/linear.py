@@ -43,6 +43,17 @@ class LinearSolver(Solver):
     recurrent: ClassVar[bool] = True
 
 
+def check_linear_solver(solver: Any) -> None:
+    """Raise TypeError for what solves no linear systems."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"linear_solver must be a solver such as im.GMRES(), got {solver!r}")
+    if solver.needs is not None:
+        raise TypeError(
+            f"{type(solver).__name__} minimises, and a linear system has nothing to minimise: pass im.GMRES(), "
+            "im.BiCGStab(), im.CG(), im.Neumann(), im.DenseLU(), or a solver of fixed points, as linear_solver"
+        )
+
+
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Restarted GMRES, matrix-free, one product with M a step.
@@ -62,8 +73,7 @@ class GMRES(LinearSolver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.restart < 1:
-            raise ValueError(f"GMRES: restart must be at least 1, got {self.restart}")
+        self.check_count("restart")
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image, the

@@ -11,7 +11,7 @@ from torch import Tensor
 from implicitly.graph_break import one_break
 from implicitly.implicit import Backward, Condition, Map, Report, attach, find
 from implicitly.iterate import Solution, Solver
-from implicitly.linear import GMRES
+from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout, pullback
 
@@ -42,6 +42,7 @@ def linear_solve(
         TypeError, ValueError: for input that cannot be meant.
         SolverError: a sample did not converge and `on_failure="raise"`.
     """
+    check_linear_solver(solver)
     layout = Layout.of(b, batch_dims, "b")
     solver.tolerances(layout.dtype)
     problem = Problem.of(operator, b, args, lambda u, Mu: Mu, layout=layout, in_dims=None, recording=False)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, Opening, loses, open_function, refuse_captured, watched
+from implicitly.tree import Layout, Opened, Opening, like, loses, open_function, refuse_captured, watched
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Problem:
 
         def bind(*theta: Tensor) -> Map:
             call = opened.at(*theta)
-            return lambda z: displacement(z, layout.pack(call(layout.unpack(z))))
+            return lambda z: displacement(z, like(layout.pack(call(layout.unpack(z))), z))
 
         def first(z: Tensor, *theta: Tensor) -> Tensor:
             value = opened(layout.unpack(z), *theta)
@@ -101,7 +101,13 @@ class Problem:
         # Under autocast f's arithmetic decides what can be reached, whatever the state's dtype.
         dtype = self.opened.autocast or self.layout.dtype
         return Condition(
-            self.bind, name, dtype, report, relative_to_iterate=relative_to_iterate, carries=self.carries
+            self.bind,
+            name,
+            dtype,
+            report,
+            relative_to_iterate=relative_to_iterate,
+            carries=self.carries,
+            keep=self.opened.kept,
         )
 
     @property

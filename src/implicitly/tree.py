@@ -7,7 +7,7 @@ import math
 import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vjp
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from implicitly.leaf_names import described, difference, leaf_names, placed
@@ -82,6 +83,12 @@ class Layout:
     def work_dtype(self) -> torch.dtype:
         """The dtype that solvers compute in."""
         return torch.float32 if self.dtype in LOW_PRECISION else self.dtype
+
+    @property
+    def computed_dtype(self) -> torch.dtype:
+        """The dtype that f computes in, which decides what can be reached: autocast's where that is on."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if casts(kind) else self.dtype
 
     @classmethod
     def of(cls, state: Any, batch_dims: int, name: str = "z0") -> Layout:
@@ -238,6 +245,18 @@ class Opened:
     device_type: str  # of the state
     autocast: torch.dtype | None
     default_device: torch.device | None  # where it is not the CPU
+    parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
+    constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
+
+    def kept(self) -> Callable[[], AbstractContextManager[None]]:
+        """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
+
+        Entering it raises RuntimeError where a tensor without a derivative that f uses was changed in place, as
+        autograd does for those that it saved. What f changes itself is its own affair.
+        """
+        modes = tuple(part.training for part in self.parts)
+        own = tuple((name, x, version) for name, x, version in self.constants if _version(x) == version)
+        return functools.partial(_as_then, self.parts, modes, own)
 
     @functools.cached_property
     def host(self) -> _Host:
@@ -276,11 +295,12 @@ class Opened:
         default = self.default_device
 
         def call(state: Any) -> Any:
-            if self.autocast is None and default is None and not casts(self.device_type):
+            caches = parametrize._cache_enabled
+            if self.autocast is None and default is None and not (caches or casts(self.device_type)):
                 return self._call(own, exchanged, state, args)
             # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
             # called from; an accelerator's is a thread of autograd's own, which has no default device.
-            with self._arithmetic(), default or nullcontext():
+            with self._arithmetic(), default or nullcontext(), _uncached() if caches else nullcontext():
                 return self._call(own, exchanged, state, args)
 
         return call
@@ -315,6 +335,37 @@ class Opened:
             return self.f(state, *args)
         # `places` holds every one, once: with tie_weights a module of two names would not be restored.
         return functional_call(self.host, exchanged, (self.f, state, *args), tie_weights=False)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without torch's cache of parametrised weights: those of a solve have no derivative for others to use, and
+    those of others are not at the parameters exchanged here."""
+    depth, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = depth
+
+
+@contextmanager
+def _as_then(
+    parts: tuple[nn.Module, ...], modes: tuple[bool, ...], constants: tuple[tuple[str, Tensor, int], ...]
+) -> Iterator[None]:
+    for name, x, version in constants:
+        if _version(x) != version:
+            raise RuntimeError(
+                f"f uses '{name}' of shape {tuple(x.shape)}, which was changed in place since the solve, and the "
+                "derivative of the solve calls f again. Call backward before the change, or pass a copy in args"
+            )
+    moved = [(part, mode) for part, mode in zip(parts, modes) if part.training is not mode]
+    for part, mode in moved:
+        part.training = mode
+    try:
+        yield
+    finally:
+        for part, mode in moved:
+            part.training = not mode
 
 
 _GAP = object()
@@ -372,30 +423,53 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
             modules.setdefault(id(value), value)
         elif not any(value is t for t in tensors):
             captured.append((name, value))
-    index: dict[int, int] = {}
-    parameters: list[Tensor] = []
-    places: list[tuple[str, int]] = []
-    seen: set[nn.Module] = set()
-    named = (m for i, top in enumerate(modules.values()) for m in top.named_modules(seen, f"modules_of_f.{i}"))
-    for prefix, module in named:
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and is_tracked(tensor):
-                if id(tensor) not in index:
-                    index[id(tensor)] = len(parameters)
-                    parameters.append(tensor)
-                places.append((f"{prefix}.{name}", index[id(tensor)]))
+    parameters, places, constants = _tensors_of(parts := _parts_of(tuple(modules.values())))
+    constants += [(name, x, _version(x)) for name, x in captured if not is_tracked(x)]
     opened = Opened(
         f,
-        tuple(parameters),
+        parameters,
         tuple(modules.values()),
-        tuple(places),
+        places,
         spec,
         static,
         device.type,
         autocast,
         None if default.type == "cpu" else default,
+        tuple(parts.values()),
+        tuple(constants),
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
+
+
+def _parts_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
+    """The `modules` and all that they consist of, each once, by the name that it has in their host."""
+    seen: set[nn.Module] = set()
+    return {n: m for i, top in enumerate(modules) for n, m in top.named_modules(seen, f"modules_of_f.{i}")}
+
+
+def _tensors_of(
+    parts: dict[str, nn.Module],
+) -> tuple[tuple[Tensor, ...], tuple[tuple[str, int], ...], list[tuple[str, Tensor, int]]]:
+    """Of modules by name: what a derivative reaches, where each of it goes, and what else f may read.
+
+    Buffers of a module that trains are for it to change.
+    """
+    index: dict[int, int] = {}
+    parameters: list[Tensor] = []
+    places: list[tuple[str, int]] = []
+    constants: list[tuple[str, Tensor, int]] = []
+    for prefix, module in parts.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if is_tracked(tensor):
+                if id(tensor) not in index:
+                    index[id(tensor)] = len(parameters)
+                    parameters.append(tensor)
+                places.append((f"{prefix}.{name}", index[id(tensor)]))
+            elif not module.training or name in module._parameters:
+                constants.append((name, tensor, _version(tensor)))
+    return tuple(parameters), tuple(places), constants
 
 
 def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
@@ -419,6 +493,8 @@ def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
             stack += [(name, value.func), (name, value.args), (name, value.keywords)]
         elif isinstance(value, types.MethodType):
             stack += [(name, value.__self__), (name, value.__func__)]
+            if not callable(value.__self__):  # its own attributes are what a method works with
+                stack += [(f"{name}.{k}", v) for k, v in getattr(value.__self__, "__dict__", {}).items()]
         elif isinstance(value, types.FunctionType):
             stack += _function_scope(value)
         elif isinstance(value, dict):
@@ -450,6 +526,10 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
 
 def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
+    if not (torch.compiler.is_dynamo_compiling() or under_transform()) and is_plain(*primals):
+        places = list(range(len(primals)))
+        value, pull = _recorded(f, primals, places)
+        return value, lambda cotangent: pull(cotangent, places)
     if not any(is_wrapped(p) for p in primals):
         value, pull = vjp(f, *primals)[:2]
         return value, pull
@@ -510,6 +590,12 @@ def recorded(
     For `is_plain` tensors; `wanted` says which primals any call of the map may ask for. A graph of autograd serves
     both many products for one primal and a last one for the others, and products cost less than in torch.func.
     """
+    return _recorded(f, primals, wanted)[1]
+
+
+def _recorded(
+    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
+) -> tuple[Tensor, Callable[[Tensor, list[int]], tuple[Tensor, ...]]]:
     leaves = [p.detach().requires_grad_(i in wanted) for i, p in enumerate(primals)]
     with torch.enable_grad():
         value = f(*leaves)
@@ -518,9 +604,11 @@ def recorded(
         asked = [leaves[i] for i in places]
         if not value.requires_grad:
             return tuple(torch.zeros_like(x) for x in asked)
-        return torch.autograd.grad(value, asked, cotangent, retain_graph=True, materialize_grads=True)
+        # Where this is differentiated in turn, it is recorded, too.
+        create = torch.is_grad_enabled()
+        return torch.autograd.grad(value, asked, cotangent, True, create, materialize_grads=True)
 
-    return pull
+    return value.detach(), pull
 
 
 def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
@@ -540,6 +628,19 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
         "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
         "Pass it in args, which f gets after the unknown; or .detach() it if no gradient is wanted"
     )
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, which f returned for `x`, both `(B, n)`; raises ValueError where it has other shapes than at first.
+
+    Else a single row, say, would stand for all samples.
+    """
+    if value.shape != x.shape:
+        raise ValueError(
+            f"f returned {value.shape[0]} samples of {value.shape[1]} numbers for {x.shape[0]} of {x.shape[1]}; "
+            "in its first call it returned as many as it was given. What it returns must not depend on the call"
+        )
+    return value
 
 
 def watched(call: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -568,6 +669,25 @@ def _knows_autocast(device_type: str) -> bool:
 
 # As `torch.compiler.assume_constant_result` does, which imports the whole compiler. PyTorch 2.11 cannot trace it.
 _knows_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@contextmanager
+def unhooked() -> Iterator[None]:
+    """Without the hooks that pack what is saved for a backward pass, as activation checkpointing sets them.
+
+    They are for what outlives a solve; torch.func refuses them, and what is unpacked within it would be computed
+    again in the middle of being computed.
+    """
+    # Private, as PyTorch has no other way to set hooks aside.
+    hooks, autograd = [], torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def casts(device_type: str) -> bool:

@@ -406,3 +406,108 @@ def test_an_f_undefined_at_a_sample_names_in_dims_where_it_spoils_the_gradient_o
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert gradient(in_dims=(0, None)).isfinite()
+
+
+# ---------------------------------------------------------------------------------- systems without an answer
+
+
+def singular_system(n: int) -> torch.Tensor:
+    """A Jacobian J `(n, n)` with one direction v in which I - J vanishes."""
+    J, v = 0.5 * draw(n, n, seed=n) / n**0.5, draw(n, seed=n + 1)
+    v = v / v.norm()
+    return J + torch.outer(v - J @ v, v)
+
+
+@pytest.mark.parametrize("n", [40, 400])
+@pytest.mark.parametrize(
+    "linear_solver",
+    [im.GMRES(), im.BiCGStab(), im.Broyden(), im.Anderson(), im.DenseLU()],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_singular_jacobian_of_many_dimensions_gives_no_arbitrary_gradient(linear_solver, n):
+    """One direction of many without an answer hardly shows in the residual."""
+    J, x, g = singular_system(n), torch.zeros(1, n, dtype=D, requires_grad=True), draw(n, seed=n + 2)
+    value = im.fixed_point(
+        lambda z, x: z @ J.T - z**3 + x,
+        torch.zeros(1, n, dtype=D),
+        x,
+        adjoint=im.ImplicitAdjoint(linear_solver),
+    ).value
+    with pytest.warns(im.ConvergenceWarning, match="backward solve"):
+        (gradient,) = torch.autograd.grad((value @ g).sum(), x)
+    assert gradient.norm() <= 5 * g.norm()
+
+
+def test_a_gradient_that_is_nan_comes_out_as_nan_and_is_blamed_on_who_sent_it():
+    """As a scaler of mixed precision waits for it, it must not become zero."""
+    x = X.clone().requires_grad_()
+    value = im.fixed_point(_tanh, Z0, matrix(3, 0.8, 52), x, on_failure="ignore").value
+    g = torch.ones_like(value)
+    g[1, 0], g[2, 1] = float("nan"), float("inf")
+    (gradient,) = torch.autograd.grad(value, x, g)
+    assert gradient.isfinite().all(1).tolist() == [True, False, False, True]
+    warned = im.fixed_point(_tanh, Z0, matrix(3, 0.8, 52), x).value
+    with pytest.warns(im.ConvergenceWarning, match="the gradient that comes in"):
+        torch.autograd.grad(warned, x, g)
+
+
+@pytest.mark.parametrize("linear_solver", [im.Newton(), im.NewtonKrylov()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_newtons_methods_may_solve_the_backward_system(linear_solver, create_graph):
+    x = X.clone().requires_grad_()
+    W = matrix(3, 0.8, 52)
+    adjoints = (im.ImplicitAdjoint(linear_solver), im.ImplicitAdjoint(rtol=1e-14))
+    found = []
+    for adjoint in adjoints:
+        value = im.fixed_point(_tanh, Z0, W, x, adjoint=adjoint, on_failure="raise").value
+        found.append(torch.autograd.grad(value.sin().sum(), x, create_graph=create_graph)[0])
+    assert_close(found[0], found[1], 1e-8)
+
+
+# -------------------------------------------------------------------------------- starts that are solutions
+
+
+def test_unrolling_a_start_that_has_converged_differentiates_one_step():
+    W, x = matrix(3, 0.8, 52), X.clone().requires_grad_()
+    there = im.fixed_point(_tanh, Z0, W, x.detach(), solver=im.Anderson(rtol=1e-9)).value
+    start = torch.cat([there[:2], Z0[2:]])
+    options = {"solver": im.Anderson(rtol=1e-6), "adjoint": im.UnrolledAdjoint()}
+    solution = im.fixed_point(_tanh, start, W, x, **options)
+    assert solution.steps[:2].tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(solution.value.sum(), x)
+    once = torch.autograd.grad(_tanh(there[:2], W, x[:2]).sum(), x)[0]
+    assert_close(gradient[:2], once[:2], 1e-9)
+    assert (gradient[2:].abs().sum(1) > 0).all()
+    assert_close(solution.value[:2].detach(), there[:2], 1e-6)
+
+
+def test_a_root_that_starts_at_its_solution_has_no_step_to_unroll_and_says_so():
+    x = X.clone().requires_grad_()
+    with pytest.warns(im.ConvergenceWarning, match="4 of 4 samples start at a solution"):
+        value = im.root(lambda z, x: z - x, X, x, adjoint=im.UnrolledAdjoint()).value
+    assert torch.autograd.grad(value.sum(), x)[0].abs().max() == 0
+
+
+def test_without_samples_unrolling_has_gradients_of_zero():
+    W = matrix(3, 0.8, 52).requires_grad_()
+    value = im.fixed_point(_tanh, Z0[:0], W, X[:0], adjoint=im.UnrolledAdjoint()).value
+    assert torch.autograd.grad(value.sum(), W)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("linear_solver", [im.GMRES(), im.DenseLU()], ids=lambda s: type(s).__name__)
+def test_states_without_entries_have_gradients_without_entries(linear_solver):
+    x = torch.zeros(3, 0, requires_grad=True)
+    value = im.fixed_point(
+        lambda z, x: 0.5 * z + x, torch.zeros(3, 0), x, adjoint=im.ImplicitAdjoint(linear_solver)
+    ).value
+    assert torch.autograd.grad(value.sum(), x)[0].shape == (3, 0)
+
+
+def test_unrolling_under_vmap_with_in_dims():
+    W, x = matrix(3, 0.8, 52), draw(2, 4, 3, seed=53)
+
+    def run(x):
+        options = {"adjoint": im.UnrolledAdjoint(), "in_dims": (None, 0), "solver": im.Anderson(rtol=1e-10)}
+        return im.fixed_point(_tanh, Z0, W, x, **options).value
+
+    assert_close(torch.func.vmap(run)(x), torch.stack([run(x[0]), run(x[1])]), 1e-9)

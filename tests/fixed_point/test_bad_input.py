@@ -175,7 +175,8 @@ def test_wrong_tolerances_and_limits_are_refused_by_every_solver(make, options, 
         (lambda: im.FixedPointIteration(damping=1.5), r"damping must be in \(0, 1\], got 1.5"),
         (lambda: im.Anderson(history=0), "Anderson: history must be at least 1, got 0"),
         (lambda: im.Anderson(damping=-1.0), r"Anderson: damping must be in \(0, 1\], got -1.0"),
-        (lambda: im.Anderson(regularisation=-1.0), "Anderson: regularisation must be >= 0, got -1.0"),
+        (lambda: im.Anderson(regularisation=-1.0), "Anderson: regularisation must be finite and >= 0, got -1.0"),
+        (lambda: im.Anderson(regularisation=float("nan")), "finite and >= 0, got nan"),
         (lambda: im.Broyden(history=0), "Broyden: history must be at least 1, got 0"),
         (lambda: im.PhantomAdjoint(steps=0), "PhantomAdjoint: steps >= 1"),
         (lambda: im.PhantomAdjoint(damping=0.0), "0 < damping <= 1"),
@@ -197,9 +198,46 @@ def test_unknown_options_are_never_swallowed():
     refused(TypeError, "unexpected keyword", tol=1e-3)
 
 
-def test_a_linear_solver_that_is_none_is_refused():
-    with pytest.raises(TypeError, match="linear_solver must be a solver such as GMRES"):
-        im.ImplicitAdjoint(linear_solver="gmres")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: im.Anderson(max_steps=2.5), "Anderson: max_steps must be an int, got 2.5"),
+        (lambda: im.GMRES(max_steps=True), "GMRES: max_steps must be an int, got True"),
+        (lambda: im.Anderson(history=2.5), "Anderson: history must be an int, got 2.5"),
+        (lambda: im.Broyden(history=2.5), "Broyden: history must be an int, got 2.5"),
+        (lambda: im.GMRES(restart=2.5), "GMRES: restart must be an int, got 2.5"),
+        (lambda: im.Newton(rtol=torch.tensor(1e-3)), "Newton: rtol must be a number, got a Tensor"),
+        (lambda: im.Newton(atol="1e-3"), "Newton: atol must be a number, got a str"),
+    ],
+)
+def test_options_of_another_kind_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def of_linear_solver(solver):
+    return im.linear_solve(lambda u, A: u @ A, Z0, torch.eye(3, dtype=D), solver=solver)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [im.ImplicitAdjoint, lambda s: im.NewtonKrylov(linear_solver=s), of_linear_solver],
+    ids=["adjoint", "NewtonKrylov", "linear_solve"],
+)
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ("gmres", "must be a solver such as im.GMRES"),
+        (im.Dopri5(), "must be a solver such as im.GMRES"),
+        (im.LBFGS(), "LBFGS minimises"),
+        (im.LevenbergMarquardt(), "LevenbergMarquardt minimises"),
+        (im.NewtonKKT(), "NewtonKKT minimises"),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_what_solves_no_linear_systems_is_refused(use, solver, message):
+    with pytest.raises(TypeError, match=message):
+        use(solver)
 
 
 @pytest.mark.parametrize("solver", [im.GMRES(), im.CG(), im.BiCGStab(), im.DenseLU(), im.Neumann()])
@@ -240,6 +278,18 @@ def test_a_backward_tolerance_that_the_dtype_cannot_reach_is_refused_before_any_
             z0=Z0.float(),
             args=(X.float().requires_grad_(),),
             adjoint=adjoint,
+        )
+
+
+def test_under_autocast_its_dtype_decides_what_tolerances_can_be_reached():
+    with torch.autocast("cpu", torch.bfloat16):
+        refused(
+            ValueError,
+            "GMRES: torch.bfloat16 cannot reach rtol=0.0001",
+            f=lambda z, x: torch.tanh(z) + x,
+            z0=Z0.float(),
+            args=(X.float().requires_grad_(),),
+            adjoint=im.ImplicitAdjoint(im.GMRES(rtol=1e-4)),
         )
 
 
@@ -496,3 +546,30 @@ class OfEachSample(nn.Module):
 def test_a_parameter_of_each_sample_is_named_where_samples_were_dropped(solve):
     with pytest.raises(RuntimeError, match=r"must match the size .*\n.*had been dropped .* in args, with in_dims"):
         solve(OfEachSample(), torch.ones(8, 3))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_an_f_that_returns_fewer_samples_later_is_refused(solver):
+    """One row would stand for all samples, and each would seem to have converged."""
+    calls = []
+
+    def f(z, x):
+        calls.append(z)
+        value = 0.5 * torch.tanh(z) + x
+        return value if len(calls) < 3 else value[:1]
+
+    with pytest.raises(ValueError, match="f returned 1 samples of 3 numbers for 4 of 3"):
+        im.fixed_point(f, Z0, X, solver=solver)
+
+
+def test_parameters_that_a_method_of_a_plain_object_uses_get_gradients():
+    class Model:
+        def __init__(self):
+            self.linear = torch.nn.Linear(3, 3, dtype=D)
+
+        def step(self, z, x):
+            return torch.tanh(0.3 * self.linear(z) + x)
+
+    model = Model()
+    im.fixed_point(model.step, Z0, X).value.sum().backward()
+    assert model.linear.weight.grad.abs().max() > 0

@@ -107,3 +107,15 @@ def test_forcing_terms_make_early_linear_solves_cheap():
     torch.testing.assert_close(adaptive.value, dense.value, rtol=1e-8, atol=1e-8)
     exact_every_time = int(dense.steps.max()) * 30
     assert adaptive.evaluations < exact_every_time
+
+
+def test_a_jacobian_with_nan_is_told_from_a_singular_one():
+    """|z|^1.5 has a derivative of NaN where it is written as a power of a square."""
+
+    def residual(z):
+        return (z**2) ** 0.75 + torch.where(z == 0, z.abs().sqrt(), 0.0) + 1.0
+
+    z0 = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    status = im.root(residual, z0, on_failure="ignore", solver=im.Newton(max_steps=1)).status
+    assert status[0] == im.Status.NON_FINITE
+    assert status[1] != im.Status.NON_FINITE

@@ -53,12 +53,11 @@ class Anderson(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.history < 1:
-            raise ValueError(f"Anderson: history must be at least 1, got {self.history}")
+        self.check_count("history")
         if not 0 < self.damping <= 1:
             raise ValueError(f"Anderson: damping must be in (0, 1], got {self.damping}")
-        if self.regularisation is not None and self.regularisation < 0:
-            raise ValueError(f"Anderson: regularisation must be >= 0, got {self.regularisation}")
+        if self.regularisation is not None and not 0 <= self.regularisation < float("inf"):
+            raise ValueError(f"Anderson: regularisation must be finite and >= 0, got {self.regularisation}")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Residuals and mixed iterates `(B, m, n)`, and the Gram matrix of the residuals `(B, m, m)`, in which an
@@ -118,7 +117,8 @@ def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float) -> Tensor:
     if isinstance(slot, Tensor):
         diagonal = torch.arange(row.shape[1], device=row.device) == slot
         return torch.where(diagonal, ((1 + ridge) * row).clamp(min=least), row)
-    row.select(1, slot).mul_(1 + ridge).clamp_(min=least)
+    diagonal = row.select(1, slot)
+    diagonal.copy_((diagonal * (1 + ridge)).clamp(min=least))  # vmap knows of no clamp in place
     return row
 
 

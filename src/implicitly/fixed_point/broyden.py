@@ -61,8 +61,7 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.history < 1:
-            raise ValueError(f"Broyden: history must be at least 1, got {self.history}")
+        self.check_count("history")
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The directions D `(B, m, n)`, and T `(B, m, m)`, where row i of T D is d_i' H_i / |d_i|^2; the iterate

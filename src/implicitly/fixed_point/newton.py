@@ -12,8 +12,8 @@ from torch import Tensor
 from implicitly.descent import Descent, bottom, stopped, wolfe
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.host import happens
-from implicitly.iterate import Proposal, Residual, Solver, iterate, where_rows
-from implicitly.linear import GMRES, Affine, dense
+from implicitly.iterate import Proposal, Residual, Solver, Status, coded, iterate, where_rows
+from implicitly.linear import GMRES, Affine, check_linear_solver, dense
 from implicitly.tree import pullback, row_norm
 
 
@@ -54,10 +54,12 @@ class Newton(Solver):
         # Rows of the Jacobian, one vector-Jacobian product for all samples each.
         transposed = dense(lambda u: -pull(u)[0], z, self.limit_gib)
         d, info = torch.linalg.solve_ex(transposed.mT, r)
-        singular = (info != 0) | ~d.isfinite().all(1)
+        singular, verdict = (info != 0) | ~d.isfinite().all(1), None
+        if happens(singular):  # a Jacobian with NaN in it has no inverse either, but is not singular
+            verdict = coded(transposed.isfinite().flatten(1).all(1), Status.RUNNING, Status.NON_FINITE)
         d = torch.where(singular[:, None], 0.0, d)
         z, r, calls = _move(F, z, r, d, self.line_search)
-        return Proposal(z, (), r, calls + z.shape[1], singular)
+        return Proposal(z, (), r, calls + z.shape[1], singular, verdict)
 
     def _descend(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The step along which the objective falls, as long as it does."""
@@ -104,6 +106,10 @@ class NewtonKrylov(Solver):
     linear_solver: Solver = GMRES(max_steps=60)
     line_search: bool = True
     max_steps: int = 50
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_linear_solver(self.linear_solver)
 
     @property
     def nests(self) -> bool:

@@ -83,7 +83,7 @@ def fixed_point(
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
     """
     layout = Layout.of(z0, batch_dims)
-    how = check_choices(solver, adjoint, layout.dtype, iterates=True)
+    how = check_choices(solver, adjoint, layout.computed_dtype, iterates=True)
     problem = Problem.of(
         f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=how.recording
     )
@@ -112,7 +112,7 @@ def root(
     `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
     """
     layout = Layout.of(z0, batch_dims)
-    how = check_choices(solver, adjoint, layout.dtype, iterates=False)
+    how = check_choices(solver, adjoint, layout.computed_dtype, iterates=False)
     problem = Problem.of(
         residual,
         z0,

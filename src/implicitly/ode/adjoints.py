@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -50,6 +51,7 @@ from implicitly.tree import (
     merge_rows,
     of_places,
     pull_within,
+    unhooked,
     unwrapped,
 )
 
@@ -62,6 +64,11 @@ AT_ONCE_BYTES = 2**13
 
 # Announces how a solve ended: the method, what it found, the calls of f.
 Report = Callable[[Method, Integrated, Halt, int], None]
+
+
+def _unnoted() -> Callable[[], AbstractContextManager[None]]:
+    """Of what needs no notes, as nobody calls f once more."""
+    return nullcontext
 
 
 class TrajectoryAdjoint(ABC):
@@ -125,6 +132,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             check=problem.check,
             listen=self.listen,
             arc_length=self.arc_length and method.dt is None,
+            keep=problem.opened.kept,
         )
         if record is None:
             with torch.no_grad():
@@ -138,6 +146,7 @@ class Work:
     """A solve to be differentiated: how it is done, and what it leaves.
 
     With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
+    `keep` is as of `Condition`.
     """
 
     method: Method
@@ -152,6 +161,7 @@ class Work:
     listen: Callable[[int], None] | None = None
     arc_length: bool = False
     as_graph: bool = False
+    keep: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
 
     @property
     def hybrid(self) -> bool:
@@ -164,7 +174,7 @@ class Work:
 
         That of the solve is the same whatever its derivative takes for constant.
         """
-        bare = replace(self, record=None, check=None, listen=None, report=silent)
+        bare = replace(self, record=None, check=None, listen=None, report=silent, keep=_unnoted)
         return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Integrated:
@@ -268,6 +278,23 @@ def silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
     """The report of a solve that has been reported on before."""
 
 
+def _cotangents(
+    work: Work,
+    steps: tuple[Tensor, ...],
+    ended: Ended,
+    inputs: tuple[Tensor, ...],
+    wanted: list[int],
+    bars: tuple[Tensor, ...],
+) -> Sequence[Tensor]:
+    """Those of the `wanted` inputs, for the cotangents `bars` of what noted steps give."""
+    if is_plain(*bars, *inputs):
+        return work.swept(steps, ended, inputs, wanted, *bars)
+    of_wanted = of_places(partial(work.joined, steps, ended), inputs, wanted)
+    chosen, bar = tuple(inputs[i] for i in wanted), torch.cat([x.flatten() for x in bars])
+    transformed = any(is_wrapped(x) for x in (bar, *chosen))
+    return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
+
+
 class _Trajectory(torch.autograd.Function):
     """A solve and its derivative as one operation, so that `vmap` hands it the whole batch.
 
@@ -275,6 +302,7 @@ class _Trajectory(torch.autograd.Function):
     """
 
     @staticmethod
+    @unhooked()
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Any:
         # Parameters as they are, not detached: they would have to be exchanged in every call.
         found = work.run(times.detach(), y0.detach(), k0, *theta)
@@ -283,6 +311,7 @@ class _Trajectory(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.work, times, y0, _, *theta = inputs
+        ctx.as_then = ctx.work.keep()
         status, t, steps = output[1], output[REACHED], output[len(Integrated._fields) :]
         ctx.save_for_backward(status, *steps, t, times, y0, *theta)
         ctx.save_for_forward(status, *steps, t, times, y0, *theta)
@@ -291,6 +320,7 @@ class _Trajectory(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[4:]
         wanted = [i for i, needed in enumerate(needs) if needed]
@@ -301,13 +331,8 @@ class _Trajectory(torch.autograd.Function):
             shapes = ((batch, count, n), (batch,))[: 2 if ctx.work.hybrid else 1]
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
-            if is_plain(*bars, *inputs):
-                found = ctx.work.swept(steps, ended, inputs, wanted, *bars)
-            else:
-                of_wanted = of_places(partial(ctx.work.joined, steps, ended), inputs, wanted)
-                chosen, bar = tuple(inputs[i] for i in wanted), torch.cat([x.flatten() for x in bars])
-                transformed = any(is_wrapped(x) for x in (bar, *chosen))
-                found = pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
+            with ctx.as_then():
+                found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
         times, y0, *theta = gradients

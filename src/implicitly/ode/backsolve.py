@@ -23,7 +23,7 @@ from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_s
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.tree import is_wrapped, real_parts
+from implicitly.tree import is_wrapped, real_parts, unhooked
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
 # beyond that the reverse system is stiff, and taking the forward steps again costs less.
@@ -102,7 +102,16 @@ class BacksolveAdjoint(TrajectoryAdjoint):
                 "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so they cannot "
                 "have times of their own; pass t of shape (T,), or seminorm=True"
             )
-        work = Work(method, problem.field, problem.carries, report, None, key=problem.key, check=problem.check)
+        work = Work(
+            method,
+            problem.field,
+            problem.carries,
+            report,
+            None,
+            key=problem.key,
+            check=problem.check,
+            keep=problem.opened.kept,
+        )
         return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
 
 
@@ -117,6 +126,7 @@ class _Backsolve(torch.autograd.Function):
     """A solve that keeps its outputs, and its derivative."""
 
     @staticmethod
+    @unhooked()
     def forward(
         adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor
     ):
@@ -126,11 +136,13 @@ class _Backsolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.adjoint, ctx.work, times, y0, _, *theta = inputs
+        ctx.as_then = ctx.work.keep()
         ctx.save_for_backward(*output, times, y0, *theta)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[5:]
         wanted = [i for i, needed in enumerate(needs) if needed]
@@ -143,7 +155,7 @@ class _Backsolve(torch.autograd.Function):
                 _refuse("a transform of torch.func")
             if functorch.is_legacy_batchedtensor(g):
                 _refuse("of several cotangents at once")
-            with torch.no_grad():
+            with torch.no_grad(), ctx.as_then():
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
             if torch.is_grad_enabled():
                 computed = _FirstOrder.apply(len(computed), *computed, g, *inputs)

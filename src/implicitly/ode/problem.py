@@ -21,6 +21,7 @@ from implicitly.tree import (
     Opened,
     Opening,
     is_wrapped,
+    like,
     loses,
     open_function,
     refuse_captured,
@@ -204,7 +205,7 @@ def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -
     bind = partial(field_of, opened, layout, has_events)
 
     def slope(moment: Tensor, y: Tensor) -> Tensor:
-        return layout.pack(call((0, moment, layout.unpack(y))))
+        return like(layout.pack(call((0, moment, layout.unpack(y)))), y)
 
     if not has_events:
         return Field(show, slope, bind, theta)
