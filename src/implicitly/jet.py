@@ -400,6 +400,37 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
 
 
+def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    value = x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    return value if weight is None else value * weight
+
+
+def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    if ord not in (None, 2, "fro"):
+        raise NotImplementedError(f"jet: norm has a rule for the 2-norm, got ord={ord!r}")
+    x = x if dtype is None else x.to(dtype)
+    dims = tuple(range(x.ndim)) if dim is None else dim
+    return x.square().sum(dims, keepdim=keepdim).sqrt()
+
+
+def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    below = torch.where(x > 0, 0.0, x)  # elsewhere exp could overflow
+    return scale * torch.where(x > 0, x, alpha * ((input_scale * below).exp() - 1))
+
+
+def _log_softmax(x: Tensor, dim: int, *, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    return x - _logsumexp(x, dim, keepdim=True)
+
+
+def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    largest = _primal_of(x).amax(dim, keepdim=True)
+    found = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return found if keepdim else found.squeeze(dim)
+
+
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     if training and p > 0:
         raise NotImplementedError(
@@ -456,12 +487,30 @@ _COMPOSED: dict[str, Callable[..., Any]] = {
     "rpow": lambda exponent, base: _pow(base, exponent),
     "gelu": _gelu,
     "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "linalg_vector_norm": _norm,
+    "norm": lambda x, p="fro", dim=None, keepdim=False, dtype=None: _norm(x, p, dim, keepdim, dtype=dtype),
     "dropout": _dropout,
     "pad": _pad,
     "relu": lambda x: torch.where(x > 0, x, 0.0),
     "abs": lambda x: x * x.sign(),
+    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, x, negative_slope * x),
+    "elu": _elu,
+    "celu": lambda x, alpha=1.0: _elu(x, alpha, input_scale=1 / alpha),
+    "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),  # Klambauer et al. 2017
+    "mish": lambda x: x * F.softplus(x).tanh(),
+    "softsign": lambda x: x / (1 + x.abs()),
+    "log_sigmoid": lambda x: -F.softplus(-x),
+    "tanhshrink": lambda x: x - x.tanh(),
+    "expm1": lambda x: x.exp() - 1,
+    "log1p": lambda x: (1 + x).log(),
+    "sinh": lambda x: (x.exp() - (-x).exp()) / 2,
+    "cosh": lambda x: (x.exp() + (-x).exp()) / 2,
+    "tan": lambda x: x.sin() / x.cos(),
     "iter": lambda x: iter(x.unbind()),
 }
 
