@@ -87,6 +87,20 @@ def test_the_order_is_the_methods_though_derivatives_jump(method, order):
     assert order - 0.5 < found < order + 1
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("solver", [im.Dopri5(), im.RK4(dt=0.1), im.Kvaerno3()], ids=lambda s: type(s).__name__)
+def test_every_call_of_f_is_counted(adjoint, solver):
+    calls = []
+
+    def f(t, y, delayed):
+        calls.append(t)
+        return -delayed[0]
+
+    y = torch.ones(2, requires_grad=True)
+    sol = im.ddeint(f, y, (0.0, 0.3, 2.5), lags=(1.0,), adjoint=adjoint, solver=solver)
+    assert sol.evaluations == len(calls)
+
+
 def test_a_history_that_moves_goes_on_as_it_was():
     """cos' = -cos(t - pi/2): nothing jumps where history ends."""
     t = torch.linspace(0, 4, 9, dtype=torch.float64)

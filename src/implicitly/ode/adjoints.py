@@ -118,15 +118,16 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
-        k0 = None if problem.k0 is None else problem.k0.detach()
-        inputs = (problem.rows(problem.times), problem.y0, k0, *problem.theta)
-        record = Record() if any(x is not None and is_recorded(x) for x in inputs) else None
-        work = Work(
+        return self.attached(self.work(method, problem, report), problem)
+
+    def work(self, method: Method, problem: Problem, report: Report) -> Work:
+        """The solve of a `problem`, to be differentiated so."""
+        return Work(
             method,
             problem.field,
             problem.carries,
             report,
-            record,
+            Record(),
             events=problem.events,
             key=problem.key,
             check=problem.check,
@@ -134,7 +135,13 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             arc_length=self.arc_length and method.dt is None,
             keep=problem.opened.kept,
         )
-        if record is None:
+
+    def attached(self, work: Work, problem: Problem) -> tuple[Integrated, int]:
+        """What `work` finds, its `values` differentiable, and the calls of f."""
+        k0 = None if problem.k0 is None else problem.k0.detach()
+        inputs = (problem.rows(problem.times), problem.y0, k0, *problem.theta)
+        if not any(x is not None and is_recorded(x) for x in inputs):
+            work.record = None
             with torch.no_grad():
                 return work.run(*inputs), work.calls
         output = _Trajectory.apply(work, *inputs)
@@ -146,7 +153,8 @@ class Work:
     """A solve to be differentiated: how it is done, and what it leaves.
 
     With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
-    `keep` is as of `Condition`.
+    `keep` is as of `Condition`. `known` is what it finds, the states got to, and the calls that took, where it has
+    been done before.
     """
 
     method: Method
@@ -161,6 +169,7 @@ class Work:
     listen: Callable[[int], None] | None = None
     arc_length: bool = False
     as_graph: bool = False
+    known: tuple[Integrated, Tensor, int] | None = None
     keep: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
 
     @property
@@ -174,7 +183,7 @@ class Work:
 
         That of the solve is the same whatever its derivative takes for constant.
         """
-        bare = replace(self, record=None, check=None, listen=None, report=silent, keep=_unnoted)
+        bare = replace(self, record=None, check=None, listen=None, report=silent, known=None, keep=_unnoted)
         return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Integrated:
@@ -184,7 +193,7 @@ class Work:
             key, stepper = self.graphs
             found = integrate_as_graph(key, stepper, times, y0, theta, self.record, self.check)
         self.as_graph = found is not None
-        found, y, calls = found or self._stepwise(times, y0, k0, *theta)
+        found, y, calls = found or self.known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
         self.report(self.method, found, halt, self.calls)

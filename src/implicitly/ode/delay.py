@@ -23,17 +23,17 @@ from torch.utils import _pytree as pytree
 
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
-from implicitly.iterate import Status
-from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, Work, silent, solve_unrolled
-from implicitly.ode.integrate import Integrated
+from implicitly.iterate import Status, is_success
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
+from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method
-from implicitly.ode.piecewise import Piecewise, knots
+from implicitly.ode.piecewise import Nodes, Piecewise, knots
 from implicitly.ode.problem import Problem, times_of
-from implicitly.ode.record import Record, Taken
+from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, tell
 from implicitly.ode.stiffness import Halt
-from implicitly.tree import Layout
+from implicitly.tree import Layout, is_near, unhooked
 from implicitly.unrolled import UnrolledAdjoint
 
 # Times that differ by no more than so many units of rounding are the same one.
@@ -323,10 +323,8 @@ class Chain:
         solver = self._method(begin, end)
         solver.check(problem)
         problem = solver.checked(problem)
-        problem = self._with_knots(replace(solver, progress=None), problem)
         heard: list[Halt] = []
-        solve = solve_unrolled if isinstance(self.adjoint, UnrolledAdjoint) else self.adjoint.solve
-        found, calls = solve(solver, problem, lambda method, found, halt, calls: heard.append(halt))
+        problem, found, calls = self._solved(solver, problem, lambda *ended: heard.append(ended[2]))
         self.calls += calls + problem.calls
         told = self._noted(found)
         self._go_from(problem, found.values, begin, end)
@@ -347,18 +345,28 @@ class Chain:
             solver = replace(solver, progress=lambda part: told(base + share * part))
         return solver if not self.links or solver.dt0 is None else replace(solver, dt0=None)
 
-    def _with_knots(self, solver: Method, problem: Problem) -> Problem:
-        """The `problem` with the times of the pieces of its solution: those in the steps that it takes."""
-        work = Work(solver, problem.field, problem.carries, silent, Record())
-        steps = _Steps.apply(work, problem.rows(problem.times), problem.y0, problem.k0, *problem.theta)
-        self.calls += work.calls
-        taken = Taken(*map(_seen, steps))
-        span = problem.rows(problem.times)
+    def _solved(self, solver: Method, problem: Problem, report: Report) -> tuple[Problem, Integrated, int]:
+        """The `problem` through the knots of the steps that it takes, what is found there, and the calls of f.
+
+        Which steps there are is known afterwards. An adjoint that goes by noted steps has the values of the solve
+        that noted them; the others solve once more.
+        """
+        adjoint, span, degree = self.adjoint, problem.rows(problem.times), self.delayed.degree
+        exact = isinstance(adjoint, RecursiveCheckpointAdjoint)
+        work = (adjoint if exact else RecursiveCheckpointAdjoint()).work(solver, problem, report)
+        nodes = Nodes(degree, len(problem.y0))
+        steps = _Steps.apply(work, nodes, span, problem.y0, problem.k0, *problem.theta)
         begin, end = span[:, :1], span[:, -1:]
-        found = knots(taken, _seen(span), self.delayed.degree)
-        seen, with_begin, with_end = torch.from_numpy(found).to(span).unbind(2)
+        known = torch.from_numpy(knots(Taken(*map(_seen, steps)), _seen(span), degree)).to(span)
+        seen, with_begin, with_end = known.unbind(2)
         moved = with_begin * (begin - begin.detach()) + with_end * (end - end.detach())
-        return replace(problem, times=seen + moved)
+        problem = replace(problem, times=seen + moved)
+        if exact:
+            return problem, *adjoint.attached(work, problem)
+        solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
+        found, calls = solve(replace(solver, progress=None), problem, report)
+        assert work.known is not None
+        return problem, found, calls + work.known[2]
 
     def _noted(self, found: Integrated) -> Integrated:
         """Count a link in; gives how all ended so far, those that failed before as if they had not."""
@@ -434,13 +442,20 @@ _SUMS = ("steps", "tries")
 
 
 class _Steps(torch.autograd.Function):
-    """The steps of a solve, as `Record.stacked` has them: nothing that has a derivative."""
+    """The steps of a solve, as `Record.stacked` has them: nothing that has a derivative. `work` knows the rest."""
 
     @staticmethod
-    def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
-        work.run(times.detach(), y0.detach(), k0, *theta)
+    @unhooked()
+    def forward(work: Work, nodes: Nodes, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
         assert work.record is not None
-        return work.record.stacked(times)
+        stepper = work.stepper(is_near(times), times.detach(), *theta)
+        found, y, calls = integrate(stepper, y0.detach(), k0, work.record, nodes.listen)
+        steps = work.record.stacked(times)
+        work.record.note_all(Taken(*(x.T for x in steps)))  # which are forgotten there
+        accepted = Taken(*steps).accepted.cpu().numpy()
+        values = nodes.at_knots(accepted, y, is_success(found.status))
+        work.known = found._replace(values=values), y, calls
+        return steps
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -448,7 +463,7 @@ class _Steps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        raise AssertionError("steps have no derivative")
+        return (None,) * len(ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:

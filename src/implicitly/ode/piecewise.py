@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.host import on_host, remembered
+from implicitly.ode.integrate import Stepper
+from implicitly.ode.method import Step
 from implicitly.ode.record import STOP, Taken
 from implicitly.tree import is_tracked
 
@@ -104,6 +107,40 @@ def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarr
     x, same, scale = (c.numpy() for c in _lagrange(degree, torch.float64, torch.device("cpu")))
     x, scale = x.astype(dtype).reshape(count, *ones), scale.astype(dtype).reshape(count, *ones)
     return x, same.reshape(count, count, *ones), scale, np.arange(count).reshape(count, *ones)
+
+
+@dataclass
+class Nodes:
+    """Listens to a solve of `batch` samples, for the values of its dense output at the places of each step."""
+
+    degree: int
+    batch: int
+    values: list[Tensor] = field(default_factory=list)  # (B, p, n)
+
+    def listen(self, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None) -> None:
+        """Note a step, without its end, which is where the next one begins."""
+        inner = torch.from_numpy(places(self.degree)[1:-1]).to(step.y).expand(len(step.y), -1)
+        begin = step.y.unsqueeze(1)
+        values = torch.cat([begin, stepper.method.between(stepper.bound.F, step, inner)], dim=1)
+        if rows is not None:
+            values = values.new_zeros(self.batch, *values.shape[1:]).index_copy(0, rows, values)
+        self.values.append(values)
+
+    def at_knots(self, accepted: np.ndarray, end: Tensor, finished: Tensor) -> Tensor:
+        """The values `(B, K, n)` at `knots` of the steps that samples `accepted` `(B, N)`, up to `end` `(B, n)`.
+
+        NaN behind what a sample got to that has not `finished`, which has one more piece there.
+        """
+        end = torch.where(finished.unsqueeze(1), end, float("nan"))
+        count = max(1, int((accepted.sum(1) + ~finished.cpu().numpy()).max(initial=0)))
+        own = torch.from_numpy(np.argsort(~accepted, axis=1, kind="stable")[:, :count])
+        beyond = torch.arange(count) >= torch.from_numpy(accepted.sum(1)).unsqueeze(1)
+        inner = end[:, None, None].expand(-1, count, self.degree, -1)
+        if own.shape[1]:
+            own = torch.nn.functional.pad(own, (0, count - own.shape[1]))
+            steps = torch.stack(self.values, dim=1).take_along_dim(own[:, :, None, None].to(end.device), 1)
+            inner = torch.where(beyond[:, :, None, None].to(end.device), inner, steps)
+        return torch.cat([inner.flatten(1, 2), end.unsqueeze(1)], dim=1)
 
 
 def knots(steps: Taken, span: np.ndarray, degree: int) -> np.ndarray:
