@@ -357,7 +357,7 @@ def test_progress_goes_from_the_start_to_the_end_once():
         ({"adjoint": im.ImplicitAdjoint()}, TypeError, "adjoint must be"),
         ({"on_failure": "panic"}, ValueError, "on_failure"),
     ],
-    ids=str,
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else getattr(x, "__name__", ""),
 )
 def test_bad_input_is_refused_at_the_door(change, error, message):
     given = {"f": fall, "history": torch.ones(2), "t": (0.0, 2.5), "lags": (1.0,)} | change
