@@ -516,7 +516,7 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
     kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
-        foreign = isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] == "torch"
+        foreign = isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] == "torch"
         if isinstance(value, kinds) and not foreign:
             scope.append((name, value))
     scope += [("a default", value) for value in function.__defaults__ or ()]
