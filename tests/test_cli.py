@@ -53,6 +53,9 @@ def test_recipes_are_found_by_looking(tmp_path, monkeypatch, capsys):
         (["fit", "zzz"], "there is no recipe 'zzz'. There are: deq-image"),
         (["turo"], "there is no command 'turo'. Did you mean 'tour'?"),
         (["list", "all"], "`implicitly list` takes no arguments; got all"),
+        (["--version", "extra"], "`implicitly --version` takes no arguments; got extra"),
+        (["--verson"], "there is no option '--verson'. Did you mean '--version'?"),
+        (["fit", "--resume"], "name a recipe before its options: `implicitly fit RECIPE --resume ...`"),
     ],
 )
 def test_what_is_not_understood_is_refused(arguments, message, capsys):
@@ -68,6 +71,17 @@ def test_what_is_not_understood_is_refused(arguments, message, capsys):
         (["--epocs", "3"], "--epocs"),
         (["--epochs", "0"], "epochs must be at least 1; got 0"),
         (["--dataset", "imagenet"], "imagenet"),
+        (["--rtol", "-1"], "Anderson: rtol must be a finite number >= 0, got -1.0"),
+        (["--rtol", "1e-12"], "torch.float32 cannot reach rtol=1e-12"),
+        (["--rtol", "1e-4", "--precision", "bf16-mixed"], "torch.bfloat16 cannot reach rtol=0.0001"),
+        (["--history", "0"], "history must be at least 1; got 0"),
+        (["--solver-steps", "0"], "solver_steps must be at least 1; got 0"),
+        (["--pooled-size", "0"], "pooled_size must be at least 1; got 0"),
+        (["--learning-rate", "-1"], "learning_rate must be positive; got -1.0"),
+        (["--learning-rate", "nan"], "learning_rate must be positive; got nan"),
+        (["--seed", "-1"], "seed must lie between 0 and 4294967295; got -1"),
+        (["--accelerator", "foo"], "foo"),
+        (["--data", "nowhere"], "data has no effect: the digits come with scikit-learn"),
     ],
 )
 def test_bad_options_are_refused(options, message, capsys):
@@ -76,6 +90,56 @@ def test_bad_options_are_refused(options, message, capsys):
         main(["fit", "deq-image", *options])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--accuracy", "2"], ["--accuracy", "nan"]])
+def test_bad_options_of_the_tour_are_refused(options, capsys):
+    pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
+    pytest.importorskip("matplotlib", reason="needs the extra: implicitly[viz]")
+    with pytest.raises(SystemExit) as leaving:
+        main(["tour", *options])
+    assert leaving.value.code == 2
+    assert f"{options[0].strip('-')} must" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["fit", "deq-image"], ["tour"]])
+@pytest.mark.parametrize("below", [".", "x"])
+def test_a_file_is_no_folder_to_write_to(command, below, tmp_path, capsys):
+    pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
+    pytest.importorskip("matplotlib", reason="needs the extra: implicitly[viz]")
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*command, "--out", str(file / below)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"implicitly {' '.join(command)}: out=")
+    assert f"must name a folder, but {file} is a file" in error
+    assert error.count("\n") == 1
+
+
+def test_options_that_do_not_fit_the_data_are_refused(tmp_path, capsys):
+    pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
+    assert main(["fit", "deq-image", "--out", str(tmp_path), "--validation", "0.9999"]) == 2
+    assert "validation=0.9999 holds out all 1,437 images" in capsys.readouterr().err
+    assert main(["fit", "ode-mnist", "--out", str(tmp_path), "--downsamplings", "4"]) == 2
+    assert "downsamplings=4 leave nothing of images of 8x8 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError(28, 'No space left on device', 'a.ckpt')", "SolverError('it fell short', None)"]
+)
+def test_what_fails_on_the_way_is_told_in_one_line(error, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tyro", reason="needs the extra: implicitly[recipes]")
+    (tmp_path / "failing.py").write_text(
+        "from dataclasses import dataclass\nfrom implicitly.iterate import SolverError\n"
+        f'@dataclass\nclass Config:\n    """Fails."""\n\ndef main(config):\n    raise {error}\n'
+    )
+    monkeypatch.setattr(implicitly.recipes, "__path__", [*implicitly.recipes.__path__, str(tmp_path)])
+    sys.modules.pop("implicitly.recipes.failing", None)
+    assert main(["fit", "failing"]) == 1
+    assert capsys.readouterr().err in (
+        "implicitly fit failing: [Errno 28] No space left on device: 'a.ckpt'\n",
+        "implicitly fit failing: it fell short\n",
+    )
 
 
 def test_help_of_a_recipe_names_every_field(capsys):

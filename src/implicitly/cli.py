@@ -17,7 +17,9 @@ from pathlib import Path
 
 import implicitly.recipes
 from implicitly.data import DataError
+from implicitly.iterate import SolverError
 from implicitly.recipes._checkpoints import CheckpointError
+from implicitly.recipes._options import OptionError, check_folder
 
 USAGE = """\
 usage: implicitly COMMAND ...
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case ["--version"]:
             print(importlib.metadata.version("implicitly"))
             return 0
+        case ["--version", *extra]:
+            return _refuse(f"`implicitly --version` takes no arguments; got {' '.join(extra)}")
         case ["list"]:
             print(_listing(find_recipes()))
             return 0
@@ -81,12 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case ["fit"] | ["fit", "-h" | "--help", *_]:
             print(FIT_USAGE.format(recipes=_listing(find_recipes())))
             return 0
+        case ["fit", option, *_] if option.startswith("-"):
+            return _refuse(f"name a recipe before its options: `implicitly fit RECIPE {option} ...`")
         case ["fit", name, *options]:
             return _fit(name, options)
         case ["tour", *options]:
             return _run("implicitly.tour", "implicitly tour", options)
         case ["list", *extra]:
             return _refuse(f"`implicitly list` takes no arguments; got {' '.join(extra)}")
+        case [option, *_] if option.startswith("-"):
+            return _refuse(f"there is no option {option!r}. {_closest(option, ['--help', '--version'])}")
         case [command, *_]:
             return _refuse(f"there is no command {command!r}. {_closest(command, ['tour', 'list', 'fit'])}")
         case _:
@@ -126,6 +134,8 @@ def _run(module_name: str, program: str, options: list[str]) -> int:
 
         module = importlib.import_module(module_name)
         config = tyro.cli(module.Config, prog=program, description=module.Config.__doc__, args=options)
+        if getattr(config, "out", None) is not None:
+            check_folder(config.out)  # now, and not after a training
         result = module.main(config)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -136,7 +146,10 @@ def _run(module_name: str, program: str, options: list[str]) -> int:
             f"{program}: needs {package}, which is not installed. To install all that it needs:\n\n"
             f'    pip install "implicitly[{extras}]"',
         )
-    except (FileNotFoundError, DataError, CheckpointError) as error:
+    except OptionError as error:
+        return _refuse(str(error), program)
+    # The disk, the network, the data or a solve: for none of them would a traceback say more.
+    except (OSError, DataError, CheckpointError, SolverError) as error:
         return _fail(f"{program}: {error}")
     return result if isinstance(result, int) else 0
 
@@ -156,8 +169,8 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _refuse(message: str) -> int:
-    print(f"implicitly: {message}", file=sys.stderr)
+def _refuse(message: str, program: str = "implicitly") -> int:
+    print(f"{program}: {message}", file=sys.stderr)
     return 2
 
 

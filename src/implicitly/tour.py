@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import implicitly as im
 from implicitly import viz
+from implicitly.recipes._options import check_at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +48,11 @@ class Config:
     """Passes over the digits in the training."""
     accuracy: float = 0.97
     """Test accuracy below which the tour fails."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "epochs")
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError(f"accuracy must lie between 0 and 1; got {self.accuracy}")
 
 
 @dataclass

@@ -559,3 +559,46 @@ def test_training_lowers_a_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("wrong", [5, im.nn.LastBatch, "last"])
+def test_what_is_no_warm_start_is_refused_at_the_door(wrong):
+    with pytest.raises(TypeError, match=r"warm_start must be None or an object such as LastBatch\(\)"):
+        im.nn.DEQ(Dense(), warm_start=wrong)
+
+
+def test_a_function_is_no_cell():
+    with pytest.raises(TypeError, match=r"cell must be an nn\.Module"):
+        im.nn.DEQ(lambda z, x: z)
+
+
+def test_an_index_without_a_warm_start_is_refused():
+    layer, x, index = im.nn.DEQ(Dense()), torch.randn(3, 4), torch.arange(3)
+    for call in (lambda: layer(x, index=index), lambda: layer.iterates(x, (2,), index=index)):
+        with pytest.raises(ValueError, match=r"index .* this layer has none"):
+            call()
+
+
+class Scaled(Dense):
+    def forward(self, z, x):
+        return super().forward(z, x[0] * x[1])
+
+
+def start_of_first(x):
+    return torch.zeros_like(x[0])
+
+
+def test_a_number_is_for_all_samples():
+    layer = im.nn.DEQ(Scaled().double(), TIGHT, im.ImplicitAdjoint(rtol=1e-12), init=start_of_first)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    value = layer((x, scale))
+    expected = iterated(lambda z: layer.cell(z, (x, scale)), torch.zeros_like(x))
+    assert_close(value, expected)
+    assert_close(gradients(value, x, scale), gradients(expected, x, scale))
+
+
+def test_other_shared_tensors_in_x_are_refused_by_their_shape():
+    layer = im.nn.DEQ(Scaled(), init=start_of_first)
+    with pytest.raises(ValueError, match=r"x has a tensor of shape \(4,\), but z0 holds 3 samples"):
+        layer((torch.randn(3, 4), torch.ones(4)))

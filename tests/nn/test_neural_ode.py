@@ -584,6 +584,24 @@ def test_smooth_activations_are_not(smooth):
         im.nn.NeuralODE(im.nn.Autonomous(nn.Sequential(nn.Linear(2, 2), smooth)))
 
 
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("kinked", [torch.relu, nn.functional.leaky_relu, nn.functional.hardtanh])
+def test_kinked_functions_are_named_once(kinked, batch_dims):
+    class Field(nn.Module):
+        def forward(self, t, y):
+            return -kinked(y)
+
+    layer, x = im.nn.NeuralODE(Field(), batch_dims=batch_dims), torch.randn(3, 2, requires_grad=True)
+    with pytest.warns(im.nn.SmoothnessWarning, match=f"f calls {kinked.__name__}, whose") as seen:
+        layer(x).sum().backward()
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x).sum().backward()
+        im.nn.NeuralODE(im.nn.Autonomous(nn.Sequential(nn.Linear(2, 2), nn.GELU())))(x).sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 

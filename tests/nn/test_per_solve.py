@@ -188,6 +188,12 @@ def test_dropout_refuses_what_is_no_probability(p):
         im.nn.Dropout(p)
 
 
+@pytest.mark.parametrize("dim", [2, -2, -3])
+def test_dropout_refuses_dimensions_that_the_input_has_not(dim):
+    with pytest.raises(ValueError, match=r"shared_dims=.* the input has shape \(3, 4\)"):
+        im.nn.Dropout(0.5, (dim,))(torch.ones(3, 4))
+
+
 def test_dropout_refuses_to_share_a_mask_between_samples():
     with pytest.raises(ValueError, match="samples"):
         im.nn.Dropout(0.5, (0,))
@@ -335,6 +341,14 @@ def test_a_layer_without_weight_is_refused(wrap):
 
 
 @pytest.mark.parametrize("wrap", [im.nn.WeightNorm, im.nn.SpectralNorm])
+def test_a_weight_that_is_no_matrix_is_refused(wrap):
+    layer = nn.LayerNorm(4)
+    with pytest.raises(ValueError, match=r"LayerNorm has shape \(4,\)"):
+        wrap(layer)
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("wrap", [im.nn.WeightNorm, im.nn.SpectralNorm])
 def test_a_reparametrised_layer_round_trips(wrap):
     x = torch.randn(2, 4)
     module = wrap(nn.Linear(4, 4)).eval()
@@ -361,6 +375,30 @@ def test_a_module_used_twice_in_a_cell_decides_once():
     layer(x).sum().backward()
     assert len(decided) == 1
     assert layer.solution.converged.all()
+
+
+class AtTwoPlaces(nn.Module):
+    def __init__(self, module, width):
+        super().__init__()
+        self.module, self.a, self.b = module, nn.Linear(4, width), nn.Linear(width, 4)
+
+    def forward(self, z, x):
+        return 0.3 * torch.tanh(self.module(self.b(self.module(self.a(z)))) + x)
+
+
+def test_a_statistic_serves_one_place_of_a_cell():
+    layer, x = im.nn.DEQ(AtTwoPlaces(im.nn.BatchNorm(4), 4)), torch.randn(6, 4)
+    with pytest.raises(ValueError, match="BatchNorm is used twice in a cell"):
+        layer(x)
+    assert layer.eval()(x).shape == (6, 4)  # by the running statistics, which are of both
+
+
+def test_a_mask_serves_places_of_one_shape():
+    x = torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"mask of shape \(6, 8\) .* shape \(6, 4\)"):
+        im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 8))(x)
+    assert im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 8)).eval()(x).shape == (6, 4)
+    assert im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 4))(x).shape == (6, 4)
 
 
 def test_a_module_held_under_two_names_is_left_as_it_was():
@@ -416,9 +454,10 @@ def test_only_what_is_reached_is_decided():
 @EACH
 def test_an_empty_batch(name):
     layer = im.nn.DEQ(PER_SOLVE[name]())
-    if name == "batch_norm":
-        layer.eval()
+    before = {k: b.clone() for k, b in layer.named_buffers() if k.partition("running")[1]}
     assert layer(torch.zeros(0, 4)).shape == (0, 4)
+    for key, b in before.items():
+        assert torch.equal(layer.get_buffer(key), b)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

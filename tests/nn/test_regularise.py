@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from torch.func import jacrev, vmap
+from torch.func import functional_call, jacrev, vmap
 from torch.testing import assert_close
 
 import implicitly as im
@@ -184,6 +184,63 @@ def test_without_gradients():
     assert all(p.grad is None for p in f.parameters())
 
 
+def test_in_inference_mode():
+    f, z, x = case("dense")
+    expected = im.nn.spectral_radius(f, z, x, generator=generator())
+    norm = im.nn.jacobian_norm(f, z, x, generator=generator())
+    with torch.inference_mode():
+        z, x = z.clone(), x.clone()
+        assert z.is_inference()
+        assert_close(im.nn.spectral_radius(f, z, x, generator=generator()), expected)
+        found = im.nn.jacobian_norm(f, z, x, generator=generator())
+    assert_close(found, norm.detach())
+    assert not found.requires_grad
+
+
+def test_the_norm_under_transforms():
+    f, z, x = case("dense")
+
+    def norm(z, x, weights=None):
+        cell = f if weights is None else lambda z, x: functional_call(f, weights, (z, x))
+        return im.nn.jacobian_norm(cell, z, x, generator=generator()).sum()
+
+    z, x = z.detach().requires_grad_(), x.detach().requires_grad_()
+    expected = torch.autograd.grad(norm(z, x), (z, x))
+    assert_close(torch.func.grad(norm, (0, 1))(z, x), expected)
+    weights = {k: p.detach() for k, p in f.named_parameters()}
+    got = torch.func.grad(norm, 2)(z.detach(), x.detach(), weights)
+    norm(z, x).backward()
+    for key, p in f.named_parameters():
+        assert_close(got[key], p.grad if p.grad is not None else torch.zeros_like(p))
+    # A sample at a time, and with its own direction each.
+    rows = vmap(lambda z, x: im.nn.jacobian_norm(f, z[None], x[None], samples=5000)[0], randomness="different")
+    J = jacobians(f, z, x)
+    assert_close(rows(z.detach(), x.detach()), J.square().sum((1, 2)), rtol=0.1, atol=0)
+
+
+def test_the_radius_under_transforms():
+    f, z, x = case("dense")
+    expected = im.nn.spectral_radius(f, z, x, generator=generator())
+    stacked = torch.stack([z, z])
+    found = vmap(lambda z: im.nn.spectral_radius(f, z, x, generator=generator()), randomness="same")(stacked)
+    assert_close(found, torch.stack([expected, expected]))
+    assert not torch.func.grad(lambda x: im.nn.spectral_radius(f, z, x).sum())(x).any()
+
+
+def test_cells_that_only_autograd_knows():
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z / 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g / 2
+
+    z = torch.randn(3, 2, dtype=DOUBLE)
+    assert_close(im.nn.spectral_radius(Half.apply, z), torch.full((3,), 0.5, dtype=DOUBLE))
+
+
 def test_of_pytrees():
     cell = Tree().double()
     z = {"p": torch.randn(2, 3, dtype=DOUBLE), "q": torch.randn(2, 2, dtype=DOUBLE)}
@@ -250,6 +307,38 @@ def test_it_looks_at_as_many_samples_as_asked():
     z = torch.randn(5, 2)
     assert im.check_independence(lambda z: z.roll(1, 0), z, samples=2) == [(0, 4), (1, 0)]
     assert im.check_independence(lambda z: z, torch.zeros(0, 2)) == []
+
+
+@pytest.mark.parametrize("batch", [40, 41, 64])
+def test_all_outputs_are_looked_at(batch):
+    def late(z):
+        return torch.cat([z[:30], z[30:31] + z[31:32], z[31:]])
+
+    z = torch.randn(batch, 4)
+    assert im.check_independence(late, z) == [(30, 31)]
+    assert im.check_independence(lambda z: z + 0.1 * z[-1:], z, samples=2) == [(0, batch - 1), (1, batch - 1)]
+    assert im.check_independence(lambda z: 0.5 * z, z) == []
+
+
+def test_coupling_whose_derivative_vanishes_at_the_usual_start():
+    everyone = [(i, j) for i in range(3) for j in range(3) if i != j]
+    for f in (lambda z: z * z.mean(0), lambda z: z + z.square().mean(0), lambda z: torch.relu(z * z.sum())):
+        assert im.check_independence(f, torch.zeros(3, 4)) == everyone
+    assert im.check_independence(torch.tanh, torch.zeros(3, 4)) == []
+
+
+def test_independence_in_inference_mode():
+    with torch.inference_mode():
+        z = torch.randn(3, 2)
+        assert im.check_independence(lambda z: z.cumsum(0), z) == [(1, 0), (2, 0), (2, 1)]
+        assert im.check_independence(torch.tanh, z) == []
+
+
+def test_a_derivative_that_does_not_tell_is_refused():
+    with pytest.raises(ValueError, match="no finite derivative by sample 1 of z"):
+        im.check_independence(torch.sqrt, torch.tensor([[1.0], [0.0], [1.0]]))
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        im.check_independence(torch.tanh, torch.zeros(2, 1), samples=0)
 
 
 def test_coupling_through_one_entry_of_a_pytree():

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, jacfwd, jacrev, vmap
 from torch.testing import assert_close
 
 import implicitly as im
@@ -118,6 +118,87 @@ def test_as_deq_of_a_network_with_held_dropout():
     value = layer(x)
     torch.manual_seed(1)
     assert_close(value, network(x))
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def normalised(width):
+    return nn.Sequential(nn.Linear(4, 8), im.nn.BatchNorm(8), nn.Tanh(), nn.Linear(8, width))
+
+
+DECIDING = {
+    "batch norm": lambda: normalised(2),
+    "dropout and batch norm": lambda: nn.Sequential(
+        nn.Linear(4, 8), im.nn.Dropout(0.5), nn.Tanh(), im.nn.BatchNorm(8), nn.Linear(8, 2)
+    ),
+    "weight norm": lambda: nn.Sequential(im.nn.WeightNorm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+@pytest.mark.parametrize("z0", [None, 100.0])
+def test_as_deq_decides_what_the_network_decides(name, z0):
+    network = DECIDING[name]().double()
+    own = copy.deepcopy(network)
+    layer, x = im.nn.as_deq(network), input_of(6, 4)
+    start = None if z0 is None else tuple(torch.full_like(z, z0) for z in layer.eval().init(x))
+    layer.train()
+    torch.manual_seed(1)
+    value = layer(x, start)
+    torch.manual_seed(1)
+    expected = own(x)
+    assert_close(value, expected)
+    for a, b in zip(gradients(value, x, *network.parameters()), gradients(expected, x, *own.parameters())):
+        assert_close(a, b)
+    for (key, a), b in zip(network.named_buffers(), own.buffers()):
+        assert_close(a, b, msg=key)  # running statistics: updated once
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(4, 4), nn.Softplus(), Apply(torch.log), nn.Linear(4, 2)),
+        nn.Sequential(nn.Softmax(1), Apply(torch.reciprocal), nn.Linear(4, 2)),
+    ],
+)
+def test_layers_that_are_undefined_at_zero(network):
+    layer, x = im.nn.as_deq(network.double()), input_of(5, 4)
+    value = layer(x)
+    assert_close(value, network(x))
+    assert (layer.solution.status == int(im.Status.MAX_STEPS)).all()
+    inputs = (x, *network.parameters())
+    assert_close(gradients(value, *inputs), gradients(network(x), *inputs))
+    expected = jacfwd(network)(x)
+    assert_close(jacfwd(layer)(x), expected)
+    assert_close(jacrev(layer)(x), expected)
+
+
+def test_the_start_of_as_deq_is_one_pass_that_is_not_recorded():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recorded = []
+
+        def forward(self, x):
+            self.recorded.append(torch.is_grad_enabled())
+            return x + 1
+
+    seen = Seen()
+    layer = im.nn.as_deq(nn.Sequential(nn.Linear(4, 4), seen, nn.Tanh()))
+    layer(torch.randn(2, 4))
+    first, *others = seen.recorded
+    assert not first
+    assert len(others) == 4  # at the start and after each of three steps
+    seen.recorded.clear()
+    layer(torch.randn(2, 4), layer.solution.value)
+    assert len(seen.recorded) == 4
 
 
 def test_as_deq_under_vmap():
@@ -253,6 +334,56 @@ def test_compose_with_what_is_decided_once_a_solve():
     value = im.nn.compose(first, second)(x)
     torch.manual_seed(4)
     assert_close(value, second(first(x)))
+
+
+class Normalised(Dense):
+    def __init__(self):
+        super().__init__()
+        self.norm = im.nn.BatchNorm(4)
+
+    def forward(self, z, x):
+        return 0.3 * torch.tanh(self.norm(super().forward(z, x)))
+
+
+@pytest.mark.parametrize("second", [lambda: im.nn.as_deq(normalised(2).double()), lambda: deq(Normalised())])
+def test_a_statistic_of_what_a_network_puts_out(second):
+    first = im.nn.as_deq(nn.Sequential(nn.Linear(4, 4), nn.Softplus(), Apply(torch.log)).double())
+    second = second()
+    assert_stacked(im.nn.compose(first, second), nn.Sequential(first, second), input_of(6, 4))
+
+
+def test_a_statistic_in_the_first_layer():
+    first, second = deq(Normalised()), deq(Dense())
+    assert_stacked(im.nn.compose(first, second), nn.Sequential(first, second), input_of(6, 4))
+
+
+def test_a_statistic_of_an_equilibrium_that_is_not_known_yet_is_refused():
+    first, second = deq(Dense()), deq(Normalised())
+    composed, x = im.nn.compose(first, second), input_of(6, 4)
+    with pytest.raises(ValueError, match="second layer takes a statistic"):
+        composed(x)
+    composed.eval()
+    assert_close(composed(x), second(first(x)))
+
+
+@pytest.mark.parametrize("pair", [(nn.Linear(4, 4), None), (None, nn.Linear(4, 4))])
+def test_compose_refuses_what_is_no_deq(pair):
+    with pytest.raises(TypeError, match=r"must be a DEQ, got a Linear; as_deq"):
+        im.nn.compose(*(deq(Dense()) if layer is None else layer for layer in pair))
+
+
+def test_the_start_is_part_of_what_is_unrolled():
+    def layer():
+        once = im.FixedPointIteration(rtol=0, max_steps=1)
+        return deq(Dense(), solver=once, adjoint=im.UnrolledAdjoint(), init=torch.tanh)
+
+    composed, x = im.nn.compose(layer(), layer()), input_of(3, 4)
+    z = (x.tanh(), x.tanh().tanh())
+    for _ in range(2):
+        z = composed.cell(z, x)
+    value = composed(x)
+    assert_close(value, z[1])
+    assert_close(gradients(value, x), gradients(z[1], x))
 
 
 def test_batch_dims_of_either():

@@ -119,6 +119,17 @@ def test_last_epoch_refuses_fractions():
         layer_with(im.nn.LastEpoch(5))(batch(3, 4), index=torch.tensor([0.0, 1.0, 2.0]))
 
 
+def test_last_epoch_refuses_a_list():
+    with pytest.raises(TypeError, match=r"int64, got a list: torch.tensor\(index\)"):
+        layer_with(im.nn.LastEpoch(5))(batch(3, 4), index=[0, 1, 2])
+
+
+@pytest.mark.parametrize("size", [2.5, "3", True])
+def test_last_epoch_refuses_what_is_no_count(size):
+    with pytest.raises(TypeError, match="size is a whole number"):
+        im.nn.LastEpoch(size)
+
+
 @pytest.mark.parametrize("size", [0, -3])
 def test_last_epoch_refuses_no_samples(size):
     with pytest.raises(ValueError, match="size"):

@@ -1,9 +1,12 @@
 """deq-image: the model of its description, training that can be repeated and resumed, checkpoints that last."""
 
 import dataclasses
+import math
 import os
 import re
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from implicitly.data import ImageData, digits
 from implicitly.recipes import deq_image
 from implicitly.recipes._checkpoints import BEST, LAST, CheckpointError, previous_of, read_checkpoint, run_folder
 from implicitly.recipes._classification import count_parameters
+from implicitly.recipes._options import OptionError
 from implicitly.recipes._training import AtomicCheckpointIO, Batches
 from implicitly.recipes.deq_image import Cell, Config, Training, build, fit, main
 from tests.data.test_images import write_jpeg_archive
@@ -82,7 +86,7 @@ def test_networks_have_equal_parameters(shape, config):
 
 
 def test_body_of_deq_is_an_equilibrium_with_the_gradient_of_deep_unrolling(data):
-    config = small(rtol=1e-10, solver_steps=200, unroll=150)
+    config = small(rtol=1e-10, precision="64-true", solver_steps=200, unroll=150)
     torch.manual_seed(0)
     deq = build("deq", config, data).double()
     unrolled = build("unrolled", config, data).double()
@@ -217,11 +221,30 @@ def test_note_about_jpeg_stands_under_the_table(tmp_path, capsys):
         ({"groups": 5}, r"groups must divide channels and inner_channels; got 5, 48 and 64"),
         ({"models": ()}, "models must name at least one"),
         ({"models": ("deq", "deq")}, "each once"),
+        ({"inner_channels": 0}, "inner_channels must be at least 1"),
+        ({"accelerator": "foo"}, "accelerator must be one of auto, cpu, gpu, cuda, mps; got foo"),
+        ({"accelerator": "cpu", "precision": "16-mixed"}, "precision must be one that a CPU computes in"),
+        ({"cache": Path("elsewhere")}, "cache has no effect: the digits come with scikit-learn"),
+        ({"rtol": math.inf}, "rtol must be a finite number"),
     ],
 )
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is one")
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_an_accelerator_that_is_not_there_is_refused(accelerator):
+    with pytest.raises(
+        ValueError, match=f"accelerator must be one that PyTorch finds here: auto, cpu; got {accelerator}"
+    ):
+        Config(accelerator=accelerator)
+
+
+def test_a_validation_set_of_everything_is_refused(data):
+    with pytest.raises(OptionError, match=r"validation=0\.9999 holds out all 1,437 images"):
+        Training("resnet", small(validation=0.9999), data)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -349,6 +372,53 @@ def test_file_that_is_no_checkpoint_is_refused(checkpoint, tmp_path, foreign):
     (tmp_path / BEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"The checkpoint {re.escape(str(tmp_path / BEST))}, of epoch 1"):
         read_checkpoint(path, identity)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_checkpoint_with_changed_bytes_is_refused(checkpoint, tmp_path, place):
+    content, identity = checkpoint
+    path = tmp_path / LAST
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        largest = max(tensors, key=lambda info: info.file_size)
+        begin = content.index(archive.read(largest)) + int(place * (largest.file_size - 64))
+    changed = bytes(255 - b for b in content[begin : begin + 64])
+    path.write_bytes(content[:begin] + changed + content[begin + 64 :])
+    torch.load(path, weights_only=True)  # sees nothing
+    with pytest.raises(
+        CheckpointError, match=rf"checksum of {re.escape(largest.filename)} in it is wrong.*no intact"
+    ):
+        read_checkpoint(path, identity)
+    previous_of(path).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"The checkpoint {re.escape(str(previous_of(path)))}, of epoch 1"):
+        read_checkpoint(path, identity)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "global_step", "costs"])
+def test_incomplete_checkpoint_is_refused(checkpoint, tmp_path, part):
+    content, identity = checkpoint
+    path = tmp_path / LAST
+    path.write_bytes(content)
+    parts = torch.load(path, weights_only=True)
+    del parts[part]
+    torch.save(parts, path)
+    with pytest.raises(CheckpointError, match=rf"{LAST} is without {part}\. There is no intact"):
+        read_checkpoint(path, identity, Training.kept)
+
+
+def test_a_run_cannot_end_before_where_it_is(data, tmp_path):
+    config = small(epochs=2, batch_size=256)
+    steps = 2 * fit("resnet", config, data, tmp_path).training.batches_per_epoch
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(
+        CheckpointError, match="had 2 epochs, and cannot end after 1: resume with --epochs 2 or more"
+    ):
+        fit("resnet", dataclasses.replace(resumed, epochs=1), data, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"had {steps} steps, and cannot end after 3: .* --max-steps {steps}"
+    ):
+        fit("resnet", dataclasses.replace(resumed, max_steps=3), data, tmp_path)
 
 
 def test_checkpoint_of_another_recipe_or_shape_is_refused(checkpoint, tmp_path):

@@ -231,7 +231,7 @@ def test_command_writes_tables_picture_and_fits(tmp_path, capsys):
         ({"hidden": 0}, "hidden must be at least 1"),
         ({"years_beyond": -1}, "years_beyond must be at least 0"),
         ({"correction": 0.0}, "correction must be positive; got 0.0"),
-        ({"rtol": math.nan}, "rtol must be positive; got nan"),
+        ({"rtol": math.nan}, "rtol must be finite and at least 4.4e-16, .* got nan"),
     ],
 )
 def test_bad_options_are_refused(changes, message):

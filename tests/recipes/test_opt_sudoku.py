@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from implicitly.data import make_sudoku4, solutions4
 from implicitly.recipes import opt_sudoku
+from implicitly.recipes._options import OptionError
 from implicitly.recipes.opt_sudoku import Config, Conv, OptNet, are_wrong, fit, rules_found, split
 
 SMALL = Config(
@@ -49,6 +50,8 @@ def test_no_board_is_in_two_sets_and_new_solutions_are_new(boards):
     assert len(together.unique(dim=0)) == len(together)
     assert len(solutions[2]) == pytest.approx(0.1 * 288, abs=4)
     assert not torch.equal(split(boards, replace(SMALL, seed=1)).train.tensors[0], splits.train.tensors[0])
+    with pytest.raises(OptionError, match=r"held_out=0\.999 leaves no boards to train with"):
+        split(boards, replace(SMALL, held_out=0.999))
     with pytest.raises(ValueError, match="boards must leave some to test with; got 600 of"):
         split(boards, replace(SMALL, boards=600))
 

@@ -72,6 +72,8 @@ def test_main_leaves_a_table_a_picture_and_weights(tmp_path, capsys):
 
 def test_days_of_a_building_are_read(tmp_path, monkeypatch):
     monkeypatch.delenv("IMPLICITLY_DATA", raising=False)
+    with pytest.raises(ValueError, match="data has no effect: the days of the signal 'steps' are made up"):
+        replace(SMALL, data=tmp_path)
     with pytest.raises(FileNotFoundError, match="--data"):
         signals(replace(SMALL, signal="hvac"))
     with pytest.raises(FileNotFoundError, match=r"looked for Sim-TMY2.npz in .*hvac, and there is none"):

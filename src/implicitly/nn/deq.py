@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,10 @@ from implicitly.fixed_point.solve import fixed_point, is_traceable
 from implicitly.graph_break import one_break, one_break_unless
 from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
-from implicitly.nn.per_solve import decide_once
+from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.warm_start import LastBatch, WarmStart
 from implicitly.tree import unwrapped
+from implicitly.unrolled import UnrolledAdjoint
 
 
 # Functions of the module, not lambdas, so that a layer can be pickled.
@@ -39,6 +41,24 @@ def _is_traceable(layer: DEQ, *args: Any, **options: Any) -> bool:
     return is_traceable(solver=layer.solver, adjoint=layer.adjoint, compile=layer.compile_solve)
 
 
+class StartingCell(nn.Module, ABC):
+    """A cell that finds where to start by applying what is in it."""
+
+    @abstractmethod
+    def begin(self, x: Any) -> Any:
+        """The start for `x`. What the cell decides once a solve is decided on the way, with its gradient."""
+
+
+def begin(cell: nn.Module, init: Callable[[Any], Any], x: Any) -> Any:
+    """Where a solve for `x` starts; the cell's `PerSolve` modules are applied, and so can decide."""
+    if isinstance(cell, StartingCell):
+        return cell.begin(x)
+    z0 = init(x)
+    if decides(cell):
+        cell(pytree.tree_map(torch.detach, z0), x)
+    return z0
+
+
 class DEQ(nn.Module):
     """A layer whose output is the equilibrium z = cell(z, x) (Bai, Kolter and Koltun, NeurIPS 2019).
 
@@ -46,7 +66,8 @@ class DEQ(nn.Module):
     `SpectralNorm` of this package) is decided before the solve and constant in it.
 
     Args:
-        cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise.
+        cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise; numbers (0-d
+            tensors) in x are for all samples.
         solver, adjoint, on_failure, compile: as in `implicitly.fixed_point`.
         batch_dims: 1: samples are independent, and finished ones are dropped from the calls of the cell. 0: the
             whole batch is one system, for cells that couple samples.
@@ -75,6 +96,15 @@ class DEQ(nn.Module):
         readout: Callable[[Any], Any] = _whole_state,
     ):
         super().__init__()
+        if not isinstance(cell, nn.Module):
+            raise TypeError(
+                f"DEQ: cell must be an nn.Module, got {cell!r}; for a function there is im.fixed_point"
+            )
+        if not isinstance(warm_start, WarmStart | None):
+            raise TypeError(
+                "DEQ: warm_start must be None or an object such as LastBatch() or LastEpoch(size), "
+                f"got {warm_start!r}"
+            )
         self.cell = cell
         self.solver = solver
         self.adjoint = adjoint
@@ -92,10 +122,11 @@ class DEQ(nn.Module):
         """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
 
         Args:
-            index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`.
+            index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`. Without a warm start it
+                is refused.
         """
-        z0 = self._start(x, index) if z0 is None else z0
-        solution = self._solve(x, z0, self._held_for(x, z0), self.solver, self._listening(), self.on_failure)
+        z0, held = self._begin(x, z0, index)
+        solution = self._solve(x, z0, held, self.solver, self._listening(), self.on_failure)
         self._remember(solution, index)
         return self.readout(solution.value)
 
@@ -112,8 +143,7 @@ class DEQ(nn.Module):
         """
         if any(b <= a for a, b in zip((0, *at), at)):
             raise ValueError(f"at must be increasing step counts from 1, got {tuple(at)}")
-        z = self._start(x, index) if z0 is None else z0
-        held = self._held_for(x, z)
+        z, held = self._begin(x, z0, index)
         states = []
         for steps in (b - a for a, b in zip((0, *at), at)):
             segment = replace(self.solver, max_steps=steps)
@@ -131,7 +161,10 @@ class DEQ(nn.Module):
         self, x: Any, z0: Any, held: tuple[dict, dict], solver: Solver, adjoint: Adjoint, on_failure: str
     ) -> Solution:
         tensors, dims = held
-        f, args, in_dims = (self.cell, (x,), (0,)) if not tensors else (_Held(self.cell), (x, tensors), (0, dims))
+        of_samples = _of_samples(x, z0) if self.batch_dims else None
+        f, args, in_dims = self.cell, (x,), (of_samples,)
+        if tensors:
+            f, args, in_dims = _Held(self.cell), (x, tensors), (of_samples, dims)
         return fixed_point(
             f,
             z0,
@@ -144,15 +177,29 @@ class DEQ(nn.Module):
             compile=self.compile_solve,
         )
 
-    def _held_for(self, x: Any, z0: Any) -> tuple[dict, dict]:
-        return decide_once(self.cell, pytree.tree_map(torch.detach, z0), x)
+    def _begin(self, x: Any, z0: Any, index: Tensor | None) -> tuple[Any, tuple[dict, dict]]:
+        """Where the solve starts, and what the cell holds through it."""
+        if index is not None and self.warm_start is None:
+            raise ValueError(
+                "DEQ: index says which samples these are, for a warm start, and this layer has none: leave it "
+                "out, or build the layer with warm_start=LastEpoch(size)"
+            )
+        deciding = decides(self.cell)
+        if isinstance(self.cell, StartingCell) and (deciding or z0 is None):
+            # What is decided has a gradient; the start has one where autograd is to see the whole solve, only.
+            unrolled = isinstance(self.adjoint, UnrolledAdjoint)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (deciding or unrolled)):
+                cold, held = decided_in(self.cell.begin, self.cell, x)
+            cold = cold if unrolled else pytree.tree_map(torch.detach, cold)
+            return self._warmed(cold, index) if z0 is None else z0, held
+        z0 = self._warmed(self.init(x), index) if z0 is None else z0
+        return z0, decide_once(self.cell, pytree.tree_map(torch.detach, z0), x)
 
-    def _start(self, x: Any, index: Tensor | None) -> Any:
-        if self.warm_start is not None and self.training:
-            z0 = self.warm_start.start(self.init(x), index)
-            if z0 is not None:
-                return z0
-        return self.init(x)
+    def _warmed(self, cold: Any, index: Tensor | None) -> Any:
+        if self.warm_start is None or not self.training:
+            return cold
+        warm = self.warm_start.start(cold, index)
+        return cold if warm is None else warm
 
     def _remember(self, solution: Solution, index: Tensor | None) -> None:
         tensors = (solution.value, solution.status, solution.residual, solution.steps)
@@ -172,6 +219,19 @@ class DEQ(nn.Module):
                 self.adjoint.listen(found)
 
         return replace(self.adjoint, listen=listen)
+
+
+def _of_samples(x: Any, z0: Any) -> Any:
+    """For each tensor of x the dimension that holds the samples: 0, but None for a number."""
+    samples = {len(leaf) for leaf in pytree.tree_leaves(z0) if isinstance(leaf, Tensor) and leaf.ndim}
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, Tensor) and leaf.ndim and samples - {len(leaf)}:
+            raise ValueError(
+                f"DEQ: x has a tensor of shape {tuple(leaf.shape)}, but z0 holds {min(samples)} samples, and both "
+                "hold one entry a sample in dimension 0. What all samples share can be a 0-d tensor of x, or a "
+                "parameter or buffer of the cell"
+            )
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, x)
 
 
 @dataclass(frozen=True)

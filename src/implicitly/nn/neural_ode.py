@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from implicitly.graph_break import one_break_unless
@@ -40,6 +41,13 @@ _KINKED = (
     nn.Softshrink,
     nn.SELU,
     nn.Threshold,
+)
+
+
+# By the names that PyTorch's functions have.
+_KINKED_FUNCTIONS = (
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "selu"),
+    *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "threshold"),
 )
 
 
@@ -134,7 +142,7 @@ class NeuralODE(nn.Module):
         self.compile_solve = compile
         self.solution: Solution | None = None
         self._calls = _Calls()
-        _warn_of_kinks(f)
+        self._may_have_kinks = not _warn_of_kinked_modules(f)
 
     @one_break_unless(_is_traceable)
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
@@ -153,7 +161,7 @@ class NeuralODE(nn.Module):
             _check_times(t, self.batch_dims)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
-        self._calls = calls = _Calls()
+        self._calls = calls = _Calls(looks_for_kinks=self._may_have_kinks)
         held, held_dims = self._held(times, y, args, calls)
         rates = _Field(self.f, tuple(self.regularisers), calls)
         drawn = tuple(r.draw(y) for r in rates.regularisers)
@@ -177,6 +185,7 @@ class NeuralODE(nn.Module):
             compile=self.compile_solve,
         )
         calls.after_forward(solution.evaluations)
+        self._may_have_kinks = calls.looks_for_kinks
         value, integrals = (solution.value[0], solution.value[1:]) if rates.regularisers else (solution.value, ())
         self._remember(solution, value)
         if _count(times) == 2:
@@ -262,11 +271,15 @@ class NeuralODE(nn.Module):
 
 @dataclass
 class _Calls:
-    """Calls of f: seen so far, of them before the backward pass, and in the forward pass."""
+    """Calls of f: seen so far, of them before the backward pass, and in the forward pass.
+
+    `looks_for_kinks` is whether the next one, the first of its layer, is to be looked at.
+    """
 
     total: int = 0
     before: int = 0
     forward: int = 0
+    looks_for_kinks: bool = False
 
     def after_forward(self, evaluations: int) -> None:
         """The solve is done; it counted `evaluations`, which is all there is to know of those in a graph."""
@@ -282,13 +295,23 @@ class _Field:
     calls: _Calls = field(compare=False)  # a graph made for one forward pass serves the next
 
     def __call__(self, t: Tensor, state: Any, held: dict[str, Tensor], drawn: tuple[Any, ...], *args: Any) -> Any:
-        def f(t: Tensor, y: Any) -> Any:
-            if not torch.compiler.is_dynamo_compiling():
-                self.calls.total += 1
+        def call(t: Tensor, y: Any) -> Any:
             if not held:
                 return self.f(t, y, *args)
             # As for an equilibrium: each name is of one module, and torch would not restore tied ones.
             return functional_call(self.f, held, (t, y, *args), tie_weights=False)
+
+        def f(t: Tensor, y: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return call(t, y)
+            self.calls.total += 1
+            if not self.calls.looks_for_kinks:
+                return call(t, y)
+            self.calls.looks_for_kinks = False
+            with _Kinks() as kinks:
+                value = call(t, y)
+            kinks.warn()
+            return value
 
         if not self.regularisers:
             return f(t, state)
@@ -351,14 +374,37 @@ def _check_times(t: Any, batch_dims: int) -> None:
         raise ValueError(f"t must be finite, and increase throughout or decrease throughout, got {t}")
 
 
-def _warn_of_kinks(f: nn.Module) -> None:
+class _Kinks(TorchFunctionMode):
+    """Notes the functions called whose derivative jumps."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _KINKED_FUNCTIONS:
+            self.seen[name.rstrip("_")] = None
+        return func(*args, **(kwargs or {}))
+
+    def warn(self) -> None:
+        """Tell of those seen."""
+        if self.seen:
+            _warn_of("calls " + ", ".join(self.seen))
+
+
+def _warn_of_kinked_modules(f: nn.Module) -> bool:
+    """Tell of modules of f whose derivative jumps; whether there are any."""
     kinked = [(name, type(m).__name__) for name, m in f.named_modules() if isinstance(m, _KINKED)]
-    if not kinked:
-        return
-    named = ", ".join(f"{kind} ({name})" if name else kind for name, kind in kinked)
+    if kinked:
+        _warn_of("contains " + ", ".join(f"{kind} ({name})" if name else kind for name, kind in kinked))
+    return bool(kinked)
+
+
+def _warn_of(what: str) -> None:
     warnings.warn(
-        f"NeuralODE: f contains {named}, whose derivative jumps. A solver of high order loses its order there and "
-        "takes shorter steps, and the flow is not smooth. Use nn.Softplus, nn.Tanh, nn.SiLU or nn.GELU instead",
+        f"NeuralODE: f {what}, whose derivative jumps. A solver of high order loses its order there and takes "
+        "shorter steps, and the flow is not smooth. Use nn.Softplus, nn.Tanh, nn.SiLU or nn.GELU instead",
         SmoothnessWarning,
         stacklevel=users_line(),
     )

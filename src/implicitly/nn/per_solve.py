@@ -10,6 +10,7 @@ in `torch.nn`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -39,14 +40,31 @@ class PerSolve(nn.Module, ABC):
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """The output for input `x` with what is held."""
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether what is decided depends, in this mode, on the values of the input."""
+        return False
+
+    def check_shared(self, x: Tensor, held: Tensor) -> None:
+        """Raise ValueError where one decision cannot serve a second place of the cell, whose input is `x`."""
+        if self.reads_input:
+            raise ValueError(
+                f"a {type(self).__name__} is used twice in a cell, but holds through a solve what it decided from "
+                "its first input: give each place a module of its own"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """The output for input `x`."""
         if self.held.numel():
             return self.use(x, self.held)
-        held = self.recorded[0] if self.recorded else self.decide(x)
+        if self.recorded:
+            held = self.recorded[0]
+            self.check_shared(x, held)
+            return self.use(x, held)
+        held = self.decide(x)
         if held is None:
             return x
-        if self.recorded is not None and not self.recorded:
+        if self.recorded is not None:
             self.recorded.append(held)
         return self.use(x, held)
 
@@ -60,18 +78,28 @@ def decide_once(cell: nn.Module, *inputs: Any) -> tuple[dict[str, Tensor], dict[
     Args:
         inputs: of the call: `z0, x` of an equilibrium, `t0, y0, *args` of a trajectory.
     """
+    return decided_in(cell, cell, *inputs)[1] if decides(cell) else ({}, {})
+
+
+def decides(cell: nn.Module) -> bool:
+    """Whether the cell holds `PerSolve` modules."""
+    return any(isinstance(m, PerSolve) for m in cell.modules())
+
+
+def decided_in(
+    call: Callable[..., Any], cell: nn.Module, *inputs: Any
+) -> tuple[Any, tuple[dict[str, Tensor], dict[str, int | None]]]:
+    """`call(*inputs)`, which applies what is in the cell; and, as `decide_once` gives it, what that decides."""
     modules = {name: m for name, m in cell.named_modules() if isinstance(m, PerSolve)}
-    if not modules:
-        return {}, {}
     for module in modules.values():
         module.recorded = []
     try:
-        cell(*inputs)
+        value = call(*inputs)
         tensors = {_buffer(name): m.recorded[0] for name, m in modules.items() if m.recorded}
     finally:
         for module in modules.values():
             module.recorded = None
-    return tensors, {_buffer(name): modules[name].sample_dim for name in modules if _buffer(name) in tensors}
+    return value, (tensors, {_buffer(n): m.sample_dim for n, m in modules.items() if _buffer(n) in tensors})
 
 
 def has_buffers(module: nn.Module) -> bool:
@@ -86,12 +114,13 @@ def _buffer(name: str) -> str:
 
 
 class Dropout(PerSolve):
-    """Dropout with one mask through a whole solve.
+    """Dropout with one mask through a whole solve. Where a cell uses it at several places, they share the mask.
 
     Args:
         p: probability that an entry is zeroed; the others are scaled by 1 / (1 - p).
         shared_dims: dimensions along which the mask is constant: `(1,)` gives variational dropout of sequences
-            `(B, T, C)` (Gal and Ghahramani 2016), `(2, 3)` drops whole channels of images.
+            `(B, T, C)` (Gal and Ghahramani 2016), `(2, 3)` drops whole channels of images. Negative ones count
+            from the last.
     """
 
     sample_dim: ClassVar[int | None] = 0
@@ -111,10 +140,25 @@ class Dropout(PerSolve):
         """The mask for `x`, scaled."""
         if not self.training or self.p == 0:
             return None
+        if any(not -x.ndim < d < x.ndim for d in self.shared_dims):
+            raise ValueError(
+                f"Dropout: shared_dims={self.shared_dims} are to be dimensions of the input but 0, which holds "
+                f"the samples; the input has shape {tuple(x.shape)}"
+            )
         shared = {d % x.ndim for d in self.shared_dims}
         shape = [1 if d in shared else size for d, size in enumerate(x.shape)]
         keep = torch.full(shape, 1 - self.p, dtype=x.dtype, device=x.device)
         return torch.bernoulli(keep) / keep
+
+    def check_shared(self, x: Tensor, held: Tensor) -> None:
+        """Raise ValueError where the mask does not fit `x`."""
+        fits = held.ndim == x.ndim and all(m in (1, size) for m, size in zip(held.shape, x.shape))
+        if not fits:
+            raise ValueError(
+                f"a Dropout is used twice in a cell, and holds the mask of shape {tuple(held.shape)} that it drew "
+                f"at the first place; the input at another has shape {tuple(x.shape)}: give each place a Dropout "
+                "of its own"
+            )
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """`x` masked."""
@@ -125,7 +169,7 @@ class BatchNorm(PerSolve):
     """Batch normalisation whose batch statistic is taken once a solve, at the start of the solve.
 
     With the statistic held, samples are independent through the solve, as the solvers require. Running statistics
-    are updated once a solve and used in evaluation.
+    are updated once a solve and used in evaluation, and for an empty batch, which has no statistic.
 
     Args:
         features: size of dimension 1 of the input.
@@ -144,7 +188,7 @@ class BatchNorm(PerSolve):
 
     def decide(self, x: Tensor) -> Tensor | None:
         """Mean and variance `(2, features)`, in the dtype of the running ones, also under autocast."""
-        if not self.training:
+        if not self.training or x.numel() == 0:
             return torch.stack([self.running_mean, self.running_var])
         dims = [d for d in range(x.ndim) if d != 1]
         variance, mean = torch.var_mean(x.to(self.running_mean.dtype), dims, correction=0)
@@ -153,6 +197,11 @@ class BatchNorm(PerSolve):
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), self.momentum)
         return torch.stack([mean, variance])
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether it takes a statistic."""
+        return self.training
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """`x` normalised, scaled and shifted."""
@@ -172,6 +221,11 @@ class _Reparametrised(PerSolve):
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise TypeError(f"{type(self).__name__} needs a layer with a weight, got {type(layer).__name__}")
+        if weight.ndim < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs a layer whose weight is a matrix or has more dimensions, as that of "
+                f"nn.Linear; that of this {type(layer).__name__} has shape {tuple(weight.shape)}"
+            )
         del layer.weight
         # A place for the computed weight, which is never stored.
         layer.register_buffer("weight", torch.empty_like(weight), persistent=False)

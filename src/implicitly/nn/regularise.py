@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
-from implicitly.tree import Layout, row_norm
+from implicitly.independence import out_of_inference_mode
+from implicitly.tree import Layout, row_norm, under_transform
 
 
 def jacobian_norm(
@@ -28,13 +30,13 @@ def jacobian_norm(
     """
     if samples < 1:
         raise ValueError(f"jacobian_norm: samples must be at least 1, got {samples}")
-    layout, matrix, value = _evaluate(f, z, args)
-    total = torch.zeros_like(matrix[:, 0])
-    for _ in range(samples):
-        v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
-        (pulled,) = torch.autograd.grad(value, matrix, v, create_graph=True, materialize_grads=True)
-        total = total + pulled.square().sum(1)
-    return layout.per_sample(total / samples)
+    with out_of_inference_mode((z, args)) as (z, args):
+        layout, matrix, pull = _pullback(f, z, args, create_graph=True)
+        total = torch.zeros_like(matrix[:, 0])
+        for _ in range(samples):
+            v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+            total = total + pull(v).square().sum(1)
+        return layout.per_sample(total / samples)
 
 
 def spectral_radius(
@@ -50,24 +52,39 @@ def spectral_radius(
     """
     if steps < 2:
         raise ValueError(f"spectral_radius: steps must be at least 2, got {steps}")
-    layout, matrix, value = _evaluate(f, z, args)
-    v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
-    log_growth = torch.zeros_like(matrix[:, 0])
-    for k in range(steps):
-        v = v / row_norm(v).clamp_min(torch.finfo(v.dtype).tiny)[:, None]
-        (v,) = torch.autograd.grad(value, matrix, v, retain_graph=True, materialize_grads=True)
-        if k >= steps // 2:
-            log_growth = log_growth + row_norm(v).log()
-    return layout.per_sample((log_growth / (steps - steps // 2)).exp().detach())
+    with out_of_inference_mode((z, args)) as (z, args):
+        layout, matrix, pull = _pullback(f, z, args, create_graph=False)
+        v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        log_growth = torch.zeros_like(matrix[:, 0])
+        for k in range(steps):
+            v = pull(v / row_norm(v).clamp_min(torch.finfo(v.dtype).tiny)[:, None])
+            if k >= steps // 2:
+                log_growth = log_growth + row_norm(v).log()
+        return layout.per_sample((log_growth / (steps - steps // 2)).exp().detach())
 
 
-def _evaluate(f: Callable[..., Any], z: Any, args: tuple[Any, ...]) -> tuple[Layout, Tensor, Tensor]:
+def _pullback(
+    f: Callable[..., Any], z: Any, args: tuple[Any, ...], create_graph: bool
+) -> tuple[Layout, Tensor, Callable[[Tensor], Tensor]]:
+    """How z lies in a matrix, that matrix, and v -> J' v of its shape."""
     layout = Layout.of(z, 1, "z")
     matrix = layout.pack(z)
-    with torch.enable_grad():
-        matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
+
+    def packed(matrix: Tensor) -> Tensor:
         value = f(layout.unpack(matrix), *args)
         layout.check(value, "z")
-        value = layout.pack(value)
+        return layout.pack(value)
+
+    if under_transform():  # elsewhere autograd also knows functions that torch.func refuses
+        pull = vjp(packed, matrix)[1]
+        return layout, matrix, lambda v: pull(v)[0]
+    with torch.enable_grad():
+        matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
+        value = packed(matrix)
         # Where f ignores z the Jacobian is zero: autograd finds that out if there is a graph at all.
-        return layout, matrix, value if value.requires_grad else value + 0 * matrix
+        value = value if value.requires_grad else value + 0 * matrix
+
+    def pull_recorded(v: Tensor) -> Tensor:
+        return torch.autograd.grad(value, matrix, v, True, create_graph, materialize_grads=True)[0]
+
+    return layout, matrix, pull_recorded

@@ -7,17 +7,19 @@ Koltun 2019, theorems 1 and 2; chapter 4 of the NeurIPS 2020 tutorial "Deep Impl
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.iterate import Solver
 from implicitly.linear import Neumann
-from implicitly.nn.deq import DEQ
+from implicitly.nn.deq import DEQ, StartingCell, begin
+from implicitly.nn.per_solve import PerSolve
 
 
 def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
@@ -25,23 +27,24 @@ def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
 
     The state is what all layers put out, z = (z_1, ..., z_L), and the cell applies every layer at once to what
     its predecessor put out the last time: (l_1(x), l_2(z_1), ..., l_L(z_L-1)). Its Jacobian is nilpotent, so
-    plain iteration is exact after L steps from anywhere, and so is the Neumann series of the backward solve.
-    Exactly these are done, and the status is MAX_STEPS: a tolerance relative to the whole state would stop
-    before a small output, or a vanishing gradient, is right. Layers must be deterministic and treat samples
-    independently.
+    plain iteration is exact after L steps from any state that the layers are defined at, and so is the Neumann
+    series of the backward solve. Exactly these are done, and the status is MAX_STEPS: a tolerance relative to the
+    whole state would stop before a small output, or a vanishing gradient, is right. The start is what the layers
+    put out one after the other, so that they meet no other inputs than in `sequential`, and a `BatchNorm` of this
+    package takes the same statistic; it costs one pass more, beside L. Other layers must be deterministic.
 
     Args:
         compile: as in `implicitly.fixed_point`.
     """
     if not isinstance(sequential, nn.Sequential) or len(sequential) == 0:
         raise TypeError(f"as_deq needs an nn.Sequential with at least one layer, got {sequential!r}")
-    depth = len(sequential)
+    depth, cell = len(sequential), _AllLayers(sequential)
     return DEQ(
-        _AllLayers(sequential),
+        cell,
         FixedPointIteration(rtol=0, max_steps=depth),
         ImplicitAdjoint(Neumann(rtol=0, max_steps=depth)),
         compile=compile,
-        init=_Outputs(sequential),
+        init=cell.begin,
         readout=_last,
     )
 
@@ -52,7 +55,18 @@ def compose(first: DEQ, second: DEQ) -> DEQ:
     The state is (z_1, z_2) and the cell (f_1(z_1, x), f_2(z_2, z_1)): at its equilibrium both hold. It is solved
     as `second` is, with the steps of both; only where `second` does a fixed number of steps (`rtol=0`, as of
     `as_deq`) and `first` does not, it is solved as `first` is. It has no warm start.
+
+    Raises:
+        TypeError: one is no DEQ.
+        ValueError: in a forward pass, where `second` takes a statistic (`BatchNorm`) of what `first` has not found
+            yet, as it is no network made by `as_deq`.
     """
+    for name, layer in (("first", first), ("second", second)):
+        if not isinstance(layer, DEQ):
+            raise TypeError(
+                f"compose: {name} must be a DEQ, got a {type(layer).__name__}; as_deq(nn.Sequential(...)) makes "
+                "one of feed-forward layers"
+            )
     cell = _Stacked(first, second)
     lead = first if second.solver.budget_only and not first.solver.budget_only else second
     return DEQ(
@@ -62,7 +76,7 @@ def compose(first: DEQ, second: DEQ) -> DEQ:
         batch_dims=min(first.batch_dims, second.batch_dims),
         on_failure=second.on_failure,
         compile=second.compile_solve,
-        init=cell.start,
+        init=cell.begin,
         readout=cell.output,
     )
 
@@ -78,7 +92,7 @@ def _differentiating_both(adjoint: Adjoint, first: DEQ, second: DEQ) -> Adjoint:
     return replace(adjoint, max_steps=sum(a.max_steps or a.linear_solver.max_steps for a in adjoints))
 
 
-class _AllLayers(nn.Module):
+class _AllLayers(StartingCell):
     def __init__(self, sequential: nn.Sequential):
         super().__init__()
         self.layers = sequential
@@ -86,27 +100,20 @@ class _AllLayers(nn.Module):
     def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(before) for layer, before in zip(self.layers, (x, *z[:-1])))
 
-
-class _Outputs:
-    """Zeros of the shape of what each layer puts out, found on the meta device, where nothing is computed."""
-
-    def __init__(self, sequential: nn.Sequential):
-        self.sequential = sequential
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        shapeless, zeros = x.detach().to("meta"), []
-        for layer in self.sequential:
-            state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-            shapeless = functional_call(layer, {k: v.detach().to("meta") for k, v in state.items()}, (shapeless,))
-            zeros.append(torch.zeros(shapeless.shape, dtype=shapeless.dtype, device=x.device))
-        return tuple(zeros)
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the layers put out one after the other: the equilibrium."""
+        _, *outputs = accumulate(self.layers, lambda z, layer: layer(z), initial=x)
+        if torch.is_autocast_enabled(x.device.type):  # there each layer chooses a dtype, and a state has one
+            widest = reduce(torch.promote_types, (z.dtype for z in (x, *outputs)))
+            outputs = [z.to(widest) for z in outputs]
+        return tuple(outputs)
 
 
 def _last(z: tuple[Tensor, ...]) -> Tensor:
     return z[-1]
 
 
-class _Stacked(nn.Module):
+class _Stacked(StartingCell):
     def __init__(self, first: DEQ, second: DEQ):
         super().__init__()
         self.first, self.second = first.cell, second.cell
@@ -116,9 +123,25 @@ class _Stacked(nn.Module):
     def forward(self, z: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
         return self.first(z[0], x), self.second(z[1], self.readouts[0](z[0]))
 
-    def start(self, x: Any) -> tuple[Any, Any]:
-        z1 = self.inits[0](x)
-        return z1, self.inits[1](self.readouts[0](z1))
+    def begin(self, x: Any) -> tuple[Any, Any]:
+        """The starts of both."""
+        if not _starts_at_equilibrium(self.first) and any(
+            isinstance(m, PerSolve) and m.reads_input for m in self.second.modules()
+        ):
+            raise ValueError(
+                "compose: the second layer takes a statistic (BatchNorm) of what the first puts out, which is not "
+                "known at the start of the one solve for both: apply the layers one after the other, or evaluate "
+                "with layer.eval()"
+            )
+        z1 = begin(self.first, self.inits[0], x)
+        return z1, begin(self.second, self.inits[1], self.readouts[0](z1))
 
     def output(self, z: tuple[Any, Any]) -> Any:
         return self.readouts[1](z[1])
+
+
+def _starts_at_equilibrium(cell: nn.Module) -> bool:
+    """Whether the cell's own start is its equilibrium, so that all is decided at the solution."""
+    if isinstance(cell, _Stacked):
+        return _starts_at_equilibrium(cell.first) and _starts_at_equilibrium(cell.second)
+    return isinstance(cell, _AllLayers)

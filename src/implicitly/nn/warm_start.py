@@ -63,6 +63,10 @@ class LastEpoch(WarmStart):
     """
 
     def __init__(self, size: int):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(
+                f"LastEpoch: size is a whole number, that of the samples in the data set, got {size!r}"
+            )
         if size < 1:
             raise ValueError(f"LastEpoch: size is the number of samples in the data set, got {size}")
         self.size = size
@@ -110,8 +114,9 @@ class LastEpoch(WarmStart):
     def _checked(self, index: Tensor | None, batch: int) -> Tensor:
         if index is None:
             raise ValueError("LastEpoch needs to know which samples these are: call layer(x, index=index)")
-        if index.dtype != torch.int64:
-            raise TypeError(f"LastEpoch needs an index of dtype torch.int64, got {index.dtype}")
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}: torch.tensor(index)?"
+            raise TypeError(f"LastEpoch needs an index, a tensor of dtype torch.int64, got {got}")
         if index.shape != (batch,):
             raise ValueError(f"LastEpoch needs one index a sample, of shape ({batch},), got {tuple(index.shape)}")
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:

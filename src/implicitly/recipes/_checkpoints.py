@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+# What Lightning's Trainer goes on from.
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch", "global_step")
 # What `_load` raises for files that are missing, cut short, or no checkpoints at all.
 UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
 
@@ -24,26 +26,27 @@ def previous_of(path: Path) -> Path:
     return path.with_suffix(".previous.ckpt")
 
 
-def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(path: Path, identity: dict[str, Any], parts: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a checkpoint, and make sure that it belongs to what is being trained.
 
     Args:
         path: a file written by the Trainer.
         identity: plain values which `checkpoint["identity"]` must equal: the recipe, the model, its shape.
+        parts: what it must hold besides the Trainer's own.
 
     Returns:
         The checkpoint, its tensors on the CPU.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or its identity is another. Where an intact
-            checkpoint lies beside it, the message names it.
+        CheckpointError: there is no such file, it is damaged or incomplete, or its identity is another. Where an
+            intact checkpoint lies beside it, the message names it.
     """
     try:
         checkpoint = _load(path)
     except UNREADABLE as error:
         size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
         raise CheckpointError(
-            f"cannot read the checkpoint {path} ({size}): {_first_line(error)}. {_remedy(path, identity)}"
+            f"cannot read the checkpoint {path} ({size}): {_first_line(error)}. {_remedy(path, identity, parts)}"
         ) from error
     differences = _differences(checkpoint, identity)
     if differences:
@@ -51,12 +54,36 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint {path} is not this run's: {'; '.join(differences)}. "
             "Resume with the options it was trained with, or start anew in another folder (--out FOLDER)."
         )
+    missing = _missing(checkpoint, parts)
+    if missing:
+        raise CheckpointError(f"the checkpoint {path} is without {missing}. {_remedy(path, identity, parts)}")
     return checkpoint
 
 
+def refuse_shorter(path: Path, checkpoint: dict[str, Any], epochs: int, max_steps: int | None = None) -> None:
+    """Raise CheckpointError where a run that is to end after so many epochs, or steps, has had more already."""
+    had = {"epochs": checkpoint["epoch"] + 1, "max_steps": checkpoint["global_step"]}
+    for name, least in (("epochs", epochs), ("max_steps", max_steps)):
+        if least is not None and least < had[name]:
+            raise CheckpointError(
+                f"the checkpoint {path} is of a run that has had {had[name]} {name.removeprefix('max_')}, and "
+                f"cannot end after {least}: resume with --{name.replace('_', '-')} {had[name]} or more, or start "
+                "anew in another folder (--out FOLDER)."
+            )
+
+
 def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path):  # raises where the end is missing, which torch.load reports less clearly
-        return torch.load(path, map_location="cpu", weights_only=True)
+    # Raises where the end is missing, which torch.load reports less clearly, and compares checksums, which that
+    # does not.
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _missing(checkpoint: dict[str, Any], parts: tuple[str, ...]) -> str:
+    return ", ".join(part for part in (*PARTS, *parts) if part not in checkpoint)
 
 
 def _differences(checkpoint: object, identity: dict[str, Any]) -> list[str]:
@@ -71,14 +98,14 @@ def _differences(checkpoint: object, identity: dict[str, Any]) -> list[str]:
     ]
 
 
-def _remedy(path: Path, identity: dict[str, Any]) -> str:
+def _remedy(path: Path, identity: dict[str, Any], parts: tuple[str, ...]) -> str:
     """Name the newest checkpoint beside `path` that can be read and belongs to the run."""
     for candidate in (previous_of(path), path.with_name(BEST)):
         try:
             checkpoint = _load(candidate)
         except UNREADABLE:
             continue  # as unusable as `path`: the next may be better, and the message below covers none
-        if not _differences(checkpoint, identity):
+        if not (_differences(checkpoint, identity) or _missing(checkpoint, parts)):
             return (
                 f"The checkpoint {candidate}, of epoch {checkpoint['epoch'] + 1}, is intact: "
                 f"to continue from it, copy it to {path} and resume again."

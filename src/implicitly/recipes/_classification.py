@@ -21,11 +21,27 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from implicitly.data import ImageData, ImageSet, load_images
-from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, run_folder
+from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, refuse_shorter, run_folder
+from implicitly.recipes._options import (
+    OptionError,
+    check_at_least,
+    check_each_once,
+    check_positive,
+    check_seed,
+    check_unused,
+)
 from implicitly.recipes._training import AtomicCheckpointIO, Batches, LastAndBest, TrainingBar, quiet_lightning
 from implicitly.viz import peak_bytes
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
+# In what f computes.
+DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -59,24 +75,37 @@ class ImageConfig:
     """Fixes the weights, the held-out images and the order of the batches (exactly so on a CPU)."""
     precision: Precision = "32-true"
     """Of Lightning's Trainer."""
-    accelerator: str = "auto"
-    """Of Lightning's Trainer: auto, cpu, gpu, ..."""
+    accelerator: Accelerator = "auto"
+    """Of Lightning's Trainer."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        self._at_least_1("epochs", "batch_size")
+        check_at_least(self, 1, "epochs", "batch_size")
         if self.max_steps is not None:
-            self._at_least_1("max_steps")
+            check_at_least(self, 1, "max_steps")
+        check_positive(self, "learning_rate")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation must lie between 0 and 1; got {self.validation}")
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise ValueError(f"models must name at least one, and each once; got {self.models}")
+        check_each_once(self, "models")
+        check_seed(self)
+        if self.dataset == "digits":
+            check_unused(self, "the digits come with scikit-learn", "data", "cache")
+        check_accelerator(self.accelerator, self.precision)
 
-    def _at_least_1(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+def check_accelerator(accelerator: str, precision: str) -> None:
+    """Raise ValueError for an accelerator that is not there, or does not compute in the precision."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = {"auto": True, "cpu": True, "gpu": cuda or mps, "cuda": cuda, "mps": mps}
+    if accelerator not in available:
+        raise ValueError(f"accelerator must be one of {', '.join(available)}; got {accelerator}")
+    if not available[accelerator]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ValueError(f"accelerator must be one that PyTorch finds here: {there}; got {accelerator}")
+    on_cpu = accelerator == "cpu" or not (cuda or mps)
+    if precision == "16-mixed" and on_cpu:
+        raise ValueError(f"precision must be one that a CPU computes in, as bf16-mixed; got {precision}")
 
 
 class Classifier(nn.Module):
@@ -122,6 +151,8 @@ class ImageTraining(L.LightningModule, ABC):
     """
 
     recipe: ClassVar[str]
+    # What its checkpoints hold beside the Trainer's own.
+    kept: ClassVar[tuple[str, ...]] = ("costs",)
     # Options that a resumed run may change: where, how long and on what it runs, and what is measured later.
     free: ClassVar[frozenset[str]] = frozenset(
         {"data", "cache", "out", "resume", "models", "epochs", "max_steps", "accelerator", "progress"}
@@ -136,6 +167,11 @@ class ImageTraining(L.LightningModule, ABC):
         self.costs = Costs()
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.seed))
         held_out = max(1, round(config.validation * len(order)))
+        if held_out >= len(order):
+            raise OptionError(
+                f"validation={config.validation:g} holds out all {len(order):,} images, and leaves none to train "
+                "with; try a smaller share"
+            )
         self.validation_rows, self.training_rows = order[:held_out], order[held_out:]
         self.batches_per_epoch = -(-len(self.training_rows) // config.batch_size)
 
@@ -274,7 +310,8 @@ def finish(training: ImageTraining, folder: Path) -> Result:
     last = folder / LAST
     resume = config.resume and (last.exists() or previous_of(last).exists())
     if resume:
-        read_checkpoint(last, training.identity)
+        checkpoint = read_checkpoint(last, training.identity, training.kept)
+        refuse_shorter(last, checkpoint, config.epochs, config.max_steps)
     callbacks: list[L.Callback] = [LastAndBest(folder, monitor="val/accuracy")]
     if config.progress:
         callbacks.append(TrainingBar(training.name))

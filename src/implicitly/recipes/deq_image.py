@@ -32,6 +32,7 @@ from torch.utils.data import TensorDataset
 import implicitly as im
 from implicitly.data import ImageData
 from implicitly.recipes._classification import (
+    DTYPES,
     Classifier,
     ImageConfig,
     ImageTraining,
@@ -41,6 +42,7 @@ from implicitly.recipes._classification import (
     results_table,
     seeded,
 )
+from implicitly.recipes._options import check_at_least
 from implicitly.recipes._training import Batches
 
 ModelName = Literal["deq", "quick", "unrolled", "resnet"]
@@ -81,12 +83,28 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("channels", "stem_stride", "quick_steps", "unroll", "blocks")
+        counts = "channels", "inner_channels", "stem_stride", "pooled_size", "history", "solver_steps"
+        check_at_least(self, 1, *counts, "quick_steps", "unroll", "blocks")
         if self.groups < 1 or self.channels % self.groups or self.inner_channels % self.groups:
             raise ValueError(
                 f"groups must divide channels and inner_channels; got {self.groups}, {self.channels} and "
                 f"{self.inner_channels}"
             )
+        # These know best what they can reach.
+        self.solver.tolerances(DTYPES[self.precision])
+        self.linear_solver.tolerances(DTYPES[self.precision])
+
+    @property
+    def solver(self) -> im.Anderson:
+        """Of the equilibrium."""
+        return im.Anderson(history=self.history, rtol=self.rtol, max_steps=self.solver_steps)
+
+    @property
+    def linear_solver(self) -> im.GMRES:
+        """Of the gradient."""
+        # A short Krylov basis saves memory, and at this tolerance some ten products are enough. The gradient
+        # of a mean is small for each sample, so no absolute tolerance may decide what is small enough.
+        return im.GMRES(restart=10, rtol=self.rtol, atol=0.0, max_steps=self.solver_steps)
 
 
 # --- The networks -----------------------------------------------------------------------------------------
@@ -182,16 +200,12 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     if name == "resnet":
         return _build_resnet(*_resnet_widths(config, data), config, data)
     cell = Cell(config.channels, config.inner_channels, config.groups)
-    solver = im.Anderson(history=config.history, rtol=config.rtol, max_steps=config.solver_steps)
     if name == "deq":
-        # A short Krylov basis saves memory, and at this tolerance some ten products are enough. The gradient
-        # of a mean is small for each sample, so no absolute tolerance may decide what is small enough.
-        linear_solver = im.GMRES(restart=10, rtol=config.rtol, atol=0.0, max_steps=config.solver_steps)
-        adjoint = im.ImplicitAdjoint(linear_solver=linear_solver)
+        adjoint = im.ImplicitAdjoint(linear_solver=config.linear_solver)
         # Samples that run out of steps are counted in the logs; a warning at each step would say no more.
-        body = im.nn.DEQ(cell, solver=solver, adjoint=adjoint, on_failure="ignore")
+        body = im.nn.DEQ(cell, solver=config.solver, adjoint=adjoint, on_failure="ignore")
     elif name == "quick":
-        body = Quick(cell, solver, config.quick_steps, len(data.train))
+        body = Quick(cell, config.solver, config.quick_steps, len(data.train))
     else:
         body = Unrolled(cell, config.unroll)
     return classifier(body, config.channels, config, data)

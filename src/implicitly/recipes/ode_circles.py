@@ -30,6 +30,14 @@ from torch.utils.data import TensorDataset
 
 import implicitly as im
 from implicitly import viz
+from implicitly.recipes._options import (
+    check_at_least,
+    check_each_once,
+    check_not_negative,
+    check_positive,
+    check_seed,
+    check_tolerance,
+)
 from implicitly.recipes._training import Batches, TrainingBar, quiet_lightning
 
 if TYPE_CHECKING:
@@ -79,12 +87,12 @@ class Config:
     """Relative and absolute tolerance of the solver in training and tests."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "points", "batch_size", "width", "augment", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("tasks", "networks"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must name at least one, and each once; got {getattr(self, name)}")
+        check_at_least(self, 1, "epochs", "points", "batch_size", "width", "augment", "blocks")
+        check_not_negative(self, "stop_circles", "stop_square", "energy")
+        check_positive(self, "learning_rate")
+        check_tolerance(self, torch.finfo(torch.float32).eps, "rtol")
+        check_each_once(self, "tasks", "networks")
+        check_seed(self)
 
 
 def circles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,13 @@ from torch.utils.data import TensorDataset
 
 import implicitly as im
 from implicitly import viz
+from implicitly.recipes._options import (
+    check_at_least,
+    check_each_once,
+    check_positive,
+    check_seed,
+    check_tolerance,
+)
 from implicitly.recipes._training import Batches, TrainingBar, quiet_lightning
 
 if TYPE_CHECKING:
@@ -73,14 +80,11 @@ class Config:
     """Relative and absolute tolerance of Dopri5 in the test."""
 
     def __post_init__(self) -> None:
-        for name in ("order", "steps", "points", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("weight", "target", "learning_rate", "gain", "dt", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"names must hold at least one, and each once; got {self.names}")
+        check_at_least(self, 1, "order", "steps", "points", "width")
+        check_positive(self, "weight", "target", "learning_rate", "gain", "dt")
+        check_tolerance(self, torch.finfo(torch.float64).eps, "tolerance")
+        check_each_once(self, "names")
+        check_seed(self)
 
 
 def build(config: Config) -> im.nn.NeuralODE:

@@ -35,6 +35,13 @@ from torch.func import grad, hessian, jacfwd
 
 import implicitly as im
 from implicitly.recipes._checkpoints import run_folder
+from implicitly.recipes._options import (
+    OptionError,
+    check_at_least,
+    check_positive,
+    check_seed,
+    check_tolerance,
+)
 from implicitly.viz.style import COLOURS, new_figures, title
 
 
@@ -64,13 +71,11 @@ class Config:
     """Fixes the first weights of the network."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "network_steps": 1, "hidden": 1, "years_beyond": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
-        for name in ("correction", "rtol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        check_at_least(self, 1, "steps", "network_steps", "hidden")
+        check_at_least(self, 0, "years_beyond")
+        check_positive(self, "correction")
+        check_tolerance(self, torch.finfo(torch.float64).eps, "rtol")
+        check_seed(self)
         if not all(0 < rate < math.inf for rate in self.guess):
             raise ValueError(f"guess must be four positive rates; got {self.guess}")
         if not 8 <= self.fitted_years < len(HARES):
@@ -216,11 +221,11 @@ def covariance_at_optimum(loss: Callable[[Tensor], Tensor], theta: Tensor, steps
     remedy = f"after {steps} steps. Try more --steps, another --guess or more --fitted-years"
     if failed:
         lowest = torch.linalg.eigvalsh(curvature)[0].item()
-        raise ValueError(f"no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}")
+        raise OptionError(f"no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}")
     covariance = torch.cholesky_inverse(factor)
     gain = 0.5 * (slope @ covariance @ slope).item()  # of one more step, by Newton
     if gain > 1e-3:
-        raise ValueError(f"no maximum of the likelihood: its logarithm could still grow by {gain:.3g} {remedy}")
+        raise OptionError(f"no maximum of the likelihood: its logarithm could still grow by {gain:.3g} {remedy}")
     return covariance
 
 

@@ -48,6 +48,7 @@ from implicitly.recipes._classification import (
     results_table,
     seeded,
 )
+from implicitly.recipes._options import OptionError, check_at_least
 
 ModelName = Literal["odenet", "resnet"]
 Dataset = Literal["digits", "mnist"]
@@ -89,7 +90,7 @@ class Config(ImageConfig):
         for name, default in (("channels", 32 if small else 64), ("downsamplings", 1 if small else 2)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        self._at_least_1("channels", "downsamplings", "groups", "blocks")
+        check_at_least(self, 1, "channels", "downsamplings", "groups", "blocks")
         if self.width % self.groups:
             raise ValueError(f"groups must divide channels; got {self.groups} and {self.width}")
         for name in ("tolerances", "depths"):
@@ -154,6 +155,12 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     """The network called `name`, with fresh weights."""
     width, groups = config.width, config.groups
     assert config.downsamplings is not None
+    smallest = min(data.height, data.width) >> config.downsamplings
+    if smallest < 1:
+        raise OptionError(
+            f"downsamplings={config.downsamplings} leave nothing of images of {data.height}x{data.width} pixels; "
+            "try fewer"
+        )
     stem: list[nn.Module] = [nn.Conv2d(data.channels, width, 3, padding=1)]
     for _ in range(config.downsamplings):
         stem += nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, width, 4, stride=2, padding=1)
@@ -174,6 +181,7 @@ class Training(ImageTraining):
     """Trains one network, and notes the calls of f of every step."""
 
     recipe = "ode-mnist"
+    kept: ClassVar[tuple[str, ...]] = (*ImageTraining.kept, "calls")
     free: ClassVar[frozenset[str]] = ImageTraining.free | {"tolerances", "depths"}
 
     def __init__(self, name: ModelName, config: Config, data: ImageData) -> None:

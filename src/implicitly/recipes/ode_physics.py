@@ -49,7 +49,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import implicitly as im
-from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, run_folder
+from implicitly.recipes._checkpoints import LAST, previous_of, read_checkpoint, refuse_shorter, run_folder
+from implicitly.recipes._options import (
+    check_at_least,
+    check_each_once,
+    check_not_negative,
+    check_positive,
+    check_seed,
+    check_tolerance,
+)
 from implicitly.recipes._training import (
     AtomicCheckpointIO,
     Batches,
@@ -109,21 +117,15 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        least = {"motions": 1, "points": 2, "window": 1, "epochs": 1, "batch_size": 1, "width": 1, "rollouts": 1}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
-        for name in ("horizon", "learning_rate", "tolerance"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must be at least 0; got {self.noise}")
+        check_at_least(self, 1, "motions", "window", "epochs", "batch_size", "width", "rollouts")
+        check_at_least(self, 2, "points")
+        check_positive(self, "horizon", "learning_rate")
+        check_tolerance(self, torch.finfo(torch.float64).eps, "tolerance")
+        check_not_negative(self, "noise")
+        check_seed(self)
         if self.fit_to == "windows" and self.window >= self.points:
             raise ValueError(f"a window of {self.window} states needs more than {self.points} points")
-        for name in ("systems", "models"):
-            chosen = getattr(self, name)
-            if not chosen or len(set(chosen)) < len(chosen):
-                raise ValueError(f"{name} must name at least one, and each once; got {chosen}")
+        check_each_once(self, "systems", "models")
 
 
 # --- The systems --------------------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ def train(name: ModelName, of: SystemName, config: Config, folder: Path) -> tupl
     last = folder / LAST
     resume = config.resume and (last.exists() or previous_of(last).exists())
     if resume:
-        read_checkpoint(last, training.identity)
+        refuse_shorter(last, read_checkpoint(last, training.identity), config.epochs)
     callbacks: list[L.Callback] = [LastAndBest(folder, monitor="val/digits")]
     if config.progress:
         callbacks.append(TrainingBar(name))

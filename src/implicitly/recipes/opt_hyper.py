@@ -45,6 +45,12 @@ from torch import Tensor
 import implicitly as im
 from implicitly.data import digits
 from implicitly.iterate import Found
+from implicitly.recipes._options import (
+    check_at_least,
+    check_not_negative,
+    check_positive,
+    check_seed,
+)
 from implicitly.viz.style import COLOURS, new_figures, title
 
 if TYPE_CHECKING:
@@ -96,20 +102,17 @@ class Config:
     """Added to the Hessian, which is indefinite at times as the network is not convex."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "hidden", "steps", "outer_steps", "inner_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("decay", "decay_rate", "weight_rate", "rtol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        check_at_least(self, 1, "seeds", "hidden", "steps", "outer_steps", "inner_steps", "held_out")
+        check_positive(self, "decay", "decay_rate", "weight_rate", "rtol")
+        im.CG(rtol=self.rtol).tolerances(torch.float32)  # which knows what it can reach
+        check_not_negative(self, "damping")
+        check_seed(self)
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise must be at least 0 and below 1; got {self.noise}")
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"damping must be at least 0; got {self.damping}")
         if not self.held_out < self.clean < 1400:
             raise ValueError(f"clean must lie between held_out = {self.held_out} and 1400; got {self.clean}")
         first, last, count = self.grid
-        if not (0 < first <= last and count >= 1):
+        if not (0 < first <= last < math.inf and count >= 1):
             raise ValueError(f"grid must be a first and a larger last decay, and a count; got {self.grid}")
 
 

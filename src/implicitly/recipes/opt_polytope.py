@@ -32,6 +32,7 @@ from torch.utils.data import TensorDataset
 
 import implicitly as im
 from implicitly import viz
+from implicitly.recipes._options import check_at_least, check_positive, check_seed
 from implicitly.recipes._training import Batches, TrainingBar, quiet_lightning
 
 if TYPE_CHECKING:
@@ -68,12 +69,11 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name, least in (("faces", 3), ("epochs", 1), ("points", 10), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in ("margin", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        check_at_least(self, 3, "faces")
+        check_at_least(self, 1, "epochs", "batch_size")
+        check_at_least(self, 10, "points")
+        check_positive(self, "margin", "learning_rate")
+        check_seed(self)
         if not self.polygons or min(self.polygons) < 3 or len(set(self.polygons)) < len(self.polygons):
             raise ValueError(f"polygons must hold at least one number, each once, from 3 up; got {self.polygons}")
 

@@ -36,6 +36,13 @@ from torch.utils.data import TensorDataset
 import implicitly as im
 from implicitly import viz
 from implicitly.data import SudokuBoards, solutions4, sudoku4
+from implicitly.recipes._options import (
+    OptionError,
+    check_at_least,
+    check_each_once,
+    check_positive,
+    check_seed,
+)
 from implicitly.recipes._training import Batches, TrainingBar, quiet_lightning
 
 if TYPE_CHECKING:
@@ -85,24 +92,12 @@ class Config:
     """Hidden layers of the convolutional network."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "boards",
-            "batch_size",
-            "epochs",
-            "conv_epochs",
-            "equations",
-            "channels",
-            "layers",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(self, 1, "boards", "batch_size", "epochs", "conv_epochs", "equations", "channels", "layers")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1; got {self.held_out}")
-        for name in ("learning_rate", "conv_learning_rate", "ridge"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(f"networks must name at least one, and each once; got {self.networks}")
+        check_positive(self, "learning_rate", "conv_learning_rate", "ridge")
+        check_each_once(self, "networks")
+        check_seed(self)
 
 
 # --- The boards -------------------------------------------------------------------------------------------
@@ -122,7 +117,7 @@ def split(boards: SudokuBoards, config: Config) -> Splits:
     """Set aside some solutions with all their puzzles, and take the training boards from the others.
 
     Raises:
-        ValueError: there are no boards left to test with.
+        OptionError: there are no boards left to train or to test with.
     """
     generator = torch.Generator().manual_seed(config.seed)
     _, which = boards.solutions.flatten(1).unique(dim=0, return_inverse=True)
@@ -131,8 +126,10 @@ def split(boards: SudokuBoards, config: Config) -> Splits:
     order = torch.randperm(len(boards), generator=generator)
     new = torch.isin(which[order], aside)
     train, known = order[~new][: config.boards], order[~new][config.boards :]
+    if not len(train):
+        raise OptionError(f"held_out={config.held_out:g} leaves no boards to train with; try a smaller share")
     if not len(known):
-        raise ValueError(f"boards must leave some to test with; got {config.boards} of {len(order[~new])}")
+        raise OptionError(f"boards must leave some to test with; got {config.boards} of {len(order[~new])}")
     train, known, new = (
         TensorDataset(boards.puzzles[rows], boards.solutions[rows]) for rows in (train, known, order[new])
     )

@@ -22,7 +22,6 @@ the days of one weather year, tested on those of another. Noise is added to both
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import implicitly as im
+from implicitly.recipes._options import (
+    check_at_least,
+    check_each_once,
+    check_positive,
+    check_seed,
+    check_unused,
+)
 from implicitly.recipes._training import Batches, TrainingBar, quiet_lightning
 from implicitly.viz.style import COLOURS, new_figures, title
 
@@ -83,14 +89,12 @@ class Config:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("days", "epochs", "batch_size", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("noise", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise ValueError(f"models must name at least one, and each once; got {self.models}")
+        check_at_least(self, 1, "days", "epochs", "batch_size", "channels")
+        check_positive(self, "noise", "learning_rate")
+        check_each_once(self, "models")
+        check_seed(self)
+        if self.signal == "steps":
+            check_unused(self, "the days of the signal 'steps' are made up", "data")
 
 
 # --- The signals ------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""What the options of recipes have in common: checks at the door, whose messages the command line shows.
+
+All but the last take a `Config` and names of its fields, and raise ValueError for a field that cannot be meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+LARGEST_SEED = 2**32 - 1  # of numpy, which Lightning seeds with torch
+
+
+class OptionError(ValueError):
+    """Options that cannot be meant for the data, or the disk, there are; says which, and what to try."""
+
+
+def check_at_least(config: Any, minimum: int, *names: str) -> None:
+    """Whole numbers from `minimum` up."""
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {getattr(config, name)}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Finite numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be {'finite' if value == math.inf else 'positive'}; got {value}")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Finite numbers from 0 up."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be {'finite' if value == math.inf else 'at least 0'}; got {value}")
+
+
+def check_tolerance(config: Any, eps: float, *names: str) -> None:
+    """Relative tolerances of trajectories in a dtype of that `eps`, which resolves two of them."""
+    for name in names:
+        if not 2 * eps <= getattr(config, name) < math.inf:
+            raise ValueError(
+                f"{name} must be finite and at least {2 * eps:.2g}, what numbers of this precision resolve; "
+                f"got {getattr(config, name)}"
+            )
+
+
+def check_each_once(config: Any, *names: str) -> None:
+    """Tuples of at least one name, and none twice."""
+    for name in names:
+        chosen = getattr(config, name)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(f"{name} must name at least one, and each once; got {chosen}")
+
+
+def check_seed(config: Any) -> None:
+    """The seed that all recipes have."""
+    if not 0 <= config.seed <= LARGEST_SEED:
+        raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}; got {config.seed}")
+
+
+def check_unused(config: Any, why: str, *names: str) -> None:
+    """Fields without effect are left at their defaults; `why` they have none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name} has no effect: {why}; leave it out; got {getattr(config, name)}")
+
+
+def check_folder(path: Path) -> None:
+    """Raise OptionError unless the folder exists, or can be made."""
+    # Of the folder itself and those it lies in, the first that is there.
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise OptionError(f"out={path} must name a folder, but {there} is a file: name another")
+    if not os.access(there, os.W_OK):
+        raise OptionError(f"out={path} must name a folder to write to, but {there} is read-only: name another")
