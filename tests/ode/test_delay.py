@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import implicitly as im
+from tests.leaks import living_tensors
 
 ADJOINTS = (im.RecursiveCheckpointAdjoint(), im.UnrolledAdjoint(), im.BacksolveAdjoint())
 FINE = im.Dopri5(rtol=1e-9, atol=1e-11)
@@ -363,3 +365,20 @@ def test_bad_input_is_refused_at_the_door(change, error, message):
     given = {"f": fall, "history": torch.ones(2), "t": (0.0, 2.5), "lags": (1.0,)} | change
     with pytest.raises(error, match=message):
         im.ddeint(given.pop("f"), given.pop("history"), given.pop("t"), **given)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+def test_nothing_is_kept_of_a_solve_that_is_done(adjoint):
+    """Links refer to earlier ones; a cycle in each would be collected one link at a time."""
+
+    def train():
+        a = torch.tensor(1.0, requires_grad=True)
+        sol = im.ddeint(lambda t, y, d, a: -a * d[0], torch.ones(3), (0.0, 4.5), a, lags=(1.0,), adjoint=adjoint)
+        sol.value.sum().backward()
+
+    counts = []
+    for _ in range(3):
+        train()
+        gc.collect()
+        counts.append(len(living_tensors()))
+    assert counts[1] == counts[2]

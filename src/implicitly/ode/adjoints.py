@@ -193,7 +193,8 @@ class Work:
             key, stepper = self.graphs
             found = integrate_as_graph(key, stepper, times, y0, theta, self.record, self.check)
         self.as_graph = found is not None
-        found, y, calls = found or self.known or self._stepwise(times, y0, k0, *theta)
+        known, self.known = self.known, None  # as an output of autograd's it would refer to this
+        found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
         self.report(self.method, found, halt, self.calls)

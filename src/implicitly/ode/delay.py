@@ -323,12 +323,12 @@ class Chain:
         solver = self._method(begin, end)
         solver.check(problem)
         problem = solver.checked(problem)
-        heard: list[Halt] = []
+        heard: list[Halt] = []  # emptied again: what is heard of a solve refers to it
         problem, found, calls = self._solved(solver, problem, lambda *ended: heard.append(ended[2]))
         self.calls += calls + problem.calls
         told = self._noted(found)
         self._go_from(problem, found.values, begin, end)
-        tell("ddeint", self.on_failure, self.solver, told, heard[0], self.trajectory)
+        tell("ddeint", self.on_failure, self.solver, told, heard.pop(), self.trajectory)
 
     @property
     def ended(self) -> Tensor:
