@@ -221,12 +221,90 @@ def test_a_sample_that_a_quick_solver_fails_at_is_solved_with_care():
     assert found.x[0, 0] == pytest.approx(3.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("says", ["PrimalInfeasible", "DualInfeasible"])
+def test_a_certificate_that_is_none_does_not_count(says):
+    pytest.importorskip("clarabel")
+    pattern = Pattern.of(1, 1, (np.array([0]), np.array([0])), (np.array([0]), np.array([0])))
+    workers = Workers(pattern, Cones(0, 1, (), (), 0, ()), im.Clarabel())
+    false = SimpleNamespace(status=says, x=[-1.0], z=[1.0], s=[1.0], iterations=1)
+    made, make = [], workers._make
+
+    def lying(numbers, settings):
+        made.append(settings.iterative_refinement_enable)
+        solver = make(numbers, settings)
+        return solver if len(made) > 1 else SimpleNamespace(update=solver.update, solve=lambda: false)
+
+    workers._make = lying
+    numbers = Numbers(*(np.array([[v]]) for v in (2.0, -2.0, -1.0, -3.0)))  # x^2 - 2x where x >= 3
+    found = workers.solve(numbers, np.array([True]))
+    assert made == [False, True]
+    assert found.status.tolist() == [int(Status.CONVERGED)]
+
+
+def test_certificates_are_told_from_others():
+    pytest.importorskip("clarabel")
+    pattern = Pattern.of(1, 2, (np.array([0]), np.array([0])), (np.array([0, 1]), np.array([0, 0])))
+    workers = Workers(pattern, Cones(0, 2, (), (), 0, ()), im.Clarabel())
+    infeasible = [np.array(t) for t in ([0.0], [1.0], [1.0, -1.0], [-1.0, 0.0])]  # x <= -1 and -x <= 0
+    assert workers._no_point(infeasible, np.array([1.0, 1.0]))
+    assert not workers._no_point(infeasible, np.array([1.0, 0.9]))
+    assert not workers._no_point([*infeasible[:3], np.array([1.0, 0.0])], np.array([1.0, 1.0]))
+    unbounded = [np.array(t) for t in ([0.0], [1.0], [1.0, 1.0], [1.0, 1.0])]  # x where x <= 1
+    assert workers._no_limit(unbounded, np.array([-1.0]), np.array([1.0, 1.0]))
+    assert not workers._no_limit(unbounded, np.array([1.0]), np.array([-1.0, -1.0]))
+    assert not workers._no_limit([np.array([1.0]), *unbounded[1:]], np.array([-1.0]), np.array([1.0, 1.0]))
+
+
+def test_no_word_of_clarabel_counts_that_the_residual_does_not_confirm():
+    pytest.importorskip("clarabel")
+    from implicitly.argmin.conic_program import ConicFamily, Tried, Units, _examined
+
+    cones = Cones(0, 0, (3,), (), 0, ())
+    pattern = Pattern.of(2, 3, ([np.arange(2)] * 2), (np.array([1, 2]), np.array([0, 1])))
+    theta = tuple(torch.tensor([t], dtype=D) for t in ([1.0, 1.0], [-3.0, -4.0], [-1.0, -1.0], [1.0, 0.0, 0.0]))
+    exact = torch.tensor([[0.6, 0.8]], dtype=D)  # of |x - (3, 4)|^2 / 2 where |x| <= 1
+    y, s = 4 * torch.tensor([[1.0, -0.6, -0.8]], dtype=D), torch.tensor([[1.0, 0.6, 0.8]], dtype=D)
+    one = torch.ones(1, dtype=D)
+    for error, status in ((0.0, Status.CONVERGED), (1e-3, Status.STAGNATED)):
+        family = ConicFamily(pattern, cones, im.Clarabel(polish=0), None, torch.ones(5, dtype=D))
+        word = torch.zeros(1, dtype=torch.int64)
+        tried = Tried(Units(one, one), exact + error, y, s, word, word)
+        assert _examined(family, theta, tried).status.tolist() == [int(status)]
+
+
+def test_every_pair_of_repeated_rows_is_seen():
+    """Whatever two entries of the probe they have: multipliers of such rows are not unique."""
+    from implicitly.argmin.conic_program import ConicFamily, Jacobian
+
+    m = 24
+    pairs = [(i, j) for i in range(m) for j in range(i)]
+    A_columns, A_rows = np.nonzero(np.ones((m - 1, m)))
+    pattern = Pattern.of(m - 1, m, ([np.arange(m - 1)] * 2), (A_rows, A_columns))
+    A = torch.zeros(len(pairs), m, m - 1, dtype=D)
+    for k, (i, j) in enumerate(pairs):
+        A[k, [r for r in range(m) if r != i]] = torch.eye(m - 1, dtype=D)
+        A[k, i] = A[k, j]
+    cones = Cones(m, 0, (), (), 0, ())
+    theta = (
+        torch.ones(1, m - 1, dtype=D),
+        torch.zeros(1, m - 1, dtype=D),
+        A.mT.flatten(1),
+        torch.zeros(1, m, dtype=D),
+    )
+    z = torch.zeros(len(A), 2 * m - 1, dtype=D)
+    family = ConicFamily(pattern, cones, im.Clarabel(), None, torch.ones(2 * m - 1, dtype=D))
+    jacobian = Jacobian(family, z, theta, torch.zeros(len(A), dtype=torch.bool))
+    jacobian.move_to(z)
+    assert jacobian.degenerate.all()
+
+
 def test_every_status_of_clarabel_has_one_of_ours():
     from implicitly.argmin.conic_solver import _status
 
     assert _status("Solved") == Status.CONVERGED
     assert _status("AlmostSolved") == Status.STAGNATED  # until its residual says otherwise
-    assert _status("PrimalInfeasible") == _status("AlmostPrimalInfeasible") == Status.INFEASIBLE
-    assert _status("DualInfeasible") == _status("AlmostDualInfeasible") == Status.UNBOUNDED
+    assert _status("PrimalInfeasible") == Status.INFEASIBLE
+    assert _status("DualInfeasible") == Status.UNBOUNDED
+    assert _status("AlmostPrimalInfeasible") == _status("AlmostDualInfeasible") == Status.STAGNATED  # no certainty
     assert _status("MaxIterations") == _status("MaxTime") == Status.MAX_STEPS
     assert _status("NumericalError") == _status("InsufficientProgress") == Status.STAGNATED

@@ -185,7 +185,7 @@ def test_dependent_equations_are_solved_and_contradicting_ones_refused():
     torch.testing.assert_close(
         func.jacrev(lambda z: project.affine(z, A, x.new_tensor([2, 4])))(z[0])[2, 2], x.new_ones(())
     )
-    with pytest.raises(ValueError, match=r"contradict each other; the best x misses one by, got 0.4"):
+    with pytest.raises(ValueError, match=r"contradict each other; the best x misses one by, got 0.25"):
         project.affine(z, A, torch.tensor([2.0, 5.0], dtype=D))
 
 
@@ -202,6 +202,112 @@ def test_large_numbers_keep_the_digits_of_small_differences():
     assert float(project.l2_ball(torch.full((2,), 1e30), 1.0).norm()) == pytest.approx(1)
     cone = project.second_order_cone(torch.tensor([0.0, 1e30]))
     torch.testing.assert_close(cone, torch.tensor([5e29, 5e29]))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("f", "weight"),
+    [
+        (project.l1_ball, 1.0),
+        (project.l2_ball, 1.0),
+        (im.prox.l2, 0.5),
+        (im.prox.linf, 0.5),
+        (lambda z, a: project.halfspace(z, a * torch.ones(3, dtype=D), 0.3), 1.0),
+        (lambda z, a: project.affine(z, a * torch.ones(1, 3, dtype=D), z.new_ones(1)), 1.0),
+        (lambda z, a: project.isotonic(z, a * torch.ones(3, dtype=D)), 1.0),
+        (lambda z, a: project.permutahedron(z, a * torch.arange(3.0, dtype=D)), 1.0),
+        (lambda z, a: project.second_order_cone(a * z), 1.0),
+        (lambda z, a: project.exponential_cone(a * z), 1.0),
+        (lambda z, a: project.dual_exponential_cone(a * z), 1.0),
+        (lambda z, a: project.power_cone(a * z, (0.3, 0.7)), 1.0),
+        (lambda z, a: project.dual_power_cone(a * z, (0.3, 0.7)), 1.0),
+    ],
+)
+def test_a_row_with_an_infinity_has_no_nearest_point_and_harms_no_other(f, weight, bad):
+    good = torch.tensor([[3.0, -1.0, 0.5]], dtype=D)
+    z = torch.cat([torch.tensor([[bad, 1.0, 2.0]], dtype=D), good]).requires_grad_()
+    shared = torch.tensor(weight, dtype=D, requires_grad=True)
+    x = f(z, shared)
+    assert bool(x[0].isnan().all())
+    alone = f(good.requires_grad_(), shared)
+    torch.testing.assert_close(x[1:], alone)
+    of_z, of_shared = torch.autograd.grad(x[1].sin().sum() + x[0].nansum(), [z, shared])
+    if f in (project.l1_ball, project.l2_ball, im.prox.l2, im.prox.linf):  # z is nobody else's factor
+        assert bool((of_z[0] == 0).all())
+        torch.testing.assert_close(of_shared, torch.autograd.grad(alone.sin().sum(), shared)[0])
+    torch.testing.assert_close(of_z[1:], torch.autograd.grad(f(good, shared).sin().sum(), good)[0])
+
+
+@pytest.mark.parametrize("f", [project.simplex, im.sparsemax])
+def test_a_row_without_a_finite_largest_entry_has_no_distribution(f):
+    inf = math.inf
+    z = torch.tensor([[inf, 1.0], [-inf, -inf], [-inf, 2.0], [0.3, 0.1]], dtype=D, requires_grad=True)
+    x = f(z)
+    assert bool(x[:2].isnan().all())
+    torch.testing.assert_close(x[2:], torch.tensor([[0.0, 1.0], [0.6, 0.4]], dtype=D))
+    gradient = torch.autograd.grad(x.nan_to_num().square().sum(), z)[0]
+    assert bool((gradient[:3] == 0).all())
+
+
+def test_infinite_bounds_of_boxes_and_balls_are_none():
+    inf = math.inf
+    z = torch.tensor([-inf, 2.0, inf], dtype=D)
+    torch.testing.assert_close(project.linf_ball(z, 3.0), torch.tensor([-3.0, 2.0, 3.0], dtype=D))
+    torch.testing.assert_close(project.box(z, -inf, 1.0), torch.tensor([-inf, 1.0, 1.0], dtype=D))
+    for f in (project.l1_ball, project.l2_ball, project.linf_ball):
+        z, radius = z.new_tensor([1.0, 5.0]).requires_grad_(), z.new_tensor(inf).requires_grad_()
+        x = f(z, radius)
+        torch.testing.assert_close(x, z)
+        slopes = torch.autograd.grad(x.sum(), [z, radius])
+        torch.testing.assert_close(slopes, (torch.ones(2, dtype=D), z.new_tensor(0.0)))
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1e200, D), (1e-200, D), (1e-170, D), (1e20, torch.float32), (1e-23, torch.float32)]
+)
+def test_halfspaces_of_every_size(size, dtype):
+    a = torch.tensor([size, 0.0], dtype=dtype, requires_grad=True)
+    x = project.halfspace(torch.ones(2, dtype=dtype), a, 0.5 * a.detach()[0])
+    torch.testing.assert_close(x, torch.tensor([0.5, 1.0], dtype=dtype))
+    slope = torch.autograd.grad(x[0], a)[0] * size  # x = b / a, and the other entry tilts
+    torch.testing.assert_close(slope, torch.tensor([-0.5, -1.0], dtype=dtype))
+
+
+def test_halfspaces_without_a_point_are_refused():
+    z, a = torch.ones(2, dtype=D), torch.tensor([1.0, 0.0], dtype=D)
+    torch.testing.assert_close(project.halfspace(z, a, math.inf), z)
+    with pytest.raises(ValueError, match="no point"):
+        project.halfspace(z, a, -math.inf)
+
+
+def test_equations_of_every_size_are_solved():
+    A = torch.tensor([[1e-8, 0.0, 0.0], [0.0, 1e8, 0.0], [0.0, 0.0, 1e-200]], dtype=D)
+    b = A.sum(1)
+    torch.testing.assert_close(project.affine(torch.full((3,), 5.0, dtype=D), A, b), torch.ones(3, dtype=D))
+    A = torch.tensor([[1.0, 0.0], [0.0, 1e-16]], dtype=D, requires_grad=True)
+    x = project.affine(torch.full((2,), 5.0, dtype=D), A, torch.tensor([1.0, 1e-16], dtype=D))
+    torch.testing.assert_close(x, torch.ones(2, dtype=D))
+    slope = torch.autograd.grad(x.sum(), A)[0] * A.detach().sum(1, keepdim=True)
+    torch.testing.assert_close(slope, -torch.ones(2, 2, dtype=D))
+    small = torch.tensor([[1.0, 0.0], [0.0, 1e-18], [0.0, 1e-18]], dtype=D)
+    with pytest.raises(ValueError, match="contradict"):  # however small the numbers are
+        project.affine(x, small, torch.tensor([1.0, 1e-18, 2e-18], dtype=D))
+    torch.testing.assert_close(project.affine(x, small, small.sum(1)), torch.ones(2, dtype=D))
+
+
+@pytest.mark.parametrize("n", [8, 10, 12, 14])
+def test_ill_conditioned_equations_are_satisfied(n):
+    """Hilbert's matrix: from n = 12 on its pseudoinverse has no digit that is right."""
+    k = torch.arange(n, dtype=D)
+    H = 1 / (k.unsqueeze(1) + k + 1)
+    for z in (torch.zeros(n, dtype=D), 3 * torch.randn(2, n, dtype=D, generator=seeded(n))):
+        x = project.affine(z, H, H.sum(1))
+        assert float((x @ H - H.sum(1)).abs().max()) < 1e-13
+
+
+def test_no_equations_leave_everything():
+    z = torch.ones(2, 3, dtype=D)
+    torch.testing.assert_close(project.affine(z, z.new_zeros(0, 3), z.new_zeros(0)), z)
 
 
 @pytest.mark.parametrize("increasing", [True, False])
@@ -283,6 +389,16 @@ def test_the_derivative_of_a_plan_does_not_see_who_found_it():
     expected = torch.autograd.grad(unrolled(cost).sin().sum(), cost)[0]
     ours = torch.autograd.grad(project.sinkhorn(cost, row, column, 0.1).sin().sum(), cost)[0]
     torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_plan_so_cold_that_its_marginals_are_lost_is_told():
+    cost, row, column = _problem(3, 4, batch=())
+    X = project.sinkhorn(cost, row, column, 1e-6)
+    torch.testing.assert_close(X.sum(-1), row, atol=0, rtol=1e-8)
+    with pytest.raises(im.SolverError, match=r"STAGNATED.*epsilon is so small"):
+        project.sinkhorn(cost, row, column, 1e-13)
+    with pytest.warns(im.ConvergenceWarning, match="epsilon is so small"):
+        project.sinkhorn(cost, row, column, 1e-13, on_failure="warn")
 
 
 def test_plans_that_fail_are_told_and_harm_no_other():
@@ -401,3 +517,19 @@ def test_parameters_of_other_kinds_are_refused():
     with pytest.raises(ValueError, match="radius is on meta"):
         project.simplex(Z, torch.ones(3, device="meta"))
     assert project.simplex(Z, torch.ones(3, dtype=D)).dtype == torch.float32
+
+
+def test_a_number_a_row_that_has_the_dimension_of_the_row_is_refused():
+    z = torch.zeros(3, 2, dtype=D)
+    for f in (project.simplex, project.l1_ball, project.l2_ball, im.prox.l2, im.soft_rank):
+        with pytest.raises(ValueError, match=r"\(3, 1\) would make more rows of z \(3, 2\).*shape \(3,\)"):
+            f(z, torch.ones(3, 1, dtype=D))
+        assert f(z, torch.ones(3, dtype=D)).shape == (3, 2)
+    assert project.simplex(z[0], torch.ones(4, dtype=D)).shape == (4, 2)  # many radii for one row
+
+
+def test_refused_values_are_told_with_their_place():
+    with pytest.raises(ValueError, match=r"radius must be >= 0, got -2 at index \[1, 0\]"):
+        project.simplex(torch.zeros(3, 2, dtype=D), torch.tensor([1.0, -2.0, -3.0], dtype=D))
+    with pytest.raises(ValueError, match=r"weight must be >= 0, got -1$"):
+        im.prox.l1(torch.zeros(2, dtype=D), -1.0)

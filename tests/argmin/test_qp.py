@@ -89,6 +89,22 @@ def test_shared_arguments_get_sums():
         torch.testing.assert_close(whole, sum(parts), rtol=1e-10, atol=1e-12)
 
 
+def test_forward_mode_along_every_entry_alone():
+    """A right-hand side of a single entry may be one on which the Jacobian and its transpose hardly differ."""
+    generator = torch.Generator().manual_seed(1)
+    M, p, G, z = (torch.randn(3, *s, generator=generator, dtype=D) for s in ((5, 5), (5,), (3, 5), (5, 1)))
+    room = torch.rand(3, 3, generator=generator, dtype=D)
+    A = torch.randn(3, 2, 5, generator=generator, dtype=D)
+    args = [M @ M.mT + 0.5 * torch.eye(5, dtype=D), 2 * p, G, (G @ z)[..., 0] + room, A, (A @ z)[..., 0]]
+
+    def value(G: Tensor) -> Tensor:
+        return im.qp(*args[:2], G, *args[3:]).value
+
+    directions = torch.eye(G.numel(), dtype=D).reshape(-1, *G.shape)
+    forward = torch.stack([func.jvp(value, (G,), (d,))[1] for d in directions])
+    torch.testing.assert_close(forward, func.jacrev(value)(G).reshape(15, -1).mT.reshape_as(forward))
+
+
 def test_transforms_of_torch_func_agree():
     args = program(batch=2, seed=4)
     of_p = lambda p: torch.cat(outputs(args[0], p, *args[2:]), 1)  # noqa: E731

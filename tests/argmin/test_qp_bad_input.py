@@ -78,6 +78,18 @@ def test_nan_harms_its_own_sample_alone(solver):
     assert set(im.qp(*everything, on_failure="ignore").status.tolist()) == {Status.NON_FINITE}
 
 
+def test_what_is_not_finite_is_named():
+    args = program(shared=("Q", "A"), seed=1)
+    args[1][1, 2] = float("nan")
+    args[5][2, 0] = -float("inf")
+    args[3][0, 0] = float("inf")  # no bound at all
+    with pytest.raises(im.SolverError, match=r"2 NON_FINITE.*Try: NaN or inf is in p of sample 1, b of sample 2"):
+        im.qp(*args)
+    args[0][0, 0] = float("nan")
+    with pytest.raises(im.SolverError, match=r"3 NON_FINITE.*NaN or inf is in Q, p of sample 1, b of sample 2"):
+        im.qp(*args)
+
+
 def test_infinite_bounds():
     args = program(seed=2)
     h = args[3].clone()
@@ -187,6 +199,13 @@ def test_what_is_no_program():
         im.qp(EYE, of(0.0, 0.0), start=of(0.0, 0.0))
     with pytest.raises(ValueError, match="on_failure"):
         im.qp(EYE, of(0.0, 0.0), on_failure="maybe")
+    narrow = im.qp(EYE.float(), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"start has dtype torch\.float32, the program torch\.float64"):
+        im.qp(EYE, of(0.0, 0.0), start=narrow)
+    with pytest.raises(TypeError, match="finish must be a solver of programs"):
+        im.ADMM(finish="InteriorPoint")
+    with pytest.raises(TypeError, match="smoothing must be a number, got a Tensor"):
+        im.KKTAdjoint(smoothing=of(0.1))
 
 
 def test_options_out_of_range():
@@ -207,6 +226,11 @@ def test_an_empty_batch_and_no_unknowns(solver):
     assert sol.value.shape == (0, 2)
     assert sol.status.shape == (0,)
     assert im.qp(EYE, torch.zeros(0, 2, dtype=D), solver=solver).value.shape == (0, 2)
+
+
+def test_a_start_of_an_empty_batch():
+    none = torch.zeros(0, 2, dtype=D)
+    assert im.qp(EYE, none, start=im.qp(EYE, none)).value.shape == (0, 2)
 
 
 def test_steps_that_run_out():

@@ -91,3 +91,26 @@ def test_a_ranking_can_be_learned():
         loss.backward()
         optimizer.step()
     assert torch.equal(scores.argsort().argsort() + 1, wanted.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_strength_of_next_to_nothing_sorts_and_ranks(dtype, descending):
+    z = torch.tensor([[3.0, 2.0, 1e9, 0.1], [0.1, 0.1, 0.1, -7.0]], dtype=dtype, requires_grad=True)
+    ranks = torch.tensor([[3.0, 2.0, 4.0, 1.0], [3.0, 3.0, 3.0, 1.0]], dtype=dtype)  # ties share their mean
+    tiny = torch.finfo(dtype).tiny
+    for strength in (1e3 * tiny, tiny / 64):
+        found = im.soft_rank(z, strength, descending)
+        torch.testing.assert_close(found, 5 - ranks if descending else ranks)
+        ordered = im.soft_sort(z, strength, descending)
+        torch.testing.assert_close(ordered, z.sort(-1, descending=descending).values)
+        slope = torch.autograd.grad(ordered[:, 0].sum(), z)[0]
+        torch.testing.assert_close(slope.sum(-1), torch.ones(2, dtype=dtype))
+
+
+def test_ranks_keep_the_digits_of_small_differences():
+    """Beside large numbers, of which a mean is not exact, and beside a strength that is small beside those."""
+    z = 1e8 + torch.tensor([0.0, 1.0, 3.0, 1.5], dtype=D)
+    torch.testing.assert_close(im.soft_rank(z, 2.0), im.soft_rank(z - 1e8, 2.0), atol=1e-12, rtol=0)
+    ties = torch.full((10,), 0.1, dtype=D)
+    torch.testing.assert_close(im.soft_rank(ties, 1e-18), torch.full((10,), 5.5, dtype=D))

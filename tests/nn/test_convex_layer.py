@@ -346,6 +346,172 @@ def test_a_solution_that_is_not_unique_is_degenerate():
     assert torch.autograd.grad(layer(value)[0][0], value)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-6, 1e-5, 1.0, 1e5, 1e8])
+def test_solutions_of_conic_programs_do_not_depend_on_the_units(scale):
+    x, c, r = cp.Variable(3), cp.Parameter(3), cp.Parameter(nonneg=True)
+    X, C = cp.Variable((2, 2), symmetric=True), cp.Parameter((2, 2))
+    ball = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [cp.norm(x) <= r]), [c, r], [x])
+    cone = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [X >> 0]), [C], [X])
+    linear = cp.Problem(cp.Minimize(c @ x), [cp.norm(x) <= r])
+    for layer, exact, values in (
+        (ball, lambda c, r: im.project.l2_ball(c, r), (torch.tensor([1.0, 2, 3]), torch.tensor(1.0))),
+        (cone, im.project.psd_cone, (torch.tensor([[1.0, 2.0], [2.0, -1.0]]),)),
+        (ConvexLayer(linear, [c, r], [x]), lambda c, r: -r * c / c.norm(), (torch.ones(3), torch.tensor(2.0))),
+    ):
+        values = [(scale * v.double()).requires_grad_() for v in values]
+        (found,), expected = layer(*values), exact(*values)
+        assert layer.solution.status == im.Status.CONVERGED
+        torch.testing.assert_close(found / scale, expected / scale, atol=1e-9, rtol=1e-9)
+        weights = normal(*found.shape)
+        for ours, theirs in zip(
+            torch.autograd.grad((found * weights).sum(), values),
+            torch.autograd.grad((expected * weights).sum(), values),
+        ):
+            torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-7)
+
+
+def test_samples_of_all_sizes_in_one_batch():
+    x, c, r = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [cp.norm(x) <= r]), [c, r], [x], on_failure="ignore"
+    )
+    sizes = torch.tensor([1e-9, 1.0, 1e6, 1e9], dtype=D)
+    radii = torch.cat([sizes, -sizes])
+    (found,) = layer(torch.cat([sizes, sizes]).unsqueeze(1) * torch.tensor([1.0, 2, 3], dtype=D), radii)
+    assert layer.solution.status.tolist() == [im.Status.CONVERGED] * 4 + [im.Status.INFEASIBLE] * 4
+    expected = torch.tensor([1.0, 2, 3], dtype=D).expand(4, 3) / 14**0.5
+    torch.testing.assert_close(found[:4] / sizes.unsqueeze(1), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e5, 1e7])
+def test_a_constraint_much_smaller_than_the_objective_is_kept(size):
+    x, c = cp.Variable(3), cp.Parameter(3)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [cp.norm(x) <= 1]), [c], [x])
+    value = torch.tensor([1.0, 2, 3], dtype=D, requires_grad=True)
+    (found,) = layer(size * value)
+    torch.testing.assert_close(found, value / value.norm(), atol=1e-7, rtol=1e-7)
+    gradient = torch.autograd.grad(found[0], value)[0]
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad((value / value.norm())[0], value)[0], atol=1e-6, rtol=0
+    )
+
+
+def test_weak_curvature_and_tiny_constraints():
+    x, q = cp.Variable(3), cp.Parameter(3)
+    value = torch.tensor([-5.0, 0.3, -4.0], dtype=D)
+    for objective, limit, exact in (
+        (1e-9 * cp.sum_squares(x) + q @ x, cp.norm(x) <= 1, -value / value.norm()),
+        (cp.sum_squares(x) + q @ x, cp.norm(x) <= 1e-8, -1e-8 * value / value.norm()),
+    ):
+        (found,) = ConvexLayer(cp.Problem(cp.Minimize(objective), [limit]), [q], [x])(value)
+        torch.testing.assert_close(found, exact, atol=0, rtol=1e-7)
+
+
+def test_where_only_one_point_is_feasible_there_is_no_derivative():
+    x, c, k = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [cp.norm(x) <= 1, x[0] >= k])
+    layer = ConvexLayer(problem, [c, k], [x])
+    (found,) = layer(torch.tensor([0.3, 0.5, -0.2], dtype=D), torch.tensor([1.0, 0.9], dtype=D))
+    assert layer.solution.status.tolist() == [im.Status.DEGENERATE, im.Status.CONVERGED]
+    torch.testing.assert_close(found[0], torch.tensor([1.0, 0, 0], dtype=D), atol=3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("solver", [None, im.Clarabel()])
+def test_problems_without_constraints(solver):
+    x, c, P = cp.Variable(3), cp.Parameter(3), cp.Parameter((3, 3), PSD=True)
+    matrix, value = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=D)), normal(2, 3)
+    for objective, M in ((cp.sum_squares(x) + c @ x, None), (cp.quad_form(x, P) + c @ x, matrix)):
+        parameters, values = ([c], [value]) if M is None else ([c, P], [value, M])
+        layer = ConvexLayer(cp.Problem(cp.Minimize(objective)), parameters, [x], solver=solver)
+        inverse = torch.eye(3, dtype=D) if M is None else torch.linalg.inv(M)
+        torch.testing.assert_close(layer(*values)[0], -value @ inverse / 2)
+        assert gradcheck(lambda c: layer(c, *values[1:])[0], value.clone().requires_grad_())
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.quad_form(x, P) + c @ x)), [c, P], [x], solver=solver, on_failure="ignore"
+    )
+    layer(value[0], torch.zeros(3, 3, dtype=D))
+    assert layer.solution.status == im.Status.UNBOUNDED
+
+
+@pytest.mark.parametrize("solver", [None, im.Clarabel()])
+def test_problems_whose_equations_fix_everything(solver):
+    x, c = cp.Variable(3), cp.Parameter(3)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x == c]), [c], [x], solver=solver)
+    value = normal(2, 3).requires_grad_()
+    (found,) = layer(value)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(torch.autograd.grad(found[:, 0].sum(), value)[0][:, 0], torch.ones(2, dtype=D))
+
+
+@pytest.mark.parametrize("limits", [[], [10.0]])
+@pytest.mark.parametrize("first", [True, False])
+def test_infinite_bounds_are_none(limits, first):
+    """On both paths, and in whichever parameter comes first: zero times infinity is no number."""
+    x, c, u, inf = cp.Variable(3), cp.Parameter(3), cp.Parameter(3), float("inf")
+    constraints = [x <= u, *(cp.norm(x) <= r for r in limits)]
+    order = [u, c] if first else [c, u]
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - c)), constraints), order, [x], on_failure="ignore"
+    )
+    value = torch.ones(3, dtype=D, requires_grad=True)
+    bound = torch.tensor([[inf, 0.5, 2.0], [-inf, 0.0, 0.0]], dtype=D, requires_grad=True)
+    (found,) = layer(*((bound, value) if first else (value, bound)))
+    assert layer.solution.status.tolist() == [im.Status.CONVERGED, im.Status.INFEASIBLE]
+    torch.testing.assert_close(found[0], torch.tensor([1.0, 0.5, 1.0], dtype=D))
+    of_value, of_bound = torch.autograd.grad(found[0].sum(), [value, bound])
+    torch.testing.assert_close(of_value, torch.tensor([1.0, 0.0, 1.0], dtype=D), atol=1e-9, rtol=0)
+    torch.testing.assert_close(of_bound, torch.tensor([[0.0, 1, 0], [0, 0, 0]], dtype=D), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("limits", [[], [10.0]])
+def test_an_empty_batch_and_an_empty_parameter(limits):
+    x, c, u, e = cp.Variable((2, 3)), cp.Parameter((2, 3)), cp.Parameter(), cp.Parameter((0,))
+    constraints = [x <= u, *(cp.norm(x, "fro") <= r for r in limits)]
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), constraints), [c, u], [x])
+    shared = torch.tensor(1.0, dtype=D, requires_grad=True)
+    (found,) = layer(torch.zeros(0, 2, 3, dtype=D, requires_grad=True), shared)
+    assert found.shape == (0, 2, 3)
+    assert layer.solution.status.shape == (0,)
+    assert torch.autograd.grad(found.sum(), shared)[0] == 0
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + cp.sum(e)), [x <= 0.5, *constraints[1:]])
+    for lead in ((), (2,)):
+        (found,) = ConvexLayer(problem, [e], [x])(torch.zeros(*lead, 0, dtype=D))
+        torch.testing.assert_close(found, torch.full((*lead, 2, 3), 0.5, dtype=D))
+
+
+@pytest.mark.parametrize("limits", [[], [10.0]])
+def test_the_last_solution_under_vmap_is_of_the_whole_batch(limits):
+    x, c = cp.Variable(3), cp.Parameter(3)
+    constraints = [x <= 1, *(cp.norm(x) <= r for r in limits)]
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), constraints), [c], [x])
+    torch.func.vmap(layer)(normal(4, 3))
+    assert layer.solution.status.tolist() == [0] * 4
+    assert layer.solution.value[0].shape == (4, 3)
+    assert layer.solution.residual.max() < 1e-8
+
+
+def test_smoothing_and_settings_of_the_adjoint():
+    x, c = cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [x <= 1])
+    value = torch.tensor([2.0, 0.5], dtype=D, requires_grad=True)
+    gradients = []
+    for adjoint in (im.KKTAdjoint(), im.KKTAdjoint(smoothing=1e-2)):
+        (found,) = ConvexLayer(problem, [c], [x], adjoint=adjoint)(value)
+        gradients.append(torch.autograd.grad(found.sum(), value)[0])
+        eye = torch.eye(2, dtype=D)
+        z = im.qp(2 * eye, -2 * value, eye, torch.ones(2, dtype=D), adjoint=adjoint).value
+        torch.testing.assert_close(gradients[-1], torch.autograd.grad(z.sum(), value)[0])
+    assert (gradients[0] - gradients[1]).abs().min() > 1e-4
+    conic = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [cp.norm(x) <= 1])
+    with pytest.raises(ValueError, match="smoothing"):
+        ConvexLayer(conic, [c], [x], adjoint=im.KKTAdjoint(smoothing=1e-2))
+    with pytest.raises(TypeError, match="KKTAdjoint, got 'exact'"):
+        ConvexLayer(conic, [c], [x], adjoint="exact")
+    layer = ConvexLayer(conic, [c], [x], adjoint=im.KKTAdjoint(rtol=1e-300))
+    with pytest.raises(ValueError, match="cannot reach rtol=1e-300"):
+        torch.autograd.grad(layer(value)[0].sum(), value)
+
+
 # ------------------------------------------------------------------------------------------------ failures
 
 
@@ -505,7 +671,6 @@ def test_values_that_are_refused():
         ((a.mT, c), ValueError, r"shape \(2, 3\), or \(B, 2, 3\).*got \(3, 2\)"),
         ((a, torch.ones(1, 4, 2)), ValueError, r"\(2,\), or \(B, 2\)"),
         ((a.expand(2, 2, 3), c.expand(3, 2)), ValueError, "disagree on the batch"),
-        ((a.expand(0, 2, 3), c), ValueError, "batch is empty"),
         ((a.long(), c), TypeError, "int64"),
         ((a, c.double()), ValueError, "mix dtypes"),
         ((a, c.to("meta")), ValueError, "mix devices"),
@@ -517,6 +682,35 @@ def test_values_that_are_refused():
             layer(*values)
     with pytest.raises(TypeError, match="solver_args"):
         layer(a, c, solver_args={"eps": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "good", "bad", "says"),
+    [
+        ({"symmetric": True}, 1e6 * torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 1.0]]), "its transpose by 1"),
+        ({"PSD": True}, 1e12 * torch.eye(2), -torch.eye(2), "positive semidefinite; an eigenvalue.*-1"),
+        ({"diag": True}, torch.eye(2), torch.ones(2, 2), "declared diagonal; off its pattern it has 1"),
+        (
+            {"sparsity": [(0, 1), (1, 1)]},
+            torch.tensor([[0.0, 1], [0, 2]]),
+            torch.eye(2),
+            "sparse; off its pattern",
+        ),
+        ({"bounds": [0, 1]}, torch.eye(2), 3 * torch.eye(2), "out of them by 2"),
+        ({"bounds": [None, 1]}, -torch.eye(2), 3 * torch.eye(2), "out of them by 2"),
+        ({"pos": True}, torch.ones(2, 2), torch.eye(2), "declared positive; its value has 0"),
+        ({"nonpos": True}, -torch.ones(2, 2), torch.eye(2), "not to be positive; its value has 1"),
+    ],
+)
+def test_what_a_parameter_declares_holds_for_every_sample(attributes, good, bad, says):
+    M, x = cp.Parameter((2, 2), **attributes), cp.Variable(2)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(M @ x - 1) + cp.norm(x))), [M], [x])
+    both = torch.stack([good, bad]).double()
+    with pytest.raises(ValueError, match=f"{says}.* in sample 1"):
+        layer(both)
+    with pytest.raises(ValueError, match=f"{says}.* in sample 1"):  # whichever dimension it is that is mapped
+        torch.func.vmap(lambda M: layer(M)[0], in_dims=2)(both.permute(1, 2, 0))
+    assert layer(both[:1])[0].isfinite().all()
 
 
 def test_values_that_break_what_their_parameter_declares():

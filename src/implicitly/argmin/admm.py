@@ -68,6 +68,10 @@ class ADMM(ProgramSolver):
 
     def __post_init__(self):
         super().__post_init__()
+        if not (self.finish is None or isinstance(self.finish, ProgramSolver)):
+            raise TypeError(
+                f"ADMM: finish must be a solver of programs such as InteriorPoint(), got {self.finish!r}"
+            )
         if not (self.rho > 0 and self.sigma > 0 and 0 < self.relaxation < 2):
             raise ValueError(
                 "ADMM: rho and sigma must be positive and relaxation between 0 and 2, got "

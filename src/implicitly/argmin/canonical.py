@@ -11,6 +11,7 @@ of parameters become a program by one sparse product, without cvxpy.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ class SparseMap:
     """A sparse matrix M for products with rows: x `(B, columns)` to x M' `(B, size)`.
 
     Attributes:
-        column, coefficient: `(size,)`, the first entry of each row; its coefficient is 0 where there is none.
+        column, coefficient: `(size,)`, the first entry of each row.
+        empty: rows that have none.
         more: rows, columns and coefficients of the others.
     """
 
     column: Tensor
     coefficient: Tensor
+    empty: Tensor
     more: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
@@ -57,13 +60,16 @@ class SparseMap:
             torch.from_numpy(matrix.indices[others].astype(np.int64)).to(like.device),
             torch.from_numpy(matrix.data[others]).to(like),
         )
-        return cls(torch.from_numpy(column).to(like.device), torch.from_numpy(coefficient).to(like), more)
+        empty = torch.from_numpy(np.flatnonzero(counts == 0)).to(like.device)
+        return cls(torch.from_numpy(column).to(like.device), torch.from_numpy(coefficient).to(like), empty, more)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""
         if x.shape[1] == 0:
             return x.new_zeros(len(x), len(self.column))
         product = columns_of(x, self.column).mul_(self.coefficient)
+        if len(self.empty):  # zero times what an entry has, which may be infinite, is not always zero
+            product = product.index_fill_(1, self.empty, 0.0)
         rows, columns, coefficients = self.more
         return product.index_add_(1, rows, columns_of(x, columns).mul_(coefficients)) if len(rows) else product
 
@@ -141,6 +147,7 @@ class Assembly:
             rows = slot.rows(value)
             flat += [(start, rows.log() if log else rows) for start, log in slot.places]
         parts = [rows for _, rows in sorted(flat, key=lambda place: place[0])]
+        parts = parts or [values[0].new_zeros(1, 0)]  # parameters without entries
         flags = tuple(len(rows) > 1 for rows in parts)
         found: dict[int, Tensor] = {}
         for lead, (members, affine) in zip((1, batch), self._plan(flags, parts)):
@@ -177,8 +184,10 @@ class ParameterSlot:
         places: where the first of them goes, and whether it is the logarithm that does (geometric programs, of
             which one may want both).
         symmetric: whether only a triangle of the value is read, so that it must be symmetric.
-        sign: 1 where it must not be negative, -1 where not positive, else 0.
+        sign: 1 where it must not be negative, -1 where not positive, else 0; `strict`: nor zero.
         definite: 1 where it must be positive semidefinite, -1 where negative, else 0.
+        absent: positions, row-major, of the entries that must be zero; `kind` says why.
+        bounds: what each entry, row-major, must lie between.
     """
 
     name: str
@@ -187,7 +196,17 @@ class ParameterSlot:
     places: tuple[tuple[int, bool], ...]
     symmetric: bool = False
     sign: int = 0
+    strict: bool = False
     definite: int = 0
+    absent: Tensor | None = None
+    kind: str = ""
+    bounds: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def promises(self) -> bool:
+        """Whether there is anything that a value may break."""
+        declared = self.symmetric or self.sign or self.is_log
+        return len(self.source) > 0 and bool(declared or self.absent is not None or self.bounds is not None)
 
     @property
     def is_log(self) -> bool:
@@ -200,7 +219,7 @@ class ParameterSlot:
             value = value.unsqueeze(0)
         if self.symmetric:
             value = (value + value.mT) / 2
-        return columns_of(value.reshape(len(value), -1), self.source.to(value.device))
+        return columns_of(value.reshape(len(value), math.prod(self.shape)), self.source.to(value.device))
 
 
 @dataclass(frozen=True)
@@ -224,7 +243,7 @@ class VariableSlot:
     def take(self, x: Tensor) -> Tensor:
         """The value `(B, *shape)` of solutions `(B, n)`."""
         value = columns_of(x, self.source.to(x.device)) * self.scale.to(x)
-        return (value.exp() if self.exp else value).reshape(-1, *self.shape)
+        return (value.exp() if self.exp else value).reshape(len(x), *self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +347,7 @@ def _latest(renamed: Any, key: Any) -> int:
 def _quadratic(form: Any) -> tuple[Any, tuple[Any, Any]]:
     """The upper triangle of P, column by column, and its rows and columns."""
     reduced = form.reduced_P
-    if reduced.reduced_mat is None:
+    if reduced.problem_data_index is None:
         none = np.zeros(0, dtype=np.int64)
         return form.q.tocsr()[:0], (none, none)
     rows, columns = _places(reduced.problem_data_index)
@@ -339,7 +358,7 @@ def _quadratic(form: Any) -> tuple[Any, tuple[Any, Any]]:
 def _constraints(form: Any) -> tuple[Any, Any, tuple[Any, Any]]:
     """A, column by column, all of b, and the rows and columns of A. cvxpy has -A and b side by side."""
     reduced, n, m = form.reduced_A, form.x.size, form.constr_size
-    if reduced.reduced_mat is None:
+    if reduced.problem_data_index is None:  # cvxpy's word for a matrix without any entries
         none = np.zeros(0, dtype=np.int64)
         zeros = require("scipy.sparse").csr_array((m, form.q.shape[1]))
         return zeros[:0], zeros, (none, none)
@@ -422,17 +441,28 @@ def _parameter_slot(parameter: Any, names: _Names) -> ParameterSlot:
     for kind in ("complex", "imag", "hermitian", "boolean", "integer"):
         if attributes.get(kind):
             raise NotImplementedError(f"parameter {_named(parameter)} is {kind}: ConvexLayer takes real ones")
-    symmetric = any(attributes[kind] for kind in ("symmetric", "PSD", "NSD"))
-    sign = bool(attributes["nonneg"] or attributes["pos"]) - bool(attributes["nonpos"] or attributes["neg"])
+    source = _entries(parameter)
+    sparse = next((kind for kind in ("diag", "sparsity") if attributes[kind]), None)
+    absent = np.setdiff1d(np.arange(parameter.size), source) if sparse else None
+    bounds = attributes.get("bounds")
     return ParameterSlot(
         str(parameter),
         shape,
-        torch.from_numpy(_entries(parameter)),
+        torch.from_numpy(source),
         names.places(parameter),
-        symmetric,
-        int(sign),
-        bool(attributes["PSD"]) - bool(attributes["NSD"]),
+        symmetric=any(attributes[kind] for kind in ("symmetric", "PSD", "NSD")),
+        sign=bool(attributes["nonneg"] or attributes["pos"]) - bool(attributes["nonpos"] or attributes["neg"]),
+        strict=bool(attributes["pos"] or attributes["neg"]),
+        definite=bool(attributes["PSD"]) - bool(attributes["NSD"]),
+        absent=None if absent is None else torch.from_numpy(absent),
+        kind={"diag": "diagonal", "sparsity": "sparse"}.get(sparse or "", ""),
+        bounds=None if bounds is None else tuple(_flat(bound, shape) for bound in bounds),  # pyright: ignore
     )
+
+
+def _flat(bound: Any, shape: tuple[int, ...]) -> Tensor:
+    """A bound of every entry, row-major."""
+    return torch.from_numpy(np.broadcast_to(np.asarray(bound, dtype=np.float64), shape).reshape(-1).copy())
 
 
 def _entries(leaf: Any) -> Any:

@@ -125,7 +125,7 @@ def _safe(L: Tensor, info: Tensor) -> Tensor:
 def triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
     """x `(B, k, n)` with L x = r, or L'x = r, for lower triangular L, `(B, n, n)` or `(n, n)`."""
     matrix = L.mT if transposed else L
-    columns = r.mT if L.ndim == 3 else r.reshape(-1, r.shape[2]).mT
+    columns = r.mT if L.ndim == 3 else r.flatten(0, 1).mT
     return torch.linalg.solve_triangular(matrix, columns, upper=transposed).mT.reshape(r.shape)
 
 

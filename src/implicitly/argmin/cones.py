@@ -25,7 +25,7 @@ def second_order_cone(z: Tensor) -> Tensor:
         ValueError: n = 0.
     """
     check_state("second_order_cone", z)
-    return without_bad_rows(_second_order, z)
+    return without_bad_rows(_second_order, z, infinite=True)
 
 
 def _second_order(z: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def exponential_cone(z: Tensor) -> Tensor:
         ValueError: the last dimension is not 3.
     """
     _check_triples("exponential_cone", z)
-    return without_bad_rows(_exponential, z)
+    return without_bad_rows(_exponential, z, infinite=True)
 
 
 @in_full_precision
@@ -191,7 +191,7 @@ def dual_exponential_cone(z: Tensor) -> Tensor:
     By Moreau it is z + P(-z), with P the projection onto the exponential cone. Args and errors as there.
     """
     _check_triples("dual_exponential_cone", z)
-    return without_bad_rows(lambda z: z + _exponential(-z), z)
+    return without_bad_rows(lambda z: z + _exponential(-z), z, infinite=True)
 
 
 def _check_triples(name: str, z: Tensor) -> None:

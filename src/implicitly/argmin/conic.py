@@ -156,7 +156,7 @@ class Cones:
     def least_eigenvalue(self, v: Tensor) -> Tensor:
         """How near `v` `(B, m)` is to where the projection has a kink: `(B,)`, the eigenvalue of least size of its
         parts in linear, second-order and semidefinite cones."""
-        sizes = [torch.full_like(v[:, :1], float("inf")), v[:, self.zero : self.linear].abs()]
+        sizes = [v.new_full((len(v), 1), float("inf")), v[:, self.zero : self.linear].abs()]
         row = self.linear
         for kind, width in self._each():
             part = v[:, row : row + width]
@@ -250,10 +250,10 @@ class Pattern:
         def residual(z: Tensor) -> Tensor:
             x, v = z.split([self.n, self.m], dim=1)
             y = cones.project_dual(v)
-            stationarity = q + _product(A, self.A_columns, self.A_rows, y, self.n)
+            stationarity = q + product(A, self.A_columns, self.A_rows, y, self.n)
             if len(rows):
-                stationarity = stationarity + _product(whole, rows, columns, x, self.n)
-            feasibility = _product(A, self.A_rows, self.A_columns, x, self.m) + y - v - b
+                stationarity = stationarity + product(whole, rows, columns, x, self.n)
+            feasibility = product(A, self.A_rows, self.A_columns, x, self.m) + y - v - b
             return torch.cat([stationarity, feasibility], dim=1)
 
         return residual
@@ -263,10 +263,10 @@ class Pattern:
         index, rows, columns = self.full
         whole = P.new_zeros(len(P), self.n * self.n).index_copy(1, rows * self.n + columns, P[:, index])
         flat = A.new_zeros(len(A), self.m * self.n).index_copy(1, self.A_rows * self.n + self.A_columns, A)
-        return whole.reshape(-1, self.n, self.n), flat.reshape(-1, self.m, self.n)
+        return whole.reshape(len(P), self.n, self.n), flat.reshape(len(A), self.m, self.n)
 
 
-def _product(M: Tensor, rows: Tensor, columns: Tensor, x: Tensor, size: int) -> Tensor:
+def product(M: Tensor, rows: Tensor, columns: Tensor, x: Tensor, size: int) -> Tensor:
     """M x `(B, size)` of sparse matrices with numbers `M` `(B or 1, nnz)` and `x` `(B, ·)`."""
     terms = M * columns_of(x, columns)
     return torch.zeros(len(x), size, dtype=terms.dtype, device="cpu").index_add(1, rows, terms)

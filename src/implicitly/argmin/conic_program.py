@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vjp
 
-from implicitly.argmin.conic import Cones, Pattern
+from implicitly.argmin.conic import Cones, Pattern, product
 from implicitly.argmin.conic_solver import Clarabel, Numbers, Workers
-from implicitly.argmin.derivative import StructuredSolver
+from implicitly.argmin.derivative import KKTAdjoint, StructuredSolver
 from implicitly.argmin.optional import require
 from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Found, Status, is_success
-from implicitly.tree import merge_rows, row_norm
+from implicitly.tree import columns_of, merge_rows, row_norm
 
 # Up to so many unknowns the systems of a batch are solved as dense matrices; beyond, sparse ones sample by sample.
 DENSE_UP_TO = 150
@@ -28,11 +28,23 @@ DENSE_LIMIT = 2**27
 PROXIMAL = 1e-10
 # A factorised Jacobian that leaves less of a vector serves another one near it: each refinement gains as much.
 GOOD = 5e-3
-# Where the exact Jacobian leaves more, no solution has it.
-MISSING = 0.01
+# Where the exact Jacobian leaves more, after so many refinements, no solution has it. Of a probe of N entries that
+# is less than the difference of any two, for N up to 1000.
+MISSING = 1e-5
+REFINEMENTS = 2
+GOLDEN = (5**0.5 - 1) / 2
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
 POLISHED = 1e-14
 TINY = torch.finfo(torch.float64).tiny
+# Times that residual, from which on Newton's method is tried again with another Jacobian, and how often it is.
+LATE = 1e3
+ROUNDS = 3
+# A Newton step, relative to the solution, that is no rounding error.
+LONG = 1e-8
+# Multipliers that cancel each other to one over that have no bounds.
+CANCELLED = 1e6
+# The exponents that units, powers of two, may have.
+UNITS = (-400.0, 400.0)
 # An eigenvalue of v so much smaller than v is zero: which face of the cone counts is then not determined.
 WEAK = 1e-9
 
@@ -57,67 +69,267 @@ class ConicFamily:
         return self.pattern.bind(self.cones, *theta)
 
 
-def solve_conic(family: ConicFamily, theta: tuple[Tensor, ...], report: Report) -> Found:
+def solve_conic(
+    family: ConicFamily, theta: tuple[Tensor, ...], report: Report, adjoint: KKTAdjoint = KKTAdjoint()
+) -> Found:
     """The solutions of programs with the numbers `theta` = (P, q, A, b), each `(B or 1, ·)`, float64 on the CPU.
 
+    Inequalities whose b is inf are no constraints. `adjoint` has the settings of the derivative's linear solves.
+
     Returns:
-        `Found`: z = (x, v) `(B, n + m)` with its derivative; NaN, without one, for samples without a solution.
-        The multipliers are `family.cones.project_dual(v)`.
+        `Found`: z = (x, y) `(B, n + m)`, y the multipliers, with its derivative; NaN, without one, for samples
+        without a solution.
 
     Raises:
         SolverError: a sample has no solution and `report` is to raise.
     """
+    theta = without_infinite_bounds(family, theta)
     known: list[Jacobian] = []
     run = partial(_find, family, known, report)
-    z, status, residual, steps, evaluations = _Find.apply(run, *theta)
+    z, primal, dual, status, residual, steps, evaluations = _Find.apply(run, *theta)
     bad = ~_has_derivative(status)
     if happens(bad):
         # Their numbers count for nothing, and may not be finite.
         stand_in = bad.unsqueeze(1)
         theta = tuple(torch.where(stand_in, torch.nan_to_num(t.detach()), t) for t in theta)
+    units = Units(primal, dual)
     condition = Condition(family.bind, "ConvexLayer", torch.float64, report)
-    attached = attach(condition, z, theta, Backward(StructuredSolver(known=known)))  # pyright: ignore
+    solver = StructuredSolver(rtol=adjoint.rtol, max_steps=adjoint.max_steps, known=known)  # pyright: ignore
+    attached = units.taken_off(family, attach(condition, z, units.put_on(theta), Backward(solver)))
     if happens(bad):
         attached = torch.where(bad.unsqueeze(1), float("nan"), attached)
     return Found(attached, status, residual, steps, evaluations)
+
+
+def without_infinite_bounds(family: ConicFamily, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """With 0 <= 1 for inequalities with a b of inf, which say nothing, and 0 <= -1 for those of -inf."""
+    P, q, A, b = theta
+    if not happens(b.isinf()):
+        return theta
+    inequality = torch.zeros(family.pattern.m, dtype=torch.bool, device="cpu")
+    inequality[family.cones.zero : family.cones.linear] = True
+    infinite = b.isinf() & inequality
+    A = torch.where(columns_of(infinite, family.pattern.A_rows), 0.0, A)
+    return P, q, A, torch.where(infinite, b.detach().sign(), b)
 
 
 def _has_derivative(status: Tensor) -> Tensor:
     return is_success(status) | (status == Status.MAX_STEPS) | (status == Status.STAGNATED)
 
 
+# ----------------------------------------------------------------------------------------------------- units
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What x and the slack are measured in, `primal` `(B,)`, and what the multipliers are, `dual` `(B,)`.
+
+    Tolerances of Clarabel are absolute for numbers below one, and its tests of infeasibility want numbers of about
+    one. Cones are the same in all units: with x = t x', s = t s' and y = u y' the program of (x', s', y') has
+    the numbers P t / u, q / u, A and b / t. Units are powers of two, so that this rounds nothing.
+    """
+
+    primal: Tensor
+    dual: Tensor
+
+    @classmethod
+    def of(cls, theta: tuple[Tensor, ...], batch: int) -> Units:
+        """By the numbers of the programs alone.
+
+        Constraints are of the size of b, and the objective without them has its minimum at |q| / |P|: between the
+        two lies the solution, and where they differ, nobody knows where.
+        """
+        P, q, _, b = (_largest(t).expand(batch) for t in theta)
+        free = torch.where(P > 0, q / torch.where(P > 0, P, 1.0), 0.0)
+        primal = torch.where((b > 0) & (free > 0), (b * free).sqrt(), torch.maximum(b, free))
+        return cls._rounded(primal, q, P)
+
+    @classmethod
+    def of_solution(cls, theta: tuple[Tensor, ...], s: Tensor) -> Units:
+        """By the numbers of the programs and their slacks `s` `(B, m)`."""
+        P, q, _, b = (_largest(t).expand(len(s)) for t in theta)
+        return cls._rounded(torch.maximum(b, _largest(s)), q, P)
+
+    @classmethod
+    def _rounded(cls, primal: Tensor, q: Tensor, P: Tensor) -> Units:
+        primal = _power_of_two(primal)
+        return cls(primal, _power_of_two(torch.maximum(q, P * primal)))
+
+    def put_on(self, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The numbers of the programs in these units."""
+        P, q, A, b = theta
+        primal, dual = self.primal.unsqueeze(-1), self.dual.unsqueeze(-1)
+        return P * (primal / dual), q / dual, A, b / primal
+
+    def taken_off(self, family: ConicFamily, z: Tensor) -> Tensor:
+        """(x, y) in the user's units, of z = (x, y - s) in these."""
+        x, v = z.split([family.pattern.n, family.pattern.m], dim=1)
+        y = family.cones.project_dual(v)
+        return torch.cat([x * self.primal.unsqueeze(-1), y * self.dual.unsqueeze(-1)], dim=1)
+
+    def with_rows(self, mask: Tensor, other: Units) -> Units:
+        """Those of `other` where `mask` `(B,)`."""
+        return Units(torch.where(mask, other.primal, self.primal), torch.where(mask, other.dual, self.dual))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The size of the largest entry of each row, 0 of rows without any, `(B,)`."""
+    return x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The nearest, of sizes `(B,)`; 1 for those that are 0 or not finite."""
+    fine = (x > 0) & x.isfinite()
+    return torch.where(fine, torch.where(fine, x, 1.0).log2().round().clamp(*UNITS).exp2(), 1.0)
+
+
 # --------------------------------------------------------------------------------------------------- finding
 
 
+class Tried(NamedTuple):
+    """What Clarabel says of every sample, in `units`: x, y and s, its status and iterations."""
+
+    units: Units
+    x: Tensor
+    y: Tensor
+    s: Tensor
+    status: Tensor
+    steps: Tensor
+
+    @classmethod
+    def by(
+        cls, family: ConicFamily, theta: tuple[Tensor, ...], units: Units, todo: Tensor, tight: bool = False
+    ) -> Tried:
+        """For the samples `todo` `(B,)`; `tight`: to rounding errors, if it can."""
+        numbers = Numbers(*(t.numpy() for t in units.put_on(theta)))
+        return cls(units, *(torch.from_numpy(a) for a in family.workers.solve(numbers, todo.numpy(), tight)))
+
+    def with_rows(self, mask: Tensor, other: Tried) -> Tried:
+        """What `other` says where `mask` `(B,)`, after the steps of both."""
+        column = mask.unsqueeze(1)
+        x, y, s = (torch.where(column, new, old) for new, old in zip(other[1:4], self[1:4]))
+        units, status = self.units.with_rows(mask, other.units), torch.where(mask, other.status, self.status)
+        return Tried(units, x, y, s, status, self.steps + torch.where(mask, other.steps, 0))
+
+
 def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Tensor) -> tuple[Tensor, ...]:
-    """(z, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
+    """(z, units, status, residual, steps, evaluations) for plain tensors, z in these units; `known` gets the
+    Jacobian."""
     batch = max(len(t) for t in theta)
     finite = torch.stack([t.isfinite().all(1).expand(batch) for t in theta]).all(0)
-    solved = family.workers.solve(Numbers(*(t.numpy() for t in theta)), finite.numpy())
-    x, y, s, status, steps = (torch.from_numpy(a) for a in solved)
-    bad = ~_has_derivative(status).unsqueeze(1)
-    z = torch.where(bad, 0.0, torch.cat([x, y - s], dim=1))
-    theta = tuple(torch.where(bad, torch.nan_to_num(t), t) if happens(bad) else t for t in theta)
-    bad = bad.squeeze(1)
-    jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
-    size = 1 + row_norm(theta[1]) + row_norm(theta[3])
-    z, norm = polished(residual, jacobian, z, family.solver.polish, POLISHED * size)
-    limit = family.solver.rtol * size
-    status = torch.where((norm <= limit) & ~bad, int(Status.CONVERGED), status)
+    tried = Tried.by(family, theta, Units.of(theta, batch), finite)
+    found = _examined(family, theta, tried)
+    if happens(found.doubtful):
+        tried, found = _tried_again(family, theta, tried, found)
+    jacobian, z, status = found.jacobian, found.z, found.status
     if family.solver.polish:
-        jacobian.move_to(z)
-        weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + z.abs().amax(1))
-        degenerate = (status == Status.CONVERGED) & (jacobian.degenerate | weak)
-        status = torch.where(degenerate, int(Status.DEGENERATE), status)
+        weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + _largest(z))
+        # Where Newton's method does not get on, the Jacobian is singular at the solution.
+        degenerate = jacobian.degenerate | weak | (found.norm > family.solver.rtol)
+        if happens(_largest(z) > CANCELLED):
+            degenerate |= _has_no_interior(jacobian, z)
+        status = torch.where((status == Status.CONVERGED) & degenerate, int(Status.DEGENERATE), status)
     known.append(jacobian)
-    norm = norm.masked_fill(bad, float("nan"))
-    found = (z, status, norm, steps, steps.sum())
-    report("ConvexLayer", family.solver, Found(*found))  # pyright: ignore[reportArgumentType]
-    return found
+    stationarity, feasibility = found.r.split([family.pattern.n, family.pattern.m], dim=1)
+    units, none = tried.units, jacobian.left_out
+    residual = torch.hypot(row_norm(stationarity) * units.dual, row_norm(feasibility) * units.primal)
+    ends = (status, residual.masked_fill(none, float("nan")), tried.steps, tried.steps.sum())
+    unpack = report.unpack and (lambda f: report.unpack(f._replace(z=units.taken_off(family, f.z))))  # pyright: ignore
+    replace(report, unpack=unpack)("ConvexLayer", family.solver, Found(z, *ends))  # pyright: ignore
+    return z, units.primal, units.dual, *ends
+
+
+def _tried_again(
+    family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried, found: Examined
+) -> tuple[Tried, Examined]:
+    """`tried` and `found` with, for samples that are doubtful, what Clarabel says to tolerances and in units that
+    suit their solutions, where it is better."""
+    units = Units.of_solution(theta, tried.s * tried.units.primal.unsqueeze(1))
+    other = Tried.by(family, theta, units, found.doubtful, tight=True)
+    # What it does not reach to rounding errors, but did before to the tolerance, is still solved, if it is better.
+    solved = (tried.status == Status.CONVERGED) & _has_derivative(other.status)
+    other = other._replace(status=torch.where(solved, tried.status, other.status))
+    both = tried.with_rows(found.doubtful, other)
+    new = _examined(family, theta, both)
+    worse = found.doubtful & ~(new.norm < found.norm) & _has_derivative(both.status)
+    if happens(worse):
+        both = both.with_rows(worse, tried)
+        new = _examined(family, theta, both)
+    return both, new
+
+
+class Examined(NamedTuple):
+    """What there is to what Clarabel said: z polished, its Jacobian and residual, the status, the residual norm
+    relative to what it is made of; and which samples are worth another try."""
+
+    jacobian: Jacobian
+    z: Tensor
+    r: Tensor
+    status: Tensor
+    norm: Tensor
+    doubtful: Tensor
+
+
+def _examined(family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried) -> Examined:
+    """Take no word for what the residual does not confirm."""
+    bad = ~_has_derivative(tried.status)
+    column = bad.unsqueeze(1)
+    theta = tried.units.put_on(theta)
+    theta = tuple(torch.where(column, torch.nan_to_num(t), t) for t in theta) if happens(bad) else theta
+    z = torch.where(column, 0.0, torch.cat([tried.x, tried.y - tried.s], dim=1))
+    jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
+    sizes = row_norm(theta[1]), row_norm(theta[3])
+    z, r, late = _polished_to_the_end(residual, jacobian, family.solver, POLISHED * (1 + sizes[0] + sizes[1]))
+    p = family.pattern
+    (x, v), parts = z.split([p.n, p.m], dim=1), r.split([p.n, p.m], dim=1)
+    s = parts[1] + theta[3] - product(theta[2], p.A_rows, p.A_columns, x, p.m)
+    # Beside what it is relative to, rounding errors of everything that there is.
+    least = POLISHED / family.solver.rtol
+    relative = (row_norm(r) / (size + row_norm(own) + least) for r, size, own in zip(parts, sizes, (v + s, s)))
+    norm = torch.maximum(*relative)
+    fine, wrong = norm <= family.solver.rtol, ~(norm <= family.solver.rtol**0.5)
+    status = torch.where(fine & ~bad, int(Status.CONVERGED), tried.status)
+    status = torch.where(wrong & (status == Status.CONVERGED), int(Status.STAGNATED), status)
+    doubtful = (late | (status == Status.STAGNATED)) & (status != Status.MAX_STEPS) & ~bad
+    return Examined(jacobian, z, r, status, norm, doubtful)
+
+
+def _polished_to_the_end(
+    residual: Map, jacobian: Jacobian, solver: Clarabel, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`polished`, once more with another Jacobian where one did not serve, and for which samples none did;
+    `jacobian` moves along, and learns where there is no derivative."""
+    late = torch.zeros_like(jacobian.left_out)
+    z, r = polished(residual, jacobian, jacobian.z, solver.polish, target)
+    for _ in range(ROUNDS if solver.polish else 0):
+        if happens(late):
+            z, r = polished(residual, jacobian, z, solver.polish, target)
+        jacobian.move_to(z)
+        late = (row_norm(r) > LATE * target) & ~jacobian.left_out
+        if not happens(late):
+            break
+    if happens(late):
+        # Newton's method does not get on where the Jacobian is singular at the solution; then its steps are long.
+        wanted = jacobian.family.wanted
+        step, size = row_norm(jacobian.solve(r) * wanted), row_norm(z * wanted)
+        jacobian.degenerate |= late & (step > LONG * (1 + size))
+    return z, r, late
+
+
+def _has_no_interior(jacobian: Jacobian, z: Tensor) -> Tensor:
+    """Whether `(B,)` multipliers grow beyond bounds against each other, as they do where no point is strictly
+    feasible: then the solution has no derivative by b, which may not move everywhere."""
+    pattern, (P, q, A, _) = jacobian.family.pattern, jacobian.theta
+    x, v = z.split([pattern.n, pattern.m], dim=1)
+    y = jacobian.family.cones.project_dual(v)
+    index, rows, columns = pattern.full
+    left = row_norm(q) + row_norm(product(P[:, index], rows, columns, x, pattern.n))
+    terms = product(A.abs(), pattern.A_columns, pattern.A_rows, y.abs(), pattern.n)
+    return row_norm(terms) > CANCELLED * left.clamp(min=1)
 
 
 def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual norms.
+    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual.
 
     A residual of `target` `(B,)` needs no more steps.
     """
@@ -141,7 +353,7 @@ def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: T
         )
         if enough:
             break
-    return z, norm
+    return z, r
 
 
 class _Find(torch.autograd.Function):
@@ -162,7 +374,7 @@ class _Find(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return (None,) * 5
+        return (None,) * 7
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -224,24 +436,44 @@ class Jacobian:
         # Where it has moved, or is singular, only the exact one will do.
         rows = (torch.maximum(everything, wanted) > GOOD).nonzero()[:, 0]
         if len(rows):
-            own = tuple(t if len(t) == 1 else t[rows] for t in self.theta)
-            part = Jacobian(self.family, z[rows], own, self.left_out[rows])
+            part = self._of_rows(rows, z)
             part._factors = type(self._factors).of(part)
             self._factors.put(rows, part._factors)
             self.z = self.z.index_copy(0, rows, part.z)
-            wanted[rows] = part._left_of(part.z)[1]
         self.degenerate = wanted > MISSING
+        rows = self.degenerate.nonzero()[:, 0]
+        if len(rows):
+            part = self._of_rows(rows, self.z)
+            part._factors = self._factors.take(rows)
+            left = part._left_of(z[rows], refinements=REFINEMENTS)[-1]
+            self.degenerate = self.degenerate.index_copy(0, rows, left > MISSING)
 
-    def _left_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_rows(self, rows: Tensor, z: Tensor) -> Jacobian:
+        """That of some samples, at `z` `(B, n + m)`."""
+        theta = tuple(t if len(t) == 1 else t[rows] for t in self.theta)
+        return Jacobian(self.family, z[rows], theta, self.left_out[rows])
+
+    def _probe(self) -> Tensor:
+        """A gradient `(1, n + m)` without a meaning, of which no two entries, nor their sums, are nearly the same
+        as other ones: multiples of the golden ratio are spread as evenly as can be."""
+        k = torch.arange(1.0, self.z.shape[1] + 1, dtype=self.z.dtype, device=self.z.device)
+        return (1 + (k * GOLDEN).frac()).unsqueeze(0)
+
+    def _left_of(self, z: Tensor, refinements: int = 0) -> list[Tensor]:
         """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted:
-        what no solution has, or what an inverse of another matrix misses."""
-        every = torch.cos(torch.arange(1.0, z.shape[1] + 1, dtype=z.dtype, device=z.device) ** 2)
-        g = torch.stack([every, every * self.family.wanted]).unsqueeze(1).expand(2, *z.shape)
-        g = torch.where(self.left_out.unsqueeze(1), 0.0, g)
-        u = self.solve(g.flatten(0, 1), transposed=True).reshape(g.shape)
+        what no solution has, or what an inverse of another matrix misses. Refinements, for which the latter is
+        all that matters, take away what another misses."""
+        every = self._probe()
+        every, wanted = (
+            torch.where(self.left_out.unsqueeze(1), 0.0, x) for x in (every, every * self.family.wanted)
+        )
+        g = torch.stack([wanted] if refinements else [every, wanted])
         pull = vjp(self.family.bind(*self.theta), z)[1]
-        left = [row_norm(g[i] - pull(u[i])[0]) / row_norm(g[i]).clamp(min=TINY) for i in (0, 1)]
-        return left[0], left[1]
+        left = g
+        for _ in range(1 + refinements):
+            u = self.solve(left.flatten(0, 1), transposed=True).reshape(g.shape)
+            left = torch.stack([r - pull(w)[0] for r, w in zip(left, u)])
+        return [row_norm(r) / row_norm(whole).clamp(min=TINY) for r, whole in zip(left, g)]
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + m)` of which row i belongs to sample i % B."""
@@ -281,6 +513,10 @@ class DenseFactors:
         J = jacobian.dense(torch.arange(len(jacobian.z), device="cpu"), PROXIMAL)
         return cls(*torch.linalg.lu_factor_ex(J)[:2])
 
+    def take(self, rows: Tensor) -> DenseFactors:
+        """Those of some samples."""
+        return DenseFactors(self.lu[rows], self.pivots[rows])
+
     def put(self, rows: Tensor, part: DenseFactors) -> None:
         """Have `part` instead of those of some samples."""
         self.lu, self.pivots = self.lu.index_copy(0, rows, part.lu), self.pivots.index_copy(0, rows, part.pivots)
@@ -315,6 +551,10 @@ class SparseFactors:
         return cls(
             [None if out[i] else splu(layout.matrix(numbers[i])) for i in range(batch)], pattern.n, pattern.m
         )
+
+    def take(self, rows: Tensor) -> SparseFactors:
+        """Those of some samples."""
+        return SparseFactors([self.factors[row] for row in rows.tolist()], self.n, self.m)
 
     def put(self, rows: Tensor, part: SparseFactors) -> None:
         """Have `part` instead of those of some samples."""

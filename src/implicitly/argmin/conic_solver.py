@@ -24,6 +24,10 @@ _FIXED = {
     "max_threads": 1,
 }
 _OWN = ("max_iter", "tol_gap_abs", "tol_gap_rel", "tol_feas", "time_limit")
+# The tolerance where rounding errors are all that is to be left.
+TIGHT = 1e-14
+# A certificate says that no feasible point is nearer than one over this, in units that suit the program.
+CERTAIN = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +37,13 @@ class Clarabel:
     A solver is kept for each thread and gets other numbers in place; samples of a batch are shared out to threads.
 
     Args:
-        rtol: relative tolerance of feasibility and of the gap, absolute for numbers below one.
+        rtol: relative tolerance of feasibility and of the gap, in units in which the numbers of each program are
+            about one.
         max_steps: iterations after which a sample ends as `Status.MAX_STEPS`.
         polish: Newton steps on the optimality condition that follow, at most; they take the residual to rounding
-            errors, which derivatives are as exact as, and share their matrix. Without any, `Status.DEGENERATE` is
-            not found out.
+            errors, which derivatives are as exact as, and share their matrix. Where they do not, others have their
+            own, and then the sample is solved again, to rounding errors. Without any, `Status.DEGENERATE` is not
+            found out.
         time_limit_s: seconds for each sample.
         threads: how many; None: as many as PyTorch uses.
         settings: other settings of Clarabel by name, such as `{"equilibrate_enable": False}`.
@@ -69,13 +75,14 @@ class Clarabel:
             if name in _FIXED or name in _OWN:
                 raise ValueError(f"Clarabel: the setting {name} is not to be changed here, or is an argument")
 
-    def native_settings(self, quick: bool = False) -> Any:
+    def native_settings(self, quick: bool = False, tight: bool = False) -> Any:
         """Clarabel's own object; raises TypeError for settings it does not have.
 
-        Where solutions are polished, a `quick` solver does not refine its steps: a fifth less time.
+        Where solutions are polished, a `quick` solver does not refine its steps: a fifth less time. A `tight` one
+        goes on to rounding errors.
         """
         settings = require("clarabel").DefaultSettings()
-        tolerances = {"tol_gap_abs": self.rtol, "tol_gap_rel": self.rtol, "tol_feas": self.rtol}
+        tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), TIGHT if tight else self.rtol)
         limits = {"max_iter": self.max_steps, "time_limit": self.time_limit_s}
         own = {"iterative_refinement_enable": False} if quick and self.polish else {}
         for name, value in {**_FIXED, **tolerances, **limits, **own, **self.settings}.items():
@@ -110,6 +117,11 @@ class Solved(NamedTuple):
     status: Any
     steps: Any
 
+    def put(self, i: int, solution: Any, status: Status) -> None:
+        """Write down Clarabel's solution of sample i."""
+        self.x[i], self.y[i], self.s[i] = solution.x, solution.z, solution.s
+        self.status[i], self.steps[i] = int(status), solution.iterations
+
 
 class Workers:
     """Clarabel's solvers of one family of programs, which wait here between solves.
@@ -122,6 +134,7 @@ class Workers:
         self._idle: list[Any] = []
         self._first: tuple[Any, ...] | None = None
         self._settings, self._quick = solver.native_settings(), solver.native_settings(quick=True)
+        self._tight = solver.native_settings(tight=True)
 
     def __getstate__(self) -> Any:
         """Without solvers, which are made anew: they can be neither copied nor pickled."""
@@ -130,8 +143,9 @@ class Workers:
     def __setstate__(self, state: Any) -> None:
         self.__init__(*state)
 
-    def solve(self, numbers: Numbers, finite: Any) -> Solved:
-        """The solutions of all samples; those that are not `finite` `(B,)` are left out."""
+    def solve(self, numbers: Numbers, finite: Any, tight: bool = False) -> Solved:
+        """The solutions of all samples; those that are not `finite` `(B,)` are left out. `tight`: to rounding
+        errors, if that can be, by solvers made for each."""
         batch, n, m = len(finite), self._pattern.n, self._pattern.m
         out = Solved(*(np.zeros((batch, k)) for k in (n, m, m)), *(np.zeros(batch, dtype=np.int64) for _ in "ab"))
         out.status[:] = int(Status.NON_FINITE)
@@ -141,11 +155,12 @@ class Workers:
         if self._first is None:
             self._first = numbers.of(int(todo[0]))
         threads = min(self._solver.threads or torch.get_num_threads(), len(todo))
+        work = self._work_tight if tight else self._work
         if threads == 1:
-            self._work(numbers, todo, out)
+            work(numbers, todo, out)
             return out
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(self._work, numbers, part, out) for part in np.array_split(todo, threads)]:
+            for done in [pool.submit(work, numbers, part, out) for part in np.array_split(todo, threads)]:
                 done.result()
         return out
 
@@ -156,16 +171,46 @@ class Workers:
         except IndexError:
             solver = self._make(self._first, self._quick)
         for i in samples:
-            P, q, A, b = numbers.of(i)
-            solver.update(P=P, q=q, A=A, b=b)
+            own = numbers.of(i)
+            solver.update(**dict(zip(Numbers._fields, own)))
             solution = solver.solve()
-            status = _status(str(solution.status))
+            status = self._judged(own, solution)
             if status == Status.STAGNATED:  # perhaps for a scaling that was made for other numbers, or for haste
-                solution = self._make((P, q, A, b), self._settings).solve()
-                status = _status(str(solution.status))
-            out.x[i], out.y[i], out.s[i] = solution.x, solution.z, solution.s
-            out.status[i], out.steps[i] = int(status), solution.iterations
+                solution = self._make(own, self._settings).solve()
+                status = self._judged(own, solution)
+            out.put(i, solution, status)
         self._idle.append(solver)
+
+    def _work_tight(self, numbers: Numbers, samples: Any, out: Solved) -> None:
+        for i in samples:
+            own = numbers.of(i)
+            solution = self._make(own, self._tight).solve()
+            out.put(i, solution, self._judged(own, solution))
+
+    def _judged(self, numbers: tuple[Any, ...], solution: Any) -> Status:
+        """The status of a solution, where no certificate counts that is none."""
+        status = _status(str(solution.status))
+        if status == Status.INFEASIBLE and not self._no_point(numbers, np.asarray(solution.z)):
+            return Status.STAGNATED
+        if status == Status.UNBOUNDED and not self._no_limit(numbers, *map(np.asarray, (solution.x, solution.s))):
+            return Status.STAGNATED
+        return status
+
+    def _no_point(self, numbers: tuple[Any, ...], y: Any) -> bool:
+        """Whether y, in the dual cone, is a certificate of infeasibility: A'y = 0 and b'y < 0."""
+        _, _, A, b = numbers
+        p = self._pattern
+        pulled = np.bincount(p.A_columns.numpy(), A * y[p.A_rows.numpy()], minlength=p.n)
+        return bool(np.linalg.norm(pulled) <= -CERTAIN * (b @ y) and b @ y < 0)
+
+    def _no_limit(self, numbers: tuple[Any, ...], x: Any, s: Any) -> bool:
+        """Whether x is a ray of falling objective: Ax + s = 0 with s in the cone, Px = 0 and q'x < 0."""
+        P, q, A, _ = numbers
+        p = self._pattern
+        moved = np.bincount(p.A_rows.numpy(), A * x[p.A_columns.numpy()], minlength=p.m) + s
+        index, rows, columns = (t.numpy() for t in p.full)
+        curved = np.bincount(rows, P[index] * x[columns], minlength=p.n)
+        return bool(np.hypot(np.linalg.norm(moved), np.linalg.norm(curved)) <= -CERTAIN * (q @ x) and q @ x < 0)
 
     def _make(self, numbers: tuple[Any, ...], settings: Any) -> Any:
         clarabel, sparse = require("clarabel"), require("scipy.sparse")
@@ -199,9 +244,7 @@ def _status(name: str) -> Status:
     known = {
         "Solved": Status.CONVERGED,
         "PrimalInfeasible": Status.INFEASIBLE,
-        "AlmostPrimalInfeasible": Status.INFEASIBLE,
         "DualInfeasible": Status.UNBOUNDED,
-        "AlmostDualInfeasible": Status.UNBOUNDED,
         "MaxIterations": Status.MAX_STEPS,
         "MaxTime": Status.MAX_STEPS,
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +15,15 @@ from torch import Tensor
 from implicitly.argmin.canonical import CanonicalProgram, ParameterSlot, canonicalise
 from implicitly.argmin.conic_program import ConicFamily, solve_conic
 from implicitly.argmin.conic_solver import Clarabel, Workers
+from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.quadratic import QuadraticForm
+from implicitly.argmin.rows import outside
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import Report, users_line
 from implicitly.iterate import Found, Solution, SolverError
-from implicitly.tree import is_wrapped, unwrapped
+from implicitly.tree import columns_of, is_wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class ConvexProgram:
 
     program: CanonicalProgram
     solver: ProgramSolver | Clarabel
+    adjoint: KKTAdjoint
     family: ConicFamily | None = None
     quadratic: QuadraticForm | None = None
     compile: bool = False
@@ -40,6 +45,7 @@ class ConvexProgram:
         variables: Sequence[Any],
         solver: ProgramSolver | Clarabel | None,
         gp: bool,
+        adjoint: KKTAdjoint = KKTAdjoint(),
         compile: bool = False,
     ) -> ConvexProgram:
         """Canonicalise `problem`; raises ImportError, TypeError, ValueError, NotImplementedError."""
@@ -48,11 +54,18 @@ class ConvexProgram:
                 "solver must be im.InteriorPoint() or im.ADMM(), for quadratic and linear programs, or "
                 f"im.Clarabel(); got {solver!r}"
             )
+        if not isinstance(adjoint, KKTAdjoint):
+            raise TypeError(f"adjoint must be a KKTAdjoint, got {adjoint!r}")
         program = canonicalise(problem, parameters, variables, gp)
         quadratic = program.cones.size == program.cones.linear
         if solver is None:
             solver = InteriorPoint() if quadratic else Clarabel()
         if isinstance(solver, Clarabel):
+            if adjoint.smoothing:
+                raise ValueError(
+                    "KKTAdjoint(smoothing=...) is for quadratic and linear programs solved by InteriorPoint or "
+                    "ADMM; Clarabel's solutions have the exact derivative only: leave smoothing at 0"
+                )
             if compile:
                 warnings.warn(
                     "ConvexLayer: compile=True is for quadratic and linear programs solved by InteriorPoint; "
@@ -62,19 +75,21 @@ class ConvexProgram:
                 )
             workers = Workers(program.pattern, program.cones, solver)
             family = ConicFamily(program.pattern, program.cones, solver, workers, program.wanted())
-            return cls(program, solver, family=family)
+            return cls(program, solver, adjoint, family=family)
         if not quadratic:
             raise ValueError(
                 f"{type(solver).__name__} solves quadratic and linear programs; this problem has other cones "
                 f"({_described(program)}): use im.Clarabel()"
             )
         form = QuadraticForm.of(program)
-        return cls(program, solver, quadratic=form, compile=compile)
+        return cls(program, solver, adjoint, quadratic=form, compile=compile)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
         front; its `value` is a tuple of the variables' values."""
         batch = checked_batch(values, self.program.parameters)
+        if batch == 0:
+            return self._of_nobody(values)
         try:
             solution = self._solve(values, batch or 1, on_failure)
         except SolverError as error:
@@ -85,12 +100,24 @@ class ConvexProgram:
         if self.quadratic is None:
             return self._by_clarabel(self.program.numbers(values, batch), values[0], on_failure)
         assert isinstance(self.solver, ProgramSolver)
-        return self.quadratic.solve(values, batch, self.solver, on_failure=on_failure, compile=self.compile)
+        options = {"adjoint": self.adjoint, "on_failure": on_failure, "compile": self.compile}
+        return self.quadratic.solve(values, batch, self.solver, **options)
+
+    def _of_nobody(self, values: Sequence[Tensor]) -> Solution:
+        """The solution of an empty batch, whose derivatives are zeros."""
+        anchor = 0 * sum(v.sum() for v in values)
+        found = tuple(anchor + values[0].new_zeros(0, *v.shape) for v in self.program.variables)
+        codes = torch.zeros(0, dtype=torch.int64, device=values[0].device)
+        return Solution(found, codes, values[0].new_zeros(0), codes, 0)
 
     def _unpacked(self, solution: Solution, batch: int | None) -> Solution:
         x, y = solution.value
         found = tuple(v.take(y if v.dual else x) for v in self.program.variables)
         if batch is not None:
+            if len(solution.status) != batch:  # no number of the program depends on what has a batch
+                found = tuple(v.expand(batch, *v.shape[1:]) for v in found)
+                ends = {name: getattr(solution, name).expand(batch) for name in ("status", "residual", "steps")}
+                return replace(solution, value=found, **ends)
             return replace(solution, value=found)
         first = {name: getattr(solution, name)[0] for name in ("status", "residual", "steps")}
         return replace(solution, value=tuple(v[0] for v in found), **first)
@@ -100,12 +127,11 @@ class ConvexProgram:
         theta = tuple(t.to("cpu", torch.float64) for t in numbers)
 
         def unpack(found: Found) -> Solution:
-            x, v = found.z.split([self.program.pattern.n, self.program.pattern.m], dim=1)
-            value = x.to(like), self.program.cones.project_dual(v).to(like)
+            value = found.z.to(like).split([self.program.pattern.n, self.program.pattern.m], dim=1)
             status, residual, steps = (t.to(like.device) for t in (found.status, found.residual, found.steps))
             return Solution(value, status, residual, steps, int(found.evaluations))
 
-        return unpack(solve_conic(self.family, theta, Report(on_failure, unpack)))
+        return unpack(solve_conic(self.family, theta, Report(on_failure, unpack), self.adjoint))
 
 
 def _described(program: CanonicalProgram) -> str:
@@ -154,40 +180,90 @@ def checked_batch(values: Sequence[Any], slots: Sequence[ParameterSlot]) -> int 
     if len(set(batches.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in batches.items())
         raise ValueError(f"the values disagree on the batch (dimension 0): {counts}")
-    if 0 in batches.values():
-        raise ValueError("the batch is empty: dimension 0 of the values is 0")
     for value, slot in zip(values, slots):
-        _check_attributes(value, slot)
+        if slot.promises:
+            _check_attributes(value, slot)
     return next(iter(batches.values()), None)
 
 
 def _check_attributes(value: Tensor, slot: ParameterSlot) -> None:
-    """Raise ValueError where a value breaks what its parameter promises, on which convexity may rest."""
-    wrapped = is_wrapped(value)
-    value = unwrapped(value.detach())
-    if slot.sign and bool((slot.sign * value < 0).any()):
-        kind, extreme = ("negative", value.min()) if slot.sign > 0 else ("positive", value.max())
-        raise ValueError(f"parameter {slot.name} is declared not to be {kind}; its value has {float(extreme):.3g}")
-    if slot.is_log and bool((value <= 0).any()):
-        raise ValueError(
-            f"parameter {slot.name} of a geometric program must be positive; it has {float(value.min()):.3g}"
+    """Raise ValueError where a sample breaks what its parameter promises, on which convexity may rest."""
+    if is_wrapped(value):  # step out of the transforms, so that every sample of all of them is seen
+        outside(partial(_checked, slot), value)
+    else:
+        _checked(slot, value.detach())
+
+
+def _checked(slot: ParameterSlot, value: Tensor) -> Tensor:
+    """Zeros, one a sample; raises ValueError as `_check_attributes`."""
+    lead = value.shape[: value.ndim - len(slot.shape)]
+    samples = value.reshape(math.prod(lead), *slot.shape)
+    for wrong, says in _broken(slot, samples):
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0, 0])
+            where = f" in sample {i}" if lead else ""
+            raise ValueError(f"parameter {slot.name} {says(samples[i])}{where}")
+    return value.new_zeros(lead)
+
+
+def _broken(slot: ParameterSlot, samples: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], str]]]:
+    """For each thing that a parameter declares, which of `samples` `(N, *shape)` break it, and a text on one."""
+    rows = samples.flatten(1) if slot.shape else samples.unsqueeze(1)
+    if slot.sign:
+        signed = slot.sign * rows
+        kinds = ("positive", "negative")[:: slot.sign]
+        kind = kinds[0] if slot.strict else f"not to be {kinds[1]}"
+        wrong = signed <= 0 if slot.strict else signed < 0
+        yield (
+            wrong.any(1),
+            lambda x: f"is declared {kind}; its value has {slot.sign * float((slot.sign * x).min()):.3g}",
         )
-    if wrapped or not slot.symmetric:  # which dimensions are the matrix's is known outside of transforms only
-        return
-    size = value.abs().amax()
-    gap = (value - value.mT).abs().amax()
-    if bool(gap > 1e-4 * size):
-        raise ValueError(
-            f"parameter {slot.name} is declared symmetric; it differs from its transpose by {float(gap):.3g}"
+    if slot.is_log:
+        yield (rows <= 0).any(1), lambda x: f"of a geometric program must be positive; it has {float(x.min()):.3g}"
+    if slot.bounds is not None:
+        low, high = (bound.to(rows) for bound in slot.bounds)
+        yield (
+            ((rows < low) | (rows > high)).any(1),
+            lambda x: f"is declared to have bounds; its value is out of them by {_beyond(x, low, high):.3g}",
+        )
+    if slot.absent is not None:
+        off = columns_of(rows, slot.absent.to(rows.device))
+        yield (
+            (off != 0).any(1),
+            lambda x: f"is declared {slot.kind}; off its pattern it has {_largest(x.flatten()[slot.absent]):.3g}",
+        )
+    if slot.symmetric:
+        size, gap = samples.abs().amax((1, 2)), (samples - samples.mT).abs().amax((1, 2))
+        yield (
+            gap > 1e-4 * size,
+            lambda x: f"is declared symmetric; it differs from its transpose by {_largest(x - x.mT):.3g}",
         )
     if slot.definite:
-        shifted = slot.definite * (value + value.mT) / 2
-        slack = torch.finfo(value.dtype).eps ** 0.6 * size.clamp(min=torch.finfo(value.dtype).tiny)
-        shifted = shifted + slack * torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
-        if bool((torch.linalg.cholesky_ex(shifted).info != 0).any() & value.isfinite().all()):
-            least = float(torch.linalg.eigvalsh(slot.definite * (value + value.mT) / 2).min())
-            word = "positive" if slot.definite > 0 else "negative"
-            raise ValueError(
-                f"parameter {slot.name} is declared {word} semidefinite; an eigenvalue of its value is "
-                f"{slot.definite * least:.3g}"
-            )
+        word = "positive" if slot.definite > 0 else "negative"
+        yield (
+            _indefinite(slot.definite * (samples + samples.mT) / 2),
+            lambda x: f"is declared {word} semidefinite; an eigenvalue of its value is {_extreme(slot, x):.3g}",
+        )
+
+
+def _indefinite(samples: Tensor) -> Tensor:
+    """Which of finite symmetric matrices `(N, n, n)` are not positive semidefinite, by more than roundings."""
+    size = samples.abs().amax((1, 2)).clamp(min=torch.finfo(samples.dtype).tiny)
+    slack = torch.finfo(samples.dtype).eps ** 0.6 * size
+    shifted = samples + slack[:, None, None] * torch.eye(
+        samples.shape[1], dtype=samples.dtype, device=samples.device
+    )
+    return (torch.linalg.cholesky_ex(shifted).info != 0) & samples.isfinite().all(2).all(1)
+
+
+def _extreme(slot: ParameterSlot, x: Tensor) -> float:
+    return slot.definite * float(torch.linalg.eigvalsh(slot.definite * (x + x.mT) / 2)[0])
+
+
+def _beyond(x: Tensor, low: Tensor, high: Tensor) -> float:
+    return float(torch.maximum(low - x.flatten(), x.flatten() - high).max())
+
+
+def _largest(x: Tensor) -> float:
+    """The entry of largest size."""
+    return float(x.flatten()[x.abs().argmax()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -46,10 +47,10 @@ class Jacobian:
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + q + m)` of which row i belongs to sample i % B."""
         batch = len(self.alpha)
-        scale = self.scaling.w.unsqueeze(1)
-        r = r.reshape(-1, batch, r.shape[1]).transpose(0, 1)
+        scale = self.scaling.of_matrices.unsqueeze(1)
+        r = r.unflatten(0, (len(r) // max(batch, 1), batch)).transpose(0, 1)
         w = scale * self.factors.solve(scale * r, transposed)
-        return w.transpose(0, 1).reshape(-1, w.shape[2])
+        return w.transpose(0, 1).flatten(0, 1)
 
     def dense(self, rows: Tensor) -> Tensor:
         """The matrices `(len(rows), N, N)` of some samples."""
@@ -86,9 +87,10 @@ class StructuredSolver(LinearSolver):
     """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
 
     `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
-    transpose, as a first step, or else a test vector, tells, are solved by dense LU. At degenerate samples the
-    answer is that of least squares and, of all of them, the one of minimal norm; what no answer can reduce does
-    not count as residual.
+    transpose, as a first step, or else a test vector, tells, are solved by dense LU. A first step may tell wrong,
+    as a right-hand side may be one that the two hardly differ on: steps that bring little say so. At degenerate
+    samples the answer is that of least squares and, of all of them, the one of minimal norm; what no answer can
+    reduce does not count as residual.
     """
 
     recurrent: ClassVar[bool] = False
@@ -96,26 +98,32 @@ class StructuredSolver(LinearSolver):
     known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
-        """The inverse to apply, and the first step by it where it is known."""
+        """The inverse to apply; where the first step by it is all that tells so, also what is enough, and that."""
         jacobian = self.known[0]
         batch = len(jacobian.degenerate)
         for transposed in (True, False) if len(r) == batch else ():
             inverse = _Inverse.of(jacobian, transposed, batch, batch)
-            step, left = inverse(F, r)
-            if bool((row_norm(left) <= PLAIN * row_norm(r)).all()):
-                return inverse, r, step, left
-        inverse = _Inverse.recognised(jacobian, F, r)
-        if inverse is None:
-            return DenseLU(limit_gib=8.0).start(F, z, r)
-        return (inverse,)
+            (step, left), size = inverse(F, r), row_norm(r)
+            if bool((row_norm(left) <= PLAIN * size).all()):
+                return inverse, self.tolerances(r.dtype)[0] * size, r, step, left
+        return self._recognised(F, z, r)
+
+    def _recognised(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
+        inverse = _Inverse.recognised(self.known[0], F, r)
+        return DenseLU(limit_gib=8.0).start(F, z, r) if inverse is None else (inverse,)
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The solution; once more for the residual that rounding, and the factors, left."""
         if not isinstance(memory[0], _Inverse):
             return DenseLU().propose(F, k, z, r, memory)
-        inverse, *first = memory
-        step, left = first[1:] if first and first[0] is r else inverse(F, r)
-        return Proposal(z + step, (inverse,), left, calls=1)
+        inverse, *guess = memory
+        if len(guess) > 1 and guess[1] is r:
+            step, left = guess[2:]
+            return Proposal(z + step, (inverse, guess[0]), left, calls=1)
+        step, left = inverse(F, r)
+        if guess and bool((row_norm(left) > torch.maximum(PLAIN * row_norm(r), guess[0])).any()):
+            return self.propose(F, k, z, r, self._recognised(F, z, r))
+        return Proposal(z + step, (inverse, *guess[:1]), left, calls=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +242,8 @@ class KKTAdjoint:
     max_steps: int = 10
 
     def __post_init__(self):
+        if not isinstance(self.smoothing, numbers.Real):
+            raise TypeError(f"KKTAdjoint: smoothing must be a number, got a {type(self.smoothing).__name__}")
         if not 0 <= self.smoothing < float("inf"):
             raise ValueError(f"KKTAdjoint: smoothing must be a finite number >= 0, got {self.smoothing}")
         self._solver([])  # its own checks

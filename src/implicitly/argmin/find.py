@@ -19,19 +19,26 @@ from implicitly.implicit import Opaque, Report
 from implicitly.iterate import Found, Status
 from implicitly.tree import merge_rows
 
+# How a report on a program is made, where what `vmap` maps has become a batch.
+ReportOn = Callable[[QuadraticProgram, Tensor], Report]
+
 
 def find(
     solver: ProgramSolver,
     adjoint: KKTAdjoint,
     program: QuadraticProgram,
+    bounds: Tensor,
     start: tuple[Tensor, Tensor] | None,
-    report: Report,
+    report_on: ReportOn,
     compile: bool = False,
 ) -> tuple[Found, Place]:
-    """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached."""
+    """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached.
+
+    `bounds` is h as it was given, for reports.
+    """
     known: list[Jacobian] = []
-    run = partial(_run, solver, adjoint.smoothing, known, report, start, compile)
-    w, alpha, near, *rest = _Find.apply(run, *program.tensors)
+    run = partial(_run, solver, adjoint.smoothing, known, report_on, start, compile)
+    w, alpha, near, *rest = _Find.apply(run, *program.tensors, bounds)
     return Found(w, *rest), Place(alpha, near, known)
 
 
@@ -39,13 +46,14 @@ def _run(
     solver: ProgramSolver,
     smoothing: float,
     known: list[Jacobian],
-    report: Report,
+    report_on: ReportOn,
     start: tuple[Tensor, Tensor] | None,
     compile: bool,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
     """(w, alpha, near, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
-    program = QuadraticProgram(*tensors)
+    *six, bounds = tensors
+    program = given = QuadraticProgram(*six)
     finite = program.finite()
     if happens(~finite):
         program = program.without(~finite)
@@ -62,12 +70,14 @@ def _run(
     converged = polished.status == Status.CONVERGED
     status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), polished.status)
     residual = polished.residual.masked_fill(~finite, float("nan"))
+    report = report_on(given, bounds)
     report("qp", solver, Found(w, status, residual, polished.steps, polished.evaluations))  # pyright: ignore[reportArgumentType]
     near, alpha, beta = w, polished.alpha, 1 - polished.alpha
     factors, degenerate = polished.factors, polished.degenerate
     if smoothing and program.sizes[2]:
-        near, slack, factors, done = central_point(system, polished.w, smoothing, none)
-        near = near * scaling.w
+        system = system.with_vectors_as_given()
+        near, slack, factors, done = central_point(system, polished.w * scaling.U, smoothing, none)
+        near = near * system.scaling.w
         short = Found(
             near, torch.where(done, 0, int(Status.MAX_STEPS)), residual, polished.steps, polished.evaluations
         )
@@ -83,7 +93,8 @@ def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
     origin = system.origin()
     if len(w) != batch:  # vmap has put its own batch before ours
         w, slack = (t.repeat(batch // len(w), 1) for t in (w, slack))
-    w, slack = w / system.scaling.w, slack * system.scaling.F
+    scaling = system.scaling
+    w, slack = w / scaling.w, slack * (scaling.F / scaling.U)
     none = ~(w.isfinite().all(1, keepdim=True))
     w, slack = torch.where(none, 0.0, w), torch.where(none | slack.isinf(), 1.0, slack)
     binding = w[:, w.shape[1] - slack.shape[1] :] > slack
@@ -138,7 +149,7 @@ class _Find(Opaque):
         run, *tensors = args
         size = info.batch_size
         shapes = [t.shape if d is None else t.movedim(d, 0).shape[1:] for t, d in zip(tensors, in_dims[1:])]
-        own = [len(shape) > dims for shape, dims in zip(shapes, DIMS)]
+        own = [len(shape) > dims for shape, dims in zip(shapes, (*DIMS, 1))]
         batch = next((shape[0] for shape, batched in zip(shapes, own) if batched), 1)
         merged = []
         for t, dim, batched in zip(tensors, in_dims[1:], own):
@@ -147,5 +158,5 @@ class _Find(Opaque):
                 t, dim, batched = t.expand(size, batch, *t.shape[2:]), 0, True
             merged.append(merge_rows(t, dim, size) if batched else t)
         output = _Find.apply(run, *merged)
-        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
+        outputs = [t.unflatten(0, (size, len(t) // size)) if t.ndim else t for t in output]
         return tuple(outputs), tuple(0 if t.ndim else None for t in output)

@@ -124,6 +124,7 @@ class InteriorPoint(ProgramSolver):
             tolerance = max(tolerance, LOOSE * tolerance**0.5)
         if not system.program.sizes[2]:
             return system.origin()
+        system = system.without_distant_bounds()  # what binds is then tried with all of them
         if system.condensed is not None:
             return self._run(CondensedLoop.of(system.condensed, tolerance, PATIENCE, TO_BOUNDARY), start)
         return self._run(_Loop(system, tolerance, homogeneous=False), start)
@@ -228,24 +229,25 @@ class _Loop:
         x, y, lam = c.w.split([n, q, m], dim=1)
         Qx, dual = times(program.Q, x), times_transposed(program.G, lam) + times_transposed(program.A, y)
         Ax, Gx_s = times(program.A, x), times(program.G, x) + c.s
-        p, b, h = program.p * tau, program.b * tau, program.h * tau
-        residual = torch.cat([Qx + dual + p, Ax - b, Gx_s - h], dim=1)
-        px, by, hl, xQx = dot(program.p, x), dot(program.b, y), dot(program.h, lam), dot(x, Qx) / c.tau
-        gap = c.kappa + xQx + px + by + hl
-
-        def relative(error: Tensor, *terms: Tensor) -> Tensor:
-            size = torch.stack([row_norm(t) for t in terms]).amax(0)
-            return row_norm(error) / (c.tau + size)
-
+        p, bh = program.p * tau, torch.cat([program.b, program.h], 1) * tau
+        primal = torch.cat([Ax, Gx_s], 1)
+        residual = torch.cat([Qx + dual + p, primal - bh], dim=1)
+        slope, below, xQx = dot(p, x) / c.tau, dot(bh, c.w[:, n:]) / c.tau, dot(x, Qx) / c.tau
+        gap = c.kappa + xQx + slope + below
         # Not to the terms: far away from the origin these would hide that there is no solution.
-        primal = relative(residual[:, n:], torch.cat([b, h], 1))
-        merit = torch.maximum(primal, relative(residual[:, :n], Qx, dual, p))
-        value, bound = xQx / 2 + px, -xQx / 2 - by - hl
+        feasible = row_norm(residual[:, n:]) / (c.tau + row_norm(bh))
+        size = torch.stack([row_norm(t) for t in (Qx, dual, p)]).amax(0)
+        merit = torch.maximum(feasible, row_norm(residual[:, :n]) / (c.tau + size))
+        value, bound = xQx / 2 + slope, -xQx / 2 - below
         sizes = torch.minimum(value.abs(), bound.abs())
         merit = torch.maximum(merit, (value - bound).abs() / (c.tau + sizes))
         # How far (λ, y) and x are from proofs that there is no feasible point, and no least one.
-        no_point = _quotient(row_norm(dual), -(by + hl))
-        no_least = _quotient(torch.maximum(row_norm(Qx), row_norm(torch.cat([Ax, Gx_s], 1))), -px)
+        no_point = no_least = torch.full_like(merit, float("inf"))
+        suspect = (c.stale > 0) | self.homogeneous  # else there is hardly a proof to find
+        if happens(suspect):
+            error = torch.maximum(row_norm(Qx), row_norm(primal))
+            no_point = torch.where(suspect, _distance(row_norm(dual), c.w[:, n:], bh), no_point)
+            no_least = torch.where(suspect, _distance(error, x, p), no_least)
         proof = torch.minimum(no_point, no_least)
         # Where nothing gets better any more, the best that there will be has to do.
         enough = torch.finfo(tau.dtype).eps ** 0.45
@@ -368,9 +370,17 @@ def _direction(
     return _Direction(w, (r_s - c.s * w[:, n + q :]) / lam, d_tau, (r_tau - c.kappa * d_tau) / tau)
 
 
-def _quotient(size: Tensor, of: Tensor) -> Tensor:
-    """size / of `(B,)`, inf where the latter is not positive."""
-    return torch.where(of > 0, size / of, float("inf"))
+def _distance(error: Tensor, direction: Tensor, slope: Tensor) -> Tensor:
+    """How far `direction` `(B, ·)` is from a proof, whatever the units: its `error`, beside its length, over its
+    fall along `slope`, beside the terms of that; inf where it does not fall.
+
+    A program that has a solution keeps this above the size of the data over that of the solution: -p'x is no more
+    than the size of the multipliers times that of (Qx, Ax, Gx + s), for instance.
+    """
+    terms = slope * direction
+    fall = -terms.sum(1)
+    size = error * terms.abs().sum(1) / row_norm(direction)
+    return torch.where(fall > 0, size / fall, float("inf"))
 
 
 def _pad(r: Tensor, extra: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.program import QuadraticProgram, times, times_transposed
+from implicitly.host import happens, on_host
 from implicitly.implicit import Map
 from implicitly.tree import row_norm
 
@@ -88,7 +89,7 @@ class Factors:
     @classmethod
     def of(cls, program: QuadraticProgram, base: Tensor, alpha: Tensor, beta: Tensor) -> Factors:
         """Factorise. `base` is that of the program, see `base_matrix`; `alpha` and `beta` of its rows."""
-        L, info = torch.linalg.cholesky_ex(_plus_gram(base, program.G, -alpha / beta))
+        L, info = _factor(_plus_gram(base, program.G, -alpha / beta))
         V = program.A.mT.expand(len(L), -1, -1)
         if not V.shape[2]:
             return cls(program, alpha, beta, L, V, V.mT[:, :, :0], info == 0)
@@ -121,14 +122,26 @@ class Factors:
         """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
 
         The regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
-        combination of the columns gives; else next to nothing.
+        combination of the columns gives, and stays when the inverse is applied again; else next to nothing.
         """
         width = sum(self.program.sizes)
         g = torch.cos(torch.arange(1.0, width + 1, dtype=beta.dtype, device=beta.device) ** 2)
         g = g.expand(len(beta), 1, width)
+        left = self._left(g, beta)
+        singular = ~left.isfinite().all(2)[:, 0]
+        doubtful = ~(row_norm(left[:, 0]) <= torch.finfo(beta.dtype).eps ** 0.4 * row_norm(g[:, 0]))
+        if happens(doubtful):  # of two equal rows the vector may have entries that are nearly so
+            rows = doubtful.nonzero()[:, 0]
+            part, beta = self.take_rows(rows), beta[rows]
+            before = part._left(left[rows], beta)
+            after = part._left(before, beta)
+            singular = singular.index_copy(0, rows, ~(row_norm(after[:, 0]) <= 0.25 * row_norm(before[:, 0])))
+        return singular
+
+    def _left(self, g: Tensor, beta: Tensor) -> Tensor:
+        """What the transposed inverse leaves of `g` `(B, k, n + q + m)` with the exact `beta`."""
         u = self.solve(g, transposed=True)
-        left = g - jacobian_product(self.program, self.alpha, beta, u, transposed=True)
-        return ~(row_norm(left[:, 0]) <= 0.01 * row_norm(g[:, 0]))
+        return g - jacobian_product(self.program, self.alpha, beta, u, transposed=True)
 
     def without(self, bad: Tensor) -> Factors:
         """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
@@ -175,11 +188,30 @@ def base_matrix(program: QuadraticProgram) -> Tensor:
     return base
 
 
+def _factor(H: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of `H` `(B, n, n)`, and where they failed.
+
+    Inequalities can weigh so much that rounding hides the base in directions that they leave open. Then some of
+    the diagonal is added, at once where to look would be to wait.
+    """
+    looks = on_host(H)
+    if not looks:
+        H.diagonal(dim1=1, dim2=2).mul_(1 + 2 * torch.finfo(H.dtype).eps)
+    L, info = torch.linalg.cholesky_ex(H)
+    if looks and bool(info.any()):
+        rows = info.nonzero()[:, 0]
+        part = H[rows]
+        part.diagonal(dim1=1, dim2=2).mul_(1 + H.shape[1] * torch.finfo(H.dtype).eps)
+        again, still = torch.linalg.cholesky_ex(part)
+        L, info = L.mT.index_copy(0, rows, again.mT).mT, info.index_copy(0, rows, still)  # it lies by columns
+    return L, info
+
+
 def _plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
     """base + G' diag(d) G `(B, n, n)` for d `(B, m)`."""
     m, n = G.shape[-2:]
     if G.ndim == 2 and m * n * n <= SHARED_GRAM_LIMIT:  # one product for all samples
         outer = (G.unsqueeze(2) * G.unsqueeze(1)).reshape(m, n * n)
-        return (d @ outer).reshape(-1, n, n) + base
+        return (d @ outer).reshape(len(d), n, n) + base
     G = G.expand(len(d), -1, -1)
     return torch.baddbmm(base.expand(len(d), -1, -1), G.mT, d.unsqueeze(2) * G)

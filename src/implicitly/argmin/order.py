@@ -46,7 +46,7 @@ def isotonic(z: Tensor, weights: Tensor | None = None, increasing: bool = True) 
     def core(z: Tensor) -> Tensor:
         return _isotonic(z, weights) if increasing else -_isotonic(-z, weights)
 
-    return without_bad_rows(core, z)
+    return without_bad_rows(core, z, infinite=True)
 
 
 def _isotonic(z: Tensor, weights: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ def permutahedron(z: Tensor, w: Tensor) -> Tensor:
     w = per_entry("permutahedron", "w", w, z)
     check_values(w.isfinite(), w, "permutahedron: w must be finite")
     w = w.expand(*w.shape[:-1], z.shape[-1])
-    return without_bad_rows(lambda z: nearest_permuted(z, w), z)
+    return without_bad_rows(lambda z: nearest_permuted(z, w), z, infinite=True)
 
 
 def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
@@ -123,7 +123,14 @@ def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
         dim=-1, descending=True, stable=True
     )  # ties alike in every derivative, on any device
     descending = z.gather(-1, order)
-    blocks = outside(_blocks, w - descending)
-    # A block keeps its differences, and takes the mean of w.
-    nearest = block_means(w, None, blocks) + (descending - block_means(descending, None, blocks))
+    begins = outside(_blocks, w - descending).diff(dim=-1) > 0
+    # No block spans a gap of z larger than all of w, which rounding errors of larger numbers may hide.
+    gaps = descending.detach()[..., :-1] - descending.detach()[..., 1:]
+    begins = F.pad(begins | (gaps > (w[..., :1] - w[..., -1:]).detach()), (1, 0), value=False)
+    blocks = begins.cumsum(-1)
+    # A block keeps its differences, of which digits are lost beside large numbers, and takes the mean of w.
+    index = torch.arange(z.shape[-1], device=z.device).expand_as(blocks)
+    first = torch.where(begins, index, 0).cummax(-1).values
+    own = descending - descending.detach().gather(-1, first)
+    nearest = block_means(w, None, blocks) + (own - block_means(own, None, blocks))
     return nearest.gather(-1, order.argsort(-1))

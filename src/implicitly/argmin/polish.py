@@ -10,13 +10,15 @@ from torch import Tensor
 
 from implicitly.argmin.condensed import Condensed, CondensedFactors
 from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
-from implicitly.argmin.program import Point, QuadraticProgram, Scaling, natural_residual, times
+from implicitly.argmin.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
 from implicitly.host import happens
 from implicitly.iterate import Status, where_rows
 from implicitly.tree import row_norm
 
 # With up to so many inequalities for each unknown they are better made the unknowns.
 CONDENSED_UP_TO = 1.5
+# Beside the size of a solution, and for each unknown.
+DISTANT = 1e4
 # Rounds in which inequalities may change sides, and Newton steps in each.
 ROUNDS = 4
 NEWTON_STEPS = 4
@@ -62,6 +64,27 @@ class System:
         away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.8)
         return self.factorise(alpha, beta - away * alpha), beta
 
+    def with_vectors_as_given(self) -> System:
+        """The same, of which the matrices alone are scaled; with the same factors."""
+        program, scaling = self.program, self.scaling
+        p, h, b = (t * scaling.U for t in (program.p, program.h, program.b))
+        return System(replace(program, p=p, h=h, b=b), replace(scaling, U=torch.ones_like(scaling.U)), self.fixed)
+
+    def without_distant_bounds(self) -> System:
+        """The same with bounds no further away than `DISTANT`: they have no part in the solution, as far as its
+        size can be told beforehand, and steps towards it are not to be measured by them."""
+        program, fixed = self.program, self.fixed
+        most = DISTANT * program.sizes[0]
+        if not happens(program.h > most):
+            return self
+        # Without constraints the solution may be further away than the closest of them, which sets the units.
+        steep, curved = largest(program.p.abs()), largest(program.Q.diagonal(dim1=-2, dim2=-1))
+        most = most * torch.where(curved > 0, steep / curved, 1.0).clamp(min=1.0)
+        program = replace(program, h=torch.minimum(program.h, most))
+        if isinstance(fixed, Condensed):
+            fixed = replace(fixed, program=program, c=torch.minimum(fixed.c, most))
+        return replace(self, program=program, fixed=fixed)
+
     def take_rows(self, rows: Tensor) -> System:
         """The system of some samples."""
         if isinstance(self.fixed, Condensed):
@@ -74,13 +97,13 @@ class System:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it consists of; `of_tensors` puts it together again."""
         fixed = self.fixed.tensors if isinstance(self.fixed, Condensed) else (self.fixed,)
-        return (*self.program.tensors, self.scaling.E, self.scaling.K, self.scaling.F, *fixed)
+        return (*self.program.tensors, *self.scaling.tensors, *fixed)
 
     @classmethod
     def of_tensors(cls, *tensors: Tensor) -> System:
         """The system whose `tensors` these are."""
-        program, fixed = QuadraticProgram(*tensors[:6]), tensors[9:]
-        return cls(program, Scaling(*tensors[6:9]), fixed[0] if len(fixed) == 1 else Condensed(program, *fixed))
+        program, fixed = QuadraticProgram(*tensors[:6]), tensors[10:]
+        return cls(program, Scaling(*tensors[6:10]), fixed[0] if len(fixed) == 1 else Condensed(program, *fixed))
 
     def origin(self) -> Point:
         """w = 0."""
@@ -145,11 +168,20 @@ class _Active(NamedTuple):
 
     def signs(self, program: QuadraticProgram) -> tuple[Tensor, Tensor, Tensor]:
         """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
-        multipliers; what counts as zero `(B, 1)`."""
+        multipliers; what counts as zero `(B, m)`.
+
+        A multiplier is small beside the others, a slack beside the terms of its own row: a bound far away from
+        the solution tells nothing about the rest.
+        """
         n, q, _ = program.sizes
-        lam, slack = self.w[:, n + q :], program.h - times(program.G, self.w[:, :n])
-        size = 1 + torch.maximum(row_norm(lam), row_norm(slack)).unsqueeze(1)
-        return torch.where(self.alpha > 0, lam, slack), lam, torch.finfo(lam.dtype).eps ** 0.6 * size
+        z, lam = self.w[:, :n], self.w[:, n + q :]
+        Gz = times(program.G, z)
+        slack, small = program.h - Gz, torch.finfo(lam.dtype).eps ** 0.6
+        size = 1 + torch.maximum(program.h.abs(), Gz.abs())
+        if happens((slack.abs() <= small * (size + row_norm(z).unsqueeze(1))) & (self.alpha == 0)):
+            size = torch.maximum(size, times(program.G.abs(), z.abs()))  # of the terms that may cancel
+        size = torch.where(self.alpha > 0, 1 + row_norm(lam).unsqueeze(1), size)
+        return torch.where(self.alpha > 0, lam, slack), lam, small * size
 
 
 def _settle(
@@ -242,9 +274,8 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
         residual = torch.where(keep, before, residual)
         w = torch.where(keep.unsqueeze(1), found.w, w)
         good = good | (keep & (before <= tolerance * size))
-    none = found.status >= int(Status.INFEASIBLE)
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
-    status = torch.where(good & ~none, int(Status.CONVERGED), short)
+    status = torch.where(good, int(Status.CONVERGED), short)  # a solution refutes the proof that there is none
     degenerate = weak.any(1) | at.factors.is_singular(at.beta)
     if trusted:
         untold = (found.status == int(Status.CONVERGED)) & ~good

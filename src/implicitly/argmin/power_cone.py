@@ -30,20 +30,24 @@ def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
         TypeError: `z` is not of a floating dtype.
         ValueError: exponents that are not positive or don't sum to one, or don't fit z.
     """
-    check_state("power_cone", z)
-    if min(exponents) <= 0 or abs(sum(exponents) - 1) > 1e-9:
-        raise ValueError(f"power_cone: exponents must be positive and sum to one, got {exponents}")
-    if z.shape[-1] != len(exponents) + 1:
-        raise ValueError(
-            f"power_cone: with {len(exponents)} exponents z must be (..., {len(exponents) + 1}), got "
-            f"{tuple(z.shape)}"
-        )
-    return without_bad_rows(lambda z: _power(z, exponents), z)
+    _check("power_cone", z, exponents)
+    return without_bad_rows(lambda z: _power(z, exponents), z, infinite=True)
 
 
 def dual_power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
     """The nearest point of the dual of `power_cone`; by Moreau z + P(-z). Args and errors as there."""
-    return z + power_cone(-z, exponents)
+    _check("dual_power_cone", z, exponents)
+    return without_bad_rows(lambda z: z + _power(-z, exponents), z, infinite=True)
+
+
+def _check(name: str, z: Tensor, exponents: tuple[float, ...]) -> None:
+    check_state(name, z)
+    if min(exponents) <= 0 or abs(sum(exponents) - 1) > 1e-9:
+        raise ValueError(f"{name}: exponents must be positive and sum to one, got {exponents}")
+    if z.shape[-1] != len(exponents) + 1:
+        raise ValueError(
+            f"{name}: with {len(exponents)} exponents z must be (..., {len(exponents) + 1}), got {tuple(z.shape)}"
+        )
 
 
 INSIDE, POLAR, FLAT, CURVED = range(4)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicitly.host import happens
 from implicitly.iterate import Status
 from implicitly.tree import row_norm, unwrapped
 
 # Columns whose largest entries differ by less than the square of that are left as they are.
 EVEN = 16.0
+# The largest factor, as a power of two, that brings primal and dual closer together.
+MOST = 40.0
 # Dimensions of each tensor of a program that is shared by the batch.
 DIMS = (2, 1, 2, 1, 2, 1)
 
@@ -134,21 +138,36 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """z = E ẑ, dual of Az = b = K ν̂, dual of Gz <= h = F λ̂, slack = ŝ / F; each `(1 or B, ·)`."""
+    """z = U E ẑ, dual of Az = b = U K ν̂, dual of Gz <= h = U F λ̂, slack = U ŝ / F; each `(1 or B, ·)`.
+
+    E, K and F scale the matrices, on both sides; U `(1 or B, 1)` divides the vectors, and with them the solution,
+    for both to be of size one.
+    """
 
     E: Tensor
     K: Tensor
     F: Tensor
+    U: Tensor
 
     @property
-    def w(self) -> Tensor:
-        """The factors of (z, ν, λ), one row."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The four."""
+        return self.E, self.K, self.F, self.U
+
+    @property
+    def of_matrices(self) -> Tensor:
+        """The factors of the rows and columns of KKT matrices."""
         rows = max(len(self.E), len(self.K), len(self.F))
         return torch.cat([t.expand(rows, -1) for t in (self.E, self.K, self.F)], dim=1)
 
+    @property
+    def w(self) -> Tensor:
+        """The factors of (z, ν, λ)."""
+        return self.of_matrices * self.U
+
     def take_rows(self, rows: Tensor) -> Scaling:
         """The scaling of those samples."""
-        return Scaling(*(t if len(t) == 1 else t[rows] for t in (self.E, self.K, self.F)))
+        return Scaling(*(t if len(t) == 1 else t[rows] for t in self.tensors))
 
 
 def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticProgram, Scaling]:
@@ -160,19 +179,39 @@ def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticP
     of constraints normalised at once, and the diagonal of Q in place of its rows.
     """
     Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
+    E, K, F, empty = _ruiz(Q, G, A, rounds)
+    shared, batch = len(E) == 1 and program.Q.ndim == program.G.ndim == program.A.ndim == 2, program.batch
+    p, h, b = (t.expand(batch, -1) for t in (program.p * E, program.h * F, program.b * K))
+    t, U = _units((Q.diagonal(dim1=1, dim2=2) * E**2).clamp(min=0), p, torch.where(empty, float("inf"), h), b)
+    own = E * t if len(t) in (1, len(E)) else E  # a Q that samples share, of which each has its own t, is zero
+    Q, G, A = ((M * E.unsqueeze(1)).mul_(D.unsqueeze(2)) for M, E, D in ((Q, own, own), (G, E, F), (A, E, K)))
+    Q, G, A = (M.squeeze(0) if shared else M.expand(batch, -1, -1) for M in (Q, G, A))
+    p, b = p * (t / U), b / (t * U)
+    # 0'z <= h either says nothing, and has no force then, or excludes all.
+    one = torch.ones_like(h)
+    h = torch.where(empty, torch.where(h < 0, -one, one), h / (t * U))
+    return QuadraticProgram(Q, p, G, h, A, b), Scaling(E * t, K / t, F / t, U)
+
+
+def _ruiz(Q: Tensor, G: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors `(1 or B, ·)` of columns, and rows of A and of G, and which rows of G are empty."""
     rows = max(len(Q), len(G), len(A))
-    E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in program.sizes)
+    E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in (Q.shape[1], A.shape[1], G.shape[1]))
+    empty = torch.ones_like(F, dtype=torch.bool)
+    if not E.shape[1]:
+        return E, K, F, empty
     diagonal = Q.diagonal(dim1=1, dim2=2).clamp(min=0)  # the largest entries of a semidefinite matrix
     for _ in range(rounds):
         column = diagonal * E**2
-        sizes = []
-        for matrix, scale in ((G, F), (A, K)):
+        norms = []
+        for matrix, norm in ((G, F), (A, K)):
             if matrix.shape[1]:
                 size = (matrix * E.unsqueeze(1)).abs_()
-                scale = _reciprocal(size.amax(2))
-                column = torch.maximum(column, size.mul_(scale.unsqueeze(2)).amax(1))
-            sizes.append(scale)
-        F, K = sizes
+                norm = size.amax(2)
+                column = torch.maximum(column, size.mul_(_reciprocal(norm).unsqueeze(2)).amax(1))
+            norms.append(norm)
+        F, K = (_reciprocal(norm) for norm in norms)
+        empty = norms[0] == 0
         E = E * _reciprocal(column).sqrt()
         # Looked at on accelerators, too: a round takes longer to launch than to wait for.
         uneven = (column > EVEN) | (column < 1 / EVEN)
@@ -180,11 +219,39 @@ def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticP
             break
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
-    Q, G, A = ((t * E.unsqueeze(1)).mul_(scale.unsqueeze(2)) for t, scale in ((Q, E), (G, F), (A, K)))
-    shared, batch = rows == 1 and program.Q.ndim == program.G.ndim == program.A.ndim == 2, program.batch
-    Q, G, A = (t.squeeze(0) if shared else t.expand(batch, -1, -1) for t in (Q, G, A))
-    p, h, b = (t.expand(batch, -1) for t in (program.p * E, program.h * F, program.b * K))
-    return QuadraticProgram(Q, p, G, h, A, b), Scaling(E, K, F)
+    return E, K, F, empty
+
+
+def _units(diagonal: Tensor, p: Tensor, h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """t and U, `(1 or B, 1)`, that bring a solution x and its multipliers to size one: t U x̂ and U λ̂ / t.
+
+    As far as can be told beforehand: x is no nearer to the origin than constraints that exclude it, and else as
+    near as the closest one, or the least of the objective where there is one. Bounds far away say nothing. Q is
+    not to become so small beside the constraints that its factors lose it; then U is for the smaller of both.
+    """
+    steep, curved = largest(p.abs()), largest(diagonal)
+    needed = torch.maximum(largest(b.abs()), largest(-h))
+    allowed = torch.where(h > 0, h, float("inf"))
+    near = allowed.amin(1, keepdim=True) if h.shape[1] else torch.full_like(needed, float("inf"))
+    free = torch.where((curved > 0) & (steep > 0), steep / curved, float("inf"))
+    least = torch.finfo(p.dtype).eps ** 0.75 * free  # of a bound that is closer, rounding leaves nothing
+    reach = torch.minimum(free, torch.where(least.isfinite(), torch.maximum(near, least), near))
+    x = torch.maximum(needed, torch.where(reach.isfinite(), reach, 0.0))
+    x = torch.where(x > 0, x, 1.0)
+    dual = torch.maximum(steep, curved * x)
+    x, dual = torch.log2(x), torch.log2(torch.where(dual > 0, dual, x))
+    t = torch.maximum(x - dual, -torch.log2(EVEN * curved)) / 2
+    t = torch.where(curved > 0, t, (x - dual) / 2)
+    if len(diagonal) == 1 < len(t) and happens(diagonal > 0):  # one matrix has one t
+        t = t.median(0, keepdim=True).values
+    t = torch.where(t.abs() > math.log2(EVEN) / 2, t.clamp(-MOST, MOST), 0.0).round()
+    terms = math.log2(max(p.shape[1], 1))  # of each entry of a product
+    return torch.exp2(t), torch.exp2((torch.minimum(x - t, dual + t) - terms).round())
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest entry of each row `(..., 1)`, no less than zero."""
+    return x.amax(-1, keepdim=True).clamp(min=0) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
 
 
 def _reciprocal(norm: Tensor) -> Tensor:
@@ -197,27 +264,28 @@ def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> 
     it is to be compared with; both in the user's units, for a scaled program and point.
 
     Stationarity and feasibility are each compared with the size of the vectors given, and a little of that of the
-    terms of which they are differences, as rounding is. Apart, since multipliers that grow without end would hide
-    that there is no feasible point; a little, since so would a point far away from the origin.
+    terms of which they are differences, as rounding is, all in scaled units. Apart, since multipliers that grow
+    without end would hide that there is no feasible point; a little, since so would a point far away from the
+    origin.
     """
     z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
     Gz, Az = times(program.G, z), times(program.A, z)
-    lam, slack = lam * scaling.F, (program.h - Gz) / scaling.F
-    E, K, F = scaling.E, scaling.K, scaling.F
+    slack = program.h - Gz
+    E, K, F, U = scaling.tensors
     binding = (lam > slack).to(z.dtype)
-    slope = row_norm((Qz + program.p + Gl + An) / E)
-    distance = row_norm(torch.cat([(Az - program.b) / K, torch.minimum(lam, slack)], dim=1))
+    slope, off, gap = Qz + program.p + Gl + An, Az - program.b, torch.minimum(lam, slack)
     worst = torch.maximum(
-        slope / _size([program.p / E], [Qz / E, Gl / E, An / E]),
-        distance / _size([program.b / K, binding * program.h / F], [Az / K, binding * Gz / F]),
+        row_norm(slope) / _size([program.p], [Qz, Gl, An]),
+        row_norm(torch.cat([off, gap], 1)) / _size([program.b, binding * program.h], [Az, binding * Gz]),
     )
-    residual = torch.hypot(slope, distance)
+    gap = torch.minimum(lam * F, slack / F)
+    residual = row_norm(torch.cat([slope / E, off / K, gap], 1) * U)
     return residual, torch.where(worst > 0, residual / worst, 1.0)
 
 
 def _size(given: list[Tensor], terms: list[Tensor]) -> Tensor:
-    """What an error `(B,)` is to be compared with."""
+    """What an error `(B,)` is to be compared with, where solutions have size one."""
     most, part = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
     return 1 + most + torch.finfo(most.dtype).eps ** 0.3 * part
 

@@ -11,7 +11,8 @@ P is found by whatever finds it (a sort, a Newton iteration, an eigenvalue decom
 which face or case it ended in is then known, and on that face P is a smooth map of z and the parameters, written
 in operations that differentiate to any order in both modes and under `vmap`. On the boundary between two faces P
 has no derivative; the one of the face that was found is taken, which is an element of Clarke's generalised
-Jacobian. Rows that hold NaN are NaN, with zero gradient; no other row sees them.
+Jacobian. Rows that hold NaN, or an infinity that has no nearest point, are NaN, with zero gradient; no other row
+sees them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from implicitly.argmin.rows import (
     without_bad_rows,
 )
 from implicitly.argmin.transport import sinkhorn
+from implicitly.host import happens
+
+# How often a projection onto an affine set is refined, and how many roundings may be left.
+REFINEMENTS = 6
+ROUNDINGS = 32
 
 __all__ = [
     "affine",
@@ -95,6 +101,9 @@ def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
     check_state("simplex", z)
     radius = per_row("simplex", "radius", radius, z)
     check_nonnegative("simplex", "radius", radius)
+    shareless = ~z.detach().amax(-1, keepdim=True).isfinite()
+    if happens(shareless):  # rows that have an entry of inf, or none that is finite: no point is the nearest
+        z = torch.where(shareless, float("nan"), z)
     return without_bad_rows(lambda z: _simplex(z, radius), z)
 
 
@@ -120,7 +129,7 @@ def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     check_state("l1_ball", z)
     radius = per_row("l1_ball", "radius", radius, z)
     check_nonnegative("l1_ball", "radius", radius)
-    return without_bad_rows(lambda z: _l1_ball(z, radius), z)
+    return without_bad_rows(lambda z: _l1_ball(z, radius), z, infinite=True)
 
 
 def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
@@ -141,9 +150,10 @@ def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > radius
-        return torch.where(beyond, z * (radius / norm(torch.where(beyond, z, 1.0))), z)
+        finite = torch.where(beyond, radius, 1.0)  # no derivative of an infinite one that is not reached
+        return torch.where(beyond, z * (finite / norm(torch.where(beyond, z, 1.0))), z)
 
-    return without_bad_rows(core, z)
+    return without_bad_rows(core, z, infinite=True)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -182,17 +192,28 @@ def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
     check_state("halfspace", z)
     a, b = per_entry("halfspace", "a", a, z), per_row("halfspace", "b", b, z)
     check_values(a.isfinite(), a, "halfspace: a must be finite")
+    check_values(~b.isnan(), b, "halfspace: b must be a number")
+    size = _power_of_two(a)
+    a, b = a / size, b / size
     length = a.square().sum(-1, keepdim=True)
     empty = (length == 0) & ~(b >= 0)
     check_values(~empty, b, "halfspace: no point satisfies a'x <= b with a = 0; b must be >= 0 there")
-    check_values(~b.isnan(), b, "halfspace: b must be a number")
+    check_values(b > -float("inf"), b, "halfspace: no point satisfies a'x <= b / |a|")
     length = torch.where(length.detach() == 0, 1.0, length)
 
     def core(z: Tensor) -> Tensor:
         excess = (a * z).sum(-1, keepdim=True) - b
         return z - a * (torch.where(excess.detach() > 0, excess, 0.0) / length)
 
-    return without_bad_rows(core, z)
+    return without_bad_rows(core, z, infinite=True)
+
+
+def _power_of_two(rows: Tensor) -> Tensor:
+    """The size `(..., 1)` of the largest entry of each row, as a power of two, by which division does not round; 1
+    of rows of zeros."""
+    size = rows.detach().abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(torch.where(size > 0, size, 1.0)).exponent
+    return torch.ldexp(torch.ones_like(size), exponent - 1)
 
 
 @in_full_precision
@@ -222,25 +243,40 @@ def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
         )
     for name, value in (("A", A), ("b", b)):
         check_values(value.isfinite(), value, f"affine: {name} must be finite")
+    # Equations are the same in every unit of each; the cutoff of singular values is not.
+    unit = _power_of_two(A)
+    A, b = A / unit, b / unit.squeeze(-1)
     inverse = torch.linalg.pinv(A)
-    origin = _apply(inverse, b)
-    _check_consistent(A, b, origin)
+    origin = _nearest(A.new_zeros(n), *(t.detach() for t in (A, b, inverse)))
+    _check_consistent(A, b, origin, unit.squeeze(-1))
+    return without_bad_rows(lambda z: _nearest(z, A, b, inverse), z, infinite=True)
 
-    def core(z: Tensor) -> Tensor:
-        return z - _apply(inverse, _apply(A, z)) + origin
 
-    return without_bad_rows(core, z)
+def _nearest(z: Tensor, A: Tensor, b: Tensor, inverse: Tensor) -> Tensor:
+    """z - A^+ (A z - b). Once more the step changes nothing, but for what rounding errors of the pseudoinverse,
+    which are relative to the condition of A, left of it."""
+    left = _apply(A, z) - b
+    for _ in range(REFINEMENTS):
+        z = z - _apply(inverse, left)
+        left = _apply(A, z) - b
+        if not happens(left.detach().abs() > ROUNDINGS * torch.finfo(z.dtype).eps * _terms(A, z, b)):
+            break
+    return z
+
+
+def _terms(A: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    """What roundings of A x - b are relative to."""
+    return (_apply(A.abs(), x.abs()) + b.abs()).detach()
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _check_consistent(A: Tensor, b: Tensor, x: Tensor) -> None:
-    """Raise ValueError where the least-squares solution `x` of A x = b is none."""
+def _check_consistent(A: Tensor, b: Tensor, x: Tensor, unit: Tensor) -> None:
+    """Raise ValueError where the least-squares solution `x` of A x = b, each in its `unit`, is none."""
     left = (_apply(A, x) - b).detach().abs()
-    size = (_apply(A.abs(), x.abs()) + b.abs()).detach().amax(-1, keepdim=True)
-    limit = torch.finfo(A.dtype).eps ** 0.75 * size
+    limit = torch.finfo(A.dtype).eps ** 0.75 * _terms(A, x, b)
     check_values(
-        left <= limit, left, "affine: the equations A x = b contradict each other; the best x misses one by"
+        left <= limit, left * unit, "affine: the equations A x = b contradict each other; the best x misses one by"
     )

@@ -72,7 +72,7 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
         beyond = norm(z.detach()) > weight
         return torch.where(beyond, z * (1 - weight / norm(torch.where(beyond, z, 1.0))), 0.0)
 
-    return without_bad_rows(core, z)
+    return without_bad_rows(core, z, infinite=True)
 
 
 @in_full_precision
@@ -80,7 +80,7 @@ def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
     check_state("prox.linf", z)
     check_nonnegative("prox.linf", "weight", per_row("prox.linf", "weight", weight, z))
-    return without_bad_rows(lambda z: z - l1_ball(z, weight), z)
+    return without_bad_rows(lambda z: z - l1_ball(z, weight), z, infinite=True)
 
 
 @in_full_precision

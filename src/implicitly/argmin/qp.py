@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,15 @@ from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.find import find
 from implicitly.argmin.graph_derivative import solve_as_graph
 from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.program import QuadraticProgram, failed, times
+from implicitly.argmin.program import DIMS, QuadraticProgram, failed, times
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.host import happens
-from implicitly.implicit import Report
-from implicitly.iterate import Found, Solution, Status
+from implicitly.implicit import REMEDY, Report, explain
+from implicitly.iterate import Found, Solution, Solver, Status
 from implicitly.tree import unwrapped
+
+NAMES = ("Q", "p", "G", "h", "A", "b")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def qp(
         start: the solution of a similar program of the same sizes, say that of the last training or control step.
             Where the same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
-            gradients zero. Those that ran out of steps keep their best point.
+            gradients zero. Those out of steps keep their best point, with the derivative of its active set.
         compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, and the solve of its backward
             pass as another, made anew for other shapes; a `CompileWarning` says where none can be had, as with
             `ADMM`.
@@ -96,11 +98,33 @@ def qp(
     solver.tolerance(given.Q.dtype)
     program = without_infinite_bounds(given)
     near = None if start is None else start_of(start, given)
-    found, place = find(solver, adjoint, program, near, Report(on_failure, partial(_solution, given)), compile)
-    bad = found.status == Status.NON_FINITE
-    known = program.without(bad) if happens(bad) else program
+    report = partial(_report, Report(on_failure))
+    found, place = find(solver, adjoint, program, given.h, near, report, compile)
+    known = program.without(bad) if happens(bad := found.status == Status.NON_FINITE) else program
     attached = adjoint.attach(found.z, place, known, on_failure, solve_as_graph if compile else None)
     return _solution(given, found, attached)
+
+
+def _report(report: Report, program: QuadraticProgram, bounds: Tensor) -> Report:
+    """What is said of a `program` whose h was given as `bounds`."""
+
+    def message(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
+        remedy = REMEDY
+        if bool((found.status == Status.NON_FINITE).any()):
+            remedy = {**REMEDY, Status.NON_FINITE: f"{_not_finite(program)}; see where that comes from"}
+        return explain(name, solver, found, failed, remedy)
+
+    return replace(report, unpack=partial(_solution, replace(program, h=bounds)), message=message)
+
+
+def _not_finite(program: QuadraticProgram) -> str:
+    """Which arguments hold NaN or inf, and where."""
+    places = []
+    for name, t, dims in zip(NAMES, program.tensors, DIMS):
+        bad = ~t.isfinite().flatten(t.ndim - dims).all(-1)
+        if bool(bad.any()):
+            places.append(name if t.ndim == dims else f"{name} of sample {int(bad.int().argmax())}")
+    return f"NaN or inf is in {', '.join(places)}"
 
 
 def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None = None) -> ProgramSolution:
@@ -122,12 +146,11 @@ def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None =
 
 def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
     """The program, Q symmetrised; raises TypeError / ValueError for what does not fit together."""
-    names = ("Q", "p", "G", "h", "A", "b")
     for first, second, x, y in (("G", "h", G, h), ("A", "b", A, b)):
         if (x is None) != (y is None):
             raise ValueError(f"{first} and {second} come together: got {second if x is None else first} alone")
     given: dict[str, Any] = {
-        name: t for name, t in zip(names, (Q, p, G, h, A, b)) if t is not None or name in ("Q", "p")
+        name: t for name, t in zip(NAMES, (Q, p, G, h, A, b)) if t is not None or name in ("Q", "p")
     }
     for name, t in given.items():
         if not isinstance(t, Tensor):
@@ -151,8 +174,8 @@ def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
     for matrix, vector in (("G", "h"), ("A", "b")):
         expected[matrix] = (given[matrix].shape[-2], n)
         expected[vector] = expected[matrix][:1]
-    _check_shapes({name: tuple(given[name].shape) for name in names}, expected)
-    return QuadraticProgram((Q + Q.mT).mul_(0.5), *(given[name] for name in names[1:]))
+    _check_shapes({name: tuple(given[name].shape) for name in NAMES}, expected)
+    return QuadraticProgram((Q + Q.mT).mul_(0.5), *(given[name] for name in NAMES[1:]))
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -197,5 +220,11 @@ def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tens
         raise ValueError(
             f"start must have (value, dual_equality, dual_inequality, slack) of the shapes {expected}; got {came}"
         )
-    z, nu, lam, slack = (t.detach().reshape(program.batch, -1) for t in parts)
+    for what in ("dtype", "device"):
+        came, wanted = getattr(solution.value, what), getattr(program.Q, what)
+        if came != wanted:
+            raise ValueError(
+                f"start has {what} {came}, the program {wanted}; solve it from a start of its own {what}"
+            )
+    z, nu, lam, slack = (t.detach().reshape(program.batch, t.shape[-1]) for t in parts)
     return torch.cat([z, nu, lam], 1), slack

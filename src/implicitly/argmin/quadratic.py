@@ -77,8 +77,9 @@ class QuadraticForm:
         """
         k, e = len(self.kept), len(self.out)
         P_kk, P_ke, P_ee, q_k, q_e, M, R, G, b_M, r, h, a = self.numbers(values, batch)
-        Q, P_ke, P_ee = P_kk.reshape(-1, k, k), P_ke.reshape(len(P_ke), k, e), P_ee.reshape(len(P_ee), e, e)
-        M, R, G = M.reshape(len(M), -1, k), R.reshape(len(R), e, k) / a.unsqueeze(2), G.reshape(len(G), -1, k)
+        Q, P_ke, P_ee = P_kk.reshape(len(P_kk), k, k), P_ke.reshape(len(P_ke), k, e), P_ee.reshape(len(P_ee), e, e)
+        M, G = (t.reshape(len(t), len(rows), k) for t, rows in ((M, self.equations), (G, self.inequalities)))
+        R = R.reshape(len(R), e, k) / a.unsqueeze(2)
         p, r, q = q_k, r / a, q_k
         if e:
             curved = P_ee @ R

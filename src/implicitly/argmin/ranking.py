@@ -44,7 +44,9 @@ def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     check_state("soft_sort", z)
     strength = _strength("soft_sort", strength, z)
     places = _ranks(z)
-    places = (places.flip(-1) if descending else places) / strength
+    # Beyond some 1 / strength every gap of z is smaller, the result is sorted z, and nothing need overflow.
+    hardest = 4 * z.shape[-1] ** 2 * torch.finfo(z.dtype).tiny
+    places = (places.flip(-1) if descending else places) / strength.clamp(min=hardest)
     return without_bad_rows(lambda z: nearest_permuted(places, z), z, infinite=True)
 
 
@@ -58,8 +60,11 @@ def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     """
     check_state("soft_rank", z)
     strength = _strength("soft_rank", strength, z)
-    scale = -strength if descending else strength
-    return without_bad_rows(lambda z: nearest_permuted(z / scale, _ranks(z)), z, infinite=True)
+    sign = -1.0 if descending else 1.0
+    # In the unit of z, as z / strength may be beyond all numbers.
+    return without_bad_rows(
+        lambda z: nearest_permuted(sign * z, strength * _ranks(z)) / strength, z, infinite=True
+    )
 
 
 def _strength(name: str, strength: Number, z: Tensor) -> Tensor:

@@ -60,7 +60,13 @@ def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
 def per_row(name: str, parameter: str, value: Any, z: Tensor, dims: int = 1) -> Tensor:
     """A number for each row of `z` `(..., n)`, or matrix where `dims=2`, with the row's dimensions as ones."""
     value = as_parameter(name, parameter, value, z)
-    check_broadcast(name, parameter, value.shape, z.shape[: z.ndim - dims], "one number a row")
+    lead = z.shape[: z.ndim - dims]
+    check_broadcast(name, parameter, value.shape, lead, "one number a row")
+    if value.ndim > len(lead) > 0 and value.shape[-1] == 1:
+        raise ValueError(
+            f"{name}: {parameter} of shape {tuple(value.shape)} would make more rows of z {tuple(z.shape)}: one "
+            f"number a row has the shape {tuple(lead)}, without a dimension for the row's entries; squeeze(-1)"
+        )
     return value[(..., *(None,) * dims)]
 
 
@@ -87,7 +93,7 @@ def check_broadcast(name: str, parameter: str, came: Any, wanted: Any, meaning: 
 
 
 def check_values(fine: Tensor, value: Tensor, message: str) -> None:
-    """Raise ValueError with `message` and the first of `value` where `fine`, of its shape, is false.
+    """Raise ValueError with `message`, the first of `value` where `fine`, of its shape, is false, and its place.
 
     Values are not looked at while a graph is traced.
     """
@@ -96,8 +102,9 @@ def check_values(fine: Tensor, value: Tensor, message: str) -> None:
     fine = unwrapped(fine.detach())
     if bool(fine.all()):
         return
-    wrong = unwrapped(value.detach()).expand_as(fine)[~fine]
-    raise ValueError(f"{message}, got {float(wrong[0]):g}")
+    place = tuple((~fine).nonzero()[0].tolist())
+    wrong = unwrapped(value.detach()).expand_as(fine)[place]
+    raise ValueError(f"{message}, got {float(wrong):g}" + (f" at index {list(place)}" if place else ""))
 
 
 def check_nonnegative(name: str, parameter: str, value: Tensor) -> None:

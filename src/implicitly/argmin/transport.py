@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +19,18 @@ from implicitly.argmin.rows import (
     per_row,
 )
 from implicitly.host import happens
-from implicitly.implicit import Backward, Condition, Map, Report, attach, find, is_usable
-from implicitly.iterate import Proposal, Solver
+from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
+from implicitly.iterate import Found, Proposal, Solver, Status, coded
 from implicitly.linear import Affine, LinearSolver, dense
 from implicitly.tree import row_norm
 
 # From a temperature of the size of the costs down to the one asked for, by halves.
 HALVINGS = 60
 NEWTON_STEPS = 50
+TOO_COLD = (
+    "epsilon is so small beside the costs that rounding errors of the potentials show in the plan: raise it, or "
+    "use a wider dtype"
+)
 # The largest changes along an eigenvector of the Hessian that are tried, in temperatures: where parts of the plan
 # hardly touch, Newton's step is far too long, and what is right is of the size of the costs.
 STEP_LENGTHS = (0.5, 2.0, 8.0, 32.0, 128.0)
@@ -113,20 +118,20 @@ def sinkhorn(
     Raises:
         TypeError: `cost` is not of a floating dtype.
         ValueError: marginals that are not positive, or whose sums differ; epsilon <= 0; shapes that do not fit.
-        SolverError: a plan did not converge and `on_failure="raise"`.
+        SolverError: a plan did not converge, or misses its marginals by more than eps^0.4, relative to them, and
+            `on_failure="raise"`.
     """
     check_state("sinkhorn", cost, dims=2)
     row, column = _marginals(cost, row, column)
     epsilon = per_row("sinkhorn", "epsilon", epsilon, cost, dims=2)
     check_values((epsilon > 0) & epsilon.isfinite(), epsilon, "sinkhorn: epsilon must be positive and finite")
-    report = Report(on_failure)
+    condition = _condition(cost.dtype, on_failure)
     n, m = cost.shape[-2:]
     batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])
     K = (cost / epsilon).expand(*batch, n, m).reshape(-1, n, m)
     q = column.log()
     p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
     p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
-    condition = Condition(_sweep, "sinkhorn", cost.dtype, report, relative_to_iterate=True, carries=(0, 0, 0))
     theta = (K, p, q)
     found = find(solver, condition, outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
@@ -138,6 +143,13 @@ def sinkhorn(
     theta = (torch.where(usable[:, None], K, 0.0), torch.where(usable, p, 0.0), torch.where(usable, q, 0.0))
     phi = attach(condition, torch.where(usable, found.z, 0.0), theta, Backward(linear_solver))
     return torch.where(usable[:, None], _plan(phi, *theta), failed).reshape(*batch, n, m)
+
+
+def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
+    """That of the potentials of the rows."""
+    report = Report(on_failure, message=partial(explain, remedy=REMEDY | {Status.STAGNATED: TOO_COLD}))
+    how = {"relative_to_iterate": True, "carries": (0, 0, 0), "examine": _examined}
+    return Condition(_sweep, "sinkhorn", dtype, report, **how)
 
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +194,16 @@ def _sweep(K: Tensor, p: Tensor, q: Tensor) -> Map:
         return moved - moved.mean(1, keepdim=True) - phi.mean(1, keepdim=True)
 
     return residual
+
+
+def _examined(F: Map, found: Found) -> Found:
+    """The residual, which is by how much the logarithms of the row sums are off, may be a rounding error of large
+    potentials, and yet show in the plan."""
+    limit = torch.finfo(found.z.dtype).eps ** 0.4 * found.z.shape[1] ** 0.5
+    off = found.residual > limit
+    return found._replace(
+        status=coded(off & (found.status == int(Status.CONVERGED)), Status.STAGNATED, found.status)
+    )
 
 
 def _plan(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from implicitly.argmin.conic_solver import Clarabel
 from implicitly.argmin.convex import ConvexProgram
+from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.implicit import Report
 from implicitly.iterate import Solution
+from implicitly.tree import unwrapped
 
 
 class ConvexLayer(nn.Module):
@@ -37,9 +39,11 @@ class ConvexLayer(nn.Module):
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their values are NaN, their
             gradients zero; the others are solved.
         compile: as in `implicitly.qp`; with `Clarabel` a `CompileWarning` says that it has no graph.
+        adjoint: as in `implicitly.qp`; with `Clarabel` without smoothing.
 
     Attributes:
-        solution: the `Solution` of the last call, detached: `value` (the tuple), `status`, `residual`, `steps`.
+        solution: the `Solution` of the last call, detached: `value` (the tuple), `status`, `residual`, `steps`;
+            under `vmap` that of the whole batch.
 
     Raises:
         ImportError: cvxpy, Clarabel or SciPy are not installed.
@@ -60,12 +64,13 @@ class ConvexLayer(nn.Module):
         gp: bool = False,
         on_failure: str = "raise",
         compile: bool = False,
+        adjoint: KKTAdjoint = KKTAdjoint(),
     ):
         super().__init__()
         Report(on_failure)  # its own check
         self.on_failure = on_failure
         self.solution: Solution | None = None
-        self._program = ConvexProgram.of(problem, parameters, variables, solver, gp, compile)
+        self._program = ConvexProgram.of(problem, parameters, variables, solver, gp, adjoint, compile)
 
     @one_break
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -76,9 +81,11 @@ class ConvexLayer(nn.Module):
                 float64. Those without are shared by the batch, and their gradients are sums.
 
         Raises:
-            TypeError, ValueError: for values that do not fit, or break what a parameter declares (sign, symmetry).
+            TypeError, ValueError: for values that do not fit, or break what a parameter declares (sign, bounds,
+                symmetry, definiteness, diagonal or sparse).
             SolverError: a sample has no solution and `on_failure="raise"`.
         """
         solution = self._program(values, self.on_failure)
-        self.solution = replace(solution, value=tuple(v.detach() for v in solution.value))
+        ends = {name: unwrapped(getattr(solution, name).detach()) for name in ("status", "residual", "steps")}
+        self.solution = replace(solution, value=tuple(unwrapped(v.detach()) for v in solution.value), **ends)
         return solution.value
