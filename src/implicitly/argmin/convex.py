@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.canonical import CanonicalProgram, ParameterSlot, canonicalise
-from implicitly.argmin.conic_program import ConicFamily, solve_conic
+from implicitly.argmin.conic_jacobian import ConicFamily
+from implicitly.argmin.conic_program import solve_conic
 from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.derivative import KKTAdjoint
 from implicitly.argmin.interior_point import InteriorPoint
