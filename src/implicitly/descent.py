@@ -12,14 +12,15 @@ from torch import Tensor
 from implicitly.iterate import Residual, Status, is_running, repeat
 from implicitly.tree import is_plain, pullback, row_norm
 
-# Lengths that a line search tries.
-TRIALS = 25
+# Lengths that a line search tries, and after how many of them secants are seen to mislead.
+TRIALS, SECANTS = 25, 5
 # Wolfe's conditions: the objective falls by this share of what the slope promises, and the slope to this share.
 DECREASE, FLATTENING = 1e-4, 0.9
 # Rounding of an objective, relative to it, below which only slopes tell what falls (Hager and Zhang 2005).
 NOISE = 1e-6
-# An objective that fell by so many times what it, its slope and its argument were at first falls for ever.
-BOTTOMLESS = 1e8
+# An objective falls for ever that fell by so many times what it, its slope and its argument were at first, and
+# its argument grew by so many: after a flat start a fall alone says little, unless it is abysmal.
+BOTTOMLESS, RUNAWAY, ABYSMAL = 1e8, 1e12, 1e32
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Descent:
     residuals: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """R at `z` `(B, n)`."""
-        return self.residual(z)
+        """R at `z` `(B, n)`: NaN where the objective is not finite, whatever its gradient."""
+        value, r = self.evaluate(z)
+        return within_domain(value, r)
 
 
 def value_and_descent(
@@ -57,14 +59,33 @@ def value_and_descent(
     return value.detach(), -torch.autograd.grad(value, leaf, torch.ones_like(value), materialize_grads=True)[0]
 
 
+def within_domain(value: Tensor, r: Tensor) -> Tensor:
+    """The residual `r` `(B, n)`, which is NaN where the objective `value` `(B,)` is not finite.
+
+    The formula of a gradient may go on beyond the domain of its objective, as 1 / z does beyond that of log z.
+    """
+    value = value.detach()
+    return r + (value - value).to(r.dtype).unsqueeze(1)
+
+
 def noise_of(value: Tensor) -> Tensor:
     """How far rounding may move objectives `value` `(B,)`, roughly."""
     return max(NOISE, 10 * torch.finfo(value.dtype).eps) * value.abs()
 
 
 def bottom(value: Tensor, z: Tensor, r: Tensor) -> Tensor:
-    """The objective `(B,)` below which one that starts with `value` and slope `r` at `z` is unbounded."""
-    return value - BOTTOMLESS * (value.abs() + row_norm(r) * (1 + row_norm(z)))
+    """What no bounded objective reaches that starts with `value` and slope `r` at `z`: the objective below which,
+    and the distance beyond which it is unbounded, `(B, 2)`; see `is_bottomless`."""
+    reach = 1 + row_norm(z)
+    lowest = value - BOTTOMLESS * (value.abs() + row_norm(r) * reach)
+    return torch.stack([lowest, (RUNAWAY * reach).to(lowest.dtype)], 1)
+
+
+def is_bottomless(value: Tensor, z: Tensor, lowest: Tensor) -> Tensor:
+    """Whether the objective `(B,)`, with `value` at `z`, falls for ever; `lowest` is what `bottom` gave."""
+    fallen, far = value < lowest[:, 0], row_norm(z) > lowest[:, 1]
+    # Some overflow long before their argument is far, as -exp z does.
+    return (fallen & far) | (value < ABYSMAL / BOTTOMLESS * lowest[:, 0])
 
 
 class Moved(NamedTuple):
@@ -134,8 +155,11 @@ class _Line:
         width = b.high - b.low
         share = b.low_slope / (b.low_slope - b.high_slope)
         # Of an end where nothing is finite, or the slope does not point back, only that it is too far is known.
-        blind = ~(b.high_slope > 0) | ~share.isfinite()
-        share = torch.where(blind, torch.where(b.high_slope.isfinite(), 0.5, 0.1), share.clamp(0.1, 0.9))
+        blind = ~(b.high_slope > 0) | ~share.isfinite() | (k >= SECANTS)
+        late = k - SECANTS + 1
+        shrink = 0.1 ** (late.clamp(min=1) if isinstance(late, Tensor) else max(late, 1))
+        share = share.clamp(0.1, 0.9).masked_fill(blind, 0.5)
+        share = torch.where(b.high_slope.isfinite(), share, shrink).to(width.dtype)
         length = torch.where(b.high.isinf(), 4 * b.length, b.low + share * width)
         length = torch.where(b.done, b.length, length)
         value, r, slope = self.at(length)
@@ -178,9 +202,14 @@ def wolfe(
     return Moved(torch.addcmul(z, length[:, None], d), value, r, length[:, None], b.calls, status)
 
 
-def stopped(new: Moved, stuck: Tensor, lowest: Tensor) -> Tensor:
-    """How samples `(B,)` end that are `stuck`, or that fell below `lowest`; RUNNING: they go on."""
-    status = torch.where(new.value < lowest, int(Status.UNBOUNDED), new.verdict)
+def stopped(new: Moved, stuck: Tensor, lowest: Tensor | None) -> Tensor:
+    """How samples `(B,)` end that are `stuck`, or that fall for ever; RUNNING: they go on.
+
+    `lowest` is what `bottom` gave at first; None: the objective has a bottom.
+    """
+    status = new.verdict
+    if lowest is not None:
+        status = torch.where(is_bottomless(new.value, new.z, lowest), int(Status.UNBOUNDED), status)
     return torch.where(is_running(status) & stuck, int(Status.STAGNATED), status)
 
 

@@ -28,6 +28,7 @@ from tests.contracts import (
     check_value,
     library,
 )
+from tests.problems import draw
 
 D = torch.float64
 
@@ -167,3 +168,47 @@ def test_samples_do_not_depend_on_each_other(problem, solver, data, give_in_dims
 @pytest.mark.parametrize(("problem", "solver"), BATCHED, ids=_id)
 def test_a_sample_of_nan_harms_no_other(problem, solver, give_in_dims):
     check_a_bad_sample(problem, solver, GMRES, bad=1, give_in_dims=give_in_dims)
+
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@pytest.fixture
+def wide_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def far_from_quadratic(z, x):
+    e = (z - x).abs().square()
+    return (e * torch.arange(1, 5, dtype=e.dtype)).sum(1) + e.square().sum(1)
+
+
+@pytest.mark.usefixtures("wide_default")
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("solver", [*UNCONSTRAINED, *PROJECTING, *OF_EQUATIONS, *SQUARING], ids=_id)
+def test_states_keep_their_dtype_whatever_the_default_is(solver, dtype):
+    x = (0.1 * draw(3, 4, seed=61)).to(dtype)
+    z0 = torch.ones(3, 4, dtype=dtype)
+    f, entry, options = far_from_quadratic, im.argmin, {}
+    if solver in PROJECTING:
+        options = {"constraint": lambda z, x: z / z.abs().norm(dim=1, keepdim=True).clamp(min=1)}
+    elif solver in OF_EQUATIONS:
+        options = {"constraint": im.Equality(lambda z, x: (z - x).abs().square().sum(1) - 1)}
+    elif solver in SQUARING:
+        f, entry = lambda z, x: torch.cat([z - x, (z - x) ** 3], 1), im.least_squares
+    solution = entry(f, z0, x, solver=solver.kind(), on_failure="ignore", **options)
+    assert solution.value.dtype == dtype
+    assert bool(solution.converged.all())
+
+
+@pytest.mark.usefixtures("wide_default")
+@pytest.mark.parametrize("solver", UNCONSTRAINED[:5], ids=_id)
+def test_autocast_does_not_mind_the_default_dtype(solver):
+    W, z0 = draw(4, 4, seed=62).float(), torch.zeros(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective = lambda z, W: ((z @ W - 1) ** 2).sum(1) + z.square().sum(1)  # noqa: E731
+        solution = im.argmin(objective, z0.float(), W, solver=solver.kind(), on_failure="ignore")
+    assert solution.value.dtype == torch.float32

@@ -197,3 +197,83 @@ def test_empty_batches_over_sets_and_of_residuals_come_back_empty():
     assert im.argmin(bowl, Z0[:0], x, constraint=lambda z, x: z.clamp(min=0)).value.shape == (0, 3)
     assert im.argmin(bowl, Z0[:0], x, constraint=im.Equality(lambda z, x: z[:, 0])).value.shape == (0, 3)
     assert im.least_squares(lambda z, x: z - x, Z0[:0], x).value.shape == (0, 3)
+
+
+# ------------------------------------------------------------------------------- bounded, and unbounded
+
+DESCENDING = [*SOLVERS, im.LBFGS(history=1)]
+FALLS = {"exponential": lambda z: -z.exp(), "line": lambda z: z, "square": lambda z: -(z**2) - z}
+
+
+@pytest.mark.parametrize("solver", DESCENDING, ids=repr)
+def test_a_flat_start_makes_no_bounded_objective_unbounded(solver):
+    """What falls by 1e8 times what it and its gradient were at first may still have a minimum."""
+    start = torch.tensor([[1e-9]], dtype=D)
+    double = im.argmin(lambda z: (z**4 / 4 - z**2 / 2).sum(1), start, solver=solver).value
+    torch.testing.assert_close(double.abs(), torch.ones(1, 1, dtype=D), rtol=1e-7, atol=0)
+    hollow = lambda z: -(-((z - 1) ** 2)).exp().sum(1)  # noqa: E731
+    value = im.argmin(hollow, torch.full((2, 1), 4.0, dtype=D), solver=solver).value
+    torch.testing.assert_close(value, torch.ones(2, 1, dtype=D), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", DESCENDING, ids=repr)
+@pytest.mark.parametrize(
+    "fall", [lambda z: -z.exp(), lambda z: z, lambda z: -(z**2) - z], ids=["exp", "line", "square"]
+)
+def test_objectives_that_fall_for_ever_are_unbounded_also_where_they_overflow_first(solver, fall):
+    solution = im.argmin(lambda z: fall(z).sum(1), torch.ones(2, 1, dtype=D), solver=solver, on_failure="ignore")
+    assert solution.status.tolist() == [im.Status.UNBOUNDED] * 2
+
+
+def test_a_flat_start_under_equations_makes_nothing_unbounded():
+    last = im.Equality(lambda z: z[:, 2])
+    z0 = torch.tensor([[1e-9, 1e-9, 0.0]], dtype=D)
+    value = im.argmin(lambda z: (z**4 / 4 - z**2 / 2).sum(1), z0, constraint=last).value
+    torch.testing.assert_close(value.abs(), torch.tensor([[1.0, 1.0, 0.0]], dtype=D), rtol=1e-7, atol=1e-9)
+    for fall in (lambda z: z.sum(1), lambda z: -z.exp().sum(1)):
+        solution = im.argmin(
+            fall,
+            torch.ones(1, 3, dtype=D) * torch.tensor([4.0, 4, 0], dtype=D),
+            constraint=last,
+            on_failure="ignore",
+        )
+        assert solution.status.tolist() == [im.Status.UNBOUNDED]
+
+
+# ------------------------------------------------------------------------------- saddles
+
+
+@pytest.mark.parametrize("least", [-0.5, -0.05])
+def test_a_slightly_negative_eigenvalue_among_hundreds_is_found(least):
+    d = torch.linspace(1, 100, 200, dtype=D)
+    d[3] = least
+    options = {"on_failure": "ignore"}
+    solution = im.argmin(lambda z: (d * z * z).sum(1) / 2, torch.zeros(1, 200, dtype=D), **options)
+    assert solution.status.tolist() == [im.Status.NOT_MINIMUM]
+
+
+@pytest.mark.parametrize("least", [-1e-3, 1e-3])
+def test_up_to_48_dimensions_every_eigenvalue_counts(least):
+    d = torch.linspace(1, 100, 48, dtype=D)
+    d[3] = least
+    options = {"on_failure": "ignore"}
+    solution = im.argmin(lambda z: (d * z * z).sum(1) / 2, torch.zeros(2, 48, dtype=D), **options)
+    assert solution.status.tolist() == [0 if least > 0 else im.Status.NOT_MINIMUM] * 2
+
+
+# ------------------------------------------------------------------------------- states of no width
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, im.GradientDescent(step=0.1)], ids=repr)
+def test_states_without_entries_come_back(solver):
+    z0 = torch.zeros(3, 0, dtype=D)
+    assert im.argmin(lambda z: z.sum(1) ** 2, z0, solver=solver).value.shape == (3, 0)
+
+
+def test_states_without_entries_come_back_from_sets_equations_and_residuals():
+    z0 = torch.zeros(3, 0, dtype=D)
+    square = lambda z: z.sum(1) ** 2  # noqa: E731
+    for constraint in (lambda z: z, im.Equality(lambda z: z)):
+        assert im.argmin(square, z0, constraint=constraint).value.shape == (3, 0)
+    for solver in (im.LevenbergMarquardt(), im.GaussNewton(), im.LBFGS()):
+        assert im.least_squares(lambda z: z, z0, solver=solver).value.shape == (3, 0)

@@ -628,3 +628,37 @@ F_w = W.float()
 
 def F_loss(w, v):
     return F.mse_loss(X.float() @ w, Y.float(), reduction="sum") / 2 + 0.5 * (v.exp() * w * w).sum()
+
+
+def test_a_proximal_loss_that_adds_up_over_the_tasks_is_refused():
+    """It would spread over the tasks, and give another meta-gradient."""
+    w, w0 = torch.zeros(4, 3, dtype=D), torch.zeros(3, dtype=D)
+    objective = im.proximal(lambda w, x: (w - x).square().mean(), batch_dims=1)
+    with pytest.raises(ValueError, match=r"loss must return one real value a problem: expected shape \(4,\)"):
+        im.implicit_gradient(objective, w, w0, 1.0, w + 1, batch_dims=1, in_dims=(None, None, 0))
+    with pytest.raises(TypeError, match="loss must be callable, got a int"):
+        im.proximal(3)
+
+
+def test_a_w0_of_another_shape_than_w_is_refused():
+    loss = lambda w: w.square().sum(-1)  # noqa: E731
+    with pytest.raises(ValueError, match=r"w0 must have the shapes of w: expected \(3,\), got \(2, 3\)"):
+        im.proximal(loss)(torch.zeros(3), torch.zeros(2, 3), 1.0)
+    with pytest.raises(ValueError, match=r"expected \(4, 3\), or \(3,\) where the tasks share it, got \(1,\)"):
+        im.proximal(loss, batch_dims=1)(torch.zeros(4, 3), torch.zeros(1), 1.0)
+    for w0 in (torch.ones(3), torch.ones(4, 3)):
+        assert im.proximal(loss, batch_dims=1)(torch.zeros(4, 3), w0, 2.0).tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("solver", [im.LBFGS(), im.NewtonKKT(), im.LevenbergMarquardt(), im.ProjectedGradient()])
+def test_a_linear_solver_that_solves_no_linear_systems_is_refused_at_the_door(solver):
+    with pytest.raises(TypeError, match=f"linear_solver must solve linear systems.*{type(solver).__name__}"):
+        im.implicit_gradient(lambda w: w.square().sum(), torch.zeros(3), linear_solver=solver)
+
+
+def test_options_of_another_kind_are_refused():
+    loss = lambda w: w.square().sum()  # noqa: E731
+    with pytest.raises(ValueError, match="damping must be a finite number"):
+        im.implicit_gradient(loss, torch.zeros(3), damping=True)
+    with pytest.raises(TypeError, match="listen must be callable or None, got a str"):
+        im.implicit_gradient(loss, torch.zeros(3), listen="x")

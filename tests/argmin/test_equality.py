@@ -101,3 +101,96 @@ def test_equations_may_be_pytrees_and_one_system():
 def test_recording_it_is_refused():
     with pytest.raises(ValueError, match="NewtonKKT decomposes matrices"):
         im.argmin(energy, Z0, P, A, B, constraint=LINEAR, adjoint=im.UnrolledAdjoint())
+
+
+CENTRES = [im.NewtonKKT(), im.Newton()]
+
+
+@pytest.mark.parametrize("solver", CENTRES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0], [1.0, 10.0, 100.0]])
+def test_an_analytic_centre_is_found_within_the_domain_of_the_logarithm(solver, weight):
+    """Its gradient 1 / z is finite beyond the domain too, where the objective is NaN."""
+    weight = torch.tensor(weight, dtype=D)
+    z0 = torch.tensor([[1.0, 2.0, 30.0], [0.01, 5.0, 1.0], [0.5, 0.5, 0.5], [1.0, 10.0, 100.0]], dtype=D)
+    constraint = im.Equality(lambda z: z.sum(1, keepdim=True) - 1)
+    solution = im.argmin(lambda z: -(weight * z.log()).sum(1), z0, constraint=constraint, solver=solver)
+    torch.testing.assert_close(solution.value, (weight / weight.sum()).expand(4, 3), rtol=1e-7, atol=1e-8)
+
+
+def test_no_solver_of_roots_stops_where_the_objective_is_not_defined():
+    """The gradient of z^2 / 2 + 3 z - log z vanishes at -3.3 too, where Newton's step leads from 10."""
+    objective = lambda z: (z**2 / 2 + 3 * z - z.log()).sum(1)  # noqa: E731
+    value = im.argmin(objective, torch.full((2, 1), 10.0, dtype=D), solver=im.NewtonKrylov()).value
+    torch.testing.assert_close(value, torch.full((2, 1), (13**0.5 - 3) / 2, dtype=D), rtol=1e-8, atol=1e-9)
+
+
+def circle_apart(z):
+    return torch.stack([z.square().sum(1) - 1, (z - 3).square().sum(1) - 1], 1)
+
+
+CONTRADICTIONS = {
+    # equations, the starts, the point that violates them least
+    "no real root": (lambda z: z**2 + 1, [[2.0], [-0.3]], [0.0]),
+    "circles apart": (circle_apart, [[2.0, 1.0, 0.3], [0.1, 0.2, 0.3], [3.0, -3.0, 5.0]], [1.5, 1.5, 1.5]),
+    "parabolas apart": (
+        lambda z: (z[:, :1] + z[:, 1:] ** 2) + torch.tensor([-1.0, 1.0], dtype=D),
+        [[2.0, 1.0], [0.1, 0.2]],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_nonlinear_equations_that_contradict_each_other_end_where_they_are_violated_least(name):
+    h, starts, least = CONTRADICTIONS[name]
+    objective = lambda z: (z - 1).square().sum(1)  # noqa: E731
+    z0 = torch.tensor(starts, dtype=D)
+    solution = im.argmin(objective, z0, constraint=im.Equality(h), on_failure="ignore")
+    assert solution.status.tolist() == [im.Status.INFEASIBLE] * len(starts)
+    violation = h(solution.value).norm(dim=1)
+    torch.testing.assert_close(solution.residual, violation)
+    if least is not None:
+        torch.testing.assert_close(solution.value, torch.tensor([least] * len(starts), dtype=D), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(violation, torch.full_like(violation, 2**0.5), rtol=1e-9, atol=0)
+
+
+def test_feasible_equations_of_steep_and_flat_places_are_no_contradiction():
+    """Their gradients are 1e8 times as large at the start as at the answer, or are small throughout."""
+    objective = lambda z: (z - 1).square().sum(1)  # noqa: E731
+    z0 = torch.tensor([[9.0, 1.0]], dtype=D)
+    for h in (lambda z: z[:, 0].exp() - 1, lambda z: z[:, 0] ** 8 - 1e-3, lambda z: z[:, 0] / 1e6 - 1):
+        solution = im.argmin(objective, z0, constraint=im.Equality(h))
+        assert h(solution.value).abs().max() < 1e-3
+
+
+def test_a_start_where_the_equations_have_no_slope_is_told_to_be_moved():
+    sphere = im.Equality(lambda z: z.square().sum(1) - 1)
+    with pytest.raises(im.SolverError, match=r"SINGULAR.*start elsewhere \(z0\)"):
+        im.argmin(lambda z: z.sum(1), torch.zeros(1, 3, dtype=D), constraint=sphere)
+    value = im.argmin(lambda z: z.sum(1), torch.full((1, 3), 0.1, dtype=D), constraint=sphere).value
+    torch.testing.assert_close(value, torch.full((1, 3), -(3**-0.5), dtype=D), rtol=1e-8, atol=1e-9)
+
+
+def test_no_equations_at_all_are_no_constraint():
+    p = P.clone().requires_grad_()
+    options = {"constraint": im.Equality(lambda z, p: z[:, :0])}
+    solution = im.argmin(lambda z, p: z.cosh().sum(1) + (p * z).sum(1), Z0, p, **options)
+    free = im.argmin(lambda z, p: z.cosh().sum(1) + (p * z).sum(1), Z0, p)
+    torch.testing.assert_close(solution.value, free.value, rtol=1e-8, atol=1e-9)
+    assert solution.dual_equality.shape == (3, 0)
+    gradients = [torch.autograd.grad(s.value.sin().sum(), p)[0] for s in (solution, free)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-8)
+
+
+def test_equations_that_say_the_same_leave_the_derivative_of_the_minimum():
+    b = torch.ones(1, 1, dtype=D, requires_grad=True)
+    constraint = im.Equality(lambda z, b: (z.sum(1, keepdim=True) - b).expand(-1, 2))
+    z0 = torch.zeros(1, 2, dtype=D)
+    solution = im.argmin(lambda z, b: z.square().sum(1) / 2, z0, b, constraint=constraint, on_failure="warn")
+    gradients = [torch.autograd.grad(x, b, retain_graph=True)[0] for x in (solution.value[0, 0],)]
+    gradients += [torch.autograd.grad(solution.dual_equality.sum(), b, retain_graph=True)[0]]
+    torch.testing.assert_close(torch.cat(gradients, 1), torch.tensor([[0.5, -0.5]], dtype=D))
+    with pytest.warns(im.ConvergenceWarning, match="SINGULAR"):  # one alone has no derivative
+        (gradient,) = torch.autograd.grad(solution.dual_equality[0, 0], b)
+    assert gradient == 0

@@ -47,3 +47,24 @@ def test_the_scale_of_the_objective_does_not_matter(scale, accelerated):
     solver = im.GradientDescent(accelerated=accelerated)
     value = im.argmin(lambda z, x: scale * (z - x).square().sum(1), Z0, X, solver=solver).value
     torch.testing.assert_close(value, X, rtol=1e-8, atol=1e-8)
+
+
+def test_acceleration_follows_rosenbrocks_valley_from_everywhere():
+    """27 of these 64 had stagnated, on the way back after they had passed by the minimum."""
+    z0 = 4 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0), dtype=D) - 2
+    objective = lambda z: 100 * (z[:, 1] - z[:, 0] ** 2) ** 2 + (1 - z[:, 0]) ** 2  # noqa: E731
+    value = im.argmin(objective, z0, solver=im.GradientDescent(accelerated=True)).value
+    torch.testing.assert_close(value, torch.ones(64, 2, dtype=D), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_step_that_is_too_long_is_told_to_be_shortened(accelerated):
+    solver = im.GradientDescent(step=10.0, accelerated=accelerated)
+    with pytest.raises(im.SolverError, match=r"DIVERGED.*a smaller step, or step=None"):
+        im.argmin(ill_conditioned, Z0, X, solver=solver)
+
+
+def test_steps_must_be_numbers():
+    for step in ("a", True):
+        with pytest.raises(TypeError, match="GradientDescent: step must be a positive number"):
+            im.GradientDescent(step=step)

@@ -125,3 +125,9 @@ def test_two_calls_before_one_backward_add_up():
     (together,) = torch.autograd.grad(first + second, x)
     alone = [torch.autograd.grad(im.argmin(objective, z0, k * x).value.sum(), x)[0] for k in (1.0, 2.0)]
     torch.testing.assert_close(together, alone[0] + alone[1])
+
+
+@pytest.mark.parametrize("history", [1.5, True, "a"])
+def test_a_history_that_is_no_number_of_steps_is_refused(history):
+    with pytest.raises(TypeError, match="LBFGS: history must be a whole number"):
+        im.LBFGS(history=history)

@@ -120,3 +120,59 @@ def test_the_last_of_a_number_of_steps_is_called_once_also_where_it_is_recorded(
         for x in (solution.value, step)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------- no swing ends a solve
+
+SPECTRUM = torch.logspace(0, 4, 20, dtype=D)
+
+
+def stretched(z, c):
+    return (SPECTRUM * (z - c) ** 2).sum(1) / 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ill_conditioned_quadratics_in_a_box_converge(seed):
+    """2 of the first 8 had stagnated: momentum had passed by the minimum, and took long to come back."""
+    c = torch.randn(8, 20, generator=torch.Generator().manual_seed(seed), dtype=D)
+    z0 = torch.zeros(8, 20, dtype=D)
+    value = im.argmin(stretched, z0, c, constraint=lambda z, c: im.project.box(z, -0.5, 0.5)).value
+    torch.testing.assert_close(value, c.clamp(-0.5, 0.5), rtol=1e-7, atol=1e-7)
+
+
+def test_rosenbrocks_valley_in_a_box_is_followed_from_everywhere():
+    z0 = 4 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0), dtype=D) - 2
+    objective = lambda z: 100 * (z[:, 1] - z[:, 0] ** 2) ** 2 + (1 - z[:, 0]) ** 2  # noqa: E731
+    value = im.argmin(objective, z0, constraint=lambda z: im.project.box(z, -2.0, 2.0)).value
+    torch.testing.assert_close(value, torch.ones(64, 2, dtype=D), rtol=0, atol=1e-5)
+
+
+def test_a_tolerance_that_rounding_does_not_allow_ends_the_solve():
+    M = matrix(20, 1.0, 5)
+    mixed = lambda z: ((z @ M).float().double() - 1 / 3).square().sum(1)  # noqa: E731
+    options = {"solver": im.ProjectedGradient(rtol=1e-15, atol=0.0, max_steps=20000), "on_failure": "ignore"}
+    solution = im.argmin(mixed, torch.zeros(2, 20, dtype=D), constraint=lambda z: z.clamp(-9, 9), **options)
+    assert solution.status.tolist() == [im.Status.STAGNATED] * 2
+    assert solution.residual.max() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-12])
+def test_minima_at_a_tiny_distance_are_found(scale):
+    """The first move has the length one, which 25 halvings do not make that short."""
+    objective = lambda z: (z / scale - 1).square().sum(1)  # noqa: E731
+    z0 = torch.zeros(1, 3, dtype=D)
+    value = im.argmin(objective, z0, constraint=lambda z: im.project.box(z, 0.0, 0.5 * scale)).value
+    torch.testing.assert_close(value / scale, torch.full((1, 3), 0.5, dtype=D), rtol=1e-6, atol=0)
+
+
+def test_a_bounded_objective_over_a_compact_set_has_a_bottom_after_a_flat_start():
+    objective = lambda z: -(-((z - 1) ** 2)).exp().sum(1)  # noqa: E731
+    z0 = torch.full((2, 1), 6.0, dtype=D)
+    value = im.argmin(objective, z0, constraint=lambda z: im.project.box(z, 0.0, 10.0)).value
+    torch.testing.assert_close(value, torch.ones(2, 1, dtype=D), rtol=0, atol=1e-6)
+
+
+def test_a_half_space_may_leave_an_objective_without_a_bottom():
+    options = {"constraint": lambda z: z.clamp(max=3.0), "on_failure": "ignore"}
+    solution = im.argmin(lambda z: z.sum(1), torch.zeros(1, 2, dtype=D), **options)
+    assert solution.status.tolist() == [im.Status.UNBOUNDED]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.descent import TRIALS, bottom, inverse_norm, noise_of
-from implicitly.iterate import Proposal, Residual, Status, repeat, where_rows
+from implicitly.descent import TRIALS, bottom, inverse_norm, is_bottomless, noise_of
+from implicitly.iterate import PATIENCE, Proposal, Residual, Status, repeat, where_rows
 from implicitly.tree import row_norm
 
 # How much longer the next step may be than the last, and how much where the last says nothing of the curvature.
@@ -21,26 +21,34 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 class Accelerated(NamedTuple):
     """Where momentum leads `(B, n)`, the objective `(B,)` and minus its gradient `(B, n)` there; the momentum's
-    age, the step length, the least objective yet and the one below which it is unbounded, `(B,)` each."""
+    age, the step length, the objective at first, the least objective and residual norm yet and the number of steps
+    that led there, `(B,)` each; the objective's `bottom`."""
 
     y: Tensor
     value: Tensor
     r: Tensor
     age: Tensor
     step: Tensor
+    first: Tensor
     least: Tensor
+    closest: Tensor
+    last: Tensor
     lowest: Tensor
 
     @classmethod
     def start(cls, evaluate: Evaluate, z: Tensor, step: float | None) -> Accelerated:
         """At rest at z."""
         value, r = evaluate(z)
-        length = inverse_norm(r)[:, 0] if step is None else torch.full_like(r[:, 0], step)
-        return cls(z, value, r, torch.ones_like(r[:, 0]), length, value, bottom(value, z, r))
+        one = torch.ones_like(value, dtype=r.dtype)
+        length = step * one if step is not None else inverse_norm(r)[:, 0]
+        none = torch.zeros_like(one, dtype=torch.int64)
+        return cls(z, value, r, one, length, value, value, one + float("inf"), none, bottom(value, z, r))
 
 
-def check_step(solver: Any, step: float | None) -> None:
-    """Raise ValueError unless `step` is None or a positive number."""
+def check_step(solver: Any, step: Any) -> None:
+    """Raise TypeError / ValueError unless `step` is None or a positive number."""
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int | float)):
+        raise TypeError(f"{type(solver).__name__}: step must be a positive number or None, got {step!r}")
     if step is not None and not 0 < step < float("inf"):
         raise ValueError(f"{type(solver).__name__}: step must be a positive number or None, got {step}")
 
@@ -83,8 +91,8 @@ class ProximalStep:
         """The step from z, whose residual is `r`: zero for samples that have finished."""
         calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
         trial = self._attempt(m, m.step, calls)
+        idle = ~(m.value.isfinite() & m.r.isfinite().all(1)) | (row_norm(r) == 0)
         if not self.fixed:
-            idle = ~(m.value.isfinite() & m.r.isfinite().all(1)) | (row_norm(r) == 0)
 
             def halve(_: Any, t: _Trial) -> _Trial:
                 return self._attempt(m, torch.where(t.good, t.step, t.step / 2), t.calls + 1)
@@ -103,10 +111,9 @@ class ProximalStep:
             value, minus_g = self.evaluate(y)
             calls = calls + 1
         residual = where_rows(moves, self.residual(trial.z, trial.r), r)
-        progress = moves & (trial.value < m.least)
-        least = torch.where(progress, trial.value, m.least)
-        memory = Accelerated(y, value, minus_g, age, self._next_step(m, trial), least, m.lowest)
-        return Proposal(new, memory, residual, calls + (k == 0), None, _verdict(m, moves, trial), progress)
+        memory, progress = _best(m, k, moves, trial, row_norm(residual))
+        memory = memory._replace(y=y, value=value, r=minus_g, age=age, step=self._next_step(m, trial))
+        return Proposal(new, memory, residual, calls + (k == 0), None, _verdict(m, moves, idle, trial), progress)
 
     def _attempt(self, m: Accelerated, step: Tensor, calls: Any) -> _Trial:
         to = self.project(torch.addcmul(m.y, step[:, None], m.r))
@@ -135,11 +142,33 @@ class ProximalStep:
             return m.step
         # Far less curvature than the step allows for: it was a guess.
         guess = trial.step * LEAP * trial.curvature < trial.squared / LEAP
-        return torch.where(trial.good, trial.step * torch.where(guess, LEAP, GROWTH), m.step)
+        longer = torch.where(guess, LEAP * trial.step, GROWTH * trial.step)
+        # At rest the search goes on where it stopped; of momentum, that led too far, another step says nothing.
+        return torch.where(trial.good, longer, torch.where(m.age > 1, m.step, trial.step))
 
 
-def _verdict(m: Accelerated, moves: Tensor, trial: _Trial) -> Tensor:
-    """How samples `(B,)` end: at rest and without a good step, or fallen too far; RUNNING: they go on."""
+def _best(
+    m: Accelerated, k: int | Tensor, moves: Tensor, trial: _Trial, norm: Tensor
+) -> tuple[Accelerated, Tensor]:
+    """The memory of the best yet after step `k`, whose residual is `norm` `(B,)`, and which samples make progress.
+
+    Momentum swings through the valley: on its way it may pass the minimum closer, and with less residual, than it
+    comes for many steps to follow. A swing is about as long as what led to the last one, so it has as many steps
+    again; unless it leads above the start, where nothing that descends does.
+    """
+    better = moves & ((trial.value < m.least) | (norm < m.closest))
+    last = torch.where(better, k + 1, m.last)
+    below = ~moves | (trial.value <= m.first + noise_of(m.first))
+    least = torch.where(better, torch.minimum(trial.value, m.least), m.least)
+    closest = torch.where(better, torch.minimum(norm, m.closest), m.closest)
+    memory = m._replace(least=least, closest=closest, last=last)
+    return memory, better | (below & (k < last + last.clamp(min=PATIENCE)))
+
+
+def _verdict(m: Accelerated, moves: Tensor, idle: Tensor, trial: _Trial) -> Tensor:
+    """How samples `(B,)` end: at rest and without a good step, or falling for ever; RUNNING: they go on."""
+    # Steps may be halved until they no longer change z.
+    nowhere = ~(trial.squared > (torch.finfo(trial.z.dtype).eps * row_norm(m.y)) ** 2)
     status = torch.where(trial.value.isfinite(), int(Status.STAGNATED), int(Status.NON_FINITE))
-    status = torch.where(moves | (m.age > 1), int(Status.RUNNING), status)
-    return torch.where(moves & (trial.value < m.lowest), int(Status.UNBOUNDED), status)
+    status = torch.where(~moves & (m.age == 1) & (idle | nowhere), status, int(Status.RUNNING))
+    return torch.where(moves & is_bottomless(trial.value, trial.z, m.lowest), int(Status.UNBOUNDED), status)

@@ -75,19 +75,19 @@ def implicit_gradient(
         batch_dims: 0: one problem. 1: dimension 0 of every tensor of params holds independent problems.
         in_dims: with `batch_dims=1`, which of `hyper` hold one entry a problem, as in `torch.vmap`.
         on_failure: "warn", "raise" or "ignore" where params are not stationary or a linear solve falls short.
-            The derivative is zero where params or gradients are NaN, and where a linear solve broke down.
+            The derivative is zero where params or gradients are NaN, and where a linear solve breaks down or ends
+            (as after `max_steps`, but for `rtol=0`) with a relative residual above 0.1.
         listen: called with the `Found` (residual, steps) of every backward solve, for logging.
 
-    Returns:
-        `params`: same values, structure, dtype and device.
+    Returns `params`: same values, structure, dtype and device.
 
     Raises:
-        TypeError, ValueError: for a loss that is no scalar or ignores params; for a tensor that requires gradients
-            and is neither in `hyper` nor a parameter of a module; for options that cannot be meant.
+        TypeError, ValueError: for a loss that is no scalar or ignores params, options that cannot be meant, or a
+            tensor that requires gradients and is neither in `hyper` nor a parameter of a module.
         SolverError: with `on_failure="raise"`.
     """
     layout = Layout.of(params, batch_dims, "params")
-    _check_options(linear_solver, damping, tolerance, layout)
+    _check_options(linear_solver, damping, tolerance, listen, layout)
     gradient = _gradient(inner_loss, batch_dims)
     problem = Problem.of(
         gradient, params, hyper, lambda w, dw: -dw, layout=layout, in_dims=in_dims, recording=False
@@ -120,6 +120,8 @@ def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any
 
     Source: Rajeswaran et al. 2019, equation 3; the meta-gradient of w0 is weight * (H + weight)^-1 g.
     """
+    if not callable(loss):
+        raise TypeError(f"loss must be callable, got a {type(loss).__name__}")
     if batch_dims not in (0, 1):
         raise ValueError(f"batch_dims must be 0 (one task) or 1 (a batch of tasks), got {batch_dims}")
 
@@ -128,9 +130,16 @@ def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any
         flat0, spec0 = pytree.tree_flatten(w0)
         if spec != spec0:
             raise ValueError(f"w and w0 must have one structure: w has {spec}, w0 {spec0}")
+        for x, x0 in zip(flat, flat0):
+            if tuple(x0.shape) not in (tuple(x.shape), tuple(x.shape[batch_dims:])):
+                shared = f", or {tuple(x.shape[1:])} where the tasks share it" if batch_dims else ""
+                raise ValueError(
+                    f"w0 must have the shapes of w: expected {tuple(x.shape)}{shared}, got {tuple(x0.shape)}"
+                )
+        value = _checked(loss(w, *args), flat[0], batch_dims, "loss")
         apart = [(x - x0).reshape(*x.shape[:batch_dims], -1) for x, x0 in zip(flat, flat0)]
         squares = [torch.linalg.vecdot(d, d).real for d in apart]
-        return loss(w, *args) + weight / 2 * sum(squares)
+        return value + weight / 2 * sum(squares)
 
     return objective
 
@@ -146,20 +155,26 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
     def gradient(w: Any, *hyper: Any) -> Any:
         def total(w: Any) -> Tensor:
             value = _without_side_effects(inner_loss, w, hyper)
-            shape = tuple(pytree.tree_leaves(w)[0].shape[:batch_dims])
-            if not isinstance(value, Tensor):
-                raise TypeError(f"inner_loss must return a tensor, got a {type(value).__name__}")
-            if tuple(value.shape) != shape or not value.is_floating_point():
-                raise ValueError(
-                    f"inner_loss must return one real value{' a problem' if batch_dims else ''}: expected shape "
-                    f"{shape}, got {value.dtype} of shape {tuple(value.shape)}; "
-                    + ("sum over everything but dimension 0" if batch_dims else "take its .mean() or .sum()")
-                )
-            return value.sum()
+            return _checked(value, pytree.tree_leaves(w)[0], batch_dims, "inner_loss").sum()
 
         return grad(total)(w)
 
     return gradient
+
+
+def _checked(value: Any, like: Tensor, batch_dims: int, name: str) -> Tensor:
+    """The `value` of a loss by this name; raises TypeError / ValueError unless it is one real number for each
+    problem of parameters `like`."""
+    shape = tuple(like.shape[:batch_dims])
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a tensor, got a {type(value).__name__}")
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must return one real value{' a problem' if batch_dims else ''}: expected shape {shape}, got "
+            f"{value.dtype} of shape {tuple(value.shape)}; "
+            + ("sum over everything but dimension 0" if batch_dims else "take its .mean() or .sum()")
+        )
+    return value
 
 
 def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[Any, ...]) -> Any:
@@ -290,11 +305,18 @@ def _not_stationary(name: str, solver: Solver, found: Found, failed: Tensor) -> 
     )
 
 
-def _check_options(solver: Solver, damping: float, tolerance: float | None, layout: Layout) -> None:
+def _check_options(solver: Solver, damping: Any, tolerance: float | None, listen: Any, layout: Layout) -> None:
     if not isinstance(solver, Solver):
         raise TypeError(f"linear_solver must be a solver such as im.CG(), got {solver!r}")
+    if solver.needs is not None:
+        raise TypeError(
+            f"linear_solver must solve linear systems, as im.CG() or im.GMRES() do; {type(solver).__name__} needs "
+            "more than a residual, and belongs in im.argmin or im.least_squares"
+        )
     solver.tolerances(layout.dtype)
-    if not (isinstance(damping, int | float) and 0 <= damping < math.inf):
+    if not (isinstance(damping, int | float) and not isinstance(damping, bool) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
+    if listen is not None and not callable(listen):
+        raise TypeError(f"listen must be callable or None, got a {type(listen).__name__}")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, or None for no test, got {tolerance!r}")

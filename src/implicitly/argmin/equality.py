@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.argmin.conditions import Form, Function, check_values
-from implicitly.descent import TRIALS, bottom
+from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
 from implicitly.implicit import Map
-from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat
+from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, carries_of
 from implicitly.tree import Layout, open_function, pullback, row_norm
 
 # How far Newton's step may lead, in the scale of z, is 1 / FAR.
 FAR = 0.01
+# Where no more than this share of a step is of use, the next one is damped; and so much of that the ones after it.
+SHORT, LASTING = 1e-4, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Equality(Form):
 
             def residual(w: Tensor) -> Tensor:
                 total, pull = pullback(lambda w: parts(w)[0], w)
-                return -pull(torch.ones_like(total))[0]
+                return within_domain(total, -pull(torch.ones_like(total))[0])
 
             return Lagrangian(residual, evaluate)
 
@@ -169,9 +171,11 @@ def _blocks(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 class _Split(NamedTuple):
-    """A Jacobian J `(B, m, n)`: its pseudoinverse `(B, n, m)`, the projector on its kernel `(B, n, n)`, and
-    whether its rank is full `(B,)`."""
+    """A Jacobian J `(B, m, n)` in its singular vectors `(B, m, m)` and `(B, m, n)`, with 1 / the singular values
+    `(B, m)`, 0 where they vanish; the projector on its kernel `(B, n, n)`; and whether its rank is full `(B,)`."""
 
+    left: Tensor
+    right: Tensor
     inverse: Tensor
     tangent: Tensor
     full: Tensor
@@ -179,11 +183,34 @@ class _Split(NamedTuple):
     @classmethod
     def of(cls, jacobian: Tensor) -> _Split:
         U, S, Vh = torch.linalg.svd(jacobian, full_matrices=False)
-        known = max(jacobian.shape[1:]) * torch.finfo(S.dtype).eps * S.amax(1, keepdim=True) < S
+        known = max(jacobian.shape[1:]) * torch.finfo(S.dtype).eps * S[:, :1] < S  # they come in order
         inverse = torch.where(known, 1 / torch.where(known, S, 1.0), 0.0)
         rows = Vh * known.unsqueeze(2)
         eye = torch.eye(jacobian.shape[2], dtype=S.dtype, device=S.device)
-        return cls((Vh.mT * inverse.unsqueeze(1)) @ U.mT, eye - rows.mT @ rows, known.all(1))
+        return cls(U, rows, inverse, eye - rows.mT @ rows, known.all(1))
+
+    def solve(self, h: Tensor, damping: Tensor) -> Tensor:
+        """J' (J J' + damping)^-1 h `(B, n)` for h `(B, m)`: undamped the shortest x with J x = h, or of least
+        squares."""
+        share = 1 / (1 + damping[:, None] * self.inverse**2)
+        return _times(self.right.mT, share * self.inverse * _times(self.left.mT, h))
+
+    def is_damped(self, damping: Tensor) -> Tensor:
+        """Whether `damping` `(B,)` matters beside the least singular values."""
+        return damping * row_norm(self.inverse) ** 2 > 0.1
+
+    def next_damping(self, damping: Tensor, length: Tensor) -> Tensor:
+        """The damping `(B,)` after a step of which a share of `length` was of use.
+
+        Where J is nearly singular one direction would take all of a step, and the search along it end there,
+        though the others lead on (Powell, "A hybrid method for nonlinear equations", 1970, section 5). A step as
+        long as what was of use is had by the damping that makes the least singular value that much larger.
+        """
+        return torch.where(length < SHORT, (damping + row_norm(self.inverse) ** -2) / length, LASTING * damping)
+
+    def solve_transposed(self, g: Tensor) -> Tensor:
+        """The shortest y `(B, m)` with J' y = g `(B, n)`, or the least squares."""
+        return _times(self.left, self.inverse * _times(self.right, g))
 
 
 @dataclass(frozen=True)
@@ -196,8 +223,10 @@ class NewtonKKT(Solver):
     near the answer). Nocedal and Wright, "Numerical Optimization", sections 18.1 to 18.4.
 
     A sample is done when |(gradient of f + y' h, h)| has shrunk to atol + rtol |the same at z0|. Constraints that
-    depend on each other get the shortest multipliers. Where the constraints contradict each other it ends as
-    INFEASIBLE, at a point that violates them least.
+    depend on each other get the shortest multipliers. These differentiate like z in all that they add up to, J'y;
+    one alone has no derivative: its gradient is zero, and reported as SINGULAR, so leave out equations that others
+    imply. Where the constraints contradict each other it ends as INFEASIBLE, at a point from where, to first
+    order, nothing leads to less violation; and as SINGULAR where they have no slope at the start: take another z0.
     """
 
     limit_gib: float = 4.0
@@ -211,68 +240,97 @@ class NewtonKKT(Solver):
         """Its line search."""
         return True
 
-    def start(self, F: Lagrangian, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """f, nu, and the f below which it is unbounded, `(B,)` each, and h `(B, m)`."""
+    def start(self, F: Lagrangian, z: Tensor, r: Tensor) -> Any:
+        """See `_Memory`."""
         value, h, _ = F.evaluate(z)
-        return value, torch.zeros_like(r[:, 0]), bottom(value, z, r), h
+        one = torch.ones_like(value, dtype=r.dtype)
+        rtol, atol = self.tolerances(z.dtype)
+        lowest = bottom(value, z[:, : z.shape[1] - h.shape[1]], r)
+        limit = rtol * row_norm(r) + atol
+        return _Memory(value, h, 0 * one, one, 0 * one, torch.zeros_like(h), limit, lowest)
 
-    def propose(
-        self, F: Lagrangian, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]
-    ) -> Proposal:
+    def propose(self, F: Lagrangian, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The step, halved until it leads on."""
-        value, nu, lowest, h = memory
-        m = h.shape[1]
+        last = _Memory(*memory)
+        h = last.h
+        n = z.shape[1] - h.shape[1]
         _, pull = pullback(F.residual, z)
-        hessian, jacobian = _blocks(dense(lambda u: -pull(u)[0], z, self.limit_gib), m)
+        hessian, jacobian = _blocks(dense(lambda u: -pull(u)[0], z, self.limit_gib), h.shape[1])
         split = _Split.of(jacobian)
-        d, slope, unchanged = _step(hessian, jacobian, split, z, r, h)
+        d, slope, unchanged = _step(hessian, jacobian, split, z, r, last)
         # Large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36.
+        # Where equations depend on each other, |h| falls by less than all of it.
         violation = row_norm(h)
-        enough = 2 * slope / torch.where(violation > 0, violation, 1.0)
-        nu = torch.where(violation > 0, torch.maximum(nu, enough), nu)
-        nu = torch.maximum(nu, row_norm((z + d)[:, -m:]))  # so that merit is least at the answer
-        merit = _Merit(value + nu * violation, slope - nu * violation, nu, row_norm(r), unchanged)
-        trial = merit.search(F, z, d, row_norm(r) > 0)
-        status = _verdict(trial, split, jacobian, h, z, lowest)
-        new = torch.where(trial.good[:, None], trial.z, z)
-        memory = (
-            torch.where(trial.good, trial.value, value),
+        relief = -torch.linalg.vecdot(h, _times(jacobian, d[:, :n])) / torch.where(violation > 0, violation, 1.0)
+        enough = 2 * slope / torch.where(relief > 0, relief, 1.0)
+        nu = torch.where(relief > 0, torch.maximum(last.nu, enough), last.nu)
+        nu = torch.maximum(nu, row_norm((z + d)[:, n:]))  # so that merit is least at the answer
+        merit = _Merit(last.value + nu * violation, slope - nu * relief, nu, row_norm(r), unchanged)
+        trial = merit.search(F, z, d, last.length, row_norm(r) > 0)
+        steep = torch.maximum(last.steep, torch.linalg.vector_norm(jacobian, dim=2))
+        status = _verdict(trial, split, jacobian, z, d, last._replace(steep=steep))
+        infeasible = status == int(Status.INFEASIBLE)
+        moves = trial.good & ~infeasible
+        new, residual = where_rows(moves, trial.z, z), where_rows(moves, trial.r, r)
+        # All that is left to tell points apart is how far they violate the constraints.
+        residual = where_rows(infeasible, torch.nn.functional.pad(-h, (n, 0)), residual)
+        memory = _Memory(
+            torch.where(moves, trial.value, last.value),
+            where_rows(moves, trial.h, h),
             nu,
-            lowest,
-            torch.where(trial.good[:, None], trial.h, h),
+            torch.where(trial.good, 1.0, trial.length / 2),  # the next search goes on where this one stopped
+            split.next_damping(last.damping, trial.length),
+            steep,
+            last.limit,
+            last.lowest,
         )
-        residual = torch.where(trial.good[:, None], trial.r, r)
-        progress = trial.good & (trial.value + nu * row_norm(trial.h) < merit.value)
+        progress = moves & (trial.value + nu * row_norm(trial.h) < merit.value)
         calls = trial.calls + z.shape[1] + (k == 0)
         return Proposal(new, memory, residual, calls, None, status, progress)
 
 
+class _Memory(NamedTuple):
+    """f `(B,)` and h `(B, m)`; the weight nu of |h| in the merit function, what share of a step to try first, and
+    the damping of the step onto the constraints, `(B,)` each; the largest gradients of h so far `(B, m)`; the
+    tolerance of |h| `(B,)`; the `bottom` of f."""
+
+    value: Tensor
+    h: Tensor
+    nu: Tensor
+    length: Tensor
+    damping: Tensor
+    steep: Tensor
+    limit: Tensor
+    lowest: Tensor
+
+
 def _step(
-    hessian: Tensor, jacobian: Tensor, split: _Split, z: Tensor, r: Tensor, h: Tensor
+    hessian: Tensor, jacobian: Tensor, split: _Split, z: Tensor, r: Tensor, last: _Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of (z, y), the slope of f along it, and where the model needed no change."""
+    """The step of (z, y), the slope of f along it, and where neither it nor the model needed a change."""
     n = hessian.shape[1]
     y, finite = z[:, n:], r.isfinite().all(1, keepdim=True)
-    r, h = torch.where(finite, r, 0.0), torch.where(finite, h, 0.0)
+    r, h = torch.where(finite, r, 0.0), torch.where(finite, last.h, 0.0)
     gradient = -r[:, :n] - _times(jacobian.mT, y)
-    normal = -_times(split.inverse, h)
+    normal = -split.solve(h, last.damping)
     eye = torch.eye(n, dtype=z.dtype, device=z.device)
     normal_space = eye - split.tangent
     # The normal space gets eigenvalues among those of the tangent space, and no part in the step.
     reduced = split.tangent @ hessian @ split.tangent
-    scale = torch.linalg.matrix_norm(reduced)
-    scale = torch.where(scale > 0, scale, 1.0)
-    values, vectors = torch.linalg.eigh(reduced + scale[:, None, None] * normal_space)
     right = -_times(split.tangent, gradient + _times(hessian, normal))
     # Curvature that would not keep the step within the scale of z is none.
     reach = row_norm(right) / (1 + row_norm(z[:, :n]))
+    scale = torch.linalg.matrix_norm(reduced)
+    scale = torch.where(scale > 0, scale, torch.where(reach > 0, reach, 1.0))
+    values, vectors = torch.linalg.eigh(reduced + scale[:, None, None] * normal_space)
     least = torch.finfo(z.dtype).eps ** 0.5 * scale + FAR * reach
     unchanged = (values > least[:, None]).all(1)
     bold = torch.maximum(values.abs(), (least + reach)[:, None])
     values = torch.where(unchanged[:, None], values, bold)
     tangential = _times(split.tangent, _times(vectors, _times(vectors.mT, right) / values))
     d = normal + tangential
-    y_new = -_times(split.inverse.mT, gradient + _times(hessian, d))
+    y_new = -split.solve_transposed(gradient + _times(hessian, d))
+    unchanged = unchanged & ~split.is_damped(last.damping)
     return torch.cat([d, y_new - y], 1), torch.linalg.vecdot(gradient, d), unchanged
 
 
@@ -300,7 +358,9 @@ class _Merit:
     norm: Tensor
     by_residual: Tensor  # where the residual may decide
 
-    def search(self, F: Lagrangian, z: Tensor, d: Tensor, running: Tensor) -> _Trial:
+    def search(self, F: Lagrangian, z: Tensor, d: Tensor, length: Tensor, running: Tensor) -> _Trial:
+        """What is found along d at the first good one of `length`, a half, a quarter..., where `running`."""
+
         def attempt(length: Tensor, calls: Any) -> _Trial:
             to = torch.addcmul(z, length[:, None], d)
             value, h, r = F.evaluate(to)
@@ -314,21 +374,30 @@ class _Merit:
             return attempt(torch.where(t.good, t.length, t.length / 2), t.calls + 1)
 
         calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
-        trial = attempt(torch.ones_like(self.norm), calls)
+        trial = attempt(length, calls)
         return repeat(halve, trial, lambda t: (~t.good & running).any(), TRIALS)[1]
 
 
-def _verdict(trial: _Trial, split: _Split, jacobian: Tensor, h: Tensor, z: Tensor, lowest: Tensor) -> Tensor:
-    """How samples `(B,)` end that cannot go on; RUNNING: they can."""
+def _verdict(trial: _Trial, split: _Split, jacobian: Tensor, z: Tensor, d: Tensor, m: _Memory) -> Tensor:
+    """How samples `(B,)` at z end that cannot go on; RUNNING: they can."""
     n = jacobian.shape[2]
-    size = torch.linalg.matrix_norm(jacobian)
-    violation = row_norm(h)
-    root_eps = torch.finfo(h.dtype).eps ** 0.5
-    # No direction, to first order, in which the constraints are violated less.
-    stuck = row_norm(_times(jacobian.mT, h)) <= root_eps * size * violation
-    violated = violation > root_eps * size * (1 + row_norm(z[:, :n]))
-    infeasible = ~split.full & stuck & violated
-    status = torch.where(trial.good, int(Status.RUNNING), int(Status.STAGNATED))
-    status = torch.where(~trial.good & ~trial.value.isfinite(), int(Status.NON_FINITE), status)
-    status = torch.where(infeasible, torch.where(size > 0, int(Status.INFEASIBLE), int(Status.SINGULAR)), status)
-    return torch.where(trial.good & (trial.value < lowest) & ~violated, int(Status.UNBOUNDED), status)
+    size, violation = torch.linalg.matrix_norm(jacobian), row_norm(m.h)
+    eps = torch.finfo(z.dtype).eps
+    violated = (violation > eps**0.5 * size * (1 + row_norm(z[:, :n]))) & (violation > m.limit)
+    # The slope of |h|^2 / 2: whether there is, to first order, a direction in which the constraints are violated
+    # less. Linear ones tell at once. Of others the gradients vanish only as z comes to the least violation: steps
+    # fall short, and gradients are little beside what they were and beside what would matter at the scale of z.
+    slope = row_norm(_times(jacobian.mT, m.h))
+    stuck = ~split.full & (slope <= eps**0.5 * size * violation)
+    short = ~trial.good | (trial.length < 1) | split.is_damped(m.damping)
+    matters = torch.minimum(torch.linalg.vecdot(m.steep, m.h.abs()), violation**2 / (1 + row_norm(z[:, :n])))
+    stuck = stuck | (short & (slope <= eps**0.375 * matters))
+    stays = row_norm(trial.length[:, None] * d[:, :n]) <= eps * row_norm(z[:, :n])
+    ends = ~trial.good & (stays | ~m.value.isfinite())
+    status = torch.where(trial.value.isfinite(), int(Status.STAGNATED), int(Status.NON_FINITE))
+    status = torch.where(ends, status, int(Status.RUNNING))
+    never_sloped = (m.steep == 0).all(1)
+    blind = torch.where(never_sloped, int(Status.SINGULAR), int(Status.INFEASIBLE))
+    status = torch.where(stuck & violated, blind, status)
+    bottomless = is_bottomless(trial.value, trial.z[:, :n], m.lowest)
+    return torch.where(trial.good & bottomless & ~violated, int(Status.UNBOUNDED), status)

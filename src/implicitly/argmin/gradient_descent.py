@@ -44,14 +44,14 @@ class GradientDescent(Solver):
         check_step(self, self.step)
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Of plain steps nothing; of a line search the length, the objective, its average, that average's weight
-        and the objective's bottom, `(B,)` each; of acceleration see `Accelerated`."""
+        """Of plain steps nothing; of a line search the length, the objective, its average and that average's
+        weight, `(B,)` each, and the objective's `bottom`; of acceleration see `Accelerated`."""
         if self.accelerated:
             return Accelerated.start(F.evaluate, z, self.step)
         if self.step is not None:
             return ()
         value, _ = F.evaluate(z)
-        return inverse_norm(r)[:, 0], value, value, torch.ones_like(r[:, 0]), bottom(value, z, r)
+        return inverse_norm(r)[:, 0], value, value, torch.ones_like(value, dtype=r.dtype), bottom(value, z, r)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The point down the gradient."""

@@ -53,11 +53,13 @@ class LBFGS(Solver):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.history, int) or isinstance(self.history, bool):
+            raise TypeError(f"LBFGS: history must be a whole number, got {self.history!r}")
         if self.history < 1:
             raise ValueError(f"LBFGS: history must be at least 1, got {self.history}")
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """S and Y `(B, m, n)`, T and Y Y' `(B, m, m)`, D `(B, m)`, g `(B, 1)`, the objective and its bottom."""
+        """S and Y `(B, m, n)`, T and Y Y' `(B, m, m)`, D `(B, m)`, g `(B, 1)`, the objective and its `bottom`."""
         slots = min(self.history, self.max_steps)
         T = z.new_zeros(z.shape[0], slots, slots)
         value, _ = F.evaluate(z)

@@ -73,9 +73,8 @@ class GaussNewton(Solver):
         floor = torch.finfo(z.dtype).eps * normal.diagonal(dim1=-2, dim2=-1).amax(1)
         d = _solved(normal, floor[:, None], r)
         d = torch.where((torch.linalg.vecdot(d, r) > 0)[:, None], d, r)
-        new = wolfe(F, z, value, r, d, torch.ones_like(r[:, 0]))
-        lowest = torch.full_like(value, -float("inf"))  # squares are never below zero
-        status = stopped(new, new.length[:, 0] == 0, lowest)
+        new = wolfe(F, z, value, r, d, torch.ones_like(value, dtype=z.dtype))
+        status = stopped(new, new.length[:, 0] == 0, None)  # squares are never below zero
         calls = new.calls + products + (k == 0)
         return Proposal(new.z, (new.value,), new.r, calls, None, status, new.value < value)
 
@@ -108,7 +107,7 @@ class LevenbergMarquardt(Solver):
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The objective, mu and its factor of growth, `(B,)` each, and D `(B, n)`."""
         value, _ = F.evaluate(z)
-        one = torch.ones_like(r[:, 0])
+        one = torch.ones_like(value, dtype=r.dtype)
         return value, self.damping * one, 2 * one, torch.zeros_like(z)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:

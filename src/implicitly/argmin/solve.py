@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.argmin.conditions import Form, LeastSquares, Unconstrained
 from implicitly.argmin.equality import Equality, NewtonKKT
+from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.compiled import as_graphs
 from implicitly.graph_break import one_break
-from implicitly.iterate import Solution, Solver
+from implicitly.implicit import LINEAR_REMEDY, REMEDY, explain
+from implicitly.iterate import Found, Solution, Solver, Status
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -39,8 +45,8 @@ def argmin(
 
     The derivative comes from a condition that the minimum satisfies, and the constraint decides which: without
     one, that the gradient vanishes; of a projection P, the projected-gradient fixed point z = P(z - gradient); of
-    `Equality(h)`, the equations of Karush, Kuhn and Tucker. Where a set can be stated in two of these ways, both
-    give the same derivative. Args that enter through the constraint get theirs, too.
+    `Equality(h)`, the equations of Karush, Kuhn and Tucker. Sets that can be stated in two of these ways have the
+    same derivative in both. Args that enter through the constraint get theirs, too.
 
     Args:
         objective: `objective(z, *args)` gives one value a sample, `(B,)`; with `batch_dims=0` a single one. It is
@@ -51,23 +57,24 @@ def argmin(
             `Equality(h)` for h(z, *args) = 0; None: every z is feasible.
         solver: without a constraint `LBFGS`, `GradientDescent`, `Newton` or `NewtonKrylov`; with a projection
             `ProjectedGradient()` (the default there), or any solver of fixed points; with equations `NewtonKKT()`
-            (the default there), or any solver of roots.
+            (the default there), or any solver of roots. `NewtonKrylov` may find saddles: prefer `LBFGS`.
         adjoint: `ImplicitAdjoint` or `UnrolledAdjoint`; with a projection also `PhantomAdjoint` and
             `JacobianFreeAdjoint`. The backward systems of unconstrained problems are symmetric positive definite:
             `ImplicitAdjoint(CG())` fits them.
         batch_dims, in_dims: as in `fixed_point`.
         convex: whether every stationary point is known to be a minimum. Else the points found are checked in
             second order (on the tangent space of the active constraints); those that are not end as NOT_MINIMUM.
-        on_failure: "raise", "warn" or "ignore" when samples do not converge. Samples that diverged, met NaN, fell
-            without end (UNBOUNDED) or found no minimum have zero gradient.
-        compile: run the whole solve as one graph of `torch.compile`, and the linear solve of `ImplicitAdjoint` as
-            another, as in `fixed_point`.
+            Beyond 48 dimensions a negative eigenvalue a hundredth the size of the largest may go unnoticed.
+        on_failure: "raise", "warn" or "ignore" when samples do not converge. Those that diverged, met NaN, fell
+            without end (UNBOUNDED; not -log z, whose gradient vanishes: it ends as CONVERGED, far away) or found
+            no minimum have zero gradient.
+        compile: run the solve as one graph, and the linear solve of `ImplicitAdjoint`, as in `fixed_point`.
 
     Returns:
-        `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps` of
-        shape `(B,)`; `evaluations` counts calls of the objective with its gradient. With `Equality` a
-        `ConstrainedSolution`, which has the multipliers too. Tolerances are relative to the residual at z0, or to
-        |J z0| where J is its Jacobian there and that is larger.
+        `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps`
+        `(B,)`; `evaluations` of the objective with its gradient. With `Equality` a `ConstrainedSolution`, which
+        has the multipliers too. Tolerances are relative to the residual at z0, or to |J z0| with its Jacobian J
+        there if that is larger.
 
     Raises:
         TypeError, ValueError: for input that cannot be meant, before any work.
@@ -137,9 +144,27 @@ def _minimum(
     if not callable(objective):
         raise TypeError(f"the function to minimise must be callable, got a {type(objective).__name__}")
     layout = Layout.of(z0, batch_dims)
-    how = check_choices(solver, adjoint, layout.dtype, form.iterates, form.offers, form.try_solver)
+    how = check_choices(solver, adjoint, layout.computed_dtype, form.iterates, form.offers, form.try_solver)
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
     condition = form.condition(problem, on_failure, convex)
+    condition = replace(condition, report=replace(condition.report, message=partial(_explained, form)))
     condition = as_graphs(condition, problem.key) if compile else condition
     found = how.find(solver, condition, problem)
     return form.solution(problem, found, how.attach(found, condition, problem))
+
+
+def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
+    """What is said of samples that `failed`, of the minimum or of its derivative."""
+    if name != form.name:
+        return explain(name, solver, found, failed, LINEAR_REMEDY)
+    remedy = {**REMEDY, Status.DIVERGED: "start closer (z0), or try another solver"}
+    if isinstance(solver, GradientDescent | ProjectedGradient):
+        remedy[Status.DIVERGED] = "a smaller step, or step=None, which finds its own"
+    elif isinstance(form, Projection):
+        remedy[Status.DIVERGED] = "a smaller step of im.Projection, or ProjectedGradient, which finds its own"
+    if isinstance(form, Equality):
+        remedy[Status.SINGULAR] = (
+            "the derivative of the constraints vanishes or is singular there, so that it leads nowhere: start "
+            "elsewhere (z0)"
+        )
+    return explain(name, solver, found, failed, remedy)

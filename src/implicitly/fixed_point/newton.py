@@ -40,7 +40,7 @@ class Newton(Solver):
         return self.line_search
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Nothing; of an objective its values, and those below which it is unbounded, `(B,)` each."""
+        """Nothing; of an objective its values `(B,)`, and what none that is bounded gets to `(B, 2)`."""
         if not (isinstance(F, Descent) and self.line_search):
             return ()
         value, _ = F.evaluate(z)
