@@ -115,8 +115,10 @@ def test_the_second_derivative_refuses_changes_too():
 # ------------------------------------------------------------------------------------------------- modes
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name", [name for name in SOLVES if name != "fixed_point"])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [*((name, train) for name in EAGER[1:] for train in (True, False)), ("compiled", True)],
+)
 def test_the_derivative_is_that_of_the_mode_of_the_solve(name, train):
     gradients = []
     for switched in (False, True):

@@ -88,8 +88,9 @@ class Halt:
         generator = torch.Generator().manual_seed(0)  # not the user's draws
         v, logs = torch.zeros_like(self.y), []
         v[row] = torch.randn(self.y.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(v)
-        for _ in range(steps):
-            (v,) = pull(v / v.norm().clamp(min=torch.finfo(v.real.dtype).tiny), [0])
-            logs.append(float(v.norm().log()))
+        with torch.no_grad():
+            for _ in range(steps):
+                (v,) = pull(v / v.norm().clamp(min=torch.finfo(v.real.dtype).tiny), [0])
+                logs.append(float(v.norm().log()))
         rate = math.exp(sum(logs[steps // 2 :]) / (steps - steps // 2))
         return None if math.isnan(rate) else rate
