@@ -23,6 +23,8 @@ from implicitly.tree import row_norm
 # What a step with the inverse of the right matrix leaves of a residual, at most; and what tells it from another.
 CLOSE_ENOUGH = 0.5
 PLAIN = 1e-3
+# A refinement that leaves more is one with another matrix.
+CREEP = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ class StructuredSolver(LinearSolver):
             step, left = guess[2:]
             return Proposal(z + step, (inverse, guess[0]), left, calls=1)
         step, left = inverse(F, r)
-        if guess and bool((row_norm(left) > torch.maximum(PLAIN * row_norm(r), guess[0])).any()):
+        if guess and bool((row_norm(left) > torch.maximum(CREEP * row_norm(r), guess[0])).any()):
             return self.propose(F, k, z, r, self._recognised(F, z, r))
         return Proposal(z + step, (inverse, *guess[:1]), left, calls=1)
 

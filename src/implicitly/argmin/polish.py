@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class System:
         n, _, m = program.sizes
         condensed = Condensed.of(program) if m <= CONDENSED_UP_TO * n else None
         return cls(program, scaling, base_matrix(program) if condensed is None else condensed)
+
+    @cached_property
+    def sizes_of_G(self) -> Tensor:
+        """|G|, entry by entry."""
+        return self.program.G.abs()
 
     @property
     def condensed(self) -> Condensed | None:
@@ -166,22 +172,20 @@ class _Active(NamedTuple):
         parts = (self.w[rows], self.alpha[rows], self.factors.take_rows(rows), self.beta[rows])
         return _Active(*parts, self.rounds)
 
-    def signs(self, program: QuadraticProgram) -> tuple[Tensor, Tensor, Tensor]:
+    def signs(self, system: System) -> tuple[Tensor, Tensor, Tensor]:
         """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
         multipliers; what counts as zero `(B, m)`.
 
         A multiplier is small beside the others, a slack beside the terms of its own row: a bound far away from
         the solution tells nothing about the rest.
         """
+        program = system.program
         n, q, _ = program.sizes
         z, lam = self.w[:, :n], self.w[:, n + q :]
-        Gz = times(program.G, z)
-        slack, small = program.h - Gz, torch.finfo(lam.dtype).eps ** 0.6
-        size = 1 + torch.maximum(program.h.abs(), Gz.abs())
-        if happens((slack.abs() <= small * (size + row_norm(z).unsqueeze(1))) & (self.alpha == 0)):
-            size = torch.maximum(size, times(program.G.abs(), z.abs()))  # of the terms that may cancel
-        size = torch.where(self.alpha > 0, 1 + row_norm(lam).unsqueeze(1), size)
-        return torch.where(self.alpha > 0, lam, slack), lam, small * size
+        slack, binds = program.h - times(program.G, z), self.alpha > 0
+        terms = torch.maximum(program.h.abs(), times(system.sizes_of_G, z.abs()))
+        size = 1 + torch.where(binds, row_norm(lam).unsqueeze(1), terms)
+        return torch.where(binds, lam, slack), lam, torch.finfo(lam.dtype).eps ** 0.6 * size
 
 
 def _settle(
@@ -199,7 +203,7 @@ def _settle(
     else:
         w = newton_step(program, factors, beta, w)
     at = _Active(w, alpha, factors, beta, 1)
-    signed, lam, small = at.signs(program)
+    signed, lam, small = at.signs(system)
     wrong = signed < -small
     if rounds == 1 or not happens(wrong):
         return at
@@ -259,7 +263,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     alpha = torch.where(near, found.binding, found.w[:, n + q :] > found.slack).to(found.w.dtype)
     start = found.w.nan_to_num(0.0, 0.0, 0.0)
     at, residual, size = _refined(system, _settle(system, alpha, start, trusted))
-    signed, _, small = at.signs(program)
+    signed, _, small = at.signs(system)
     weak = signed.abs() <= small
     # Those that bind with no force might as well not, which changes the derivative alone.
     rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
