@@ -356,6 +356,7 @@ def test_progress_goes_from_the_start_to_the_end_once():
         ({"history": lambda t: torch.ones(2) if t >= 0 else torch.ones(3)}, ValueError, "history must return"),
         ({"f": lambda t, y, d: d[0][:1]}, ValueError, "shape"),
         ({"in_dims": 0}, ValueError, "batch_dims=0"),
+        ({"in_dims": (0, None), "batch_dims": 1}, ValueError, "2 entries, but f gets 0 args"),
         ({"solver": "dopri5"}, TypeError, "solver must be"),
         ({"adjoint": im.ImplicitAdjoint()}, TypeError, "adjoint must be"),
         ({"on_failure": "panic"}, ValueError, "on_failure"),

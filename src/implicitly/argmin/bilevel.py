@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from implicitly.graph_break import one_break
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
 from implicitly.iterate import Found, Proposal, Solver, Status
-from implicitly.linear import CG
+from implicitly.linear import CG, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.tree import Layout, open_function, pullback, records, row_norm, under_transform
 
@@ -306,13 +306,7 @@ def _not_stationary(name: str, solver: Solver, found: Found, failed: Tensor) -> 
 
 
 def _check_options(solver: Solver, damping: Any, tolerance: float | None, listen: Any, layout: Layout) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"linear_solver must be a solver such as im.CG(), got {solver!r}")
-    if solver.needs is not None:
-        raise TypeError(
-            f"linear_solver must solve linear systems, as im.CG() or im.GMRES() do; {type(solver).__name__} needs "
-            "more than a residual, and belongs in im.argmin or im.least_squares"
-        )
+    check_linear_solver(solver)
     solver.tolerances(layout.dtype)
     if not (isinstance(damping, int | float) and not isinstance(damping, bool) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")

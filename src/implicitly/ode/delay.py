@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
+from implicitly.implicit import Opaque
 from implicitly.iterate import Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
@@ -258,7 +259,10 @@ def _dims_of(in_dims: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """`in_dims` as one entry for each of `args`; None where they are not known."""
     if in_dims is None and any(isinstance(x, Tensor) for x in pytree.tree_leaves(args)):
         return None
-    return tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(args)
+    dims = tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(args)
+    if len(dims) != len(args):
+        raise ValueError(f"in_dims={in_dims!r} has {len(dims)} entries, but f gets {len(args)} args after delayed")
+    return dims
 
 
 def _jumps(lags: np.ndarray, span: float, order: int) -> Iterator[np.ndarray]:
@@ -441,7 +445,7 @@ _LAST = ("status", "error", "t", "length")
 _SUMS = ("steps", "tries")
 
 
-class _Steps(torch.autograd.Function):
+class _Steps(Opaque):
     """The steps of a solve, as `Record.stacked` has them: nothing that has a derivative. `work` knows the rest."""
 
     @staticmethod
@@ -456,18 +460,6 @@ class _Steps(torch.autograd.Function):
         values = nodes.at_knots(accepted, y, is_success(found.status))
         work.known = found._replace(values=values), y, calls
         return steps
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return (None,) * len(Taken._fields)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from implicitly.host import Array, every, on_host, to_host, to_tensor
+from implicitly.iterate import NUMBERS
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
 from implicitly.tree import unwrapped
@@ -83,7 +83,7 @@ class Method(ABC):
             raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
         for which in ("dt", "dt0", "dt_min", "dt_max"):
             value = getattr(self, which)
-            if value is not None and not isinstance(value, float | int | np.floating | np.integer):
+            if value is not None and not isinstance(value, NUMBERS):
                 raise TypeError(
                     f"{name}: {which} must be a number, got a {type(value).__name__}; of a tensor pass "
                     "float(...), as no derivative goes through the lengths of steps"
