@@ -15,7 +15,8 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import implicitly as im
-from implicitly.tree import Layout, open_function
+from implicitly.functions import open_function
+from implicitly.tree import Layout
 from tests.problems import Cell, draw
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from implicitly.implicit import (
 from implicitly.iterate import ConvergenceWarning, Found, Solver, Status, where_rows
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
-from implicitly.tree import is_recorded, is_wrapped, unwrapped
+from implicitly.transforms import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 
+from implicitly.functions import Key
 from implicitly.graph_break import REASON
 from implicitly.host import LOOPS, carrying
 from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
 from implicitly.iterate import DRIFTED, Found, Solver
 from implicitly.linearised import CannotSplitError, split_pullback
-from implicitly.tree import Key, is_near, row_norm
+from implicitly.transforms import is_near
+from implicitly.tree import row_norm
 
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from implicitly.iterate import Residual, Status, is_running, repeat
-from implicitly.tree import is_plain, pullback, row_norm
+from implicitly.pullback import pullback
+from implicitly.transforms import is_plain
+from implicitly.tree import row_norm
 
 # Lengths that a line search tries, and after how many of them secants are seen to mislead.
 TRIALS, SECANTS = 25, 5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import LOOPS, Array
-from implicitly.tree import is_near, is_wrapped
+from implicitly.transforms import is_near, is_wrapped
 
 # Slots there is room for at first. Many solves need no more.
 ROOM = 10

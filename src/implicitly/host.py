@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.tree import is_near, is_wrapped, under_transform, unwrapped
+from implicitly.transforms import is_near, is_wrapped, under_transform, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any

@@ -46,19 +46,9 @@ from implicitly.iterate import (
     last_step,
 )
 from implicitly.linear import Affine
-from implicitly.tree import (
-    full_precision,
-    is_plain,
-    is_wrapped,
-    merge_rows,
-    of_places,
-    pullback,
-    real_parts,
-    recorded,
-    row_norm,
-    unhooked,
-    unwrapped,
-)
+from implicitly.pullback import of_places, pullback, recorded
+from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, unhooked, unwrapped
+from implicitly.tree import real_parts, row_norm
 
 Map = Callable[[Tensor], Tensor]
 

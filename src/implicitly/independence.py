@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from implicitly.tree import Layout, open_function, row_norm
+from implicitly.functions import open_function
+from implicitly.transforms import out_of_inference_mode
+from implicitly.tree import Layout, row_norm
 
 # How far from z f is looked at once more, relative to the size of z: derivatives that vanish at z itself (those of
 # z * mean(z) at z = 0, a usual start) do not a little beside it.
 BESIDE = 1e-2
-
-
-@contextmanager
-def out_of_inference_mode(inputs: Any) -> Iterator[Any]:
-    """Where autograd can record; gives the pytree `inputs` with copies of tensors that no graph can hold."""
-    recording = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(recording):  # the first alone would enable it
-        yield pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)
 
 
 def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int = 16) -> list[tuple[int, int]]:

@@ -26,7 +26,8 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
 from implicitly.host import LOOPS, happens, on_host, remembered, to_host, views
-from implicitly.tree import is_batched, is_near, is_wrapped, row_norm, unwrapped
+from implicitly.transforms import is_batched, is_near, is_wrapped, unwrapped
+from implicitly.tree import row_norm
 
 Residual = Callable[[Tensor], Tensor]
 

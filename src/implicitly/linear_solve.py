@@ -13,7 +13,8 @@ from implicitly.implicit import Backward, Condition, Map, Report, attach, find
 from implicitly.iterate import Solution, Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
-from implicitly.tree import Layout, pullback
+from implicitly.pullback import pullback
+from implicitly.tree import Layout
 
 
 @one_break

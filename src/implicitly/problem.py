@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
-from implicitly.tree import Layout, Opened, Opening, like, loses, open_function, refuse_captured, watched
+from implicitly.transforms import loses
+from implicitly.tree import Layout
 
 
 @dataclass(frozen=True)

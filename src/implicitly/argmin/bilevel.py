@@ -29,12 +29,15 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
+from implicitly.functions import open_function
 from implicitly.graph_break import one_break
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
 from implicitly.iterate import Found, Proposal, Solver, Status
 from implicitly.linear import CG, check_linear_solver
 from implicitly.problem import Problem
-from implicitly.tree import Layout, open_function, pullback, records, row_norm, under_transform
+from implicitly.pullback import pullback
+from implicitly.transforms import records, under_transform
+from implicitly.tree import Layout, row_norm
 
 
 @one_break

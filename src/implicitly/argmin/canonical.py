@@ -23,7 +23,8 @@ from torch import Tensor
 
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.optional import require
-from implicitly.tree import columns_of, merge_rows
+from implicitly.transforms import merge_rows
+from implicitly.tree import columns_of
 
 # ------------------------------------------------------------------------------- from parameters to numbers
 

@@ -18,11 +18,14 @@ from torch.utils import _pytree as pytree
 
 from implicitly.argmin.curvature import smallest_curvature
 from implicitly.descent import Descent, value_and_descent
+from implicitly.functions import open_function
 from implicitly.host import happens
 from implicitly.implicit import Condition, Map, Report, push
 from implicitly.iterate import Found, Solution, Status
 from implicitly.problem import Problem, carries_of
-from implicitly.tree import Layout, casts, open_function, pullback, real_parts, row_norm
+from implicitly.pullback import pullback
+from implicitly.transforms import casts
+from implicitly.tree import Layout, real_parts, row_norm
 
 Function = Callable[..., Any]
 

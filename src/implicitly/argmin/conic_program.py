@@ -16,7 +16,8 @@ from implicitly.argmin.derivative import KKTAdjoint, StructuredSolver
 from implicitly.host import happens
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Found, Status, is_success
-from implicitly.tree import columns_of, merge_rows, row_norm
+from implicitly.transforms import merge_rows
+from implicitly.tree import columns_of, row_norm
 
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
 POLISHED = 1e-14

@@ -24,7 +24,8 @@ from implicitly.argmin.solver import ProgramSolver
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import Report, users_line
 from implicitly.iterate import Found, Solution, SolverError
-from implicitly.tree import columns_of, is_wrapped
+from implicitly.transforms import is_wrapped
+from implicitly.tree import columns_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,13 @@ from torch.utils import _pytree as pytree
 
 from implicitly.argmin.conditions import Form, Function, check_values
 from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
+from implicitly.functions import open_function
 from implicitly.implicit import Map
 from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, carries_of
-from implicitly.tree import Layout, open_function, pullback, row_norm
+from implicitly.pullback import pullback
+from implicitly.tree import Layout, row_norm
 
 # How far Newton's step may lead, in the scale of z, is 1 / FAR.
 FAR = 0.01

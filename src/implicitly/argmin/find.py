@@ -17,7 +17,7 @@ from implicitly.argmin.solver import ProgramSolver
 from implicitly.host import happens
 from implicitly.implicit import Opaque, Report
 from implicitly.iterate import Found, Status
-from implicitly.tree import merge_rows
+from implicitly.transforms import merge_rows
 
 # How a report on a program is made, where what `vmap` maps has become a batch.
 ReportOn = Callable[[QuadraticProgram, Tensor], Report]

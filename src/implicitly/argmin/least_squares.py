@@ -11,7 +11,8 @@ from torch import Tensor
 from implicitly.descent import Descent, stopped, wolfe
 from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Solver, Status, where_rows
-from implicitly.tree import pullback, row_norm
+from implicitly.pullback import pullback
+from implicitly.tree import row_norm
 
 
 def jacobian_of(residuals: Map, z: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from implicitly.host import happens
 from implicitly.iterate import Status
-from implicitly.tree import row_norm, unwrapped
+from implicitly.transforms import unwrapped
+from implicitly.tree import row_norm
 
 # Columns whose largest entries differ by less than the square of that are left as they are.
 EVEN = 16.0

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
 from implicitly.argmin.conditions import Form, Function, check_values, descent_of, rows_of
+from implicitly.functions import open_function
 from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Residual, Solver
 from implicitly.problem import Problem, carries_of
-from implicitly.tree import Layout, open_function, pullback
+from implicitly.pullback import pullback
+from implicitly.tree import Layout
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from implicitly.graph_break import one_break
 from implicitly.host import happens
 from implicitly.implicit import REMEDY, Report, explain
 from implicitly.iterate import Found, Solution, Solver, Status
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 
 NAMES = ("Q", "p", "G", "h", "A", "b")
 

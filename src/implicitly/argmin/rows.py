@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicitly.host import happens
 from implicitly.implicit import Opaque
-from implicitly.tree import full_precision, unwrapped
+from implicitly.transforms import full_precision, unwrapped
 
 Number = float | Tensor
 

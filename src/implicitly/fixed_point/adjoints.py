@@ -11,7 +11,7 @@ from implicitly.adjoints import Adjoint
 from implicitly.implicit import Condition, arrive, constant, find, is_usable, some, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
-from implicitly.tree import is_recorded
+from implicitly.transforms import is_recorded
 
 
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:

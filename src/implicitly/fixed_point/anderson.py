@@ -22,7 +22,7 @@ from implicitly.history import (
 )
 from implicitly.host import happens, on_host, remembered, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
-from implicitly.tree import is_near, records
+from implicitly.transforms import is_near, records
 
 LARGEST_WEIGHTS = 1e4
 # What the square of a residual that is exactly 0 is taken for, in multiples of the least normal number: all the

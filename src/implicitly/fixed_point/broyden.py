@@ -23,7 +23,7 @@ from implicitly.history import (
 )
 from implicitly.host import Array, library, on_host, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver
-from implicitly.tree import records
+from implicitly.transforms import records
 
 # The secant equation has no solution where s'Hy = 0: so near to that, relative to |s|^2, the update is left out.
 UNDEFINED = 1e-8

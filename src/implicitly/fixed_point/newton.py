@@ -14,7 +14,8 @@ from implicitly.fixed_point.line_search import backtrack
 from implicitly.host import happens
 from implicitly.iterate import Proposal, Residual, Solver, Status, coded, iterate, where_rows
 from implicitly.linear import GMRES, Affine, check_linear_solver, dense
-from implicitly.tree import pullback, row_norm
+from implicitly.pullback import pullback
+from implicitly.tree import row_norm
 
 
 @dataclass(frozen=True)

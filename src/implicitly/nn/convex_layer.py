@@ -15,7 +15,7 @@ from implicitly.argmin.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.implicit import Report
 from implicitly.iterate import Solution
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 
 
 class ConvexLayer(nn.Module):

@@ -21,7 +21,7 @@ from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.warm_start import LastBatch, WarmStart
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 

@@ -24,7 +24,8 @@ from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.unroll import is_unrollable
-from implicitly.tree import LOW_PRECISION, real_dtype, unwrapped
+from implicitly.transforms import unwrapped
+from implicitly.tree import LOW_PRECISION, real_dtype
 from implicitly.unrolled import UnrolledAdjoint
 
 Times = Sequence[float] | Tensor

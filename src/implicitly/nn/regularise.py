@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from implicitly.independence import out_of_inference_mode
-from implicitly.tree import Layout, row_norm, under_transform
+from implicitly.transforms import out_of_inference_mode, under_transform
+from implicitly.tree import Layout, row_norm
 
 
 def jacobian_norm(

@@ -17,7 +17,7 @@ from implicitly.ode.control import Controller
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import Bosh3, Dopri5, Dopri8, RungeKutta
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 
 # What takes the first steps; its order may be one less, as these are few.
 STARTERS: dict[int, type[RungeKutta]] = {2: Bosh3, 3: Bosh3, 4: Dopri5, 5: Dopri5, 6: Dopri8, 7: Dopri8, 8: Dopri8}

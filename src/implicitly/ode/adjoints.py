@@ -42,15 +42,14 @@ from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
-from implicitly.tree import (
+from implicitly.pullback import of_places, pull_within
+from implicitly.transforms import (
     is_batched,
     is_near,
     is_plain,
     is_recorded,
     is_wrapped,
     merge_rows,
-    of_places,
-    pull_within,
     unhooked,
     unwrapped,
 )

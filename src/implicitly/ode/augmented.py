@@ -20,7 +20,9 @@ from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Taken
-from implicitly.tree import is_plain, of_places, pullback, real_parts
+from implicitly.pullback import of_places, pullback
+from implicitly.transforms import is_plain
+from implicitly.tree import real_parts
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_s
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.tree import is_wrapped, real_parts, unhooked
+from implicitly.transforms import is_wrapped, unhooked
+from implicitly.tree import real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
 # beyond that the reverse system is stiff, and taking the forward steps again costs less.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import Array, remembered
-from implicitly.tree import records
+from implicitly.transforms import records
 
 # A length: a number where all samples have the same, else `(B, 1)`.
 Length = float | Tensor

@@ -17,7 +17,8 @@ from implicitly.implicit import push
 from implicitly.ode.events import Event
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
-from implicitly.tree import is_plain, recorded, unwrapped
+from implicitly.pullback import recorded
+from implicitly.transforms import is_plain, unwrapped
 
 # A step is looked at in this many equal parts.
 PARTS = 6

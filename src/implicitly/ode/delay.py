@@ -34,7 +34,8 @@ from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, tell
 from implicitly.ode.stiffness import Halt
-from implicitly.tree import Layout, is_near, unhooked
+from implicitly.transforms import is_near, unhooked
+from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 # Times that differ by no more than so many units of rounding are the same one.

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from implicitly.tree import Layout, casts
+from implicitly.transforms import casts
+from implicitly.tree import Layout
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Taken
-from implicitly.tree import of_places
+from implicitly.pullback import of_places
 
 
 class Arrived(NamedTuple):

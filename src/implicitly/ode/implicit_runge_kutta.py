@@ -30,7 +30,8 @@ from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.ode.tableaus import Tableau
-from implicitly.tree import is_plain, pullback, records
+from implicitly.pullback import pullback
+from implicitly.transforms import is_plain, records
 
 # Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
 TOO_SLOW, SLOW = 0.9, 0.03

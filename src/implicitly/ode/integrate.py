@@ -23,7 +23,7 @@ from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
-from implicitly.tree import is_batched, is_tracked
+from implicitly.transforms import is_batched, is_tracked
 
 # A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.
 STRETCH = 1e-3

@@ -14,7 +14,7 @@ from implicitly.host import Array, every, on_host, to_host, to_tensor
 from implicitly.iterate import NUMBERS
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 
 # What a method carries from one step to the next besides the state: tensors with one row a sample.
 Memory = tuple[Tensor, ...]

@@ -15,7 +15,7 @@ from implicitly.host import on_host, remembered
 from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Step
 from implicitly.ode.record import STOP, Taken
-from implicitly.tree import is_tracked
+from implicitly.transforms import is_tracked
 
 
 class Piecewise(NamedTuple):

@@ -22,7 +22,7 @@ from implicitly.ode.integrate import Integrated, step_length
 from implicitly.ode.method import Memory, Method
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
-from implicitly.tree import is_tracked
+from implicitly.transforms import is_tracked
 
 # Of so many steps the times are made ready at once; and nobody looks for NaN or inf in between, which stay in a
 # state once they are in it.

@@ -12,21 +12,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.compiled import Check
+from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
 from implicitly.host import Array, every, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.tree import (
-    Layout,
-    Opened,
-    Opening,
-    is_wrapped,
-    like,
-    loses,
-    open_function,
-    refuse_captured,
-    watched,
-)
+from implicitly.transforms import is_wrapped, loses
+from implicitly.tree import Layout
 
 
 @dataclass

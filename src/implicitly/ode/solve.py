@@ -24,7 +24,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
-from implicitly.tree import is_tracked, unwrapped
+from implicitly.transforms import is_tracked, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 

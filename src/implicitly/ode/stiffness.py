@@ -16,7 +16,8 @@ from implicitly.iterate import Status
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.tableaus import Tableau
-from implicitly.tree import recorded, records
+from implicitly.pullback import recorded
+from implicitly.transforms import records
 
 # No explicit method of these orders is stable for longer; and how finely its limit is found.
 FURTHEST, FINENESS = 100.0, 1e-3

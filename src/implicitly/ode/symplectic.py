@@ -14,7 +14,7 @@ from implicitly.host import Array, happens
 from implicitly.ode.combine import advanced, as_length, stage_times
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field, Problem
-from implicitly.tree import unwrapped
+from implicitly.transforms import unwrapped
 
 
 @dataclass(frozen=True)

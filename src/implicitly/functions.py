@@ -1,0 +1,392 @@
+"""Functions with everything they depend on laid open."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from implicitly.transforms import casts, full_precision, has_tangent, is_tracked, levels, under_transform, version
+from implicitly.tree import Layout
+
+# In place of a tensor among the leaves of args.
+_GAP = object()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A function of its state and everything it depends on: `opened(z, *theta)` is `f(z, *args)`.
+
+    `theta` holds the tensors of `args` first, then those in place of the `parameters` (and buffers, where a
+    derivative reaches them) of every module that f is, is bound to, closes over or refers to. No tensor of `args`
+    is kept here, so that this may outlive them.
+    """
+
+    f: Callable[..., Any]
+    parameters: tuple[Tensor, ...]
+    modules: tuple[nn.Module, ...]  # that f uses
+    places: tuple[tuple[str, int], ...]  # where in `host` each parameter goes; tied ones go to several
+    args_spec: pytree.TreeSpec
+    static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
+    device_type: str  # of the state
+    autocast: torch.dtype | None
+    default_device: torch.device | None  # where it is not the CPU
+    parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
+    constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
+
+    def kept(self) -> Callable[[], AbstractContextManager[None]]:
+        """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
+
+        Entering it raises RuntimeError where a tensor without a derivative that f uses was changed in place, as
+        autograd does for those that it saved. What f changes itself is its own affair.
+        """
+        modes = tuple(part.training for part in self.parts)
+        own = tuple((name, x, was) for name, x, was in self.constants if version(x) == was)
+        return functools.partial(_as_then, self.parts, modes, own)
+
+    @functools.cached_property
+    def host(self) -> _Host:
+        """All modules as one."""
+        return _Host(self.modules)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Those of all modules."""
+        return (b for module in self.modules for b in module.buffers())
+
+    def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
+        """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
+        self.__dict__["host"] = _host_of(self.modules)  # made now: a trace cannot
+        # With their types, and signs of zeros, as 2, 2.0 and True are equal but do not compute the same.
+        static = tuple((type(s), s, repr(s) if isinstance(s, float | complex) else None) for s in self.static)
+        # Of the batch only the size varies, which the tensors' shapes tell.
+        of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
+        try:
+            return Key(f, of_layout, str(self.args_spec), static, self.places, self.autocast)
+        except TypeError as error:
+            raise TypeError(
+                "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
+                f"({error}); pass tuples instead of arrays or lists, or compile=False"
+            ) from error
+
+    def __call__(self, state: Any, *theta: Tensor) -> Any:
+        """f at `state`, with `theta` in place of the tensors it depends on."""
+        return self.at(*theta)(state)
+
+    def at(self, *theta: Tensor) -> Callable[[Any], Any]:
+        """f with `theta` in place of the tensors it depends on, as a map of the state."""
+        if torch.compiler.is_dynamo_compiling():
+            return functools.partial(self._traced, theta)
+        args, exchanged = self._placed(theta)
+        own = all(map(operator.is_, theta[len(theta) - len(self.parameters) :], self.parameters))
+        default = self.default_device
+
+        def call(state: Any) -> Any:
+            caches = parametrize._cache_enabled
+            if self.autocast is None and default is None and not (caches or casts(self.device_type)):
+                return self._call(own, exchanged, state, args)
+            # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
+            # called from; an accelerator's is a thread of autograd's own, which has no default device.
+            with self._arithmetic(), default or nullcontext(), _uncached() if caches else nullcontext():
+                return self._call(own, exchanged, state, args)
+
+        return call
+
+    def _traced(self, theta: tuple[Tensor, ...], state: Any) -> Any:
+        # In the loop that calls: where W.T is asked for inside of it, the tracer looks for W there.
+        args, exchanged = self._placed(tuple(x.view_as(x) for x in theta))
+        if self.autocast is None and not casts(self.device_type):
+            return self._call(False, exchanged, state, args)
+        with self._arithmetic():
+            return self._call(False, exchanged, state, args)
+
+    def _placed(self, theta: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """The args of f, and what is to be exchanged in its modules."""
+        count = len(theta) - len(self.parameters)
+        tensors, given = iter(theta[:count]), theta[count:]
+        flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
+        return pytree.tree_unflatten(flat, self.args_spec), {name: given[i] for name, i in self.places}
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return full_precision(self.device_type)
+        return torch.autocast(self.device_type, self.autocast, cache_enabled=False)
+
+    def _call(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
+        transformed = not torch.compiler.is_dynamo_compiling() and under_transform()
+        if own and not transformed:
+            return self.f(state, *args)
+        if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
+            exchanged = {n: b.clone() for n, b in self.host.named_buffers()} | exchanged
+        if not exchanged:
+            return self.f(state, *args)
+        # `places` holds every one, once: with tie_weights a module of two names would not be restored.
+        return functional_call(self.host, exchanged, (self.f, state, *args), tie_weights=False)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without torch's cache of parametrised weights: those of a solve have no derivative for others to use, and
+    those of others are not at the parameters exchanged here."""
+    depth, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = depth
+
+
+@contextmanager
+def _as_then(
+    parts: tuple[nn.Module, ...], modes: tuple[bool, ...], constants: tuple[tuple[str, Tensor, int], ...]
+) -> Iterator[None]:
+    for name, x, was in constants:
+        if version(x) != was:
+            raise RuntimeError(
+                f"f uses '{name}' of shape {tuple(x.shape)}, which was changed in place since the solve, and the "
+                "derivative of the solve calls f again. Call backward before the change, or pass a copy in args"
+            )
+    moved = [(part, mode) for part, mode in zip(parts, modes) if part.training is not mode]
+    for part, mode in moved:
+        part.training = mode
+    try:
+        yield
+    finally:
+        for part, mode in moved:
+            part.training = not mode
+
+
+class Opening(NamedTuple):
+    """What a function is found to depend on when it is `opened` with some args.
+
+    Attributes:
+        theta: `opened(z, *theta)` is `f(z, *args)`.
+        captured: tensors that f reaches in another way, each with what leads there.
+    """
+
+    opened: Opened
+    theta: tuple[Tensor, ...]
+    captured: tuple[tuple[str, Tensor], ...]
+
+
+def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opening:
+    """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept.
+
+    In a traced graph that is `args` alone: there autograd reaches all the rest by itself.
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got a {type(f).__name__}")
+    flat, spec = pytree.tree_flatten(args)
+    tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+    static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
+    autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
+    if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
+        own = functools.partial(_on_a_copy, f)
+        return Opening(Opened(own, (), (), (), spec, static, device.type, autocast, None), tensors, ())
+    default = torch.get_default_device()
+    modules: dict[int, nn.Module] = {}
+    captured: list[tuple[str, Tensor]] = []
+    for name, value in _reached(f, args):
+        if isinstance(value, nn.Module):
+            modules.setdefault(id(value), value)
+        elif not any(value is t for t in tensors):
+            captured.append((name, value))
+    parameters, places, constants = _tensors_of(parts := _parts_of(tuple(modules.values())))
+    constants += [(name, x, version(x)) for name, x in captured if not is_tracked(x)]
+    opened = Opened(
+        f,
+        parameters,
+        tuple(modules.values()),
+        places,
+        spec,
+        static,
+        device.type,
+        autocast,
+        None if default.type == "cpu" else default,
+        tuple(parts.values()),
+        tuple(constants),
+    )
+    return Opening(opened, (*tensors, *parameters), tuple(captured))
+
+
+def _parts_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
+    """The `modules` and all that they consist of, each once, by the name that it has in their host."""
+    seen: set[nn.Module] = set()
+    return {n: m for i, top in enumerate(modules) for n, m in top.named_modules(seen, f"modules_of_f.{i}")}
+
+
+def _tensors_of(
+    parts: dict[str, nn.Module],
+) -> tuple[tuple[Tensor, ...], tuple[tuple[str, int], ...], list[tuple[str, Tensor, int]]]:
+    """Of modules by name: what a derivative reaches, where each of it goes, and what else f may read.
+
+    Buffers of a module that trains are for it to change.
+    """
+    index: dict[int, int] = {}
+    parameters: list[Tensor] = []
+    places: list[tuple[str, int]] = []
+    constants: list[tuple[str, Tensor, int]] = []
+    for prefix, module in parts.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if is_tracked(tensor):
+                if id(tensor) not in index:
+                    index[id(tensor)] = len(parameters)
+                    parameters.append(tensor)
+                places.append((f"{prefix}.{name}", index[id(tensor)]))
+            elif not module.training or name in module._parameters:
+                constants.append((name, tensor, version(tensor)))
+    return tuple(parameters), tuple(places), constants
+
+
+def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """`f(state, *args)`, which may write into its state: the tracer cannot tell whether it does."""
+    return f(pytree.tree_map_only(Tensor, torch.clone, state), *args)
+
+
+def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
+    """Every module and tensor that `f` reaches: itself, bound, partial, closed over, global or an attribute."""
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("f", f)]
+    stack += [("args", a) for a in pytree.tree_leaves(args) if isinstance(a, nn.Module)]
+    while stack:
+        name, value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module | Tensor):
+            yield name, value
+        elif isinstance(value, functools.partial):
+            stack += [(name, value.func), (name, value.args), (name, value.keywords)]
+        elif isinstance(value, types.MethodType):
+            stack += [(name, value.__self__), (name, value.__func__)]
+            if not callable(value.__self__):  # its own attributes are what a method works with
+                stack += [(f"{name}.{k}", v) for k, v in getattr(value.__self__, "__dict__", {}).items()]
+        elif isinstance(value, types.FunctionType):
+            stack += _function_scope(value)
+        elif isinstance(value, dict):
+            stack += [(f"{name}[{k!r}]", v) for k, v in value.items()]
+        elif isinstance(value, list | tuple | set):
+            stack += [(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+            stack += [(f"{name}.{k}", v) for k, v in vars(value).items()]
+
+
+def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
+    scope: list[tuple[str, Any]] = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            scope.append((name, cell.cell_contents))
+        except ValueError:  # a variable that is assigned only later
+            continue
+    # Of the globals only modules, tensors and plain functions: other packages' objects are none of f's state.
+    kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        foreign = isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] == "torch"
+        if isinstance(value, kinds) and not foreign:
+            scope.append((name, value))
+    scope += [("a default", value) for value in function.__defaults__ or ()]
+    scope += list((function.__kwdefaults__ or {}).items())
+    return scope
+
+
+class _Host(nn.Module):
+    """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.modules_of_f = nn.ModuleList(modules)
+
+    def forward(self, f: Callable[..., Any], *args: Any) -> Any:
+        return f(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
+    """That of a function of which graphs are kept, for its next calls."""
+    return _Host(modules)
+
+
+class Key:
+    """A tuple that is hashed once; raises TypeError where it cannot be."""
+
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, *parts: Any):
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self.parts == other.parts)
+
+
+def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
+    """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
+
+    `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
+    tensor that f reached by itself.
+    """
+    tracked = outputs.requires_grad or has_tangent(outputs)
+    if not tracked and levels(outputs) <= set().union(*map(levels, known)):
+        return
+    named = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)]
+    if not named:
+        named = [f"a tensor of shape {shape}" for shape in _leaf_shapes(outputs)] or ["a tensor"]
+    raise ValueError(
+        f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
+        "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
+        "Pass it in args, which f gets after the unknown; or .detach() it if no gradient is wanted"
+    )
+
+
+def _leaf_shapes(x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of the leaves of the autograd graph behind `x`."""
+    shapes, seen, stack = [], set(), [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            shapes.append(tuple(variable.shape))
+        stack += [parent for parent, _ in node.next_functions]
+    return shapes
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, which f returned for `x`, both `(B, n)`; raises ValueError where it has other shapes than at first.
+
+    Else a single row, say, would stand for all samples.
+    """
+    if value.shape != x.shape:
+        raise ValueError(
+            f"f returned {value.shape[0]} samples of {value.shape[1]} numbers for {x.shape[0]} of {x.shape[1]}; "
+            "in its first call it returned as many as it was given. What it returns must not depend on the call"
+        )
+    return value
+
+
+def watched(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """`call(x)`; raises ValueError where it changes `x` in place, as far as that can be seen."""
+    if torch.compiler.is_dynamo_compiling():
+        return call(x)
+    before = version(x)
+    value = call(x)
+    if version(x) != before:
+        raise ValueError(
+            "f changes its input in place, which would change the solver's iterates; use operations that return "
+            "new tensors (nn.ReLU() instead of nn.ReLU(inplace=True), z + x instead of z += x)"
+        )
+    return value

@@ -1,0 +1,82 @@
+"""The map from a cotangent of what a function gives to those of its inputs, by the quickest way there is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+
+from implicitly.transforms import is_plain, is_wrapped, under_transform
+from implicitly.tree import real_parts
+
+
+def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
+    if not (torch.compiler.is_dynamo_compiling() or under_transform()) and is_plain(*primals):
+        places = list(range(len(primals)))
+        value, pull = _recorded(f, primals, places)
+        return value, lambda cotangent: pull(cotangent, places)
+    if not any(is_wrapped(p) for p in primals):
+        value, pull = vjp(f, *primals)[:2]
+        return value, pull
+
+    return f(*primals), functools.partial(pull_within, f, primals)
+
+
+def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """The cotangents of `primals`, under a transform.
+
+    There the map from cotangents must not outlive the level of its own `vjp`: deeper transforms would meet tensors
+    of a level that is gone. So each product differentiates afresh, inside of its level.
+    """
+
+    def paired(*inputs: Tensor) -> Tensor:
+        # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
+        unused = sum(real_parts(x).flatten()[:0].sum() for x in inputs)
+        return (f(*inputs) * cotangent).sum() + unused
+
+    return grad(paired, argnums=tuple(range(len(primals))))(*primals)
+
+
+def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[int]) -> Callable[..., Tensor]:
+    """`f(*inputs)` as a function of those inputs at `places`."""
+
+    def of(*chosen: Tensor) -> Tensor:
+        full = list(inputs)
+        for i, x in zip(places, chosen):
+            full[i] = x
+        return f(*full)
+
+    return of
+
+
+def recorded(
+    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
+) -> Callable[[Tensor, list[int]], tuple[Tensor, ...]]:
+    """Call f at `primals` once and give the linear map from a cotangent of its value to those of some primals.
+
+    For `is_plain` tensors; `wanted` says which primals any call of the map may ask for. A graph of autograd serves
+    both many products for one primal and a last one for the others, and products cost less than in torch.func.
+    """
+    return _recorded(f, primals, wanted)[1]
+
+
+def _recorded(
+    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
+) -> tuple[Tensor, Callable[[Tensor, list[int]], tuple[Tensor, ...]]]:
+    leaves = [p.detach().requires_grad_(i in wanted) for i, p in enumerate(primals)]
+    with torch.enable_grad():
+        value = f(*leaves)
+
+    def pull(cotangent: Tensor, places: list[int]) -> tuple[Tensor, ...]:
+        asked = [leaves[i] for i in places]
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(x) for x in asked)
+        # Where this is differentiated in turn, it is recorded, too.
+        create = torch.is_grad_enabled()
+        return torch.autograd.grad(value, asked, cotangent, True, create, materialize_grads=True)
+
+    return value.detach(), pull
