@@ -43,8 +43,8 @@ NEW_WEIGHT = 5.0
 PAUSE = 20
 # The share of samples that is left to another solver.
 REST = 1 / 4
-# Without equalities, whose weight would multiply rounding, so many steps are in float32, whatever the dtype: in half
-# the time they lead most samples to their active set, which `polish` solves exactly.
+# Without equalities, whose weight would multiply rounding, so many steps are in float32, whatever the dtype: in
+# half the time they lead most samples to their active set, which `polish` solves exactly.
 EARLY = 100
 
 

@@ -25,6 +25,7 @@ from implicitly.iterate import Status, is_running, where_rows
 from implicitly.tree import row_norm
 
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.
+FAR = 100.0
 LEAST_PIVOT = 1e-8
 
 Inner = Callable[[Tensor], Tensor]
@@ -71,6 +72,12 @@ class Condensed:
         y0 = t - times(Y_A, nu0)
         c = program.h - times(program.G, triangular(L, y0, transposed=True).squeeze(1))
         return cls(program, L, S, X, Y_A, Y_G, Y_G.mT @ Y_G, y0.squeeze(1), nu0.squeeze(1), c)
+
+    def up_to(self, program: QuadraticProgram, kept: Tensor) -> Condensed:
+        """That of `program`, which is this one without the inequalities that are not `kept` `(m,)` or `(B, m)`."""
+        part = kept.to(self.c.dtype).unsqueeze(-2)
+        X, Y_G, M = self.X * part, self.Y_G * part, self.M * part * part.mT
+        return replace(self, program=program, X=X, Y_G=Y_G, M=M, c=torch.where(kept, self.c, 1.0))
 
     def point(self, lam: Tensor) -> Tensor:
         """(z, ν, λ) `(B, n + q + m)` with the z and ν that follow from λ `(B, m)`."""
@@ -271,7 +278,8 @@ class CondensedLoop:
         diagonal = self.M.diagonal(dim1=-2, dim2=-1).expand_as(self.c)
         weight = diagonal.mean(1, keepdim=True).clamp(min=1e-12) ** 0.25
         lam = -self.c * weight / (weight**2 + diagonal)
-        return self.begun(inside(lam) / weight, inside(-lam) * weight)
+        lam, s = interior(lam)
+        return self.begun(lam / weight, s * weight)
 
     def begun(self, lam: Tensor, s: Tensor) -> State:
         """The state before the first step."""
@@ -329,10 +337,18 @@ class CondensedLoop:
         return Point(self.whole.point(at.lam), at.s, at.binding, status, at.steps, count)
 
 
-def inside(v: Tensor) -> Tensor:
-    """`v` `(B, m)` moved along (1, ..., 1), where it must be, so that it is positive."""
+def interior(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive λ and s `(B, m)` near v and -v, which are moved along (1, ..., 1) where they must be.
+
+    Not on account of inequalities that are far from binding beside the others: they get a small multiplier.
+    """
     if v.shape[1] == 0:
-        return v
+        return v, -v
+    most = FAR * v.abs().median(1, keepdim=True).values
+    return _inside(torch.maximum(v, -most)), _inside(-v)
+
+
+def _inside(v: Tensor) -> Tensor:
     least = v.amin(1, keepdim=True)
     return torch.where(least > 1e-8 * (1 + v.abs().amax(1, keepdim=True)), v, v + 1 - least)
 

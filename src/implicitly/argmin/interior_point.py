@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedFactors, CondensedLoop, State, inside, seem_binding, step_length
+from implicitly.argmin.condensed import CondensedFactors, FAR, CondensedLoop, State, interior, seem_binding, step_length
 from implicitly.argmin.kkt import Factors, jacobian_product
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
@@ -46,6 +46,8 @@ TO_BOUNDARY = 0.995
 LOOSE = 10.0
 # Steps without a new best point after which rounding has won; on the embedding τ may have to grow first.
 PATIENCE, PATIENCE_EMBEDDED = 5, 15
+# Beside the size of the closest bounds: what nobody means as a bound.
+ENDLESS = 1e20
 
 
 class _State(NamedTuple):
@@ -80,27 +82,39 @@ class InteriorPoint(ProgramSolver):
     def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
         """The solution of every sample: near enough by plain steps, then exactly on its active set.
 
-        Where that fails, by steps on the embedding, which also tell why there may be none. A `start` is worth
-        something if its active set is that of the solution, which is tried first.
+        Steps are not to be measured by bounds far beyond the solution, so these are left out at first; fewer of
+        them where that solves nothing. Where it all fails, by steps on the embedding, which also tell why there
+        may be no solution. A `start` is worth something if its active set is that of the solution, which is tried
+        first.
         """
         tolerance = self.tolerance(system.program.Q.dtype)
         found = polish(system, start, tolerance) if start is not None else None
-        for embedded in (False, True):
-            rows = None if found is None else (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
-            if found is None:
-                found = self._attempt(system, None, embedded, compile)
-            elif rows is not None and len(rows):
-                way = system.plain() if embedded else system
-                found = found.with_rows(rows, self._attempt(way, rows, embedded, compile), system)
+        close, far = system.reach()
+        for embedded, most in ((False, close), (False, far), (True, torch.full_like(far, ENDLESS))):
+            rows = None
+            if found is not None:
+                left = found.status != int(Status.CONVERGED)
+                left = left & system.is_between(close, far) if most is far else left
+                rows = left.nonzero()[:, 0]
+                if not len(rows):
+                    continue
+            whole = system.plain() if embedded else system
+            part = self._attempt(whole, whole.up_to(most), rows, embedded, compile)
+            found = part if found is None or rows is None else found.with_rows(rows, part, system)
         assert found is not None
         return found
 
-    def _attempt(self, system: System, rows: Tensor | None, embedded: bool, compile: bool) -> Polished:
-        """The solution of some samples, None: of all, by plain steps or those on the embedding."""
-        near, part = None, system if rows is None else system.take_rows(rows)
+    def _attempt(
+        self, system: System, seen: System, rows: Tensor | None, embedded: bool, compile: bool
+    ) -> Polished:
+        """The solution of some samples, None: of all, by plain steps or those on the embedding, in which the
+        inequalities of `seen` count."""
+        near, part, ahead = None, system, seen
+        if rows is not None:
+            part, ahead = system.take_rows(rows), seen.take_rows(rows)
         if compile and (embedded or system.program.sizes[2]):  # else there is no loop
-            near = self._near_as_graph(system, rows, embedded)
-        near = self._near(part, embedded) if near is None else near
+            near = self._near_as_graph(seen, rows, embedded)
+        near = self._near(ahead, embedded) if near is None else near
         tolerance = self.tolerance(system.program.Q.dtype)
         found = polish(part, near, tolerance, trusted=embedded)
         if embedded or not system.program.sizes[2]:
@@ -110,7 +124,7 @@ class InteriorPoint(ProgramSolver):
             rows = untold.nonzero()[:, 0]
             left = part.take_rows(rows)
             start = near.take_rows(rows)
-            near = self._near(left, False, start)
+            near = self._near(ahead.take_rows(rows), False, start)
             near = near._replace(steps=start.steps + near.steps)
             found = found.with_rows(rows, polish(left, near, tolerance), part)
         return found
@@ -124,7 +138,6 @@ class InteriorPoint(ProgramSolver):
             tolerance = max(tolerance, LOOSE * tolerance**0.5)
         if not system.program.sizes[2]:
             return system.origin()
-        system = system.without_distant_bounds()  # what binds is then tried with all of them
         if system.condensed is not None:
             return self._run(CondensedLoop.of(system.condensed, tolerance, PATIENCE, TO_BOUNDARY), start)
         return self._run(_Loop(system, tolerance, homogeneous=False), start)
@@ -205,12 +218,14 @@ class _Loop:
         if near is not None:
             return self.begun(near.w, near.slack)
         n, q, m = self.program.sizes
-        right = self.right
-        ones = torch.ones(len(right), m, dtype=right.dtype, device=right.device)
+        program = self.program
+        beyond = (program.h - FAR).clamp(min=0)  # bounds so far away are not to pull
+        right = torch.cat([-program.p, program.b, program.h - beyond], dim=1)
+        ones = torch.ones_like(beyond)
         factors = self.system.factorise(ones, -ones)
         w = factors.solve(right.unsqueeze(1)).squeeze(1)
-        lam = w[:, n + q :]
-        return self.begun(torch.cat([w[:, : n + q], inside(lam)], dim=1), inside(-lam))
+        lam, s = interior(w[:, n + q :])
+        return self.begun(torch.cat([w[:, : n + q], lam], dim=1), s + beyond)
 
     def begun(self, w: Tensor, slack: Tensor) -> _State:
         """The state before the first step."""

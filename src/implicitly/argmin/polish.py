@@ -76,20 +76,31 @@ class System:
         p, h, b = (t * scaling.U for t in (program.p, program.h, program.b))
         return System(replace(program, p=p, h=h, b=b), replace(scaling, U=torch.ones_like(scaling.U)), self.fixed)
 
-    def without_distant_bounds(self) -> System:
-        """The same with bounds no further away than `DISTANT`: they have no part in the solution, as far as its
-        size can be told beforehand, and steps towards it are not to be measured by them."""
-        program, fixed = self.program, self.fixed
-        most = DISTANT * program.sizes[0]
-        if not happens(program.h > most):
-            return self
-        # Without constraints the solution may be further away than the closest of them, which sets the units.
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """How far away bounds may have a part in the solution `(B, 1)`, as far as can be told beforehand: beside
+        the closest of them, which set the units, and beside the least of the objective, where that is further."""
+        program = self.program
         steep, curved = largest(program.p.abs()), largest(program.Q.diagonal(dim1=-2, dim2=-1))
-        most = most * torch.where(curved > 0, steep / curved, 1.0).clamp(min=1.0)
-        program = replace(program, h=torch.minimum(program.h, most))
-        if isinstance(fixed, Condensed):
-            fixed = replace(fixed, program=program, c=torch.minimum(fixed.c, most))
-        return replace(self, program=program, fixed=fixed)
+        close = torch.full_like(steep, DISTANT * program.sizes[0])
+        return close, close * torch.where(curved > 0, steep / curved, 1.0).clamp(min=1.0)
+
+    def is_between(self, close: Tensor, far: Tensor) -> Tensor:
+        """`(B,)`, whether there are bounds further away than `close`, and no further than `far`."""
+        return ((self.program.h > close) & (self.program.h <= far)).any(1)
+
+    def up_to(self, most: Tensor) -> System:
+        """The same without the bounds further away than `most` `(B, 1)`: in their place is 0'z <= 1."""
+        program, fixed = self.program, self.fixed
+        kept = program.h <= most
+        # On an accelerator this waits: else matrices that the batch shares would get one copy a sample.
+        if bool(kept.all()):
+            return self
+        if program.G.ndim == 2 and bool((kept == kept[:1]).all()):
+            kept = kept[0]
+        G, h = torch.where(kept.unsqueeze(-1), program.G, 0.0), torch.where(kept, program.h, 1.0)
+        program = replace(program, G=G, h=h)
+        fixed = fixed.up_to(program, kept) if isinstance(fixed, Condensed) else fixed
+        return System(program, self.scaling, fixed)
 
     def take_rows(self, rows: Tensor) -> System:
         """The system of some samples."""

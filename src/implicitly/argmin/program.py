@@ -277,8 +277,8 @@ def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> 
     binding = (lam > slack).to(z.dtype)
     slope, off, gap = Qz + program.p + Gl + An, Az - program.b, torch.minimum(lam, slack)
     worst = torch.maximum(
-        row_norm(slope) / _size([program.p], [Qz, Gl, An]),
-        row_norm(torch.cat([off, gap], 1)) / _size([program.b, binding * program.h], [Az, binding * Gz]),
+        row_norm(slope) / _size([program.p], [Qz, Gl, An, w]),
+        row_norm(torch.cat([off, gap], 1)) / _size([program.b, binding * program.h], [Az, binding * Gz, z]),
     )
     gap = torch.minimum(lam * F, slack / F)
     residual = row_norm(torch.cat([slope / E, off / K, gap], 1) * U)
