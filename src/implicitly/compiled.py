@@ -495,7 +495,7 @@ _KNOWN = re.compile(
     r"(\w+\(|\.keys\()*((L\[')?tensors\b(?!('\])?\[0\]$)|__import__\('|G\['("
     r"__import_(torch|implicitly)_dot_(?!.*\._global_)|torch'|__builtins|___unnamed_scope))"
 )
-_OURS = re.compile(r"\b(args_spec|spec|places|leaves|parameters|method(?!\.norm)|host\._(?!modules)\w+)\b")
+_OURS = re.compile(r"\b(args_\w+|spec|places|leaves|parameters|method(?!\.norm)|host\._(?!modules)\w+)\b")
 
 
 def _is_worth_a_look(name: str) -> bool:

@@ -43,6 +43,7 @@ class Opened:
     default_device: torch.device | None  # where it is not the CPU
     parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
     constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
+    args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
 
     def kept(self) -> Callable[[], AbstractContextManager[None]]:
         """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
@@ -113,8 +114,9 @@ class Opened:
         """The args of f, and what is to be exchanged in its modules."""
         count = len(theta) - len(self.parameters)
         tensors, given = iter(theta[:count]), theta[count:]
-        flat = [next(tensors) if leaf is _GAP else leaf for leaf in self.static]
-        return pytree.tree_unflatten(flat, self.args_spec), {name: given[i] for name, i in self.places}
+        flat = tuple(next(tensors) if leaf is _GAP else leaf for leaf in self.static)
+        args = flat if self.args_are_leaves else pytree.tree_unflatten(flat, self.args_spec)
+        return args, {name: given[i] for name, i in self.places}
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -185,12 +187,14 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     if not callable(f):
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
     flat, spec = pytree.tree_flatten(args)
+    args_are_leaves = len(flat) == len(args) and all(map(operator.is_, flat, args))
     tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
     static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
     if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
         own = functools.partial(_on_a_copy, f)
-        return Opening(Opened(own, (), (), (), spec, static, device.type, autocast, None), tensors, ())
+        opened = Opened(own, (), (), (), spec, static, device.type, autocast, None, args_are_leaves=args_are_leaves)
+        return Opening(opened, tensors, ())
     default = torch.get_default_device()
     modules: dict[int, nn.Module] = {}
     captured: list[tuple[str, Tensor]] = []
@@ -213,6 +217,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         None if default.type == "cpu" else default,
         tuple(parts.values()),
         tuple(constants),
+        args_are_leaves,
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
 

@@ -24,7 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedFactors, FAR, CondensedLoop, State, interior, seem_binding, step_length
+from implicitly.argmin.condensed import (
+    FAR,
+    CondensedFactors,
+    CondensedLoop,
+    State,
+    interior,
+    seem_binding,
+    step_length,
+)
 from implicitly.argmin.kkt import Factors, jacobian_product
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import (
@@ -217,8 +225,8 @@ class _Loop:
         found before."""
         if near is not None:
             return self.begun(near.w, near.slack)
-        n, q, m = self.program.sizes
         program = self.program
+        n, q, _ = program.sizes
         beyond = (program.h - FAR).clamp(min=0)  # bounds so far away are not to pull
         right = torch.cat([-program.p, program.b, program.h - beyond], dim=1)
         ones = torch.ones_like(beyond)
