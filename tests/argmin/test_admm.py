@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import implicitly as im
+from implicitly.argmin import admm
 from tests.argmin.programs import D, program
 
 SHARED = ("Q", "G", "A")
@@ -33,6 +34,38 @@ def test_float32():
     args = program(batch=8, n=6, m=12, shared=SHARED, seed=3, dtype=torch.float32)
     exact = im.qp(*(t.double() for t in args)).value
     torch.testing.assert_close(im.qp(*args, solver=im.ADMM()).value.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("q", "early"), [(0, torch.float32), (2, D)])
+def test_first_steps_are_in_float32_where_there_are_no_equalities(q, early, monkeypatch):
+    def advance(self, at, steps, k):
+        dtypes[k] = at.x.dtype
+        return plain(self, at, steps, k)
+
+    dtypes, plain = {}, admm._Splitting.advance
+    monkeypatch.setattr(admm._Splitting, "advance", advance)
+    args = program(batch=64, n=12, m=24, q=q, shared=SHARED, seed=7)
+    slow = im.ADMM(finish=None, rho=1e-8)  # takes more steps than those in float32
+    sol = im.qp(*args, solver=slow)
+    torch.testing.assert_close(sol.value, im.qp(*args).value, rtol=1e-9, atol=1e-9)
+    assert max(dtypes) > admm.EARLY
+    assert {k: dtype for k, dtype in dtypes.items() if k <= admm.EARLY} == {
+        k: early for k in range(admm.STRIDE, admm.EARLY + 1, admm.STRIDE)
+    }
+    assert {dtype for k, dtype in dtypes.items() if k > admm.EARLY} == {D}
+
+
+def test_what_overflows_in_float32_begins_again():
+    Q, p, G, h, *_ = program(batch=8, n=6, m=12, q=0, shared=SHARED, seed=8)
+    state = admm._State.of(admm.QuadraticProgram(Q, p, G, h, Q[:0], Q[:0, 0].expand(8, 0)), None, 1.0)
+    state = state._replace(x=1e200 * torch.ones_like(state.x)).to(torch.float32)
+    assert not state.x.isfinite().any()
+    again = state.to(D)
+    assert again.x.dtype == D
+    for t in (again.x, again.u, again.y):
+        assert t.abs().sum() == 0
+    h[::2, 0] = 1e200  # inf in float32
+    torch.testing.assert_close(im.qp(Q, p, G, h, solver=im.ADMM()).value, im.qp(Q, p, G, h).value)
 
 
 @pytest.mark.parametrize("solver", [im.ADMM(), im.InteriorPoint()])

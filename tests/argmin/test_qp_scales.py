@@ -137,6 +137,70 @@ def test_a_bound_that_rounding_has_left_of_zero_sets_no_unit(size, dtype):
     close(im.qp(Q, p, torch.cat([rows, rows[:1]]), torch.cat([h, 0 * h[:1] + size])).value, exact)
 
 
+def rows_of_all_sizes(seed: int, n: int, m: int, q: int) -> tuple[Tensor, ...]:
+    """Sixteen programs with a feasible point of size one, and nothing said of h yet: (Q, p, G, G z, A, b)."""
+    Q, p, rows, _, A, _ = program(batch=16, n=n, m=m, q=q, shared=("Q", "G", "A"), seed=seed)
+    z = torch.randn(16, n, generator=seeded(seed), dtype=D)
+    return Q, p, rows, z @ rows.mT, A, z @ A.mT
+
+
+SHAPES = [(3, 13, 0), (7, 14, 2), (8, 9, 1), (6, 29, 0)]
+
+
+@pytest.mark.parametrize(("n", "m", "q"), SHAPES)
+@pytest.mark.parametrize(("steep", "dtype"), [(1.0, torch.float32), (1.0, D), (1e5, D)])
+def test_bounds_of_all_sizes_are_as_good_as_none_where_they_do_not_bind(n, m, q, steep, dtype):
+    Q, p, rows, Gz, A, b = rows_of_all_sizes(n + m, n, m, q)
+    generator = seeded(n)
+    far = torch.rand(16, m, generator=generator, dtype=D) < 0.4
+    most = 1e19 if dtype == D else 1e10
+    bounds = 1e6 * (most / 1e6) ** torch.rand(16, m, generator=generator, dtype=D)
+    h = Gz + torch.rand(16, m, generator=generator, dtype=D)
+    with_, without = (
+        im.qp(*(t.to(dtype) for t in (Q, steep * p, rows, torch.where(far, away, h), A, b)))
+        for away in (bounds, of(float("inf")))
+    )
+    assert with_.status.tolist() == without.status.tolist()
+    close(with_.value, without.value)
+    close(with_.dual_inequality, without.dual_inequality)
+    assert int((with_.steps - without.steps).max()) <= 6
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "m", "q"), SHAPES)
+def test_slacks_of_all_sizes(n, m, q, dtype):
+    Q, p, rows, Gz, A, b = rows_of_all_sizes(n + m, n, m, q)
+    wide = 6 if dtype == D else 3
+    h = Gz + 10 ** (wide * (2 * torch.rand(16, m, generator=seeded(n), dtype=D) - 1))
+    sol = im.qp(*(t.to(dtype) for t in (Q, p, rows, h, A, b)))
+    assert bool(sol.converged.all())
+    assert float(sol.steps.double().mean()) < 12
+    exact = im.qp(Q, p, rows, h, A, b).value
+    torch.testing.assert_close(sol.value, exact.to(dtype), rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+@each_solver
+def test_a_solution_far_beyond_some_bounds_and_at_others(solver):
+    # The closest bound, which sets the units, has no part in it; x = 1e8 is 1e11 times as far away.
+    sol = im.qp(EYE, of(-1e9, 1.0), of([1.0, 0.0], [0.0, 1.0]), of(1e8, 1e-3), solver=solver)
+    close(sol.value, of(1e8, -1.0))
+    assert sol.status == Status.CONVERGED
+    close(sol.dual_inequality, of(9e8, 0.0))
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3])
+def test_close_bounds_on_differences_of_what_is_large(size, dtype):
+    # x1 <= x2 + size, x2 <= x3 + size, ...: the bounds are small, the solution is not.
+    n = 6
+    rows = torch.eye(n, dtype=D)[:-1] - torch.eye(n, dtype=D)[1:]
+    wanted = torch.tensor([[3.0, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]], dtype=D)
+    sol = im.qp(*(t.to(dtype) for t in (torch.eye(n, dtype=D), -wanted, rows, size * torch.ones(5, dtype=D))))
+    exact = im.qp(torch.eye(n, dtype=D), -wanted, rows, 0 * rows[:, 0]).value
+    assert sol.status.tolist() == [0, 0]
+    torch.testing.assert_close(sol.value, exact.to(dtype), rtol=0, atol=1e-4 + 5 * size)
+
+
 def test_cancelling_terms_of_a_large_solution_bind_nothing():
     # x is of size 1e8, and the second row a difference of two such numbers that is just not binding.
     rows, h = of([1.0, 1.0], [1.0, -1.0]), of(2e8, 1.0)

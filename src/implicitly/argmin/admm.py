@@ -235,14 +235,14 @@ class _Splitting:
         dual = row_norm(Qx + program.p + Cy) / (1 + size)
         tiny = torch.finfo(x.dtype).tiny
         moved = at._replace(x=x, u=u, y=y, error=torch.maximum(primal, dual), balance=primal / (dual + tiny))
-        status = self.proofs(x, duals, x - last_x, self.weights * (y - last_y))
-        return moved._replace(status=status, steps=torch.full_like(at.steps, k))
+        moved = moved._replace(steps=torch.full_like(at.steps, k))
+        if self.early:  # rounding would prove too much
+            return moved
+        return moved._replace(status=self.proofs(x, duals, x - last_x, self.weights * (y - last_y)))
 
     def proofs(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
         """The status `(B,)` that the last step alone shows: that there is no solution, or nothing."""
         program, q = self.program, self.program.sizes[1]
-        if self.early:
-            return torch.full_like(x[:, 0], int(Status.RUNNING), dtype=torch.int64)
         small = torch.finfo(x.dtype).eps ** 0.38
         size_x, size_y = row_norm(dx), row_norm(dy)
         no_point = row_norm(dy @ self.C) + row_norm(dy[:, q:].clamp(max=0)) <= small * size_y
