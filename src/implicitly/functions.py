@@ -193,7 +193,9 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
     if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
         own = functools.partial(_on_a_copy, f)
-        opened = Opened(own, (), (), (), spec, static, device.type, autocast, None, args_are_leaves=args_are_leaves)
+        opened = Opened(
+            own, (), (), (), spec, static, device.type, autocast, None, args_are_leaves=args_are_leaves
+        )
         return Opening(opened, tensors, ())
     default = torch.get_default_device()
     modules: dict[int, nn.Module] = {}

@@ -25,8 +25,10 @@ from implicitly.iterate import Status, is_running, where_rows
 from implicitly.tree import row_norm
 
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.
-FAR = 100.0
 LEAST_PIVOT = 1e-8
+# A start is not measured by bounds further away than that, where solutions have size one, or so many times further
+# than what the point without inequalities violates.
+FAR, FURTHER = 100.0, 3.0
 
 Inner = Callable[[Tensor], Tensor]
 
@@ -277,9 +279,10 @@ class CondensedLoop:
             return self.begun(near.w[:, near.w.shape[1] - near.slack.shape[1] :], near.slack)
         diagonal = self.M.diagonal(dim1=-2, dim2=-1).expand_as(self.c)
         weight = diagonal.mean(1, keepdim=True).clamp(min=1e-12) ** 0.25
-        lam = -self.c * weight / (weight**2 + diagonal)
-        lam, s = interior(lam)
-        return self.begun(lam / weight, s * weight)
+        violated = (-self.c).amax(1, keepdim=True)
+        beyond = (self.c - (FURTHER * violated).clamp(min=FAR)).clamp(min=0)
+        lam = (beyond - self.c) * weight / (weight**2 + diagonal)
+        return self.begun(inside(lam) / weight, inside(-lam) * weight + beyond)
 
     def begun(self, lam: Tensor, s: Tensor) -> State:
         """The state before the first step."""
@@ -337,18 +340,10 @@ class CondensedLoop:
         return Point(self.whole.point(at.lam), at.s, at.binding, status, at.steps, count)
 
 
-def interior(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive λ and s `(B, m)` near v and -v, which are moved along (1, ..., 1) where they must be.
-
-    Not on account of inequalities that are far from binding beside the others: they get a small multiplier.
-    """
+def inside(v: Tensor) -> Tensor:
+    """`v` `(B, m)` moved along (1, ..., 1), where it must be, so that it is positive."""
     if v.shape[1] == 0:
-        return v, -v
-    most = FAR * v.abs().median(1, keepdim=True).values
-    return _inside(torch.maximum(v, -most)), _inside(-v)
-
-
-def _inside(v: Tensor) -> Tensor:
+        return v
     least = v.amin(1, keepdim=True)
     return torch.where(least > 1e-8 * (1 + v.abs().amax(1, keepdim=True)), v, v + 1 - least)
 

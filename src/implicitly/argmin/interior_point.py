@@ -29,7 +29,7 @@ from implicitly.argmin.condensed import (
     CondensedFactors,
     CondensedLoop,
     State,
-    interior,
+    inside,
     seem_binding,
     step_length,
 )
@@ -232,8 +232,8 @@ class _Loop:
         ones = torch.ones_like(beyond)
         factors = self.system.factorise(ones, -ones)
         w = factors.solve(right.unsqueeze(1)).squeeze(1)
-        lam, s = interior(w[:, n + q :])
-        return self.begun(torch.cat([w[:, : n + q], lam], dim=1), s + beyond)
+        lam = w[:, n + q :]
+        return self.begun(torch.cat([w[:, : n + q], inside(lam)], dim=1), inside(-lam) + beyond)
 
     def begun(self, w: Tensor, slack: Tensor) -> _State:
         """The state before the first step."""
