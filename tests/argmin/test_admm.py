@@ -8,6 +8,7 @@ import torch
 import implicitly as im
 from implicitly.argmin import admm
 from tests.argmin.programs import D, program
+from tests.problems import seeded
 
 SHARED = ("Q", "G", "A")
 
@@ -52,6 +53,18 @@ def test_first_steps_are_in_float32_where_there_are_no_equalities(q, early, monk
     first = [dtype for k, dtype in dtypes.items() if k <= admm.EARLY]
     assert first == [early] * (admm.EARLY // admm.STRIDE)
     assert {dtype for k, dtype in dtypes.items() if k > admm.EARLY} == {D}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("finish", [None, im.InteriorPoint()])
+def test_a_Q_of_low_rank_is_factorised_as_the_dtype_allows(dtype, finish):
+    g = seeded(0)
+    L, G = torch.randn(200, 50, generator=g, dtype=D), torch.randn(20, 200, generator=g, dtype=D)
+    p = torch.randn(8, 200, generator=g, dtype=D) @ L @ L.T
+    args = [t.to(dtype) for t in (L @ L.T, p, G, torch.ones(20, dtype=D))]
+    sol = im.qp(*args, solver=im.ADMM(finish=finish))
+    assert set(sol.status.tolist()) == {int(im.Status.DEGENERATE)}  # in all directions outside of the range of Q
+    assert float(sol.residual.max()) < (1e-9 if dtype == D else 2e-3)
 
 
 def test_what_overflows_in_float32_begins_again():

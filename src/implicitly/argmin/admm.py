@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.interior_point import InteriorPoint
+from implicitly.argmin.kkt import proximal
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import Point, QuadraticProgram, dot
 from implicitly.argmin.solver import ProgramSolver
@@ -57,7 +58,7 @@ class ADMM(ProgramSolver):
 
     Args:
         rho: weight of the constraints at the start; it adapts.
-        sigma: weight of the last iterate.
+        sigma: weight of the last iterate; more is taken where the dtype would not resolve it beside the matrix.
         relaxation: between 0 and 2.
         finish: solves the samples that are left when most are done, or at `max_steps`; None: they go on, and are
             seen to be infeasible or unbounded by certificates in the differences of iterates.
@@ -188,10 +189,12 @@ class _Splitting:
         weights[:q] *= EQUALITIES
         weighted = weights.unsqueeze(1) * C
         matrix = program.Q + C.mT @ weighted
-        matrix.diagonal().add_(sigma)
+        resolved = proximal(C.dtype) * float(matrix.diagonal().amax()) if len(matrix) else 0.0
+        own = max(sigma, resolved)
+        matrix.diagonal().add_(own)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
         same = QuadraticProgram(*(t.to(dtype) for t in program.tensors))
-        parts = (C, weights, sigma * inverse, weighted @ inverse, -program.p @ inverse)
+        parts = (C, weights, own * inverse, weighted @ inverse, -program.p @ inverse)
         C, weights, of_x, of_u, shift = (t.to(dtype) for t in parts)
         return cls(program, same, C, weights, of_x, of_u, shift, rho, sigma, relaxation)
 
