@@ -51,7 +51,7 @@ format: $(INSTALLED)  ## Format, and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (some minutes; ARGS=--write-readme keeps the table)
+bench: $(BENCH_INSTALLED) $(JAX_INSTALLED)  ## Measure side by side with peers (some minutes; ARGS=--write-tables keeps the tables)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-smoke: $(BENCH_INSTALLED)  ## Run every benchmark briefly; its numbers mean nothing

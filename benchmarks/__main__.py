@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import FULL, SMOKE, environment, markdown, write_between_markers, write_json
+from benchmarks.summary import summary
 
 FAMILIES = ("fixed_point", "training", "ode", "stiff", "qp", "convex", "scaling", "profile")
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, TABLES = HERE.parent / "README.md", HERE / "TABLES.md"
 
 
 def options() -> argparse.Namespace:
@@ -25,14 +26,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="measure each timing so often")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the numbers, as JSON")
-    parser.add_argument("--write-readme", action="store_true", help="put the tables into README.md")
+    parser.add_argument(
+        "--write-tables", action="store_true", help="put them into TABLES.md, and a summary into README.md"
+    )
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.families if name not in FAMILIES]:
         parser.error(f"there is no family {unknown[0]!r}; there are: {', '.join(FAMILIES)}")
     if chosen.rounds is not None and chosen.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if chosen.smoke and chosen.write_readme:
-        parser.error("--smoke measures nothing worth writing into the README")
+    if chosen.smoke and chosen.write_tables:
+        parser.error("--smoke measures nothing worth writing into tables")
     return chosen
 
 
@@ -56,9 +59,11 @@ def main() -> None:
         if not chosen.smoke:
             write_json(chosen.results / f"{name}.json", rows, where, effort)
             print(f"Numbers: {chosen.results / name}.json")
-        if chosen.write_readme:
-            write_between_markers(README, name, table)
-            print(f"Table: {README}")
+        if chosen.write_tables:
+            write_between_markers(TABLES, name, table)
+            print(f"Table: {TABLES}")
+    if chosen.write_tables:
+        write_between_markers(README, "summary", summary(chosen.results))
 
 
 if __name__ == "__main__":

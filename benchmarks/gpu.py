@@ -330,10 +330,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; only errors count")
     parser.add_argument("--seconds", type=float, default=420, help="no case is begun after so many seconds")
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke test writes none")
-    parser.add_argument("--write-readme", action="store_true", help="only put results/gpu.json into README.md")
+    parser.add_argument("--write-tables", action="store_true", help="only put results/gpu.json into TABLES.md")
     chosen = parser.parse_args(arguments)
-    if chosen.write_readme:
-        write_between_markers(HERE.parent / "README.md", "gpu", shown(json.loads(RESULTS.read_text())))
+    if chosen.write_tables:
+        write_between_markers(HERE / "TABLES.md", "gpu", shown(json.loads(RESULTS.read_text())))
         return 0
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.gpu: no NVIDIA device here; --device cpu --smoke shows that it runs", file=sys.stderr)
