@@ -89,10 +89,14 @@ def summary(results: Path) -> str:
         rows = json.loads((results / f"{family}.json").read_text(encoding="utf-8"))["rows"]
         for case in cases:
             ours, theirs = seconds(rows, case)
-            mine, other = (f"{1e3 * Spread.of(s).median:.3g}" for s in (ours, theirs))
+            mine, other = (_ms(1e3 * Spread.of(s).median) for s in (ours, theirs))
             lines.append((case.case, mine, case.peer or case.theirs, other, f"{ratios(theirs, ours).median:.2g}"))
     headers = ["measured", "implicitly, ms", "beside", "its ms", "times faster"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def seconds(rows: list[Mapping[str, Any]], case: Case) -> tuple[list[float], list[float]]:
