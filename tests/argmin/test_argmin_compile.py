@@ -41,14 +41,19 @@ CASES = {
 }
 
 
-def assert_same(solve):
+# What reverse mode solves is told by the condition, whatever the solver: one of each.
+DIFFERENTIATED = {"LBFGS", "ProjectedGradient", "NewtonKKT", "LevenbergMarquardt", "Newton, root"}
+
+
+def assert_same(solve, differentiated):
     """Values, derivatives and steps of the graph are those of the eager loop."""
     found, steps = [], []
     for c in (True, False):
         torch.manual_seed(0)
-        x = (3 * torch.randn(6, 4, dtype=D)).requires_grad_()
+        x = (3 * torch.randn(6, 4, dtype=D)).requires_grad_(differentiated)
         solution = solve(torch.zeros(6, 4, dtype=D), x, compile=c)
-        found.append((solution.value, *torch.autograd.grad(solution.value.square().sum(), x)))
+        derivative = torch.autograd.grad(solution.value.square().sum(), x) if differentiated else ()
+        found.append((solution.value, *derivative))
         steps.append(solution.steps)
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
     assert (steps[0] - steps[1]).abs().max() <= 1  # where rounding decides
@@ -57,7 +62,7 @@ def assert_same(solve):
 
 @pytest.mark.parametrize("name", CASES)
 def test_takes_the_steps_of_the_eager_loop(traced, name):
-    assert assert_same(CASES[name]).min() > 0
+    assert assert_same(CASES[name], name in DIFFERENTIATED).min() > 0
     assert any("backward" not in graph.name and graph.calls for graph in traced.values())
 
 

@@ -76,7 +76,7 @@ def test_scaling_changes_no_solution():
     assert scaled.G.abs().amax(2).min() > 0.01
     sol = im.qp(*args)
     w = torch.cat([sol.value, sol.dual_equality, sol.dual_inequality], 1) / scaling.w
-    residual, _ = natural_residual(scaled, scaling, w)
+    _, residual = natural_residual(scaled, scaling, w)
     torch.testing.assert_close(residual, sol.residual, rtol=0.5, atol=1e-11)
     assert residual.max() < 1e-10
 

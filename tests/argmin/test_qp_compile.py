@@ -115,11 +115,10 @@ def test_one_graph_serves_all_calls_of_a_shape(traced):
     assert len(traced) == 2  # forwards and backwards
     kept = list(traced.values())
     assert [graph.calls for graph in kept] == [3, 3]
-    assert_same(*program(batch=4, n=6, m=8, q=1))
-    assert_same(*program(batch=4, n=6, m=7, q=1))
-    assert len(traced) == 6
+    assert_same(*program(batch=4, n=5, m=7, q=1))
+    assert len(traced) == 4
     assert all(graph in traced.values() for graph in kept)
-    assert counters["stats"]["unique_graphs"] == 6
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 def test_other_options_are_other_graphs(traced):
@@ -210,6 +209,7 @@ def test_the_backward_pass_at_degenerate_points_and_of_the_relaxed_problem(trace
     assert len(traced) == len(loops(traced)) + 1
 
 
+@pytest.mark.usefixtures("only_what_the_test_makes")
 def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
     def matrices() -> int:
         gc.collect()

@@ -104,6 +104,31 @@ def test_the_derivative_of_an_objective_in_small_units(dtype):
     close(1e-4 * gradient, of(-0.8, 0.4))
 
 
+@each_dtype
+@pytest.mark.parametrize("cost", [1e-10, 1.0, 1e4])
+@pytest.mark.parametrize("rows", [1e-4, 1.0, 1e6])
+def test_units_of_the_cost_and_of_the_inequalities_decide_nothing(cost, rows, dtype):
+    """Of a batch, some samples of which need more steps than the others."""
+    units = [torch.tensor(unit, dtype=dtype) for unit in (cost, cost, rows, rows, 1.0, 1.0)]
+    args = [t.to(dtype) for t in program(batch=24, n=6, m=8, q=1, shared=("Q", "G", "A"), seed=2)]
+    weights = torch.randn(24, 6, generator=seeded(3), dtype=D).to(dtype)
+    exact = im.qp(*(t.double() for t in args))
+    lam, slack = exact.dual_inequality, exact.slack  # where both nearly vanish, rounding tells what binds
+    weights[torch.maximum(lam / lam.amax(), slack).amin(1) < 5e-3] = 0
+    assert int(weights.any(1).sum()) > 18
+    found = []
+    for tensors in (args, [t * unit for t, unit in zip(args, units)]):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        sol = im.qp(*leaves)
+        assert bool(sol.converged.all())
+        found.append((sol.value.detach(), torch.autograd.grad((weights * sol.value).sum(), leaves)))
+    (value, gradients), (scaled, others) = found
+    close(scaled, value)
+    for gradient, other, unit in zip(gradients, others, units):
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(other * unit, gradient, rtol=0, atol=size * (1e-7 if dtype == D else 1e-2))
+
+
 # -------------------------------------------------------------------------------------------- bounds far away
 
 

@@ -6,6 +6,7 @@ import itertools
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from implicitly.argmin.condensed import CondensedFactors
 from implicitly.argmin.kkt import Factors, active_set, proximal, relaxed
-from implicitly.argmin.program import QuadraticProgram, Scaling
+from implicitly.argmin.program import QuadraticProgram
 from implicitly.host import happens
-from implicitly.implicit import Backward, Condition, Graphs, Report, attach, search
+from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
 from implicitly.tree import row_norm
@@ -29,18 +30,16 @@ CREEP = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
-    """The Jacobian of an optimality condition at a point, factorised in equilibrated units.
+    """The factorised Jacobian of an optimality condition at a point, in equilibrated units.
 
     Attributes:
-        factors: of the scaled program; their beta is kept away from zero, so a solve leaves a small residual.
-        scaling: from its units to the user's.
-        program: in the user's units.
-        alpha, beta: `(B, m)` of the Jacobian in the user's units, exact.
+        factors: their beta is kept away from zero, so a solve leaves a small residual.
+        program: the scaled one.
+        alpha, beta: `(B, m)` of the Jacobian, exact.
         degenerate: `(B,)` bool, where it is singular, as far as can be told in floating point.
     """
 
     factors: Factors | CondensedFactors
-    scaling: Scaling
     program: QuadraticProgram
     alpha: Tensor
     beta: Tensor
@@ -49,10 +48,8 @@ class Jacobian:
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
         """w with J w ≈ r, or J' w ≈ r, for `r` `(k * B, n + q + m)` of which row i belongs to sample i % B."""
         batch = len(self.alpha)
-        scale = self.scaling.of_matrices.unsqueeze(1)
         r = r.unflatten(0, (len(r) // max(batch, 1), batch)).transpose(0, 1)
-        w = scale * self.factors.solve(scale * r, transposed)
-        return w.transpose(0, 1).flatten(0, 1)
+        return self.factors.solve(r, transposed).transpose(0, 1).flatten(0, 1)
 
     def dense(self, rows: Tensor) -> Tensor:
         """The matrices `(len(rows), N, N)` of some samples."""
@@ -215,10 +212,11 @@ class _Inverse:
 @dataclass(frozen=True, eq=False)
 class Place:
     """Where a derivative is attached: which inequalities bind, `alpha` `(B, m)`; or, with smoothing, the point
-    `near` `(B, N)` the solution. `known` holds the Jacobian there."""
+    `near` `(B, N)` the solution. `known` holds the Jacobian there, in the units of `scale` `(B, N)`."""
 
     alpha: Tensor
     near: Tensor
+    scale: Tensor
     known: list[Jacobian]
 
 
@@ -264,11 +262,21 @@ class KKTAdjoint:
         """`w` = (z, ν, λ) `(B, N)` with its derivative; `pullback` solves in place of `search` what reverse mode
         asks for."""
         graphs = None if pullback is None else Graphs(search, pullback)
-        how, report = Backward(self._solver(place.known)), Report(on_failure)
+        how, report, scale = Backward(self._solver(place.known)), Report(on_failure), place.scale
         if not self.smoothing:
-            condition = Condition(active_set, "qp", w.dtype, report, graphs=graphs)
-            return attach(condition, w, (place.alpha, *program.tensors), how)
-        condition = Condition(relaxed, "the relaxed qp", w.dtype, report, graphs=graphs)
+            condition = Condition(partial(_scaled, active_set), "qp", w.dtype, report, graphs=graphs)
+            return scale * attach(condition, w / scale, (scale, place.alpha, *program.tensors), how)
+        condition = Condition(partial(_scaled, relaxed), "the relaxed qp", w.dtype, report, graphs=graphs)
         kappa = torch.full((), self.smoothing, dtype=w.dtype, device=w.device)
-        near = place.near.detach()
-        return w.detach() + (attach(condition, near, (kappa, *program.tensors), how) - near)
+        near = place.near.detach() / scale
+        moved = attach(condition, near, (scale, kappa, *program.tensors), how)
+        return w.detach() + scale * (moved - near)
+
+
+def _scaled(bind: Callable[..., Map], scale: Tensor, *theta: Tensor) -> Map:
+    """The residual of `bind` in equilibrated units, in which the norm of its linear systems means something.
+
+    The Jacobian D J D with D = diag(`scale`) is symmetric where J is.
+    """
+    residual = bind(*theta)
+    return lambda w: scale * residual(scale * w)

@@ -38,8 +38,8 @@ def find(
     """
     known: list[Jacobian] = []
     run = partial(_run, solver, adjoint.smoothing, known, report_on, start, compile)
-    w, alpha, near, *rest = _Find.apply(run, *program.tensors, bounds)
-    return Found(w, *rest), Place(alpha, near, known)
+    w, alpha, near, scale, *rest = _Find.apply(run, *program.tensors, bounds)
+    return Found(w, *rest), Place(alpha, near, scale, known)
 
 
 def _run(
@@ -51,7 +51,7 @@ def _run(
     compile: bool,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """(w, alpha, near, status, residual, steps, evaluations) for plain tensors; `known` gets the Jacobian."""
+    """(w, alpha, near, scale, status, residual, steps, evaluations); `known` gets the Jacobian."""
     *six, bounds = tensors
     program = given = QuadraticProgram(*six)
     finite = program.finite()
@@ -72,8 +72,8 @@ def _run(
     residual = polished.residual.masked_fill(~finite, float("nan"))
     report = report_on(given, bounds)
     report("qp", solver, Found(w, status, residual, polished.steps, polished.evaluations))  # pyright: ignore[reportArgumentType]
-    near, alpha, beta = w, polished.alpha, 1 - polished.alpha
-    factors, degenerate = polished.factors, polished.degenerate
+    near, factors, degenerate = w, polished.factors, polished.degenerate
+    alpha, beta = polished.alpha, (1 - polished.alpha) * scaling.F**2
     if smoothing and program.sizes[2]:
         system = system.with_vectors_as_given()
         near, slack, factors, done = central_point(system, polished.w * scaling.U, smoothing, none)
@@ -82,9 +82,10 @@ def _run(
             near, torch.where(done, 0, int(Status.MAX_STEPS)), residual, polished.steps, polished.evaluations
         )
         replace(report, unpack=None)("the relaxed qp", solver, short)  # pyright: ignore[reportArgumentType]
-        alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack / scaling.F, torch.zeros_like(degenerate)
-    known.append(Jacobian(factors, scaling, program, alpha, beta, degenerate))
-    return w, polished.alpha, near.clone(), status, residual, polished.steps, polished.evaluations
+        alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack * scaling.F, torch.zeros_like(degenerate)
+    known.append(Jacobian(factors, system.program, alpha, beta, degenerate))
+    scale = scaling.of_matrices.expand_as(w).clone()
+    return w, polished.alpha, near.clone(), scale, status, residual, polished.steps, polished.evaluations
 
 
 def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:

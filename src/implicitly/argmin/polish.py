@@ -232,32 +232,32 @@ def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
     program, w = system.program, at.w
     if system.condensed is None:  # its factors are further from exact
         w = newton_step(program, at.factors, at.beta, w)
-    residual, size = natural_residual(program, system.scaling, w)
+    error, residual = natural_residual(program, system.scaling, w)
     enough = max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps  # of so many terms
-    wanting = ~(residual <= enough * size)
+    wanting = ~(error <= enough)
     if happens(wanting):
         rows = wanting.nonzero()[:, 0]
-        parts = (t[rows] for t in (w, residual, size))
+        parts = (t[rows] for t in (w, error, residual))
         parts = _better(system.take_rows(rows), at.take_rows(rows), enough, *parts)
-        w, residual, size = (t.index_copy(0, rows, part) for t, part in zip((w, residual, size), parts))
-    return at._replace(w=w), residual, size
+        w, error, residual = (t.index_copy(0, rows, part) for t, part in zip((w, error, residual), parts))
+    return at._replace(w=w), error, residual
 
 
 def _better(
-    system: System, at: _Active, enough: float, w: Tensor, residual: Tensor, size: Tensor
+    system: System, at: _Active, enough: float, w: Tensor, error: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`w` after a few Newton steps, its residual and the size that this is to be compared with."""
+    """`w` after a few Newton steps, its error and its residual."""
     for _ in range(NEWTON_STEPS):
         new = newton_step(system.program, at.factors, at.beta, w)
-        left, scale = natural_residual(system.program, system.scaling, new)
+        left, remains = natural_residual(system.program, system.scaling, new)
         # Where it does not fall any more, it is as exact as rounding lets it be.
-        going = (left > enough * scale) & (left <= 0.5 * residual)
-        better = (left < residual) | ~residual.isfinite()
+        going = (left > enough) & (left <= 0.5 * error)
+        better = (left < error) | ~error.isfinite()
         w = where_rows(better, new, w)
-        residual, size = torch.where(better, left, residual), torch.where(better, scale, size)
+        error, residual = torch.where(better, left, error), torch.where(better, remains, residual)
         if not happens(going):
             break
-    return w, residual, size
+    return w, error, residual
 
 
 def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
@@ -273,7 +273,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     near = (found.status == int(Status.CONVERGED)).unsqueeze(1)
     alpha = torch.where(near, found.binding, found.w[:, n + q :] > found.slack).to(found.w.dtype)
     start = found.w.nan_to_num(0.0, 0.0, 0.0)
-    at, residual, size = _refined(system, _settle(system, alpha, start, trusted))
+    at, error, residual = _refined(system, _settle(system, alpha, start, trusted))
     signed, _, small = at.signs(system)
     weak = signed.abs() <= small
     # Those that bind with no force might as well not, which changes the derivative alone.
@@ -282,13 +282,13 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
         alpha = torch.where(weak, 0.0, at.alpha)[rows]
         at = at.with_rows(rows, _Active(at.w[rows], alpha, *system.take_rows(rows).active(alpha), 1))
     w = at.w
-    good = residual <= tolerance * size
+    good = error <= tolerance
     if happens(~good):  # what the solver found may be better than what its active set leads to
-        before, size = natural_residual(program, system.scaling, found.w)
-        keep = ~(residual <= before) & before.isfinite()
-        residual = torch.where(keep, before, residual)
+        before, remains = natural_residual(program, system.scaling, found.w)
+        keep = ~good & ~(error <= before) & before.isfinite()
+        residual = torch.where(keep, remains, residual)
         w = torch.where(keep.unsqueeze(1), found.w, w)
-        good = good | (keep & (before <= tolerance * size))
+        good = good | (keep & (before <= tolerance))
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
     status = torch.where(good, int(Status.CONVERGED), short)  # a solution refutes the proof that there is none
     degenerate = weak.any(1) | at.factors.is_singular(at.beta)

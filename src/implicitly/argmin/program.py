@@ -261,13 +261,13 @@ def _reciprocal(norm: Tensor) -> Tensor:
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm `(B,)` of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone, and what
-    it is to be compared with; both in the user's units, for a scaled program and point.
+    """How far a scaled point is from solving a scaled program `(B,)`, relative; and its residual in user's units.
 
-    Stationarity and feasibility are each compared with the size of the vectors given, and a little of that of the
-    terms of which they are differences, as rounding is, all in scaled units. Apart, since multipliers that grow
-    without end would hide that there is no feasible point; a little, since so would a point far away from the
-    origin.
+    The residual is the norm of (stationarity, Az - b, min(dual, slack)), which vanishes at solutions alone. In the
+    first, in scaled units, stationarity and feasibility are each compared with the size of the vectors given, and
+    a little of that of the terms of which they are differences, and of `w`, as rounding is. Apart, since
+    multipliers that grow without end would hide that there is no feasible point; a little, since so would a point
+    far away from the origin.
     """
     z, nu, lam = w.split(program.sizes, dim=1)
     Qz, Gl, An = times(program.Q, z), times_transposed(program.G, lam), times_transposed(program.A, nu)
@@ -281,8 +281,7 @@ def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> 
         row_norm(torch.cat([off, gap], 1)) / _size([program.b, binding * program.h], [Az, binding * Gz, z]),
     )
     gap = torch.minimum(lam * F, slack / F)
-    residual = row_norm(torch.cat([slope / E, off / K, gap], 1) * U)
-    return residual, torch.where(worst > 0, residual / worst, 1.0)
+    return worst, row_norm(torch.cat([slope / E, off / K, gap], 1) * U)
 
 
 def _size(given: list[Tensor], terms: list[Tensor]) -> Tensor:
