@@ -13,6 +13,10 @@ from implicitly import compiled
 
 # Every process that makes code of graphs would first try, for seconds, which instructions the C++ compiler knows.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# After every graph that it makes, the compiler would look for garbage among all that it holds.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
+LONGEST = ("test_tour_leaves", "test_code_is_generated_for_a_network", "test_a_second_process_finds")
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("suite")
@@ -38,6 +42,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if device != "cpu" and "host" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="is of the host alone"))
+    # The longest first, so that none is left to one worker at the end.
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def pytest_collection_finish():

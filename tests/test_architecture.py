@@ -13,7 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From low to high; a module imports from layers below its own only. Within a layer of several files (a family)
 # they import each other as they like, without cycles; what shares a line does not import each other.
 LAYERS = (
-    ("leaf_names", "transforms"),
+    ("leaf_names", "transforms", "checks"),
     ("tree", "unrolled", "jet", "graph_break"),
     ("functions", "pullback"),
     ("host", "independence"),

@@ -77,6 +77,10 @@ ELEMENTWISE = {
     "pow 1": lambda x: x**1,
     "pow 2": lambda x: x**2,
     "pow 7": lambda x: x**7,
+    "pow 2 as a tensor": lambda x: x ** torch.tensor(2.0) + x ** torch.tensor(3),
+    "pow of each": lambda x: (
+        x ** torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) + x ** torch.tensor([2, 3, 4])
+    ),
     "base": lambda x: 2**x + torch.pow(W.abs() + 1, x),
     "square": torch.square,
     "exp": torch.exp,
@@ -112,6 +116,7 @@ POSITIVE = {
     "reciprocal": torch.reciprocal,
     "pow -2": lambda x: x**-2,
     "pow 2.5": lambda x: x**2.5,
+    "pow of entries": lambda x: x**W + x ** W.sum().exp(),
     "pow x": lambda x: x**x,
     "log": torch.log,
     "log1p": torch.log1p,
@@ -234,6 +239,50 @@ def test_whole_powers_are_right_at_zero():
     zero, one, none = torch.zeros(()), torch.ones(()), torch.zeros(())
     _, terms = jet(lambda x: x**3, (zero,), ((one, none, none, none),))
     assert [x.item() for x in terms] == [0, 0, 6, 0]
+
+
+def test_whole_powers_given_as_tensors_are_right_at_zero():
+    x = torch.zeros(2, dtype=torch.float64)
+    _, (first, second, third) = jet(lambda x: x ** torch.tensor(2.0), (x,), ((x + 1, x, x),))
+    assert (first.tolist(), second.tolist(), third.tolist()) == ([0, 0], [2, 2], [0, 0])
+
+
+def test_exponents_get_their_derivatives():
+    x, terms = torch.rand(3, dtype=torch.float64) + 0.5, [torch.ones(3, dtype=torch.float64)] * 2
+    for p in (torch.tensor(1.7, dtype=torch.float64), torch.rand(3, dtype=torch.float64)):
+        f = lambda x, p: torch.stack([*jet(lambda x: x**p, (x,), (terms,))[1]])  # noqa: E731
+        expected = lambda x, p: torch.stack([*nested(lambda x: x**p, (x,), (terms,))[1]])  # noqa: E731
+        torch.testing.assert_close(torch.func.jacrev(f, 1)(x, p), torch.func.jacrev(expected, 1)(x, p))
+        torch.testing.assert_close(torch.func.jacfwd(f, 1)(x, p), torch.func.jacfwd(expected, 1)(x, p))
+        own = p.clone().requires_grad_()
+        assert torch.autograd.gradcheck(f, (x, own), check_forward_ad=True)
+
+
+SMALL = ["expm1", "log1p", "sinh", "cosh", "elu", "celu", "selu", "tanhshrink", "tanh", "softsign", "silu", "gelu",
+         "mish", "atan", "erf", "sin", "tan", "log_sigmoid", "softplus", "log_softmax"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_digits_are_kept_near_zero(name):
+    """Values and first derivatives in float32 are those of float64; so is PyTorch's own value."""
+    rules = {**ELEMENTWISE, **POSITIVE, "log_softmax": lambda x: torch.log_softmax(torch.stack([x, 2 * x]), 0)}
+    x = torch.tensor([-1e-1, -1e-3, -1e-5, -1e-9, 1e-9, 1e-5, 1e-3, 1e-1])
+    found = jet(rules[name], (x,), ((torch.ones_like(x),),))
+    exact = jet(rules[name], (x.double(),), ((torch.ones_like(x).double(),),))
+    torch.testing.assert_close(found[1][0].double(), exact[1][0], rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(exact[0], rules[name](x.double()), rtol=1e-12, atol=0)
+    if name != "tanhshrink":  # which PyTorch takes for a difference
+        torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("f", [F.logsigmoid, torch.expm1, lambda x: F.log_softmax(torch.stack([x, 2 * x]), 0)])
+def test_digits_are_kept_far_from_zero(f):
+    x = torch.tensor([-60.0, -25.0, 25.0, 60.0], dtype=torch.float64)
+    value, (first, second) = jet(f, (x,), ((torch.ones_like(x), torch.zeros_like(x)),))
+    expected = nested(f, (x,), ((torch.ones_like(x), torch.zeros_like(x)),))
+    torch.testing.assert_close(value, expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(first, expected[1][0], rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(second, expected[1][1], rtol=1e-9, atol=1e-15)
 
 
 def test_softplus_is_linear_beyond_its_threshold_as_in_torch():
@@ -495,6 +544,10 @@ def test_bad_input_is_refused():
         jet(torch.exp, (1.0,), ([1.0],))
     with pytest.raises(TypeError, match="f must return tensors, got a float"):
         jet(lambda x: 1.0, (x,), ([x],))
+    with pytest.raises(TypeError, match="y must hold tensors, got a float"):
+        trajectory_derivatives(lambda t, y: y, 0.0, 1.0, 2)
+    with pytest.raises(ValueError, match="y holds no tensor"):
+        trajectory_derivatives(lambda t, y: y, 0.0, (), 2)
     with pytest.raises(ValueError, match="whole number >= 1, got 0"):
         trajectory_derivatives(lambda t, y: y, 0.0, x, 0)
     with pytest.raises(ValueError, match=r"shapes of y, \[\(3,\)\]; got \[\(1,\)\]"):

@@ -174,8 +174,8 @@ def _state(entry: Any, f: Any, **options):
 
 
 MIXED = {
-    "explicit": (_trajectory(solver=im.RK4(dt=0.02)), _mixed_trajectory),
-    "implicit": (_trajectory(solver=im.Kvaerno5(rtol=1e-9, atol=1e-9)), _mixed_trajectory),
+    "explicit": (_trajectory(solver=im.RK4(dt=0.1)), _mixed_trajectory),
+    "implicit": (_trajectory(solver=im.Kvaerno5(dt=0.25, rtol=1e-9, atol=1e-9)), _mixed_trajectory),
     "fixed_point": (_state(im.fixed_point, _turned, solver=im.Newton(rtol=1e-11)), _mixed_solution),
     "argmin": (_state(im.argmin, _apart), _mixed_solution),
     "least_squares": (_state(im.least_squares, _residuals), _mixed_solution),

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.checks import check_listener
 from implicitly.history import add_combined, combine, products
 from implicitly.host import happens
 from implicitly.implicit import (
@@ -112,7 +113,7 @@ class ImplicitAdjoint(Adjoint):
         rtol, max_steps: replace those of `linear_solver`.
         inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
             "start" the backward solve from it, or "precondition" the backward solve by it.
-        listen: called with the `Found` of every backward solve, for logging.
+        listen: called with the `Found` of every backward solve, for logging; not under `torch.func`.
 
     A sample whose backward solve breaks down (a singular Jacobian) gets a zero gradient and is reported as
     `on_failure` says.
@@ -128,6 +129,7 @@ class ImplicitAdjoint(Adjoint):
         if self.inverse not in ("ignore", "start", "precondition"):
             raise ValueError(f'inverse must be "ignore", "start" or "precondition", got {self.inverse!r}')
         check_linear_solver(self.linear_solver)
+        check_listener("ImplicitAdjoint", self.listen)
 
     @property
     def backward_solver(self) -> Solver:
@@ -151,7 +153,7 @@ class ImplicitAdjoint(Adjoint):
             return found.z
         estimate = None
         # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
-        if self.inverse != "ignore" and not is_wrapped(found.z):
+        if self.inverse != "ignore" and found.estimate and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
         how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
         return attach_usable(found, condition, problem.theta, how)
@@ -213,6 +215,8 @@ def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
     """
     if not any(is_recorded(t) for t in problem.theta):
         return found
+    if found.z.shape[1] == 0:
+        return _tied(found, problem)
     at_once = (found.steps == 0) & (found.status == int(Status.CONVERGED))
     if not happens(at_once):
         return found if found.z.requires_grad or is_wrapped(found.z) else _tied(found, problem)
@@ -229,5 +233,5 @@ def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
 
 
 def _tied(found: Found, problem: Problem) -> Found:
-    """`found` whose value has a derivative, be it zero, as where there are no samples."""
+    """`found` whose value has a derivative, be it zero, as where there are no samples, or no entries."""
     return found._replace(z=found.z + (constant(found.z, problem.theta) - found.z.detach()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from implicitly.transforms import casts, full_precision, has_tangent, is_tracked, levels, under_transform, version
 from implicitly.tree import Layout
@@ -44,6 +47,7 @@ class Opened:
     parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
     constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
     args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
+    normal: _Normal | None = None  # where f reaches tensors that were made in inference mode
 
     def kept(self) -> Callable[[], AbstractContextManager[None]]:
         """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
@@ -93,11 +97,17 @@ class Opened:
 
         def call(state: Any) -> Any:
             caches = parametrize._cache_enabled
-            if self.autocast is None and default is None and not (caches or casts(self.device_type)):
+            usual = self.autocast is None and default is None and self.normal is None
+            if usual and not (caches or casts(self.device_type)):
                 return self._call(own, exchanged, state, args)
             # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
             # called from; an accelerator's is a thread of autograd's own, which has no default device.
-            with self._arithmetic(), default or nullcontext(), _uncached() if caches else nullcontext():
+            with (
+                self._arithmetic(),
+                default or nullcontext(),
+                self.normal or nullcontext(),
+                _uncached() if caches else nullcontext(),
+            ):
                 return self._call(own, exchanged, state, args)
 
         return call
@@ -146,6 +156,46 @@ def _uncached() -> Iterator[None]:
         parametrize._cache_enabled = depth
 
 
+class _Normal(TorchFunctionMode):
+    """Gives operations copies in place of tensors that were made in inference mode, which no graph can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self._copies = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, self._copy, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        if not x.is_inference():
+            return x
+        if x not in self._copies:
+            self._copies[x] = copied(x)
+        return self._copies[x]
+
+
+def copied(x: Tensor) -> Tensor:
+    """`x`, or a copy that autograd can hold where `x` was made in inference mode."""
+    if torch.compiler.is_dynamo_compiling() or not x.is_inference():
+        return x
+    # Outside of every transform of torch.func: it must not end with the first that meets it.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
+        return x.detach().clone()
+
+
+def normal(f: Callable[..., Any], args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """A context in which autograd can record f(..., *args), also where that reaches tensors of inference mode."""
+    modules, tensors = _modules_and_tensors(f, args)
+    return _normal_if_needed(_parts_of(modules), tensors) or nullcontext()
+
+
+def _normal_if_needed(parts: dict[str, nn.Module], tensors: list[tuple[str, Tensor]]) -> _Normal | None:
+    own = (x for part in parts.values() for x in (*part._parameters.values(), *part._buffers.values()))
+    reached = itertools.chain(own, (x for _, x in tensors))
+    return _Normal() if any(x is not None and x.is_inference() for x in reached) else None
+
+
 @contextmanager
 def _as_then(
     parts: tuple[nn.Module, ...], modes: tuple[bool, ...], constants: tuple[tuple[str, Tensor, int], ...]
@@ -188,7 +238,8 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
     flat, spec = pytree.tree_flatten(args)
     args_are_leaves = len(flat) == len(args) and all(map(operator.is_, flat, args))
-    tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+    given = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+    tensors = tuple(map(copied, given))
     static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
     if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
@@ -198,19 +249,14 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         )
         return Opening(opened, tensors, ())
     default = torch.get_default_device()
-    modules: dict[int, nn.Module] = {}
-    captured: list[tuple[str, Tensor]] = []
-    for name, value in _reached(f, args):
-        if isinstance(value, nn.Module):
-            modules.setdefault(id(value), value)
-        elif not any(value is t for t in tensors):
-            captured.append((name, value))
-    parameters, places, constants = _tensors_of(parts := _parts_of(tuple(modules.values())))
+    modules, reached = _modules_and_tensors(f, args)
+    captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
+    parameters, places, constants = _tensors_of(parts := _parts_of(modules))
     constants += [(name, x, version(x)) for name, x in captured if not is_tracked(x)]
     opened = Opened(
         f,
         parameters,
-        tuple(modules.values()),
+        modules,
         places,
         spec,
         static,
@@ -220,6 +266,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         tuple(parts.values()),
         tuple(constants),
         args_are_leaves,
+        _normal_if_needed(parts, reached),
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
 
@@ -260,6 +307,20 @@ def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
     return f(pytree.tree_map_only(Tensor, torch.clone, state), *args)
 
 
+def _modules_and_tensors(
+    f: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[tuple[nn.Module, ...], list[tuple[str, Tensor]]]:
+    """The modules that f reaches, each once, and the tensors that it reaches otherwise."""
+    modules: dict[int, nn.Module] = {}
+    tensors: list[tuple[str, Tensor]] = []
+    for name, value in _reached(f, args):
+        if isinstance(value, nn.Module):
+            modules.setdefault(id(value), value)
+        else:
+            tensors.append((name, value))
+    return tuple(modules.values()), tensors
+
+
 def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
     """Every module and tensor that `f` reaches: itself, bound, partial, closed over, global or an attribute."""
     seen: set[int] = set()
@@ -297,7 +358,7 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
             continue
     # Of the globals only modules, tensors and plain functions: other packages' objects are none of f's state.
     kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
-    for name in function.__code__.co_names:
+    for name in dict.fromkeys(_names_in(function.__code__)):
         value = function.__globals__.get(name)
         foreign = isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] == "torch"
         if isinstance(value, kinds) and not foreign:
@@ -305,6 +366,14 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
     scope += [("a default", value) for value in function.__defaults__ or ()]
     scope += list((function.__kwdefaults__ or {}).items())
     return scope
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The global names and attributes in `code`, also in lambdas, comprehensions and generators within."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names_in(inner)
 
 
 class _Host(nn.Module):
@@ -348,13 +417,17 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     tracked = outputs.requires_grad or has_tangent(outputs)
     if not tracked and levels(outputs) <= set().union(*map(levels, known)):
         return
-    named = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)]
+    named, unseen = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)], ""
     if not named:
         named = [f"a tensor of shape {shape}" for shape in _leaf_shapes(outputs)] or ["a tensor"]
+        unseen = (
+            " (of f's globals only modules, tensors and functions are looked at, not lists or other objects that "
+            "hold them)"
+        )
     raise ValueError(
         f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
         "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
-        "Pass it in args, which f gets after the unknown; or .detach() it if no gradient is wanted"
+        f"Pass it in args, which f gets after the unknown{unseen}; or .detach() it if no gradient is wanted"
     )
 
 

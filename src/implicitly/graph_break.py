@@ -22,6 +22,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
+from implicitly.transforms import out_of_inference_mode
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,9 +53,16 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
             nonlocal untraced
             if untraced is None:
                 if "torch._dynamo" not in sys.modules:
-                    return solve(*args, **kwargs)
-                untraced = torch.compiler.disable(solve, reason=reason)
+                    return recordable(*args, **kwargs)
+                untraced = torch.compiler.disable(recordable, reason=reason)
             return untraced(*args, **kwargs)
+
+        def recordable(*args: Any, **kwargs: Any) -> R:
+            if not torch.is_inference_mode_enabled():
+                return solve(*args, **kwargs)
+            # There autograd records nothing, also not for solvers that differentiate f.
+            with out_of_inference_mode((args, kwargs)) as (args, kwargs):
+                return solve(*args, **kwargs)
 
         # Code of its own: the compiler notes there that a frame is to be skipped.
         entry.__code__ = entry.__code__.replace(co_name="entry_or_break")

@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import check_on_failure
 from implicitly.host import happens
 from implicitly.iterate import (
     ConvergenceWarning,
@@ -52,10 +53,10 @@ from implicitly.tree import real_parts, row_norm
 
 Map = Callable[[Tensor], Tensor]
 
-# A linear solve that did not converge still gives a derivative, a reported one, below this relative residual,
+# An unconverged linear solve is still used, and reported, if its relative residual is below GOOD_ENOUGH and its
+# error estimate, that residual times |M||u|/|b|, is below HOPELESS: near a singular system a small residual says
+# little about the error.
 GOOD_ENOUGH = 0.1
-# unless, times the condition number that |M|, |u| and |b| show, it is larger than this, and what was found may be
-# mostly error: of a singular system the residual shows in one of n directions only.
 HOPELESS = 0.5
 
 
@@ -72,12 +73,13 @@ class Condition:
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
         carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
-        kind: what `bind` gives, where that is more than R: a dataclass of maps between tensors with one row a
-            sample, whose instances are R when called.
+        kind: the dataclass that `bind` returns when solvers need more than R (`Descent`, `Lagrangian`): calling
+            it gives R, its fields are further maps of tensors with one row a sample.
         scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
         examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
         graphs: how it is solved otherwise than by `search`.
-        keep: notes what f is, beside theta; what it gives makes it so again, for a derivative: see `Opened.kept`.
+        keep: takes a snapshot of what f is besides theta (train/eval modes, constants); the result restores it
+            while a derivative calls f. See `Opened.kept`.
     """
 
     bind: Callable[..., Map]
@@ -102,7 +104,8 @@ class Condition:
         return self.at(*theta)(z)
 
     def bare(self) -> Condition:
-        """What of it a graph needs, which outlives the solve: not what announces, nor what looks at the result."""
+        """What a compiled graph may hold on to: nothing that reports, examines, or keeps this call's tensors
+        alive."""
         return replace(self, report=Report("ignore"), carries=None, examine=None, graphs=None, keep=None)
 
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
@@ -127,16 +130,15 @@ class Report:
     message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
 
     def __post_init__(self):
-        if self.on_failure not in ("raise", "warn", "ignore"):
-            raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
+        check_on_failure(self.on_failure)
 
     def __call__(self, name: str, solver: Solver, found: Found) -> None:
         """Announce the samples of `found` that did not converge."""
         if self.on_failure == "ignore":
             return
         short = ~is_success(found.status)
-        if solver.budget_only:  # steps were asked for, not convergence
-            short = short & (found.status != Status.MAX_STEPS)
+        if solver.fixed_steps:  # steps were asked for, not convergence
+            short = short & (found.status != Status.MAX_STEPS) & (found.status != Status.STAGNATED)
         failed = short.nonzero()[:, 0]
         if len(failed) == 0:
             return
@@ -149,7 +151,11 @@ class Report:
 
 def users_line() -> int:
     """The stacklevel, for a warning of the caller, of the nearest frame outside of this package and torch."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__), contextlib.__file__)
+    inside = (
+        os.path.join(os.path.dirname(__file__), ""),
+        os.path.join(os.path.dirname(torch.__file__), ""),
+        contextlib.__file__,
+    )
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
@@ -218,7 +224,7 @@ def find(
             return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
     starts = (t.detach() for t in start)
-    run = search if condition.graphs is None else condition.graphs.search
+    run = search if condition.graphs is None or z0.shape[1] == 0 else condition.graphs.search
     run = partial(search, leave_last=True) if leave_last else run
     found = _Find.apply(solver, condition, run, len(start), *starts, *theta)
     z, status, residual, steps, evaluations, *rest = found
@@ -228,7 +234,7 @@ def find(
 
 def has_waited(solver: Solver, condition: Condition) -> bool:
     """Whether a solve that has ended has looked at what it found, or its report has."""
-    return not solver.budget_only or condition.report.on_failure != "ignore"
+    return not solver.fixed_steps or condition.report.on_failure != "ignore"
 
 
 def arrive(found: Found, r: Tensor, solver: Solver, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
@@ -261,6 +267,8 @@ def search(
     `leave_last`: as of `iterate`; then without an estimate. `unrolled`: exactly `max_steps` steps, one after the
     other, in a traced graph. `verify`: look whether an answer that a recurrence calls right is so.
     """
+    if z0.shape[1] == 0:
+        return _without_entries(z0, unrolled)
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
@@ -288,6 +296,13 @@ def search(
             unrolled=unrolled,
         )
     return found._replace(estimate=()) if leave_last else found
+
+
+def _without_entries(z: Tensor, unrolled: bool) -> Found:
+    """States `(B, 0)`, which satisfy every condition."""
+    status = torch.full((len(z),), int(Status.CONVERGED), dtype=torch.int64, device=z.device)
+    residual, zeros = z.new_zeros(len(z)), torch.zeros_like(status)
+    return Found(z, status, residual, zeros, 0 if unrolled else zeros.new_zeros(()))
 
 
 class Opaque(torch.autograd.Function):
@@ -334,8 +349,13 @@ class _Find(Opaque):
         start = [merge_rows(t, d, size) for t, d in zip(tensors[:starts], dims)]
         condition, theta = _mapped(condition, dims[starts:], size, tuple(tensors[starts:]))
         output = _Find.apply(solver, condition, run, starts, *start, *theta)
-        outputs = [t.reshape(size, -1, *t.shape[1:]) if t.ndim else t for t in output]
+        outputs = [_split_rows(t, size) if t.ndim else t for t in output]
         return tuple(outputs), tuple(0 if t.ndim else None for t in output)
+
+
+def _split_rows(x: Tensor, size: int) -> Tensor:
+    """`(size * B, ...)` as `(size, B, ...)`: what `merge_rows` made one."""
+    return x.reshape(size, len(x) // size, *x.shape[1:])
 
 
 # ------------------------------------------------------------------------------------- its derivative
@@ -380,7 +400,7 @@ class Backward:
         b, usable = theta[0], is_usable(found.status)
         if not some(found, ~is_success(found.status)):
             return found.z
-        if not self.solver.budget_only:
+        if not self.solver.fixed_steps:
             size = row_norm(b)
             with torch.no_grad():
                 growth = row_norm(b - condition.residual(b, *theta)) / size  # |M b| / |b|
@@ -393,8 +413,6 @@ class Backward:
     def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
-        if b.shape[1] == 0:  # states without entries
-            return b
         if inverse is None:
             found = find(self.solver, condition, torch.zeros_like(b), theta, b)
         elif self.use == "start":
@@ -531,7 +549,7 @@ class _Attach(torch.autograd.Function):
         size = info.batch_size
         condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
         out = _Attach.apply(condition, backward, merge_rows(z, in_dims[2], size), *theta)
-        return out.reshape(size, -1, out.shape[1]), 0
+        return _split_rows(out, size), 0
 
 
 def _cotangents(
@@ -632,7 +650,7 @@ def _mapped(
             over = vmap(one, in_dims=(0, *in_dims), randomness="different")
 
             def call(*rows: Tensor) -> Any:
-                value = over(tuple(x.reshape(size, -1, *x.shape[1:]) for x in rows), *theta)
+                value = over(tuple(_split_rows(x, size) for x in rows), *theta)
                 return pytree.tree_map(lambda v: v.flatten(0, 1), value)
 
             return call

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitly.functions import open_function
+from implicitly.checks import check_count
+from implicitly.functions import normal, open_function
 from implicitly.transforms import out_of_inference_mode
 from implicitly.tree import Layout, row_norm
 
@@ -33,13 +34,12 @@ def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int =
     Raises:
         ValueError: a derivative is not finite, and so does not tell.
     """
-    if samples < 1:
-        raise ValueError(f"check_independence: samples must be at least 1, got {samples}")
+    check_count("check_independence", "samples", samples)
     layout = Layout.of(z, 1, "z")
     buffers = list(open_function(f, args, layout.device).opened.buffers())
     before = [b.clone() for b in buffers]
     try:
-        with out_of_inference_mode((z, args)) as (z, args):
+        with out_of_inference_mode((z, args)) as (z, args), normal(f, args):
             coupled = _coupled_near(f, layout, layout.pack(z).detach(), args, samples)
     finally:
         with torch.no_grad():

@@ -19,12 +19,14 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import INTEGERS as INTEGERS
+from implicitly.checks import NONNEGATIVE, check_count, check_number
+from implicitly.checks import NUMBERS as NUMBERS
 from implicitly.host import LOOPS, happens, on_host, remembered, to_host, views
 from implicitly.transforms import is_batched, is_near, is_wrapped, unwrapped
 from implicitly.tree import row_norm
@@ -40,9 +42,6 @@ PATIENCE = 30
 LATE = 1 / 4
 # A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
 DRIFTED = 10
-# What numbers may be given as.
-INTEGERS = (int, np.integer)
-NUMBERS = (float, int, np.floating, np.integer)
 # Finished samples are dropped from the calls of f once at most this share of the rows still runs.
 DROP_BELOW = 7 / 8
 
@@ -51,18 +50,31 @@ class Status(IntEnum):
     """How the solve of one sample ended."""
 
     RUNNING = -1
+    """Not finished; never returned."""
     CONVERGED = 0
+    """Met its tolerances."""
     MAX_STEPS = 1
+    """The limit of steps was reached, or the steps that were asked for with `rtol=0` were taken."""
     STAGNATED = 2
+    """No better residual for so many steps, or no step left that helps."""
     DIVERGED = 3
+    """The residual grew beyond all hope."""
     SINGULAR = 4
+    """A linear system had no solution."""
     NON_FINITE = 5
+    """f gave NaN or inf."""
     STEP_UNDERFLOW = 6
+    """Of a trajectory: its steps became too short to go on."""
     EVENT = 7
+    """Of a trajectory: an event ended it."""
     INFEASIBLE = 8
+    """No point satisfies the constraints."""
     UNBOUNDED = 9
+    """The objective falls without end."""
     NOT_MINIMUM = 10
+    """A stationary point that is no minimum."""
     DEGENERATE = 11
+    """Solved, but the derivative of the solution is not unique."""
 
 
 def is_running(status: Any) -> Any:
@@ -149,9 +161,9 @@ class Solver(ABC):
     """A rule for the next iterate, with its tolerances.
 
     A sample has converged when |r| <= atol + rtol * scale in the 2-norm, where r is its residual and the scale
-    is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system. Of a fixed point the tolerance is
-    meant for the error |z - z*|: where the solver's last step was g > 1 times as long as the residual that it
-    answered, an error is about g residuals, and |r| must be g times smaller.
+    is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system. For a fixed point the tolerance
+    bounds the error |z - z*|: if the last step was g > 1 times the residual it started from, the error is about
+    g |r|, so |r| must be g times smaller.
 
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
@@ -179,26 +191,13 @@ class Solver(ABC):
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, NUMBERS):
-                raise TypeError(f"{type(self).__name__}: {name} must be a number, got a {type(value).__name__}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{type(self).__name__}: {name} must be a finite number >= 0, got {value}")
-        self.check_count("max_steps")
-
-    def check_count(self, name: str) -> None:
-        """Raise TypeError / ValueError unless the option `name` is a whole number from 1 on."""
-        value = getattr(self, name)
-        if not isinstance(value, INTEGERS) or isinstance(value, bool):
-            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_number(type(self).__name__, name, value, NONNEGATIVE)
+        check_count(type(self).__name__, "max_steps", self.max_steps)
 
     @property
-    def budget_only(self) -> bool:
-        """Whether exactly `max_steps` steps are asked for, and nothing is to be compared."""
+    def fixed_steps(self) -> bool:
+        """Whether exactly `max_steps` steps are asked for, and nothing is compared."""
         return self.rtol == 0 and not self.atol
 
     @property
@@ -313,7 +312,7 @@ def iterate(
             return loop.step(F, k, carry)
         return loop.set_aside(loop.step(F, k, carry.with_kept(views(*kept))))[1]
 
-    if leave_last and loop.budget_only and not loop.is_blind(z):
+    if leave_last and loop.fixed_steps and not loop.is_blind(z):
         k, carry = repeat(step, carry, going, solver.max_steps - 1)
         if carry.status is None:
             new = solver.propose(F, k, carry.z, carry.r, carry.memory)
@@ -379,8 +378,8 @@ class _Loop:
     unrolled: bool = False
 
     @property
-    def budget_only(self) -> bool:
-        """Whether exactly `max_steps` steps were asked for, and nothing is to be compared."""
+    def fixed_steps(self) -> bool:
+        """Whether exactly `max_steps` steps are asked for, and nothing is compared."""
         return not isinstance(self.rtol, Tensor) and self.rtol == 0 and self.atol == 0
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
@@ -392,7 +391,7 @@ class _Loop:
         scale = row_norm(z) if scale is None else scale
         zeros = torch.zeros_like(norm, dtype=torch.int64)
         status = zeros + int(Status.RUNNING)
-        if not self.budget_only:
+        if not self.fixed_steps:
             status = coded(norm <= self._limit(scale), Status.CONVERGED, status)
         status = coded(norm < math.inf, status, Status.NON_FINITE)
         memory = self.solver.start(F, z, r)
@@ -413,7 +412,7 @@ class _Loop:
             r = new.residual if running is None else where_rows(running, new.residual, c.r)
         calls = c.calls + new.calls + int(new.residual is None)
         norm = row_norm(r)
-        scale = row_norm(z) if self.relative_to_iterate and not self.budget_only else c.scale
+        scale = row_norm(z) if self.relative_to_iterate and not self.fixed_steps else c.scale
         if running is None and self._uneventful(k, c, new, norm, scale):
             return c._replace(z=z, r=r, best=z, best_norm=norm, stale=c.steps, calls=calls, memory=new.memory)
         better = norm < c.best_norm
@@ -422,7 +421,7 @@ class _Loop:
             best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
             return c._replace(z=z, r=r, best=best, best_norm=best_norm, calls=calls, memory=new.memory)
         # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
-        stop = ~(norm < math.inf) if self.budget_only else ~(norm <= c.blow_up)
+        stop = ~(norm < math.inf) if self.fixed_steps else ~(norm <= c.blow_up)
         if new.progress is not None:
             better_otherwise = new.progress & (norm < math.inf)
             stop = stop & ~better_otherwise
@@ -434,7 +433,7 @@ class _Loop:
         if new.verdict is not None:
             stop = stop | ~is_running(new.verdict)
         stale = (c.stale + 1).masked_fill(better if new.progress is None else better | new.progress, 0)
-        if not self.budget_only:
+        if not self.fixed_steps:
             stop = stop | (stale >= PATIENCE)
         if running is not None:
             better, stop = better & running, stop & running
@@ -456,7 +455,7 @@ class _Loop:
 
     def is_blind(self, x: Tensor) -> bool:
         """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""
-        return self.budget_only and not is_near(x) and not torch.compiler.is_dynamo_compiling()
+        return self.fixed_steps and not is_near(x) and not torch.compiler.is_dynamo_compiling()
 
     def _all(self, mask: Tensor, k: int) -> bool:
         """Whether `mask` `(B,)` is seen to be true of every sample after `k` steps; False where nobody looks."""
@@ -469,7 +468,7 @@ class _Loop:
         return limit + self.atol if self.atol else limit
 
     def _uneventful(self, k: int | Tensor, c: _Carry, new: Proposal, norm: Tensor, scale: Tensor) -> bool:
-        """Whether it is plain to see that every sample came closer and none has ended: the usual step."""
+        """The fast path: whether a cheap look shows that every sample improved and none ends."""
         if torch.compiler.is_dynamo_compiling() or is_wrapped(norm) or self.is_blind(norm):
             return False
         if new.progress is not None:
@@ -479,7 +478,7 @@ class _Loop:
         if not _is_due(k + 1, norm):  # from then on nobody looks: it would make the host wait twice a step
             return False
         going_on = norm < c.best_norm
-        if not self.budget_only:
+        if not self.fixed_steps:
             going_on &= norm > self._limit(scale)
         if new.singular is not None:
             going_on &= ~new.singular
@@ -491,14 +490,14 @@ class _Loop:
         """Whether all residuals are the least so far and above their limits, by NumPy."""
         size = to_host(norm)
         going_on = size < to_host(best_norm)
-        if not self.budget_only:
+        if not self.fixed_steps:
             rtol = to_host(self.rtol) if isinstance(self.rtol, Tensor) else self.rtol
             going_on &= size > self.atol + rtol * to_host(scale)
         return bool(going_on.all())
 
     def _converged(self, c: _Carry, z: Tensor, norm: Tensor, scale: Tensor) -> Tensor | None:
         """Which samples have arrived at `z`, whose residual norm is `norm`, with the step from `c`."""
-        if self.budget_only:
+        if self.fixed_steps:
             return None
         converged = norm <= self._limit(scale)
         if not self.relative_to_iterate or not happens(converged):
@@ -512,7 +511,7 @@ class _Loop:
         """Whether to take another step before samples are dropped, or all are done."""
         if c.status is None:
             return c.steps.shape[0] > 0
-        if self.budget_only and not (on_host(c.status) or torch.compiler.is_dynamo_compiling()):
+        if self.fixed_steps and not (on_host(c.status) or torch.compiler.is_dynamo_compiling()):
             return True  # the number of steps is known; nothing is asked that an accelerator has to answer
         running = is_running(c.status)
         if not droppable:
@@ -529,7 +528,7 @@ class _Loop:
         running = _running(c)
         status = coded(running, Status.MAX_STEPS, Status.MAX_STEPS if c.status is None else c.status)
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
-        if self.budget_only:  # nothing was compared, so the answer is the last iterate
+        if self.fixed_steps:  # nothing was compared, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
         return Found(z, status, residual, steps, calls, estimate)
 
@@ -549,7 +548,7 @@ def _count(calls: int | Tensor) -> Tensor:
 
 
 def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Tensor) -> Found:
-    """How a number of steps ends at `z` `(B, n)` with the residual `r`, after which no others are counted.
+    """Ends a solve of a fixed number of steps at its last iterate `z` `(B, n)`, whose residual is `r`.
 
     Where that is not finite the answer is the `best` iterate before, whose residual is `best_norm` `(B,)`.
     """

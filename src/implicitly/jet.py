@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.transforms import is_tracked
+
 Coefficient = Tensor | None  # None is zero, which costs nothing
 
 
@@ -75,6 +77,7 @@ def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) ->
         `order` derivatives, each like y.
 
     Raises:
+        TypeError: y holds anything but tensors.
         ValueError: order is below 1, or f returns another structure or shape than y's.
         NotImplementedError: f uses an operation that has no rule; it is named.
 
@@ -84,6 +87,11 @@ def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) ->
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"order must be a whole number >= 1, got {order!r}")
     flat, spec = pytree.tree_flatten(y)
+    if not flat:
+        raise ValueError("y holds no tensor")
+    for x in flat:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"y must hold tensors, got a {type(x).__name__}")
     time = torch.as_tensor(t, dtype=flat[0].dtype.to_real(), device=flat[0].device)
     run = _Run(order - 1, known=0)
     t_jet = _Jet(_Series(time, lambda _, k: torch.ones_like(time) if k == 1 else None), run)
@@ -253,6 +261,17 @@ def _power(u: _Series, r: float) -> _Series:
     return _Series(u[0] ** r, rule)
 
 
+def _power_of_entries(u: _Series, r: Tensor) -> _Series:
+    """u^r for a tensor r that is constant along s."""
+
+    def rule(v: _Series, k: int) -> Coefficient:  # of u v' = r u' v
+        known = [(j, u[j], v[k - j]) for j in range(1, k + 1)]
+        total = _sum((r * j - (k - j)) * x * y for j, x, y in known if x is not None and y is not None)
+        return None if total is None else total / (k * u[0])
+
+    return _Series(u[0] ** r, rule)
+
+
 def _whole_power(u: _Series, r: int) -> _Series:
     if r == 0:
         return _constant(torch.ones_like(u[0]))
@@ -267,9 +286,18 @@ def _exp(u: _Series) -> _Series:
     return _solve(u, u[0].exp(), lambda v, k: v[k])
 
 
+def _expm1(u: _Series) -> _Series:
+    return _solve(u, u[0].expm1(), lambda v, k: u[0].exp() if k == 0 else v[k])
+
+
 def _log(u: _Series) -> _Series:
     inverse = _divide(1.0, u)
     return _solve(u, u[0].log(), lambda v, k: inverse[k])
+
+
+def _log1p(u: _Series) -> _Series:
+    inverse = _divide(1.0, _add(u, 1.0))
+    return _solve(u, u[0].log1p(), lambda v, k: inverse[k])
 
 
 def _tanh(u: _Series) -> _Series:
@@ -277,6 +305,11 @@ def _tanh(u: _Series) -> _Series:
         return 1 - v[0] * v[0] if k == 0 else _scaled(_cauchy(v, v, k), -1)
 
     return _solve(u, u[0].tanh(), slope)
+
+
+def _tanhshrink(u: _Series) -> _Series:
+    t = _tanh(u)  # whose square is the slope
+    return _solve(u, F.tanhshrink(u[0]), lambda v, k: _cauchy(t, t, k))
 
 
 def _sigmoid(u: _Series) -> _Series:
@@ -296,6 +329,11 @@ def _softplus(u: _Series, beta: float = 1.0, threshold: float = 20.0) -> _Series
     )
 
 
+def _log_sigmoid(u: _Series) -> _Series:
+    slope = _sigmoid(_Series(-u[0], lambda _, k: _scaled(u[k], -1)))
+    return _solve(u, F.logsigmoid(u[0]), lambda v, k: slope[k])
+
+
 def _erf(u: _Series) -> _Series:
     bell = _exp(_Series(-u[0] * u[0], lambda _, k: _scaled(_cauchy(u, u, k), -1)))
     return _solve(u, u[0].erf(), lambda v, k: _scaled(bell[k], 2 / math.sqrt(math.pi)))
@@ -307,13 +345,14 @@ def _atan(u: _Series) -> _Series:
     return _solve(u, u[0].atan(), lambda v, k: inverse[k])
 
 
-def _sine(which: int, u: _Series) -> _Series:
-    # Each is the other's slope, so that both are found as one series of (sin, cos).
-    pair = _solve(
-        u,
-        torch.stack([u[0].sin(), u[0].cos()]),
-        lambda v, k: None if v[k] is None else torch.stack([v[k][1], -v[k][0]]),
-    )
+def _sine(which: int, u: _Series, hyperbolic: bool = False) -> _Series:
+    # Each is the other's slope, so that both are found as one series of (sin, cos), or (sinh, cosh).
+    first = [u[0].sinh(), u[0].cosh()] if hyperbolic else [u[0].sin(), u[0].cos()]
+
+    def slope(v: _Series, k: int) -> Coefficient:
+        return None if v[k] is None else torch.stack([v[k][1], v[k][0] if hyperbolic else -v[k][0]])
+
+    pair = _solve(u, torch.stack(first), slope)
     return _Series(pair[0][which], lambda _, k: None if pair[k] is None else pair[k][which])
 
 
@@ -360,11 +399,20 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 
 def _pow(base: Any, exponent: Any) -> Tensor:
+    if isinstance(exponent, Tensor) and exponent.ndim == 0 and exponent.is_cpu and not _is_variable(exponent):
+        exponent = exponent.item()
     if isinstance(exponent, int | float):
         return _apply(_power, base, exponent)
+    if not isinstance(exponent, _Jet):
+        return _apply(_power_of_entries, base, exponent)
     if not isinstance(base, Tensor):
         base = torch.as_tensor(base, dtype=exponent.dtype, device=exponent.device)
     return (exponent * base.log()).exp()
+
+
+def _is_variable(x: Tensor) -> bool:
+    """Whether x has derivatives, of this or any other kind, that a number would lose."""
+    return isinstance(x, _Jet) or is_tracked(x)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -417,12 +465,13 @@ def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dt
 
 def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     below = torch.where(x > 0, 0.0, x)  # elsewhere exp could overflow
-    return scale * torch.where(x > 0, x, alpha * ((input_scale * below).exp() - 1))
+    return scale * torch.where(x > 0, x, alpha * (input_scale * below).expm1())
 
 
 def _log_softmax(x: Tensor, dim: int, *, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     x = x if dtype is None else x.to(dtype)
-    return x - _logsumexp(x, dim, keepdim=True)
+    below = x - _primal_of(x).amax(dim, keepdim=True)
+    return below - below.exp().sum(dim, keepdim=True).log()
 
 
 def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
@@ -463,15 +512,21 @@ _RULES: dict[str, Callable[..., _Series]] = {
     "sqrt": _sqrt,
     "rsqrt": lambda u: _divide(1.0, _sqrt(u)),
     "exp": _exp,
+    "expm1": _expm1,
     "log": _log,
+    "log1p": _log1p,
     "tanh": _tanh,
+    "tanhshrink": _tanhshrink,
     "sigmoid": _sigmoid,
+    "log_sigmoid": _log_sigmoid,
     "silu": lambda u: _multiply(u, _sigmoid(u)),
     "softplus": _softplus,
     "erf": _erf,
     "atan": _atan,
     "sin": functools.partial(_sine, 0),
     "cos": functools.partial(_sine, 1),
+    "sinh": functools.partial(_sine, 0, hyperbolic=True),
+    "cosh": functools.partial(_sine, 1, hyperbolic=True),
     "where": _where,
 }
 
@@ -504,12 +559,6 @@ _COMPOSED: dict[str, Callable[..., Any]] = {
     "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),  # Klambauer et al. 2017
     "mish": lambda x: x * F.softplus(x).tanh(),
     "softsign": lambda x: x / (1 + x.abs()),
-    "log_sigmoid": lambda x: -F.softplus(-x),
-    "tanhshrink": lambda x: x - x.tanh(),
-    "expm1": lambda x: x.exp() - 1,
-    "log1p": lambda x: (1 + x).log(),
-    "sinh": lambda x: (x.exp() - (-x).exp()) / 2,
-    "cosh": lambda x: (x.exp() + (-x).exp()) / 2,
     "tan": lambda x: x.sin() / x.cos(),
     "iter": lambda x: iter(x.unbind()),
 }
@@ -536,8 +585,8 @@ _JOINTLY_LINEAR = _names("cat stack hstack vstack broadcast_tensors")
 _OF_VALUE = _names(
     """
     shape size dim ndim ndimension dtype device layout numel nelement len stride is_contiguous requires_grad
-    is_floating_point is_complex is_cuda zeros_like ones_like empty_like rand_like randn_like new_zeros new_ones
-    new_empty gt lt ge le eq ne isnan isfinite isinf sign argmax argmin
+    is_floating_point is_complex is_cuda is_inference zeros_like ones_like empty_like rand_like randn_like
+    new_zeros new_ones new_empty gt lt ge le eq ne isnan isfinite isinf sign argmax argmin
     """
 )
 _SAME = {

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.history import add_combined, empty_slots, filled, products, with_room, write, write_result
 from implicitly.host import happens, on_host
 from implicitly.iterate import Proposal, Solver, where_rows
@@ -73,7 +74,7 @@ class GMRES(LinearSolver):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_count("restart")
+        check_count("GMRES", "restart", self.restart)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image, the
@@ -103,9 +104,12 @@ class GMRES(LinearSolver):
         W, P = with_room(W, slot, slots), with_room(P, slot, slots)
         W, w, coefficients, length, full = _orthogonalised(image, W_k, weights, W, slot)
         P, p = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
-        # An image inside the space already spanned, while a residual remains: M is singular there.
-        singular = length <= full * (10 * torch.finfo(z.dtype).eps)
-        inverse = (1 / (length + singular)).masked_fill(singular, 0.0)
+        # An image inside the space already spanned, while a residual remains: M is singular there. Where a number
+        # of steps is asked for, all that remains may be what products of n numbers rounded at the solution.
+        least = 10 * torch.finfo(z.dtype).eps
+        spanned = length <= full * least
+        singular = spanned & (norm > row_norm(F.b) * (least * z.shape[1] ** 0.5))
+        inverse = (1 / (length + spanned)).masked_fill(spanned, 0.0)
         inverses = write(inverses, slot, inverse)
         inverse = inverse[:, None]
         column = products(r, w.unsqueeze(1)) * inverse * inverse
@@ -120,11 +124,10 @@ class GMRES(LinearSolver):
 def _orthogonalised(
     x: Tensor, basis: Tensor, weights: Tensor, buffer: Tensor, slot: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`buffer` with, in place `slot`, what is left of `x` without its components along the rows of `basis`
-    `(B, m, n)`; that; the coefficients of those `(B, m)`; the norm of what is left, and that of x.
+    """Orthogonalises `x` against the rows of `basis` `(B, m, n)` and writes the result into `buffer` at `slot`.
 
-    `weights` `(B, m)` are 1 / |row|: rows are orthogonal, not normal, which saves writing each once more. Their
-    squares would overflow.
+    Returns (buffer, that result, coefficients `(B, m)`, its norm, |x|). `weights` `(B, m)` are 1 / |row|: rows are
+    orthogonal, not normal, which saves writing each once more. Their squares would overflow.
     """
     take_away = partial(add_combined, alpha=-1)
     full = row_norm(x)
@@ -212,6 +215,10 @@ class Neumann(LinearSolver):
     recurrent: ClassVar[bool] = False
     damping: float = 1.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("Neumann", "damping", self.damping, POSITIVE)
+
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """It remembers nothing."""
         return ()
@@ -231,6 +238,10 @@ class DenseLU(LinearSolver):
     recurrent: ClassVar[bool] = False
     limit_gib: float = 4.0
     max_steps: int = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("DenseLU", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The factors, the pivots, and which samples are singular."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitly.graph_break import one_break
-from implicitly.implicit import Backward, Condition, Map, Report, attach, find
+from implicitly.implicit import Backward, Map, attach_usable, find
 from implicitly.iterate import Solution, Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
@@ -25,6 +26,7 @@ def linear_solve(
     solver: Solver = GMRES(),
     transpose: bool = False,
     batch_dims: int = 1,
+    in_dims: Any = None,
     on_failure: str = "raise",
 ) -> Solution:
     """Solve operator(u, *args) = b for u, where the operator is linear in u; differentiable in `b` and `args`.
@@ -34,30 +36,31 @@ def linear_solve(
         b: the right-hand side, like u.
         solver: `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or a solver of fixed points such as `Anderson`.
         transpose: solve with the transposed operator (as a real map), found by reverse-mode differentiation.
-        batch_dims, on_failure: as in `fixed_point`.
+        batch_dims, in_dims, on_failure: as in `fixed_point`.
 
     Returns:
         `Solution`: `residual` is |b - operator(u)|, relative to |b| in the tolerances.
 
     Raises:
         TypeError, ValueError: for input that cannot be meant.
-        SolverError: a sample did not converge and `on_failure="raise"`.
+        SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
     """
     check_linear_solver(solver)
     layout = Layout.of(b, batch_dims, "b")
-    solver.tolerances(layout.dtype)
-    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, layout=layout, in_dims=None, recording=False)
-    right = layout.pack(b)
+    solver.tolerances(layout.computed_dtype)
+    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, layout=layout, in_dims=in_dims, recording=False)
+    zero = torch.zeros_like(problem.z0)
 
-    def bind(*theta: Tensor) -> Map:
+    def bind(zero: Tensor, *theta: Tensor) -> Map:
         apply = problem.bind(*theta)
         if not transpose:
             return apply
-        pull = pullback(apply, torch.zeros_like(problem.z0))[1]
+        pull = pullback(apply, zero)[1]
         return lambda u: pull(u)[0]
 
-    report = Report(on_failure, problem.solution)
-    condition = Condition(bind, "linear_solve", layout.dtype, report, linear=True)
-    theta = (right, *problem.theta)
-    found = find(solver, condition, torch.zeros_like(problem.z0), theta)
-    return problem.solution(found, attach(condition, found.z, theta, Backward(solver)))
+    carries = None if problem.carries is None else (0, 0, *problem.carries)
+    plain = problem.condition("linear_solve", on_failure)
+    condition = replace(plain, bind=bind, linear=True, carries=carries)
+    theta = (layout.pack(b), zero, *problem.theta)
+    found = find(solver, condition, zero, theta)
+    return problem.solution(found, attach_usable(found, condition, theta, Backward(solver)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
+from implicitly.functions import Opened, Opening, copied, like, open_function, refuse_captured, watched
 from implicitly.implicit import Condition, Map, Report
 from implicitly.iterate import Found, Solution
 from implicitly.transforms import loses
@@ -85,7 +85,7 @@ class Problem:
 
         Raises ValueError where f changes z in place, or depends on a tracked tensor that is not in theta.
         """
-        start, theta = layout.pack(z0), opening.theta
+        start, theta = copied(layout.pack(z0)), opening.theta
         checking = loses(recording)
         start = start if recording else start.detach()
         theta = tuple(t.detach() for t in theta) if checking else theta

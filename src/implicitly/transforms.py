@@ -127,10 +127,9 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def unhooked() -> Iterator[None]:
-    """Without the hooks that pack what is saved for a backward pass, as activation checkpointing sets them.
+    """Saved-tensor hooks (activation checkpointing) set aside: they are meant for tensors that outlive the solve.
 
-    They are for what outlives a solve; torch.func refuses them, and what is unpacked within it would be computed
-    again in the middle of being computed.
+    torch.func refuses them, and unpacking inside the solve would recompute the very computation under way.
     """
     # Private, as PyTorch has no other way to set hooks aside.
     hooks, autograd = [], torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]

@@ -18,6 +18,7 @@ from implicitly.recipes.deq_image import Cell as ImageCell
 D = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BACKWARD = "the backward solve of "
+PICARD = im.FixedPointIteration(rtol=1e-11)
 
 
 class Cell(nn.Module):
@@ -34,8 +35,7 @@ class Cell(nn.Module):
 
 def gradients(cell, x, compile, linear_solver=None, parameters=None, **options):
     adjoint = im.ImplicitAdjoint(linear_solver=linear_solver or im.GMRES(rtol=1e-10), **options)
-    solver = im.Anderson(rtol=1e-11)
-    value = im.fixed_point(cell, torch.zeros_like(x), x, solver=solver, adjoint=adjoint, compile=compile).value
+    value = im.fixed_point(cell, torch.zeros_like(x), x, solver=PICARD, adjoint=adjoint, compile=compile).value
     weights = torch.linspace(-1, 2, x.numel(), dtype=D).view_as(x)
     return torch.autograd.grad((value * weights).sum(), [x, *(parameters or cell.parameters())])
 
@@ -152,8 +152,8 @@ def test_derivatives_of_other_orders_and_modes(traced, x):
     cell = Cell()
 
     def f(x, compile):
-        solver, adjoint = im.Anderson(rtol=1e-11), im.ImplicitAdjoint(rtol=1e-11)
-        return im.fixed_point(cell, torch.zeros_like(x), x, solver=solver, adjoint=adjoint, compile=compile).value
+        adjoint = im.ImplicitAdjoint(rtol=1e-11)
+        return im.fixed_point(cell, torch.zeros_like(x), x, solver=PICARD, adjoint=adjoint, compile=compile).value
 
     second = []
     for compile in (True, False):
@@ -178,7 +178,7 @@ def test_samples_that_failed_have_no_part_in_it(traced):
             cell,
             torch.zeros_like(x),
             x,
-            solver=im.Anderson(rtol=1e-11),
+            solver=PICARD,
             in_dims=0,
             on_failure="ignore",
             compile=compile,

@@ -119,7 +119,9 @@ def test_the_second_derivative_refuses_changes_too():
     ("name", "train"),
     [*((name, train) for name in EAGER[1:] for train in (True, False)), ("compiled", True)],
 )
-def test_the_derivative_is_that_of_the_mode_of_the_solve(name, train):
+def test_the_derivative_is_that_of_the_mode_of_the_solve(name, train, request):
+    if name == "compiled":
+        request.getfixturevalue("traced")
     gradients = []
     for switched in (False, True):
         cell, x = Cell(norm=True).train(train), x_with_gradient()

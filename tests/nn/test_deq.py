@@ -186,10 +186,11 @@ def test_nothing_of_a_step_outlives_it(adjoint):
     assert not [r for r in gone if r() is not None]
 
 
+@pytest.mark.usefixtures("only_what_the_test_makes")
 def test_the_number_of_live_tensors_does_not_grow():
     layer = im.nn.DEQ(Dense(), warm_start=im.nn.LastBatch())
     counts = []
-    for _ in range(8):
+    for _ in range(5):
         for _ in range(10):
             layer.zero_grad()
             layer(torch.randn(3, 4)).sum().backward()

@@ -250,9 +250,11 @@ def test_vmap_maps_states_arguments_and_times():
     torch.testing.assert_close(per_sample, torch.autograd.grad(value, whole)[0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [im.Dopri5(rtol=1e-7), im.RK4(dt=0.1), im.Kvaerno3(rtol=1e-5)])
+@pytest.mark.parametrize(
+    "solver", [im.Dopri5(rtol=1e-4), im.RK4(dt=0.25), im.Kvaerno3(dt=0.5, rtol=1e-11, atol=1e-13)]
+)
 def test_unrolled_solves_are_mapped_by_vmap(solver):
-    given = Y0[:3]
+    given = Y0[:2]
 
     def end(y, w):
         adjoint = im.UnrolledAdjoint()
@@ -264,7 +266,7 @@ def test_unrolled_solves_are_mapped_by_vmap(solver):
         torch.testing.assert_close(
             func.vmap(transformed, in_dims=(0, None))(given, one), right, rtol=1e-9, atol=1e-11
         )
-    weights = torch.tensor([0.5, 1.0, 1.5], dtype=D, requires_grad=True)
+    weights = torch.tensor([0.5, 1.5], dtype=D, requires_grad=True)
     found, right = (
         torch.autograd.grad(values.sum(), weights)[0]
         for values in (func.vmap(end)(given, weights), torch.stack([end(y, w) for y, w in zip(given, weights)]))

@@ -35,9 +35,9 @@ def slope(mu: float, adjoint, **options) -> float:
 
 
 def exact_slope(mu: float, t) -> float:
-    tight, h = im.Kvaerno5(rtol=1e-10, atol=1e-12), 1e-3
-    with torch.no_grad():
-        low, high = (float(end(tensor(mu + d), t=t, solver=tight).value[-1, 0]) for d in (-h, h))
+    tight, h = im.Kvaerno5(rtol=1e-8, atol=1e-10), 1e-3
+    both, y0 = tensor(mu - h, mu + h), tensor(2.0, 0.0).repeat(2, 1)
+    low, high = end(both, y0, t=t, solver=tight, batch_dims=1).value[-1, :, 0].tolist()
     return (high - low) / (2 * h)
 
 
@@ -56,7 +56,7 @@ METHODS = [im.Dopri5, im.Bosh3, im.Kvaerno3, im.Adams, im.ReversibleHeun]
 @pytest.mark.parametrize("method", METHODS)
 def test_it_comes_closer_as_tolerances_tighten(method):
     """Where nothing jumps it converges as the other derivative does: to y0, to all times, to mu."""
-    loose, tight = 1e-4, 1e-6
+    loose, tight = 1e-4 if method is im.ReversibleHeun else 1e-3, 1e-5
 
     def gradients(tolerance, adjoint, method=method):
         given = [tensor(2.0, 0.0), torch.tensor([0.0, 0.5, 1.1], dtype=D), tensor(2.0)]
@@ -73,7 +73,7 @@ def test_it_comes_closer_as_tolerances_tighten(method):
 
 
 def test_forward_mode_transforms_and_second_derivatives_agree():
-    options = {"solver": im.Dopri5(rtol=1e-9, atol=1e-10), "t": (0.0, 1.0), "adjoint": MOVING}
+    options = {"solver": im.Dopri5(rtol=1e-6, atol=1e-7), "t": (0.0, 1.0), "adjoint": MOVING}
 
     def f(y0, mu):
         return end(mu, y0, **options).value[-1].square().sum()

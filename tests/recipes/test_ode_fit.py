@@ -36,7 +36,7 @@ from implicitly.recipes.ode_fit import (
 
 TRUE = torch.tensor([0.55, 0.028, 0.8, 0.024, 34.0, 5.9, 0.1, 0.1], dtype=torch.float64).log()
 YEARS = torch.arange(21, dtype=torch.float64)
-CONFIG = Config()
+CONFIG = Config(rtol=1e-4)
 
 
 class Crowded(Growth):
@@ -105,7 +105,7 @@ def test_known_rates_are_found_again_within_their_errors(fitted):
 
 def test_the_guess_does_not_decide(simulated):
     guesses = (CONFIG.guess, (0.2, 0.01, 2.0, 0.05))
-    one, other = (fit_rates(simulated[:8], Config(guess=guess)).theta for guess in guesses)
+    one, other = (fit_rates(simulated[:8], Config(guess=guess, rtol=1e-4)).theta for guess in guesses)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_search_that_ends_too_early_has_no_errors(simulated, fitted):
     with pytest.raises(
         ValueError, match=r"no maximum .* its Hessian has the eigenvalue \d.* after 1 steps. Try more"
     ):
-        fit_rates(simulated[:8], Config(steps=1))
+        fit_rates(simulated[:8], Config(steps=1, rtol=1e-4))
 
     def loss(theta):
         return negative_log_likelihood(theta, Growth(), simulated, CONFIG.rtol)
@@ -146,7 +146,7 @@ def test_search_that_ends_too_early_has_no_errors(simulated, fitted):
 def test_correction_learns_what_the_rates_cannot_say_and_foretells_with_it(simulated):
     noise = simulated - simulate(Growth(), TRUE, YEARS, CONFIG.rtol)
     logs = (simulate(Crowded(), TRUE, YEARS, CONFIG.rtol) + 0.1 * noise)[:13]
-    config = Config(network_steps=25)
+    config = Config(network_steps=25, rtol=1e-4)
     rates = fit_rates(logs[:10], config)
     before = torch.random.get_rng_state()
     corrected = fit_correction(rates, logs[:10], config)
@@ -159,7 +159,7 @@ def test_correction_learns_what_the_rates_cannot_say_and_foretells_with_it(simul
     assert held_out_corrected.log_likelihood > held_out.log_likelihood
 
     # The smaller the correction is expected to be, the less it changes.
-    tight = fit_correction(rates, logs[:10], Config(network_steps=5, correction=1e-4))
+    tight = fit_correction(rates, logs[:10], Config(network_steps=5, correction=1e-4, rtol=1e-4))
     assert score(tight, logs, config)[0].rmse == pytest.approx(fitted.rmse, rel=0.02)
 
 

@@ -27,6 +27,7 @@ from implicitly.argmin.kkt import proximal
 from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import Point, QuadraticProgram, dot
 from implicitly.argmin.solver import ProgramSolver
+from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import users_line
 from implicitly.iterate import Status, is_running
@@ -76,6 +77,9 @@ class ADMM(ProgramSolver):
             raise TypeError(
                 f"ADMM: finish must be a solver of programs such as InteriorPoint(), got {self.finish!r}"
             )
+        for name in ("rho", "sigma", "relaxation"):
+            value = getattr(self, name)
+            check_kind("ADMM", name, value, NUMBERS, f"a number, got a {type(value).__name__}")
         if not (self.rho > 0 and self.sigma > 0 and 0 < self.relaxation < 2):
             raise ValueError(
                 "ADMM: rho and sigma must be positive and relaxation between 0 and 2, got "

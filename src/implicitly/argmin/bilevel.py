@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import check_listener
 from implicitly.functions import open_function
 from implicitly.graph_break import one_break
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
@@ -313,7 +314,6 @@ def _check_options(solver: Solver, damping: Any, tolerance: float | None, listen
     solver.tolerances(layout.dtype)
     if not (isinstance(damping, int | float) and not isinstance(damping, bool) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
-    if listen is not None and not callable(listen):
-        raise TypeError(f"listen must be callable or None, got a {type(listen).__name__}")
+    check_listener("implicit_gradient", listen)
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, or None for no test, got {tolerance!r}")

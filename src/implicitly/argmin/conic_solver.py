@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.optional import require
+from implicitly.checks import BELOW_ONE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.iterate import Status
 
 # What solvers that are used again, with other numbers, need to be.
@@ -60,17 +61,15 @@ class Clarabel:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     # What `Report` asks: a number of steps is never all that is wanted.
-    budget_only: ClassVar[bool] = False
+    fixed_steps: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 0 < self.rtol < 1:
-            raise ValueError(f"Clarabel: rtol must be between 0 and 1, got {self.rtol}")
-        if self.max_steps < 1 or self.polish < 0:
-            raise ValueError(f"Clarabel: max_steps >= 1 and polish >= 0, got {self.max_steps}, {self.polish}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"Clarabel: threads must be at least 1, got {self.threads}")
-        if not self.time_limit_s > 0:
-            raise ValueError(f"Clarabel: time_limit_s must be positive, got {self.time_limit_s}")
+        check_number("Clarabel", "rtol", self.rtol, BELOW_ONE)
+        check_count("Clarabel", "max_steps", self.max_steps)
+        check_count("Clarabel", "polish", self.polish, least=0)
+        if self.threads is not None:
+            check_count("Clarabel", "threads", self.threads)
+        check_number("Clarabel", "time_limit_s", self.time_limit_s, POSITIVE_OR_INFINITE)
         for name in self.settings:
             if name in _FIXED or name in _OWN:
                 raise ValueError(f"Clarabel: the setting {name} is not to be changed here, or is an argument")

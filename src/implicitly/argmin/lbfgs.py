@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.checks import check_count
 from implicitly.descent import Descent, bottom, inverse_norm, stopped, wolfe
 from implicitly.history import (
     add_combined,
@@ -53,10 +54,7 @@ class LBFGS(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.history, int) or isinstance(self.history, bool):
-            raise TypeError(f"LBFGS: history must be a whole number, got {self.history!r}")
-        if self.history < 1:
-            raise ValueError(f"LBFGS: history must be at least 1, got {self.history}")
+        check_count("LBFGS", "history", self.history, kind="a whole number")
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """S and Y `(B, m, n)`, T and Y Y' `(B, m, m)`, D `(B, m)`, g `(B, 1)`, the objective and its `bottom`."""

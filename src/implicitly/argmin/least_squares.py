@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, stopped, wolfe
 from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Solver, Status, where_rows
@@ -52,6 +53,10 @@ class GaussNewton(Solver):
     max_steps: int = 200
 
     needs: ClassVar[str | None] = "residuals"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("GaussNewton", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     @property
     def nests(self) -> bool:
@@ -102,8 +107,8 @@ class LevenbergMarquardt(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"LevenbergMarquardt: damping must be a positive number, got {self.damping}")
+        check_number("LevenbergMarquardt", "damping", self.damping, POSITIVE)
+        check_number("LevenbergMarquardt", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The objective, mu and its factor of growth, `(B,)` each, and D `(B, n)`."""

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from implicitly.argmin.rows import (
+    FINITE,
+    POSITIVE,
     block_means,
     check_state,
-    check_values,
     in_full_precision,
     outside,
     per_entry,
@@ -38,9 +39,7 @@ def isotonic(z: Tensor, weights: Tensor | None = None, increasing: bool = True) 
     """
     check_state("isotonic", z, least=0)
     if weights is not None:
-        weights = per_entry("isotonic", "weights", weights, z)
-        fine = (weights > 0) & weights.isfinite()
-        check_values(fine, weights, "isotonic: weights must be positive and finite")
+        weights = per_entry("isotonic", "weights", weights, z, must=POSITIVE)
         z, weights = torch.broadcast_tensors(z, weights)
 
     def core(z: Tensor) -> Tensor:
@@ -110,8 +109,7 @@ def permutahedron(z: Tensor, w: Tensor) -> Tensor:
         ValueError: shapes that do not broadcast, or w is not finite.
     """
     check_state("permutahedron", z)
-    w = per_entry("permutahedron", "w", w, z)
-    check_values(w.isfinite(), w, "permutahedron: w must be finite")
+    w = per_entry("permutahedron", "w", w, z, must=FINITE)
     w = w.expand(*w.shape[:-1], z.shape[-1])
     return without_bad_rows(lambda z: nearest_permuted(z, w), z, infinite=True)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from implicitly.argmin.cones import CARRYING_STEPS
 from implicitly.argmin.rows import check_state, outside, without_bad_rows
+from implicitly.checks import NUMBERS, check_kind
 
 # The search is for theta with |theta| below this: at its ends r is 1e-300 of what bounds it.
 REACH = 700.0
@@ -27,7 +30,7 @@ def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
         exponents: the k of them.
 
     Raises:
-        TypeError: `z` is not of a floating dtype.
+        TypeError: `z` is not of a floating dtype, or exponents are no numbers.
         ValueError: exponents that are not positive or don't sum to one, or don't fit z.
     """
     _check("power_cone", z, exponents)
@@ -42,7 +45,11 @@ def dual_power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
 
 def _check(name: str, z: Tensor, exponents: tuple[float, ...]) -> None:
     check_state(name, z)
-    if min(exponents) <= 0 or abs(sum(exponents) - 1) > 1e-9:
+    if not isinstance(exponents, Sequence) or not exponents:
+        raise TypeError(f"{name}: exponents must be a tuple of numbers, one at least, got {exponents!r}")
+    for exponent in exponents:
+        check_kind(name, "exponents", exponent, NUMBERS, f"numbers, got {exponent!r}")
+    if not (min(exponents) > 0 and abs(sum(exponents) - 1) <= 1e-9):
         raise ValueError(f"{name}: exponents must be positive and sum to one, got {exponents}")
     if z.shape[-1] != len(exponents) + 1:
         raise ValueError(

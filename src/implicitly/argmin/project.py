@@ -24,12 +24,16 @@ from implicitly.argmin.cones import dual_exponential_cone, exponential_cone, psd
 from implicitly.argmin.order import isotonic, permutahedron
 from implicitly.argmin.power_cone import dual_power_cone, power_cone
 from implicitly.argmin.rows import (
+    FINITE,
+    NOT_NEGATIVE,
+    Must,
     Number,
     as_parameter,
-    check_nonnegative,
+    check_all,
     check_state,
     check_values,
     in_full_precision,
+    in_view,
     per_entry,
     per_row,
     without_bad_rows,
@@ -37,6 +41,7 @@ from implicitly.argmin.rows import (
 from implicitly.argmin.transport import sinkhorn
 from implicitly.host import happens
 
+A_NUMBER = Must("a number", lambda x: ~x.isnan())
 # How often a projection onto an affine set is refined, and how many roundings may be left.
 REFINEMENTS = 6
 ROUNDINGS = 32
@@ -75,7 +80,8 @@ def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) 
     """
     check_state("box", z, least=0)
     low, high = per_entry("box", "lower", lower, z), per_entry("box", "upper", upper, z)
-    check_values(low <= high, low - high, "box: lower must be <= upper everywhere; lower - upper")
+    least, most = in_view(lower, low), in_view(upper, high)
+    check_values(least <= most, least - most, "box: lower must be <= upper everywhere; lower - upper")
 
     def core(z: Tensor) -> Tensor:
         return torch.where(z < low, low, torch.where(z > high, high, z))
@@ -92,15 +98,15 @@ def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
 
     Args:
         z: `(..., n)` with n >= 1; entries may be -inf, which gives 0.
-        radius: >= 0, a number or a tensor that broadcasts with `(...)`. 0 is the single point 0.
+        radius: >= 0 and finite, a number or a tensor that broadcasts with `(...)`. 0 is the single point 0.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
-        ValueError: a negative radius, n = 0, or shapes that do not broadcast.
+        ValueError: a radius that is negative or infinite, n = 0, or shapes that do not broadcast.
     """
     check_state("simplex", z)
-    radius = per_row("simplex", "radius", radius, z)
-    check_nonnegative("simplex", "radius", radius)
+    given, radius = radius, per_row("simplex", "radius", radius, z, must=NOT_NEGATIVE)
+    check_all("simplex", "radius", given, radius, FINITE)
     shareless = ~z.detach().amax(-1, keepdim=True).isfinite()
     if happens(shareless):  # rows that have an entry of inf, or none that is finite: no point is the nearest
         z = torch.where(shareless, float("nan"), z)
@@ -124,11 +130,10 @@ def _simplex(z: Tensor, radius: Tensor) -> Tensor:
 def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with sum |x| <= radius: z itself inside, else signs of z on a projection to the simplex.
 
-    Args and errors as of `simplex`.
+    Args and errors as of `simplex`, but that the radius may be infinite.
     """
     check_state("l1_ball", z)
-    radius = per_row("l1_ball", "radius", radius, z)
-    check_nonnegative("l1_ball", "radius", radius)
+    radius = per_row("l1_ball", "radius", radius, z, must=NOT_NEGATIVE)
     return without_bad_rows(lambda z: _l1_ball(z, radius), z, infinite=True)
 
 
@@ -142,11 +147,10 @@ def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
 def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     """The nearest point with |x| <= radius in the 2-norm: z, or radius * z / |z|.
 
-    Args and errors as of `simplex`.
+    Args and errors as of `simplex`, but that the radius may be infinite.
     """
     check_state("l2_ball", z)
-    radius = per_row("l2_ball", "radius", radius, z)
-    check_nonnegative("l2_ball", "radius", radius)
+    radius = per_row("l2_ball", "radius", radius, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > radius
@@ -165,10 +169,9 @@ def norm(x: Tensor) -> Tensor:
 
 @in_full_precision
 def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
-    """The nearest point with |x_i| <= radius for every i. Args and errors as of `simplex`."""
+    """The nearest point with |x_i| <= radius for every i. Args and errors as of `l2_ball`."""
     check_state("linf_ball", z)
-    radius = per_row("linf_ball", "radius", radius, z)
-    check_nonnegative("linf_ball", "radius", radius)
+    radius = per_row("linf_ball", "radius", radius, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
         return torch.where(z < -radius, -radius, torch.where(z > radius, radius, z))
@@ -190,9 +193,8 @@ def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
         ValueError: no point is feasible, numbers that are not finite, or shapes that do not broadcast.
     """
     check_state("halfspace", z)
-    a, b = per_entry("halfspace", "a", a, z), per_row("halfspace", "b", b, z)
-    check_values(a.isfinite(), a, "halfspace: a must be finite")
-    check_values(~b.isnan(), b, "halfspace: b must be a number")
+    a = per_entry("halfspace", "a", a, z, must=FINITE)
+    b = per_row("halfspace", "b", b, z, must=A_NUMBER)
     size = _power_of_two(a)
     a, b = a / size, b / size
     length = a.square().sum(-1, keepdim=True)

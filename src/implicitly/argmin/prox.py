@@ -15,11 +15,11 @@ from implicitly.argmin.chain import blocks_of, jumps, pulled
 from implicitly.argmin.cones import positive_part
 from implicitly.argmin.project import l1_ball, norm
 from implicitly.argmin.rows import (
+    NOT_NEGATIVE,
+    NOT_NEGATIVE_AND_FINITE,
     Number,
     block_means,
-    check_nonnegative,
     check_state,
-    check_values,
     in_full_precision,
     outside,
     per_entry,
@@ -43,8 +43,7 @@ def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
         ValueError: a negative weight, or shapes that do not broadcast.
     """
     check_state("prox.l1", z, least=0)
-    weight = per_entry("prox.l1", "weight", weight, z)
-    check_nonnegative("prox.l1", "weight", weight)
+    weight = per_entry("prox.l1", "weight", weight, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
         return torch.where(z > weight, z - weight, torch.where(z < -weight, z + weight, 0.0))
@@ -65,8 +64,7 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
         ValueError: a negative weight, n = 0, or shapes that do not broadcast.
     """
     check_state("prox.l2", z)
-    weight = per_row("prox.l2", "weight", weight, z)
-    check_nonnegative("prox.l2", "weight", weight)
+    weight = per_row("prox.l2", "weight", weight, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > weight
@@ -79,7 +77,7 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
 def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
     """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
     check_state("prox.linf", z)
-    check_nonnegative("prox.linf", "weight", per_row("prox.linf", "weight", weight, z))
+    per_row("prox.linf", "weight", weight, z, must=NOT_NEGATIVE)
     return without_bad_rows(lambda z: z - l1_ball(z, weight), z, infinite=True)
 
 
@@ -99,8 +97,7 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
         ValueError: a negative weight, an empty matrix, or shapes that do not broadcast.
     """
     check_state("prox.nuclear", Z, dims=2)
-    weight = per_row("prox.nuclear", "weight", weight, Z, dims=2)
-    check_nonnegative("prox.nuclear", "weight", weight)
+    weight = per_row("prox.nuclear", "weight", weight, Z, dims=2, must=NOT_NEGATIVE)
     n, m = Z.shape[-2:]
     shift = weight * torch.eye(n + m, dtype=Z.dtype, device=Z.device)
 
@@ -131,9 +128,8 @@ def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
     """
     check_state("prox.total_variation", z)
     n = z.shape[-1]
-    weight = per_entry("prox.total_variation", "weight", weight, z, entries=(n - 1,))
-    fine = (weight >= 0) & weight.isfinite()
-    check_values(fine, weight, "prox.total_variation: weight must be >= 0 and finite")
+    must = NOT_NEGATIVE_AND_FINITE
+    weight = per_entry("prox.total_variation", "weight", weight, z, entries=(n - 1,), must=must)
     if n == 1:
         return z
     lead = torch.broadcast_shapes(z.shape[:-1], weight.shape[:-1] if weight.ndim else ())

@@ -64,7 +64,7 @@ def qp(
     ones are sums.
 
     Args:
-        Q: `(n, n)` or `(B, n, n)`, positive semidefinite; zero for a linear program. (Q + Q') / 2 counts.
+        Q: `(n, n)` or `(B, n, n)`, positive semidefinite (0: a linear program); only its symmetric part is used.
         p: `(n,)` or `(B, n)`.
         G, h: `(m, n)` and `(m,)`, or with `B` in front; None: no inequalities. Rows where h is inf are no
             constraints.
@@ -75,7 +75,7 @@ def qp(
         start: the solution of a similar program of the same sizes, say that of the last training or control step.
             Where the same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
-            gradients zero. Those out of steps keep their best point, with the derivative of its active set.
+            gradients zero. Samples that ran out of steps keep their best point and its active set's derivative.
         compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, and the solve of its backward
             pass as another, made anew for other shapes; a `CompileWarning` says where none can be had, as with
             `ADMM`.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from implicitly.argmin.order import nearest_permuted
 from implicitly.argmin.project import simplex
-from implicitly.argmin.rows import Number, check_state, check_values, in_full_precision, per_row, without_bad_rows
+from implicitly.argmin.rows import POSITIVE, Number, check_state, in_full_precision, per_row, without_bad_rows
 
 
 @in_full_precision
@@ -18,9 +18,12 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
 
     Raises:
         TypeError: `z` is not of a floating dtype.
+        IndexError: `z` has no such dimension.
         ValueError: nothing along `dim`.
     """
-    check_state("sparsemax", z)
+    check_state("sparsemax", z, least=0)
+    if z.movedim(dim, -1).shape[-1] == 0:
+        raise ValueError(f"sparsemax: z must have entries along dim={dim}, got {tuple(z.shape)}")
     return simplex(z.movedim(dim, -1)).movedim(-1, dim)
 
 
@@ -68,9 +71,7 @@ def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
 
 
 def _strength(name: str, strength: Number, z: Tensor) -> Tensor:
-    strength = per_row(name, "strength", strength, z)
-    check_values((strength > 0) & strength.isfinite(), strength, f"{name}: strength must be positive and finite")
-    return strength
+    return per_row(name, "strength", strength, z, must=POSITIVE)
 
 
 def _ranks(z: Tensor) -> Tensor:

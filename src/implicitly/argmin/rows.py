@@ -9,12 +9,17 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor
 
+from implicitly.checks import NUMBERS, Must, check_kind
 from implicitly.host import happens
 from implicitly.implicit import Opaque
 from implicitly.transforms import full_precision, unwrapped
 
 Number = float | Tensor
 
+NOT_NEGATIVE = Must(">= 0", lambda x: x >= 0)
+NOT_NEGATIVE_AND_FINITE = Must(">= 0 and finite", lambda x: (x >= 0) & x.isfinite())
+POSITIVE = Must("positive and finite", lambda x: (x > 0) & x.isfinite())
+FINITE = Must("finite", lambda x: x.isfinite())
 
 P = ParamSpec("P")
 
@@ -47,8 +52,7 @@ def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
 def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
     """`value`, a number or a tensor, as a tensor of z's dtype; raises TypeError / ValueError where it is none."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: {parameter} must be a number or a tensor, got {type(value).__name__}")
+        check_kind(name, parameter, value, NUMBERS, f"a number or a tensor, got {type(value).__name__}")
         return torch.full((), float(value), dtype=z.dtype, device=z.device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: {parameter} must hold real numbers, got {value.dtype}")
@@ -57,9 +61,17 @@ def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
     return value.to(z.dtype)
 
 
-def per_row(name: str, parameter: str, value: Any, z: Tensor, dims: int = 1) -> Tensor:
-    """A number for each row of `z` `(..., n)`, or matrix where `dims=2`, with the row's dimensions as ones."""
-    value = as_parameter(name, parameter, value, z)
+def in_view(given: Any, value: Tensor) -> Tensor:
+    """`value`, made of what was `given`, where it is looked at: a number on the host, which waits for nobody."""
+    return value if isinstance(given, Tensor) else torch.full((), float(given), dtype=value.dtype, device="cpu")
+
+
+def per_row(name: str, parameter: str, given: Any, z: Tensor, dims: int = 1, must: Must | None = None) -> Tensor:
+    """A number for each row of `z` `(..., n)`, or matrix where `dims=2`, with the row's dimensions as ones.
+
+    Raises ValueError where one is not what it `must` be.
+    """
+    value = as_parameter(name, parameter, given, z)
     lead = z.shape[: z.ndim - dims]
     check_broadcast(name, parameter, value.shape, lead, "one number a row")
     if value.ndim > len(lead) > 0 and value.shape[-1] == 1:
@@ -67,18 +79,31 @@ def per_row(name: str, parameter: str, value: Any, z: Tensor, dims: int = 1) -> 
             f"{name}: {parameter} of shape {tuple(value.shape)} would make more rows of z {tuple(z.shape)}: one "
             f"number a row has the shape {tuple(lead)}, without a dimension for the row's entries; squeeze(-1)"
         )
-    return value[(..., *(None,) * dims)]
+    value = value[(..., *(None,) * dims)]
+    check_all(name, parameter, given, value, must)
+    return value
 
 
-def per_entry(name: str, parameter: str, value: Any, z: Tensor, entries: tuple[int, ...] | None = None) -> Tensor:
-    """Numbers that broadcast against `z` `(..., n)`, or against `(..., *entries)` where these are given."""
-    value = as_parameter(name, parameter, value, z)
+def per_entry(
+    name: str,
+    parameter: str,
+    given: Any,
+    z: Tensor,
+    entries: tuple[int, ...] | None = None,
+    must: Must | None = None,
+) -> Tensor:
+    """Numbers that broadcast against `z` `(..., n)`, or against `(..., *entries)` where these are given.
+
+    Raises ValueError where one is not what it `must` be.
+    """
+    value = as_parameter(name, parameter, given, z)
     wanted = z.shape if entries is None else (*z.shape[:-1], *entries)
     check_broadcast(name, parameter, value.shape, wanted, "its last dimensions being " + str(tuple(wanted[-1:])))
     keep = 1 if entries is None else len(entries)
     grown = torch.broadcast_shapes(value.shape, wanted)[-keep:]
     if tuple(grown) != tuple(wanted[-keep:]):  # a row of z never grows
         raise ValueError(f"{name}: {parameter} {tuple(value.shape)} does not fit z {tuple(z.shape)}")
+    check_all(name, parameter, given, value, must)
     return value
 
 
@@ -107,9 +132,11 @@ def check_values(fine: Tensor, value: Tensor, message: str) -> None:
     raise ValueError(f"{message}, got {float(wrong):g}" + (f" at index {list(place)}" if place else ""))
 
 
-def check_nonnegative(name: str, parameter: str, value: Tensor) -> None:
-    """Raise ValueError where `value` is negative or NaN."""
-    check_values(value >= 0, value, f"{name}: {parameter} must be >= 0")
+def check_all(name: str, parameter: str, given: Any, value: Tensor, must: Must | None) -> None:
+    """Raise ValueError where an entry of `value`, made of what was `given`, is not what it `must` be."""
+    if must is not None and not torch.compiler.is_dynamo_compiling():
+        value = in_view(given, value)
+        check_values(must.holds(value), value, f"{name}: {parameter} must be {must.words}")
 
 
 def without_bad_rows(core: Callable[[Tensor], Tensor], z: Tensor, dims: int = 1, infinite: bool = False) -> Tensor:

@@ -65,9 +65,9 @@ def argmin(
         convex: whether every stationary point is known to be a minimum. Else the points found are checked in
             second order (on the tangent space of the active constraints); those that are not end as NOT_MINIMUM.
             Beyond 48 dimensions a negative eigenvalue a hundredth the size of the largest may go unnoticed.
-        on_failure: "raise", "warn" or "ignore" when samples do not converge. Those that diverged, met NaN, fell
-            without end (UNBOUNDED; not -log z, whose gradient vanishes: it ends as CONVERGED, far away) or found
-            no minimum have zero gradient.
+        on_failure: "raise", "warn" or "ignore" when samples do not converge. Samples that diverged, met NaN, have
+            no minimum, or fall without end (UNBOUNDED) have zero gradient. An objective such as -log z, whose
+            gradient vanishes at infinity, cannot be told from one with a minimum: it ends as CONVERGED, far away.
         compile: run the solve as one graph, and the linear solve of `ImplicitAdjoint`, as in `fixed_point`.
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 
 from implicitly.argmin.polish import Polished, System
 from implicitly.argmin.program import Point
+from implicitly.checks import BELOW_ONE, check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,12 @@ class ProgramSolver(ABC):
     max_steps: int = 50
 
     # What `Report` asks: a number of steps is never all that is wanted.
-    budget_only: ClassVar[bool] = False
+    fixed_steps: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise ValueError(f"{type(self).__name__}: rtol must be between 0 and 1, got {self.rtol}")
-        if self.max_steps < 1:
-            raise ValueError(f"{type(self).__name__}: max_steps must be at least 1, got {self.max_steps}")
+        if self.rtol is not None:
+            check_number(type(self).__name__, "rtol", self.rtol, BELOW_ONE)
+        check_count(type(self).__name__, "max_steps", self.max_steps)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative tolerance for `dtype`; raises ValueError where the dtype cannot reach it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.rows import (
+    POSITIVE,
     as_parameter,
     check_broadcast,
     check_state,
@@ -18,6 +19,7 @@ from implicitly.argmin.rows import (
     outside,
     per_row,
 )
+from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.host import happens
 from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
 from implicitly.iterate import Found, Proposal, Solver, Status, coded
@@ -67,6 +69,10 @@ class MinimumNorm(LinearSolver):
     limit_gib: float = 4.0
     max_steps: int = 5
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("MinimumNorm", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
+
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The decomposition, without small singular values, and the matrix."""
         M = dense(F.operator, z, self.limit_gib)
@@ -109,10 +115,10 @@ def sinkhorn(
         row: `(..., n)`, positive. Leading dimensions of the three broadcast.
         column: `(..., m)`, positive, with the same sum as `row`, to the rounding of their dtypes; what they differ
             by is taken from `row`, of which only the proportions have a derivative.
-        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`. solver: its
-        tolerances are relative to the potentials (in units of epsilon). linear_solver: of the derivative's
-        systems, (n, n) for each plan: `MinimumNorm`, O(n^3), or a matrix-free one
-            for large and not too cold plans, such as `im.GMRES()`. Fewer rows than columns is cheaper.
+        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`.
+        solver: its tolerances are relative to the potentials (in units of epsilon).
+        linear_solver: of the derivative's systems, (n, n) a plan: `MinimumNorm`, O(n^3), or a matrix-free one such
+            as `im.GMRES()` for large, not too cold plans. Fewer rows than columns is cheaper.
         on_failure: "raise", "warn" or "ignore" plans that do not converge; ignored ones have zero gradient.
 
     Raises:
@@ -123,8 +129,7 @@ def sinkhorn(
     """
     check_state("sinkhorn", cost, dims=2)
     row, column = _marginals(cost, row, column)
-    epsilon = per_row("sinkhorn", "epsilon", epsilon, cost, dims=2)
-    check_values((epsilon > 0) & epsilon.isfinite(), epsilon, "sinkhorn: epsilon must be positive and finite")
+    epsilon = per_row("sinkhorn", "epsilon", epsilon, cost, dims=2, must=POSITIVE)
     condition = _condition(cost.dtype, on_failure)
     n, m = cost.shape[-2:]
     batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitly.adjoints import Adjoint
+from implicitly.checks import INTEGERS, NUMBERS, check_kind
 from implicitly.implicit import Condition, arrive, constant, find, is_usable, some, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
@@ -35,6 +36,8 @@ class PhantomAdjoint(Adjoint):
     damping: float = 1.0
 
     def __post_init__(self):
+        check_kind("PhantomAdjoint", "steps", self.steps, INTEGERS, f"an int, got {self.steps!r}")
+        check_kind("PhantomAdjoint", "damping", self.damping, NUMBERS, f"a number, got {self.damping!r}")
         if self.steps < 1 or not 0 < self.damping <= 1:
             raise ValueError(f"PhantomAdjoint: steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}")
 

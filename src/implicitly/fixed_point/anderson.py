@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.checks import DAMPING, FINITE_AND_NONNEGATIVE, check_count, check_number
 from implicitly.history import (
     combine,
     empty_slots,
@@ -53,11 +54,10 @@ class Anderson(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_count("history")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Anderson: damping must be in (0, 1], got {self.damping}")
-        if self.regularisation is not None and not 0 <= self.regularisation < float("inf"):
-            raise ValueError(f"Anderson: regularisation must be finite and >= 0, got {self.regularisation}")
+        check_count("Anderson", "history", self.history)
+        check_number("Anderson", "damping", self.damping, DAMPING)
+        if self.regularisation is not None:
+            check_number("Anderson", "regularisation", self.regularisation, FINITE_AND_NONNEGATIVE)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Residuals and mixed iterates `(B, m, n)`, and the Gram matrix of the residuals `(B, m, m)`, in which an
@@ -162,7 +162,8 @@ def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
         upper = torch.cat([gram, right[:, None].expand(len(gram), -1, 1)], dim=2)
     else:
         upper = torch.nn.functional.pad(gram, (0, 1), value=1.0)
-    # Of [[G, 1], [I, 0]] eliminating G leaves 0 - I G^-1 1 in the corner: no substitution, no row to be spared.
+    # Gauss elimination on [[G, 1], [I, 0]]: the Schur complement in the corner is -G^-1 1, so no back substitution
+    # is needed.
     lower = _unit_rows(gram.shape[1], gram.dtype, gram.device)
     whole, pivots = torch.cat([upper, lower.expand(len(gram), -1, -1)], dim=1), []
     for j in range(gram.shape[1]):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.checks import check_count
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.history import (
     added,
@@ -61,7 +62,7 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_count("history")
+        check_count("Broyden", "history", self.history)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The directions D `(B, m, n)`, and T `(B, m, m)`, where row i of T D is d_i' H_i / |d_i|^2; the iterate

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, bottom, stopped, wolfe
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.host import happens
@@ -34,6 +35,10 @@ class Newton(Solver):
     line_search: bool = True
     limit_gib: float = 4.0
     max_steps: int = 50
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("Newton", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     @property
     def nests(self) -> bool:

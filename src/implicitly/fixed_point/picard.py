@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitly.checks import DAMPING, check_number
 from implicitly.iterate import Proposal, Residual, Solver
 
 
@@ -21,8 +22,7 @@ class FixedPointIteration(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"FixedPointIteration: damping must be in (0, 1], got {self.damping}")
+        check_number("FixedPointIteration", "damping", self.damping, DAMPING)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """It remembers nothing."""

@@ -31,7 +31,7 @@ def is_traceable(
 
 
 def _is_short(solver: Solver) -> bool:
-    return solver.budget_only and solver.max_steps <= LONGEST and not solver.nests
+    return solver.fixed_steps and solver.max_steps <= LONGEST and not solver.nests
 
 
 @one_break_unless(is_traceable)

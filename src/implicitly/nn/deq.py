@@ -21,7 +21,7 @@ from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.warm_start import LastBatch, WarmStart
-from implicitly.transforms import unwrapped
+from implicitly.transforms import under_transform, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -205,8 +205,13 @@ class DEQ(nn.Module):
         tensors = (solution.value, solution.status, solution.residual, solution.steps)
         value, status, residual, steps = pytree.tree_map(lambda t: unwrapped(t.detach()), tensors)
         self.solution = Solution(value, status, residual, steps, solution.evaluations)
-        if self.warm_start is not None and self.training:
+        if self.warm_start is None or not self.training:
+            return
+        if torch.compiler.is_dynamo_compiling() or not under_transform():
             self.warm_start.store(value, index)
+        else:  # what is remembered outlives the transform, which would wrap it
+            with torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
+                self.warm_start.store(value, index)
 
     def _listening(self) -> Adjoint:
         self.backward_solution = None

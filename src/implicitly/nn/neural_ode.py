@@ -366,7 +366,11 @@ def _check_times(t: Any, batch_dims: int) -> None:
     """Raise TypeError / ValueError for what cannot be times, whatever x will be."""
     if not isinstance(t, Tensor | Sequence) or isinstance(t, str):
         raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
-    times = torch.as_tensor(t, dtype=torch.float64, device=None if isinstance(t, Tensor) else "cpu").detach()
+    if not isinstance(t, Tensor):  # as numbers: of a tensor among them, this is not what a derivative reaches
+        t = torch.tensor(
+            [x.tolist() if isinstance(x, Tensor) else x for x in t], dtype=torch.float64, device="cpu"
+        )
+    times = t.detach().to(torch.float64)
     if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < 2:
         allowed = "(T,) or (B, T)" if batch_dims else "(T,)"
         raise ValueError(f"t must have the shape {allowed} with T >= 2, got {tuple(times.shape)}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from implicitly.checks import check_count
+from implicitly.functions import normal
 from implicitly.transforms import out_of_inference_mode, under_transform
 from implicitly.tree import Layout, row_norm
 
@@ -23,14 +25,14 @@ def jacobian_norm(
 
     Args:
         z: a state, `(B, ...)` or a pytree of them, usually the equilibrium. Gradients flow to it too.
-        samples: vectors v to average over.
+        samples: vectors v to average over, each one product with the transposed Jacobian.
+        generator: draws them, on the device of z; None: PyTorch's global one of that device.
 
     Returns:
         `(B,)` estimates.
     """
-    if samples < 1:
-        raise ValueError(f"jacobian_norm: samples must be at least 1, got {samples}")
-    with out_of_inference_mode((z, args)) as (z, args):
+    check_count("jacobian_norm", "samples", samples)
+    with out_of_inference_mode((z, args)) as (z, args), normal(f, args):
         layout, matrix, pull = _pullback(f, z, args, create_graph=True)
         total = torch.zeros_like(matrix[:, 0])
         for _ in range(samples):
@@ -47,12 +49,16 @@ def spectral_radius(
     By power iteration with J', which has the eigenvalues of J: the mean growth rate over the second half of the
     steps, which is right also for complex pairs, whose growth fluctuates from step to step.
 
+    Args:
+        z: a state, `(B, ...)` or a pytree of them, usually the equilibrium.
+        steps: of the power iteration, at least 2; each is one product with the transposed Jacobian.
+        generator: draws where it starts, on the device of z; None: PyTorch's global one of that device.
+
     Returns:
         `(B,)` estimates, without gradient.
     """
-    if steps < 2:
-        raise ValueError(f"spectral_radius: steps must be at least 2, got {steps}")
-    with out_of_inference_mode((z, args)) as (z, args):
+    check_count("spectral_radius", "steps", steps, least=2)
+    with out_of_inference_mode((z, args)) as (z, args), normal(f, args):
         layout, matrix, pull = _pullback(f, z, args, create_graph=False)
         v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
         log_growth = torch.zeros_like(matrix[:, 0])

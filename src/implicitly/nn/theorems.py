@@ -68,7 +68,7 @@ def compose(first: DEQ, second: DEQ) -> DEQ:
                 "one of feed-forward layers"
             )
     cell = _Stacked(first, second)
-    lead = first if second.solver.budget_only and not first.solver.budget_only else second
+    lead = first if second.solver.fixed_steps and not first.solver.fixed_steps else second
     return DEQ(
         cell,
         _with_steps_of_both(lead.solver, first, second),

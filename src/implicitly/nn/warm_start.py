@@ -43,8 +43,8 @@ class LastBatch(WarmStart):
         return self.value
 
     def store(self, value: Any, index: Tensor | None) -> None:
-        """Remember the whole batch."""
-        self.value = value
+        """Remember the whole batch: a copy, as the layer's output shares memory with what it is given."""
+        self.value = pytree.tree_map(torch.clone, value)
 
     def state_dict(self) -> dict[str, Any]:
         """The last equilibrium."""

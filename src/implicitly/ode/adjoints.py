@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,8 +19,8 @@ from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
 from implicitly.host import on_host, some, to_host
-from implicitly.implicit import push
-from implicitly.iterate import Status
+from implicitly.implicit import constant, push, users_line
+from implicitly.iterate import ConvergenceWarning, Status, is_success
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph
@@ -35,6 +36,7 @@ from implicitly.ode.integrate import (
     integrate,
     replay,
     restart,
+    stand_ins,
     states_before,
 )
 from implicitly.ode.method import Method, Step
@@ -91,12 +93,10 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     constants of the derivative; that of a time moves the ends of the first and the last step. Griewank and
     Walther, "Evaluating Derivatives", chapter 12.
 
-    So it is the derivative of what was computed by just these steps, which is as close to that of the solution as
-    the steps suit its neighbours. Where a solution jumps, and a parameter moves the jump, as in a stiff relaxation
-    oscillator, it can be off by several times itself while the solution is right to six digits: the short steps
-    stay where they are, and the neighbour jumps in a long one. `arc_length=True` has the steps move with the
-    solution there. It is the derivative of another sequence of the same steps, with lengths that are constant in
-    arc length rather than in time; elsewhere both are about as close.
+    The step lengths are held fixed, so this is the exact derivative of that sequence of steps. Where the solution
+    jumps and a parameter moves the jump (stiff relaxation oscillators), that can be off by a factor although the
+    solution is accurate: a neighbouring solution would jump inside a long step. `arc_length=True` fixes the steps'
+    arc lengths instead, so that they move with the jump.
 
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
@@ -114,6 +114,13 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     listen: Callable[[int], None] | None = None
 
     hybrid = True
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not isinstance(self.arc_length, bool):
+            raise TypeError(f"{name}: arc_length must be True or False, got {self.arc_length!r}")
+        if self.listen is not None and not callable(self.listen):
+            raise TypeError(f"{name}: listen must be a function of a number, got {self.listen!r}")
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
@@ -133,6 +140,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             listen=self.listen,
             arc_length=self.arc_length and method.dt is None,
             keep=problem.opened.kept,
+            warns=problem.warns,
         )
 
     def attached(self, work: Work, problem: Problem) -> tuple[Integrated, int]:
@@ -153,7 +161,8 @@ class Work:
 
     With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
     `keep` is as of `Condition`. `known` is what it finds, the states got to, and the calls that took, where it has
-    been done before.
+    been done before. `failed` says whether any sample failed, and `warns` whether to warn of those that make a
+    gradient NaN.
     """
 
     method: Method
@@ -170,6 +179,8 @@ class Work:
     as_graph: bool = False
     known: tuple[Integrated, Tensor, int] | None = None
     keep: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
+    failed: bool = False
+    warns: bool = False
 
     @property
     def hybrid(self) -> bool:
@@ -191,10 +202,14 @@ class Work:
         if self.key is not None:
             key, stepper = self.graphs
             found = integrate_as_graph(key, stepper, times, y0, theta, self.record, self.check)
+            if found is None and self.record is not None:
+                self.record = Record()  # without what a graph that could not go on had noted
         self.as_graph = found is not None
         known, self.known = self.known, None  # as an output of autograd's it would refer to this
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
+        # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
+        self.failed = not bool(is_success(found.status).all())
         halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
         self.report(self.method, found, halt, self.calls)
         return found
@@ -254,6 +269,17 @@ class Work:
     def swept(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
+        """What `sweep` gives, 0 where no sample finished."""
+        if not self.failed:
+            return self._swept(steps, ended, inputs, wanted, *bars)
+        if not bool(ended.finished.any()):
+            return [torch.zeros_like(inputs[i]) for i in wanted]
+        work, steps, good, inputs = self._of_good(steps, ended, inputs)
+        return work._swept(steps, good, inputs, wanted, *bars)
+
+    def _swept(
+        self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
+    ) -> list[Tensor]:
         """What `sweep` gives, as one graph where the solve was one."""
         record = self.record
         assert record is not None
@@ -273,14 +299,52 @@ class Work:
     ) -> tuple[Tensor, ...]:
         """The values `(B, T, n)` of noted steps, by plain differentiable operations, and where `hybrid` the times
         `(B,)` they got to; 0 for failed samples."""
+        inputs = (times, y0, *theta)
+        if (self.failed or len(y0) == 0) and not some(ended.finished):
+            shape = (len(y0), times.shape[1], y0.shape[1])
+            none = (y0.new_zeros(shape), times.new_zeros(shape[0]))[: 2 if self.hybrid else 1]
+            return tuple(constant(x, inputs) for x in none)
+        work, steps, good, (times, y0, *rest) = self._of_good(steps, ended, inputs)
         host = on_host(times, *steps)
-        values, t = replay(self.stepper(host, times, *theta), unstacked(steps, host), y0, ended)
+        values, t = replay(work.stepper(host, times, *rest), unstacked(steps, host), y0, good)
         values = torch.where(ended.finished[:, None, None], values, 0.0)
         return (values,) if t is None else (values, torch.where(ended.finished, t, 0.0))
 
     def joined(self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
         """`outputs` as one tensor, each flattened, one behind the other."""
         return torch.cat([x.flatten() for x in self.outputs(steps, ended, times, y0, *theta)])
+
+    def _of_good(
+        self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...]
+    ) -> tuple[Work, tuple[Tensor, ...], Ended, tuple[Tensor, ...]]:
+        """The same solve, with all that one that finished did and had in the place of each sample that failed.
+
+        Of args that may hold the samples or not, nothing can be in the place of anything. There that is done for
+        samples that took no step alone: f has no slope where they are, while others are where it had one.
+        """
+        if not self.failed:
+            return self, steps, ended, inputs
+        finished, accepted = ended.finished, steps[Taken._fields.index("accepted")]
+        rows = stand_ins(finished, finished if self.carries is not None else finished | accepted.any(1))
+        dims = (0, 0, *(self.carries or (None,) * (len(inputs) - 2)))
+        inputs = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims))
+        steps, ended = tuple(x[rows] for x in steps), Ended(*(x[rows] for x in ended))
+        record = None if self.record is None else replace(self.record, stand_ins=rows)
+        return replace(self, record=record), steps, ended, inputs
+
+    def tell_of_nan(self, finished: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Warn where failed samples, which could not be left out, made any of the `gradients` NaN."""
+        if not (self.warns and self.failed) or self.carries is not None or not some(finished):
+            return
+        for x in gradients:
+            if not bool(unwrapped(x).isfinite().all()):
+                warnings.warn(
+                    "samples that did not reach the end, and where f has no derivative, make the gradient of a "
+                    f"tensor of shape {tuple(x.shape)} NaN. Say with in_dims which args hold the samples: then "
+                    "such ones are left out",
+                    ConvergenceWarning,
+                    stacklevel=users_line(),
+                )
 
 
 def silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -342,6 +406,7 @@ class _Trajectory(torch.autograd.Function):
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
             with ctx.as_then():
                 found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
+            ctx.work.tell_of_nan(ended.finished, found)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
         times, y0, *theta = gradients
@@ -391,7 +456,7 @@ class _Trajectory(torch.autograd.Function):
 
         mapped = replace(work, field=field, carries=None, key=None)  # a graph is of f, not of the mapped one
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
-        work.calls = mapped.calls
+        work.calls, work.failed = mapped.calls, mapped.failed
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
@@ -419,7 +484,7 @@ def sweep(
 ) -> list[Tensor]:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, and
     `(B,)` of the times reached where states carry those."""
-    (times, y0, *theta), failed = inputs, some(~ended.finished)
+    (times, y0, *theta), failed = inputs, work.failed and some(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
@@ -427,7 +492,10 @@ def sweep(
     # What was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and
     # as a parameter: each would get the gradient of both.
     leaves = [
-        x if i > 1 and _stays(x, inputs) else x.detach().requires_grad_(i in shared) for i, x in enumerate(inputs)
+        x
+        if i > 1 and stays(x, inputs) and (x.requires_grad or i not in shared)
+        else x.detach().requires_grad_(i in shared)
+        for i, x in enumerate(inputs)
     ]
     record = work.record
     assert record is not None
@@ -485,7 +553,7 @@ def _at_once(y0: Tensor) -> int:
     return min(AT_ONCE, max(1, AT_ONCE_BYTES // max(1, y0.numel() * y0.element_size())))
 
 
-def _stays(x: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+def stays(x: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether `x`, one of the `inputs`, may be differentiated by as it is."""
     return x.is_leaf and not x._backward_hooks and sum(x is other for other in inputs) == 1
 
@@ -503,7 +571,9 @@ def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> t
 
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
     """The trajectory with autograd recording every operation of the accepted steps."""
-    work = Work(method, problem.field, problem.carries, report, Record(), events=problem.events)
+    work = Work(
+        method, problem.field, problem.carries, report, Record(), events=problem.events, warns=problem.warns
+    )
     times = problem.rows(problem.times)
     assert problem.k0 is not None  # as there is no graph of it
     assert work.record is not None
@@ -517,11 +587,22 @@ def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[In
         # The search for an event is not to be recorded, only the steps that it leads to.
         found = work.run(*(x.detach() for x in start) if work.hybrid else start)
         ended = Ended(found.status, found.t.detach())
-        if work.record.clean and bool(unwrapped(ended.finished).all()) and not work.hybrid:
+        finished, samples = unwrapped(ended.finished), len(problem.y0) > 0  # of none, nothing would have a graph
+        if work.record.clean and samples and bool(finished.all()) and not work.hybrid:
             return found, work.calls
         # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
         steps = work.record.stacked(times.detach())
-    values, *t = work.outputs(steps, ended, times, problem.y0, *problem.theta)
+    theta = (_listened(x, partial(work.tell_of_nan, ended.finished)) for x in problem.theta)
+    values, *t = work.outputs(steps, ended, times, problem.y0, *theta)
     values = torch.where(ended.finished[:, None, None], values, found.values.detach())
     reached = torch.where(ended.finished, t[0], ended.t) if t else found.t
     return found._replace(values=values, t=reached), work.calls
+
+
+def _listened(x: Tensor, tell: Callable[[Sequence[Tensor]], None]) -> Tensor:
+    """`x`, whose gradient `tell` is told of."""
+    if not x.requires_grad or is_wrapped(x):
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda gradient: tell([gradient]))
+    return x

@@ -15,11 +15,11 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from implicitly.compiled import CompileWarning, run_as_graph
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
-from implicitly.iterate import ConvergenceWarning, Status
-from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, sweep
+from implicitly.iterate import NUMBERS, ConvergenceWarning, Status
+from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, stays
 from implicitly.ode.augmented import Nodes, Packed, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
-from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate
+from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate, stand_ins
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
@@ -57,8 +57,9 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             False: they do take part, as components of the state, so that all samples
             take the same backward steps; samples then cannot have times of their own.
         check: by how many tolerances (of the root mean square, or the `norm` of the solver) the y solved
-            backwards may be off at an output time; inf: any. With constant steps too, `rtol` and `atol` of the
-            solver are meant.
+            backwards may be off at an output time; inf: any. These are the solver's `rtol` and `atol`, also when
+            it has `dt`.
+        listen: is told how often a backward solve that is a graph calls f, which f itself could not count.
 
     Raises:
         TypeError, ValueError: for options that cannot be meant.
@@ -80,6 +81,10 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             )
         if not isinstance(self.seminorm, bool):
             raise TypeError(f"BacksolveAdjoint: seminorm must be True or False, got {self.seminorm!r}")
+        if not isinstance(self.check, NUMBERS) or isinstance(self.check, bool):
+            raise TypeError(f"BacksolveAdjoint: check must be a number, got {self.check!r}")
+        if self.listen is not None and not callable(self.listen):
+            raise TypeError(f"BacksolveAdjoint: listen must be a function of a number, got {self.listen!r}")
         if not self.check > 0:
             raise ValueError(f"BacksolveAdjoint: check must be > 0 (inf: no check), got {self.check}")
 
@@ -112,6 +117,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             key=problem.key,
             check=problem.check,
             keep=problem.opened.kept,
+            warns=problem.warns,
         )
         return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
 
@@ -158,6 +164,7 @@ class _Backsolve(torch.autograd.Function):
                 _refuse("of several cotangents at once")
             with torch.no_grad(), ctx.as_then():
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
+            ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
             if torch.is_grad_enabled():
                 computed = _FirstOrder.apply(len(computed), *computed, g, *inputs)
             for i, gradient in zip(wanted, computed):
@@ -233,7 +240,7 @@ def _gradients(
     if not bool(g.any()):
         return [torch.zeros_like(inputs[i]) for i in wanted]
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
-    inputs = [x if i > 1 and x.is_leaf and not x._backward_hooks else x.detach() for i, x in enumerate(inputs)]
+    inputs = [x if i > 1 and stays(x, inputs) else x.detach() for i, x in enumerate(inputs)]
     try:
         return Backwards(adjoint, work, found, inputs, wanted).gradients(g)
     except _Unstable as reason:
@@ -260,9 +267,11 @@ class Backwards:
         self.start, self.values = found.length, found.values.detach()
         if not self.all_finished:
             self.start = torch.where(self.finished, self.start, 1.0)  # a failed sample's may be NaN
-            # A failed sample takes steps of length 0 from where it began, which count for nothing.
-            values = torch.where(self.finished[:, None, None], self.values, y0.unsqueeze(1))
-            self.values = finite_start(values, self.finished)
+            # A failed sample takes steps of length 0 from where it began, which count for nothing; or from where
+            # another began, if f has no slope there.
+            rows = stand_ins(self.finished, self.finished | (found.steps > 0))
+            values = torch.where(self.finished[:, None, None], self.values, y0[rows].unsqueeze(1))
+            self.values, self.times = finite_start(values, self.finished), self.times[rows]
         shared = [i - 2 for i in wanted if i > 1]
         self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
         joint = bool(shared) and not adjoint.seminorm
@@ -447,11 +456,13 @@ class Backwards:
 def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor) -> list[Tensor]:
     """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint(arc_length=True)` has them, which are near
     those of the solution wherever it jumps, from a new forward solve."""
-    again = replace(work, report=silent, record=Record(), key=None, arc_length=work.method.dt is None)
+    again = replace(
+        work, report=silent, record=Record(), key=None, as_graph=False, arc_length=work.method.dt is None
+    )
     times, y0, *theta = (x.detach() for x in inputs)
     k0 = again.stepper(False, times, *theta).bound.F.at(times[:, 0], y0)
     found = again.run(times, y0, k0, *theta)
     ended = Ended(found.status, found.t)
     assert again.record is not None
     steps = again.record.stacked(times)
-    return sweep(again, steps, ended, tuple(inputs), wanted, torch.where(ended.finished[:, None, None], g, 0.0))
+    return again.swept(steps, ended, tuple(inputs), wanted, torch.where(ended.finished[:, None, None], g, 0.0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import Array, library, some, to_host, within
+from implicitly.iterate import NUMBERS
 from implicitly.ode.combine import advanced, as_length
 from implicitly.ode.problem import Field
 
@@ -27,8 +28,8 @@ def rms_norm(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """A PID step-size controller: PI without a derivative part, and elementary, as by default, with neither that
-    nor a proportional one.
+    """A PID step-size controller. The default is the elementary (I) controller; `proportional` adds the P part,
+    `derivative` the D part.
 
     With e the norm of the local error over the tolerance, and e' and e'' those of the accepted steps before, the
     next step is `safety * e^-(integral / q) * e'^(proportional / q) * e''^-(derivative / q)` times as long, within
@@ -45,6 +46,14 @@ class Controller:
     derivative: float = 0.0
 
     def __post_init__(self):
+        for which in ("safety", "shrink", "grow", "integral", "proportional", "derivative"):
+            value = getattr(self, which)
+            if not isinstance(value, NUMBERS) or isinstance(value, bool):
+                raise TypeError(f"Controller: {which} must be a number, got a {type(value).__name__}")
+            if which != "grow" and not abs(value) < math.inf:
+                raise ValueError(f"Controller: {which} must be finite, got {value}")
+        if not self.integral > 0:
+            raise ValueError(f"Controller: integral must be > 0, or larger errors make longer steps, got {self}")
         if not (0 < self.safety <= 1 and 0 < self.shrink < 1 < self.grow):
             raise ValueError(f"Controller: 0 < safety <= 1 and 0 < shrink < 1 < grow, got {self}")
 

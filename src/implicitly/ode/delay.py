@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
 from implicitly.implicit import Opaque
-from implicitly.iterate import Status, is_success
+from implicitly.iterate import NUMBERS, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method
@@ -80,7 +80,8 @@ def ddeint(
         in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
             with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
-            that they got to are NaN, their gradients zero.
+            that they got to are NaN, their gradients zero. Of args that `in_dims` does not tell of, those at which
+            f is NaN for a failed sample can make gradients NaN; a `ConvergenceWarning` says so unless "ignore".
 
     Returns:
         `Trajectory`, as of `odeint`; `interpolate` reads what is stored, without calls of f.
@@ -215,8 +216,10 @@ def _first(t: Any) -> Tensor:
     """The time `t[0]`, 0-d, before it is known what y is like; raises TypeError for what holds no times."""
     if isinstance(t, Tensor) and t.ndim and t.numel():
         return t.flatten()[0]
-    if isinstance(t, Sequence) and t and isinstance(t[0], float | int):
+    if isinstance(t, Sequence) and t and isinstance(t[0], NUMBERS):
         return torch.tensor(float(t[0]), dtype=torch.get_default_dtype())
+    if isinstance(t, Sequence) and t and isinstance(t[0], Tensor) and t[0].ndim == 0:
+        return t[0]
     raise TypeError(f"t must be a tensor (T,) or a sequence of times, got {t!r}")
 
 
@@ -325,6 +328,7 @@ class Chain:
         recording = self.adjoint.recording
         y = delayed.y0 if self.found is None else self.y
         problem = delayed.stated(y, begin, end, self.links, recording)
+        problem = replace(problem, warns=self.on_failure == "warn")
         solver = self._method(begin, end)
         solver.check(problem)
         problem = solver.checked(problem)

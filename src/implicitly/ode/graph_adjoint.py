@@ -267,7 +267,8 @@ def sweep_as_graph(
     (times, *_), shared = inputs, [i for i in wanted if i != 1]
     rows, begins = Rows.of(Taken(*(x.T for x in stacked)), times)
     places = sorted(record.states)
-    states: list[tuple[Tensor, ...]] = [(record.states[i].y, *record.states[i].memory) for i in places]
+    before = [record.before(i, len(times)) for i in places]
+    states: list[tuple[Tensor, ...]] = [(state.y, *state.memory) for state in before]
     pull = Pull(stepper, tuple(shared), len(states[0]), method.found_slopes, method.differentiates)
     inner = g[:, 1:-1].clone(memory_format=torch.contiguous_format)
     fixed, key = (ended.finished, inner, *inputs), (key, "derivative", pull.shared)

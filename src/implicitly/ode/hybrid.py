@@ -39,8 +39,8 @@ from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
 
-# What arc length weighs a state's relative change with, that of time in the whole interval weighing 1: more suits
-# a jump better, less an equilibrium.
+# Weight of the state's relative change in arc length, that of time over the whole interval being 1. More suits
+# jumps, less suits solutions that settle.
 MOTION = 2.0
 # What part of its size a tolerance is taken for where only absolute ones are given.
 LOOSE = 1e-3
@@ -235,7 +235,7 @@ class HybridStepper(Stepper):
             rows = mask.nonzero()[:, 0]
 
             def some_of(x: Any) -> Any:
-                return x[rows] if isinstance(x, Tensor) else x if x is None else x[rows.numpy()]
+                return x[rows] if isinstance(x, Tensor) else x if x is None else x[to_host(rows)]
 
             stepper, mask = self.take(rows), mask[rows]
             step, memory = Step(*pytree.tree_map(some_of, tuple(step))), tuple(m[rows] for m in memory)
@@ -261,9 +261,9 @@ class HybridStepper(Stepper):
         if rows is None:
             return answer
         self.bound.F.calls += F.calls
-        spread = np.full(hits.shape, -1), np.full(hits.shape, np.inf, length.numpy().dtype), self.seen[:, 0] * 0
+        spread = np.full(hits.shape, -1), np.full(hits.shape, np.inf, answer[2].dtype), self.seen[:, 0] * 0
         for whole, x in zip(spread, answer):
-            whole[rows.numpy()] = x
+            whole[to_host(rows)] = x
         return spread
 
     def _settled(self, c: Carry, new: Carry, taken: Taken) -> Carry:
@@ -271,7 +271,7 @@ class HybridStepper(Stepper):
         xp, ends, t = library(taken.dt), taken.ends, new.t
         if self.method.tstops:
             t = xp.where(ends == STOP, self.ahead(c.t)[0], t)
-        over = ends > 127
+        over = ends < STOP  # none yet
         for i, event in enumerate(self.events):
             if event.restart is None:
                 over = over | (ends == i + 1)
@@ -380,6 +380,7 @@ class HybridStepper(Stepper):
 
             return g
 
+        # It is there to be differentiated alone, and that warns whatever a failed solve does: g may only touch 0.
         condition = Condition(bind, "the time of an event", y.dtype, Report("warn"))
         theta = (y, t, ends.to(y.dtype), known, *limits, *memory, *self.bound.theta)
         return attach(condition, known.unsqueeze(1), theta, Backward(DenseLU()))[:, 0]

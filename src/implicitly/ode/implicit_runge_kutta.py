@@ -21,13 +21,13 @@ from torch import Tensor
 
 from implicitly.host import Array, all_of, library, remembered, some, to_host, to_tensor, views, within
 from implicitly.implicit import Backward, Condition, Report, attach, find
-from implicitly.iterate import Solver, Status, repeat
+from implicitly.iterate import NUMBERS, Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
 from implicitly.ode.control import TINY, Controller
 from implicitly.ode.method import Memory, Step
-from implicitly.ode.problem import Field
+from implicitly.ode.problem import Field, Problem
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.ode.tableaus import Tableau
 from implicitly.pullback import pullback
@@ -39,6 +39,8 @@ TOO_SLOW, SLOW = 0.9, 0.03
 FAR = 1e3
 # Iterations with one Jacobian before constant steps have one for each.
 PATIENT = 4
+# How accurate a stage is, relative to the tolerance of the step.
+STAGE_TOLERANCE = 3e-2
 # Slopes that a stage's own is guessed from.
 PREDICT = 3
 
@@ -57,13 +59,14 @@ class ImplicitRungeKutta(RungeKutta):
 
     Args:
         stage_solver: a solver that finds the stages, such as `NewtonKrylov()` where Jacobians are too large to be
-            stored; None: Newton's method with a Jacobian `(n, n)` a sample that is used as long as it converges.
-        stage_tolerance: how accurate a stage is, relative to the tolerance of the step.
+            stored, with tolerances of its own; None: Newton's method with a Jacobian `(n, n)` a sample that is
+            used as long as it converges.
+        stage_tolerance: how accurate that makes a stage, relative to the tolerance of the step; None: 0.03.
         limit_gib: what the Jacobians of all samples may take.
     """
 
     stage_solver: Solver | None = None
-    stage_tolerance: float = 3e-2
+    stage_tolerance: float | None = None
     limit_gib: float = 4.0
     # A rejected step is often only one that Newton's method dislikes.
     controller: Controller = Controller(shrink=0.5)
@@ -77,10 +80,30 @@ class ImplicitRungeKutta(RungeKutta):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.stage_tolerance < 1:
-            raise ValueError(
-                f"{type(self).__name__}: stage_tolerance must be between 0 and 1, got {self.stage_tolerance}"
+        name, solver, tolerance = type(self).__name__, self.stage_solver, self.stage_tolerance
+        finds_roots = isinstance(solver, Solver) and not solver.linear and solver.needs is None
+        if solver is not None and not finds_roots:
+            raise TypeError(
+                f"{name}: stage_solver must be a solver of equations such as im.NewtonKrylov() or im.Newton(), "
+                f"got {solver!r}"
             )
+        if tolerance is None:
+            return
+        if not isinstance(tolerance, NUMBERS):
+            raise TypeError(f"{name}: stage_tolerance must be a number, got a {type(tolerance).__name__}")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"{name}: stage_tolerance must be between 0 and 1, got {tolerance}")
+        if solver is not None:
+            raise ValueError(
+                f"{name}: a stage_solver has tolerances of its own, beside which stage_tolerance={tolerance:g} "
+                f"would count for nothing; pass stage_solver=im.{type(solver).__name__}(rtol=..., atol=...) alone"
+            )
+
+    def check(self, problem: Problem) -> None:
+        """As of `Method`; also raises ValueError where the dtype cannot resolve the tolerance of stages."""
+        super().check(problem)
+        if self.stage_solver is not None:
+            self.stage_solver.tolerances(problem.y0.dtype)
 
     @property
     def sees_end(self) -> bool:
@@ -254,7 +277,7 @@ class Newton:
         if not _attaches(F):
             self._note(failed)
             return z
-        if F.once:
+        if F.once and self.method.stage_solver is None:
             return _attached_once(F, stage, z, self.method.limit_gib)
         condition, theta = _condition(F, stage)
         solver = DenseLU(limit_gib=self.method.limit_gib) if self.method.stage_solver is None else GMRES()
@@ -309,14 +332,21 @@ class Newton:
             gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
             slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))
         # NaN has not converged. What rounding leaves says nothing about the rate.
-        converged = (gain * size <= self.method.stage_tolerance) | (size <= self.least)
+        converged = (gain * size <= (self.method.stage_tolerance or STAGE_TOLERANCE)) | (size <= self.least)
         hopeful = xp.isfinite(size) & xp.isfinite(gain)
         return Iterate(it.z + d, size, gain, hopeful & ~converged, slow, converged)
 
     def _search(self, solver: Solver, F: Field, stage: Stage, guess: Tensor) -> tuple[Tensor, Array]:
-        condition, theta = _condition(F, stage)
-        found = find(solver, condition, guess, theta)
-        return found.z, to_host(found.status != int(Status.CONVERGED))
+        """The stage as the user's solver finds it, and which samples `(B,)` it did not find."""
+        bound: list[Field] = []
+        condition, theta = _condition(F, stage, bound)
+        # Says nothing: a step whose stage is not found is taken anew and shorter, or ends the sample.
+        found = find(solver, replace(condition, report=Report("ignore")), guess, theta)
+        F.calls += sum(G.calls for G in bound)
+        right = found.status == int(Status.CONVERGED)
+        if solver.fixed_steps:  # steps were asked for, not convergence
+            right = right | (found.status == int(Status.MAX_STEPS))
+        return found.z, to_host(~right)
 
     def _note(self, failed: Array) -> None:
         if some(failed):
@@ -352,6 +382,8 @@ def _rows(slope: Tensor, y: Tensor) -> Tensor:
     """dslope/dy `(B, n, n)` of what autograd recorded."""
     if not slope.requires_grad:
         return slope.new_zeros(*slope.shape, slope.shape[1])
+    if slope.shape[1] == 0:  # states without entries
+        return slope.new_zeros(len(slope), 0, 0)
     units = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device)
     rows = [
         torch.autograd.grad(slope, y, unit.expand_as(slope), retain_graph=True, materialize_grads=True)[0]
@@ -376,16 +408,22 @@ def _residual(F: Field, stage: Stage, z: Tensor) -> Tensor:
     return stage.base + stage.length * F(stage.moment, z) - z
 
 
-def _condition(F: Field, stage: Stage) -> tuple[Condition, tuple[Tensor, ...]]:
-    """The equation of a stage as the kernel sees it, and all that it depends on."""
+def _condition(F: Field, stage: Stage, bound: list[Field] | None = None) -> tuple[Condition, tuple[Tensor, ...]]:
+    """The equation of a stage as the kernel sees it, and all that it depends on.
+
+    The fields that it calls, which count their calls, are added to `bound`.
+    """
     length = (stage.length,) if isinstance(stage.length, Tensor) else ()
 
     def bind(moment: Tensor, base: Tensor, *rest: Tensor) -> Any:
         own, theta = (rest[0], rest[1:]) if length else (stage.length, rest)
         G = F.bind(*theta)
+        if bound is not None:
+            bound.append(G)
         return lambda z: _residual(G, Stage(moment, base, own), z)
 
     theta = (stage.moment, stage.base, *length, *F.theta)
+    # Its derivative warns whatever a failed solve does: samples that failed have no part in it.
     return Condition(bind, "a stage", stage.base.dtype, Report("warn"), relative_to_iterate=True), theta
 
 

@@ -6,7 +6,7 @@ read off the dense output of the step that passes them; no step is shortened for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as given
 from functools import partial
@@ -23,18 +23,28 @@ from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
-from implicitly.transforms import is_batched, is_tracked
+from implicitly.transforms import is_batched, is_near, is_tracked
 
 # A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.
 STRETCH = 1e-3
 
 
+# Of so many numbers, all outputs are evaluated in each step, where an accelerator would have to be waited for to
+# know which ones the step passes.
+FEW_OUTPUTS = 2**20
+
+
 class Piece(NamedTuple):
-    """Outputs inside of a step: `values` `(P, n)` of samples `rows` `(P,)` at output times `columns` `(P,)`."""
+    """Outputs inside of a step: `values` `(P, n)` of samples `rows` `(P,)` at output times `columns` `(P,)`.
+
+    Where nobody is to look which ones there are, `(B, T - 2, n)` of rows `(B, 1)` at columns `(T - 2,)`, 0 where
+    they are not `inside` `(B, T - 2)`.
+    """
 
     rows: Tensor
     columns: Tensor
     values: Tensor
+    inside: Tensor | None = None
 
 
 class Carry(NamedTuple):
@@ -287,14 +297,18 @@ class Stepper:
         inner = self.seen[:, 1:-1]
         return (sign * (inner - begin) > 0) & (sign * (inner - end) <= 0) & taken.accepted[:, None]
 
-    def outputs(self, step: Step, taken: Taken) -> Iterator[Piece]:
-        """The outputs that a step passes."""
+    def outputs(self, step: Step, taken: Taken, mapped: bool = False) -> Iterator[Piece]:
+        """The outputs that a step passes; where `vmap` maps it, nobody can look which ones."""
         if self.times.shape[1] == 2:
             return
         passed = self.passed(taken)
         if not some(passed):
             return
         inside = to_tensor(passed)
+        few = inside.numel() * step.y.shape[1] <= FEW_OUTPUTS
+        if mapped or (few and not is_near(step.y)):
+            yield self._all_outputs(step, inside)
+            return
         count = inside.sum(1)
         width = int(count.max())
         if width == 0:
@@ -306,11 +320,13 @@ class Stepper:
         values = self.method.between(self.bound.F, step, self.part(step, columns + 1))
         yield Piece(rows, columns[rows, at] + 1, values[rows, at])
 
-    def fill(self, inner: Tensor, step: Step, taken: Taken) -> Tensor:
-        """`inner` `(B, T - 2, n)` with the outputs that a step passes, by operations that `vmap` maps."""
-        columns = torch.arange(1, self.times.shape[1] - 1, device=self.times.device).expand(len(self.times), -1)
-        values = self.method.between(self.bound.F, step, self.part(step, columns).clamp(0, 1))
-        return torch.where(to_tensor(self.passed(taken)).unsqueeze(2), values, inner)
+    def _all_outputs(self, step: Step, inside: Tensor) -> Piece:
+        """Those that are `inside` `(B, T - 2)` of a step, by operations that `vmap` maps."""
+        rows = torch.arange(len(self.times), device=self.times.device).unsqueeze(1)
+        columns = torch.arange(1, self.times.shape[1] - 1, device=self.times.device)
+        part = torch.where(inside, self.part(step, columns.expand(len(rows), -1)), 0.0)
+        values = self.method.between(self.bound.F, step, part)
+        return Piece(rows, columns, torch.where(inside.unsqueeze(2), values, 0.0), inside)
 
     def part(self, step: Step, columns: Tensor) -> Tensor:
         """Where `(B, W)` in the step, from 0 to 1, the times in `columns` `(B, W)` are."""
@@ -347,14 +363,49 @@ Listen = Callable[[Stepper, Step, Taken, Tensor | None], None]
 
 
 @dataclass
+class Outputs:
+    """Those between the ends `(B, T - 2, n)` of a solve, as its steps pass them; like `y0` `(B, n)`."""
+
+    times: Tensor
+    y0: Tensor
+    pieces: list[Piece] = given(default_factory=list)
+    inner: Tensor | None = None
+
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """Those of a step."""
+        for piece in pieces:
+            if piece.inside is None:
+                self.pieces.append(piece)
+            else:
+                inner, rows = self._unknown if self.inner is None else self.inner, piece.rows[:, 0]
+                few = len(rows) < len(inner)
+                new = torch.where(piece.inside.unsqueeze(2), piece.values, inner[rows] if few else inner)
+                self.inner = inner.index_copy(0, rows, new) if few else new
+
+    @property
+    def found(self) -> Tensor:
+        """All of them; NaN where a solve did not get to."""
+        if self.inner is not None:
+            return self.inner
+        if not self.pieces:
+            return self._unknown
+        rows, columns, values, _ = zip(*self.pieces)
+        return self._unknown.index_put((torch.cat(rows), torch.cat(columns) - 1), torch.cat(values))
+
+    @property
+    def _unknown(self) -> Tensor:
+        return self.y0.new_full((len(self.y0), self.times.shape[1] - 2, self.y0.shape[1]), float("nan"))
+
+
+@dataclass
 class Run:
     """A solve under way: what takes its steps, and what they leave."""
 
     stepper: Stepper
     record: Record | None
     batch: int
+    outputs: Outputs
     listen: Listen | None = None
-    pieces: list[Piece] = given(default_factory=list)
     rows: Tensor | None = None  # the samples that still take part; None: all
     calls: int = 0
 
@@ -364,7 +415,7 @@ class Run:
         self.stepper.tell(new)
         if not some(taken.accepted):
             return new
-        self.pieces += [of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken)]
+        self.outputs.add(of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken))
         if self.record is not None:
             memory = (*(m.detach() for m in c.memory), *self.stepper.clock(c.t))
             state = State(c.y.detach(), memory, self.rows)
@@ -381,7 +432,7 @@ class Run:
         self.calls += self.stepper.bound.F.calls
         self.rows = keep if self.rows is None else self.rows[keep]
         self.stepper = self.stepper.take(keep)
-        return Carry(*pytree.tree_map(lambda x: x[keep if isinstance(x, Tensor) else keep.numpy()], tuple(carry)))
+        return Carry(*pytree.tree_map(lambda x: x[keep if isinstance(x, Tensor) else to_host(keep)], tuple(carry)))
 
 
 def of_all(piece: Piece, rows: Tensor | None) -> Piece:
@@ -403,7 +454,7 @@ def integrate(
     from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
     """
     carry = stepper.start(y0, k0, length)
-    run = Run(stepper, record, len(y0), listen)
+    run = Run(stepper, record, len(y0), Outputs(stepper.times, y0), listen)
     droppable = stepper.bound.carries is not None and isinstance(carry.t, np.ndarray)
     limit = stepper.method.max_steps
     count, carry = repeat(run.body, carry, partial(_worth_a_step, droppable), limit)
@@ -420,7 +471,7 @@ def integrate(
     numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     numbers += stepper.happened(ended)
     status, *others = (to_tensor(x) for x in numbers)
-    values = assemble(stepper.times, y0, ended.y, Ended(status, to_tensor(ended.t)), run.pieces)
+    values = assemble(run.outputs, ended.y, Ended(status, to_tensor(ended.t)))
     return Integrated(values, status, *others), ended.y, run.calls + run.stepper.bound.F.calls
 
 
@@ -446,7 +497,7 @@ def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
 
     def placed(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
         whole = np.array(whole)
-        whole[rows.numpy()] = part
+        whole[to_host(rows)] = part
         return whole
 
     return Carry(full.y.index_copy(0, rows, part.y), (), *pytree.tree_map(placed, full[2:], part[2:]))
@@ -471,19 +522,10 @@ class Ended(NamedTuple):
         return after & (self.status == int(Status.EVENT)).unsqueeze(1)
 
 
-def assemble(times: Tensor, y0: Tensor, y1: Tensor, ended: Ended, pieces: list[Piece]) -> Tensor:
-    """All outputs `(B, T, n)`; NaN where a solve did not get to."""
-    if times.shape[1] == 2:
-        return _joined(times, y0, None, y1, ended)
-    inner = y0.new_full((y0.shape[0], times.shape[1] - 2, y0.shape[1]), float("nan"))
-    if pieces:
-        rows, columns, values = (torch.cat(parts) for parts in zip(*pieces))
-        inner = inner.index_put((rows, columns - 1), values)
-    return _joined(times, y0, inner, y1, ended)
-
-
-def _joined(times: Tensor, y0: Tensor, inner: Tensor | None, y1: Tensor, ended: Ended) -> Tensor:
-    """All outputs, of which those between the ends are `inner` `(B, T - 2, n)`; None: there are none."""
+def assemble(outputs: Outputs, y1: Tensor, ended: Ended) -> Tensor:
+    """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`; NaN where a solve did not get to."""
+    times, y0 = outputs.times, outputs.y0
+    inner = None if times.shape[1] == 2 else outputs.found
     if inner is not None and happens(late := ended.late(times)):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
     if some(~is_success(to_host(ended.status))):
@@ -501,7 +543,7 @@ class Again(NamedTuple):
     pieces: list[Piece]
 
 
-def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True) -> Again:
+def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True, mapped: bool = False) -> Again:
     """Take a noted step once more, from `state`, of the samples that accepted it where f can be asked for those.
 
     Lengths are constants; only the last step of a sample ends where its times end.
@@ -510,11 +552,11 @@ def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True) ->
     if rows is None:
         step, y, memory = stepper.retaken(taken, state.y, state.memory)
         y, memory = kept(taken.accepted, (y, memory), (state.y, state.memory))
-        pieces = list(stepper.outputs(step, taken)) if outputs else []
+        pieces = list(stepper.outputs(step, taken, mapped)) if outputs else []
         return Again(step, State(y, memory), pieces)
-    part, mine = stepper.take(rows), Taken(*(x[rows.numpy()] for x in taken))
+    part, mine = stepper.take(rows), Taken(*(x[to_host(rows)] for x in taken))
     step, y, memory = part.retaken(mine, state.y[rows], tuple(m[rows] for m in state.memory))
-    pieces = [of_all(piece, rows) for piece in part.outputs(step, mine)] if outputs else []
+    pieces = [of_all(piece, rows) for piece in part.outputs(step, mine, mapped)] if outputs else []
     memory = tuple(m.index_copy(0, rows, new) for m, new in zip(state.memory, memory))
     return Again(step, State(state.y.index_copy(0, rows, y), memory), pieces)
 
@@ -535,6 +577,15 @@ def restart(stepper: Stepper, y0: Tensor) -> State:
     return State(y0, (*stepper.method.start(F, t, y0, F.at(t, y0)), *clock))
 
 
+def stand_ins(finished: Tensor, stays: Tensor) -> Tensor:
+    """Which sample `(B,)` is to be in the place of each: itself where it `stays` `(B,)`, else one that `finished`.
+
+    A sample that failed has no cotangent, but where f has no derivative, 0 times that is NaN, not 0.
+    """
+    index = torch.arange(len(finished), device=finished.device)
+    return torch.where(stays, index, finished.to(torch.int64).argmax())
+
+
 def finite_start(y: Tensor, finished: Tensor) -> Tensor:
     """`y` `(B, n)` without the NaN and inf of samples that failed before their first step.
 
@@ -548,18 +599,12 @@ def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tup
     `(B,)` they got to, where states carry theirs."""
     y0 = finite_start(y, ended.finished)
     state = restart(stepper, y0)
-    pieces: list[Piece] = []
-    inner = torch.zeros_like(y0).unsqueeze(1).expand(-1, stepper.times.shape[1] - 2, -1)
+    outputs = Outputs(stepper.times, y0)
     mapped = any(is_batched(x) for x in (*state.memory, y0, stepper.times, *ended))
     for taken in steps:
-        step, state, passed = again(stepper, taken, state, outputs=not mapped)
-        pieces += passed
-        if mapped:
-            inner = stepper.fill(inner, step, taken)
-    t = stepper.reached(state)
-    if mapped:
-        return _joined(stepper.times, y0, inner, state.y, ended), t
-    return assemble(stepper.times, y0, state.y, ended, pieces), t
+        _, state, passed = again(stepper, taken, state, mapped=mapped)
+        outputs.add(passed)
+    return assemble(outputs, state.y, ended), stepper.reached(state)
 
 
 def states_before(
@@ -568,7 +613,7 @@ def states_before(
     """A step and the state before it, for every `size`-th step up to `stop` from one the state before which is
     kept, the last for which that makes `size` steps."""
     first = record.kept_before(max(1, stop - size + 1))
-    states = [(first, record.states[first].full(len(stepper.times)))]
+    states = [(first, record.before(first, len(stepper.times)))]
     for i in range(first + size, stop, size):
         state = states[-1][1]
         for taken in steps[i - size : i]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import Array, every, on_host, to_host, to_tensor
-from implicitly.iterate import NUMBERS
+from implicitly.iterate import INTEGERS, NUMBERS
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
 from implicitly.transforms import unwrapped
@@ -49,7 +49,7 @@ class Method(ABC):
     Args:
         rtol, atol: relative and absolute tolerance of the local error; numbers, or tensors that broadcast over one
             flattened sample.
-        dt: a length makes all steps that long but the last, and tolerances count for nothing.
+        dt: constant step size; the last step is shortened to end at t[-1], and tolerances are not used.
         dt0: the length of the first step; None: found from f, for one more call.
         dt_min: a sample whose steps would have to be shorter ends as `Status.STEP_UNDERFLOW`; 0: as short as the
             dtype resolves.
@@ -81,16 +81,46 @@ class Method(ABC):
         name = type(self).__name__
         if self.dt is None and not self.adaptive:
             raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
+        self._check_lengths(name)
+        if not isinstance(self.max_steps, INTEGERS) or isinstance(self.max_steps, bool):
+            raise TypeError(f"{name}: max_steps must be an int, got {self.max_steps!r}")
+        if self.max_steps < 1:
+            raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
+        if not isinstance(self.controller, Controller):
+            raise TypeError(f"{name}: controller must be an im.Controller(...), got {self.controller!r}")
+        if not callable(self.norm):
+            raise TypeError(f"{name}: norm must map (B, n) to (B,), got a {type(self.norm).__name__}")
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(
+                f"{name}: progress must be a function of a number, got a {type(self.progress).__name__}"
+            )
+        if not isinstance(self.tstops, tuple | list):
+            raise TypeError(f"{name}: tstops must be a tuple of times, got {self.tstops!r}")
+        if not all(isinstance(s, NUMBERS) and abs(s) < float("inf") for s in self.tstops):
+            raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
+        for which in ("rtol", "atol"):
+            value = getattr(self, which)
+            if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Tensor)):
+                raise TypeError(f"{name}: {which} must be a number or a tensor, got {value!r}")
+            if isinstance(value, NUMBERS):  # the usual case; a tensor of it takes longer to make
+                right = 0 <= value < float("inf")
+            else:
+                right = bool((value.isfinite() & (value >= 0)).all())
+            if not right:
+                raise ValueError(f"{name}: {which} must be finite and >= 0, got {value}")
+
+    def _check_lengths(self, name: str) -> None:
+        """Raise TypeError / ValueError for lengths that steps cannot have."""
         for which in ("dt", "dt0", "dt_min", "dt_max"):
             value = getattr(self, which)
-            if value is not None and not isinstance(value, NUMBERS):
+            if value is None and which in ("dt", "dt0"):
+                continue
+            if not isinstance(value, NUMBERS) or isinstance(value, bool):
                 raise TypeError(
                     f"{name}: {which} must be a number, got a {type(value).__name__}; of a tensor pass "
                     "float(...), as no derivative goes through the lengths of steps"
                 )
-        for which in ("dt", "dt0"):
-            value = getattr(self, which)
-            if value is not None and not 0 < value < float("inf"):
+            if which in ("dt", "dt0") and not 0 < value < float("inf"):
                 raise ValueError(
                     f"{name}: {which} must be a finite number > 0 (t says the direction), got {value}"
                 )
@@ -98,25 +128,6 @@ class Method(ABC):
             raise ValueError(f"{name}: dt makes all steps equally long, so dt0 would count for nothing; pass one")
         if not 0 <= self.dt_min <= self.dt_max:
             raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
-        if self.max_steps < 1:
-            raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
-        if not callable(self.norm):
-            raise TypeError(f"{name}: norm must map (B, n) to (B,), got a {type(self.norm).__name__}")
-        if self.progress is not None and not callable(self.progress):
-            raise TypeError(
-                f"{name}: progress must be a function of a number, got a {type(self.progress).__name__}"
-            )
-        if not all(isinstance(s, float | int) and abs(s) < float("inf") for s in self.tstops):
-            raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
-        for which in ("rtol", "atol"):
-            value = getattr(self, which)
-            if isinstance(value, float | int):  # the usual case; a tensor of it takes longer to make
-                right = 0 <= value < float("inf")
-            else:
-                value = torch.as_tensor(value)
-                right = bool((value.isfinite() & (value >= 0)).all())
-            if not right:
-                raise ValueError(f"{name}: {which} must be finite and >= 0, got {getattr(self, which)}")
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from implicitly.host import Array, every, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import carries_of
-from implicitly.transforms import is_wrapped, loses
+from implicitly.transforms import is_wrapped, loses, unwrapped
 from implicitly.tree import Layout
 
 
@@ -86,6 +86,7 @@ class Problem:
         events: what is watched on the way; theta holds what their functions depend on, too.
         check: evaluates k0, and raises TypeError / ValueError for what f may not return or depend on.
         key: for a solve that is to be one graph, all that decides about it besides tensors and the method.
+        warns: whether to warn of samples that failed and make a gradient NaN.
     """
 
     opened: Opened
@@ -99,6 +100,7 @@ class Problem:
     calls: int = 1
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
+    warns: bool = False
 
     @classmethod
     def of(
@@ -252,8 +254,12 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
         if not isinstance(t, Sequence) or isinstance(t, str):
             raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
         try:
-            t = torch.as_tensor(t, dtype=layout.work_dtype, device=layout.device)
-        except (TypeError, ValueError) as error:
+            like = {"dtype": layout.work_dtype, "device": layout.device}
+            if any(isinstance(x, Tensor) for x in t):  # each with its derivative
+                t = torch.stack([torch.as_tensor(x, **like) for x in t])
+            else:
+                t = torch.as_tensor(t, **like)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"t must hold numbers only, got {t!r}: {error}") from error
     if t.dtype != layout.work_dtype or t.device != layout.device:
         raise ValueError(
@@ -275,5 +281,18 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if not every(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
     if ordered and not every((gaps > 0).all(1) | (gaps < 0).all(1)):
-        raise ValueError("t must increase throughout, or decrease throughout")
+        raise ValueError(_disorder(unwrapped(rows.detach())))
     return rows
+
+
+def _disorder(seen: Tensor) -> str:
+    """What is wrong with times `(B, T)` that neither increase nor decrease throughout."""
+    same = (seen.diff() == 0).nonzero().tolist()
+    if not same:
+        return "t must increase throughout, or decrease throughout"
+    row, i = same[0]
+    wider = "" if seen.dtype == torch.float64 else ", or pass y0, t and the arguments in float64"
+    return (
+        f"t[{i}] and t[{i + 1}] are the same in {seen.dtype}, {float(seen[row, i]):.9g}, but times must increase "
+        f"throughout, or decrease throughout. If rounding made them so, measure times from the start{wider}"
+    )

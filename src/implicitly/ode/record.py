@@ -38,7 +38,7 @@ class Taken(NamedTuple):
 
         def spread(x: np.ndarray) -> np.ndarray:
             full = np.zeros(batch, dtype=x.dtype)
-            full[rows.numpy()] = x
+            full[to_host(rows)] = x
             return full
 
         return Taken(*(spread(x) for x in self))
@@ -75,6 +75,7 @@ class Record:
     states: dict[int, State] = field(default_factory=dict)
     spacing: int = 1
     clean: bool = True  # whether no sample met NaN or inf in a step that others accepted
+    stand_ins: Tensor | None = None  # `(B,)` whose states are to be in the place of each sample's; None: its own
 
     def note(self, taken: Taken, state: State) -> None:
         """Note a step from `state`."""
@@ -105,6 +106,13 @@ class Record:
         if len(self.states) > max(CHECKPOINTS, 2 * self.spacing):
             self.spacing *= 2
             self.states = dict(list(self.states.items())[::2])
+
+    def before(self, step: int, batch: int) -> State:
+        """The state of all of `batch` samples before a step, which is kept."""
+        state, rows = self.states[step].full(batch), self.stand_ins
+        if rows is None:
+            return state
+        return State(state.y[rows], tuple(m[rows] for m in state.memory))
 
     def kept_before(self, stop: int) -> int:
         """The last step before `stop` the state before which is kept."""

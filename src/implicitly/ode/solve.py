@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from implicitly.compiled import CompileWarning
 from implicitly.graph_break import one_break, one_break_unless
@@ -24,7 +26,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
-from implicitly.transforms import is_tracked, unwrapped
+from implicitly.transforms import is_tracked, unwrapped, version
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -45,7 +47,9 @@ class Trajectory(Solution):
         interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
             order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is
             differentiable like `value`, also in the times. Nothing is stored for it: the steps are taken again.
-            ValueError where the parameters, args, y0 or t were changed in place since the solve.
+            What is pickled has none, and no gradients.
+            f counts as it was: a module that trained does. ValueError where the parameters, args, y0, t or what
+            else f uses were changed in place since the solve.
         event: `(B,)` int64, which event happened last, by its index; -1: none.
         event_count: `(B,)` int64, how many events happened.
     """
@@ -55,6 +59,14 @@ class Trajectory(Solution):
     interpolate: Callable[[Any], Any]
     event: Tensor
     event_count: Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the numbers. Neither the graph of their derivative is, nor the f of `interpolate`."""
+        state = pytree.tree_map_only(Tensor, torch.detach, dict(vars(self)))
+        return state | {"interpolate": _left_behind}
+
+    def __copy__(self) -> Trajectory:
+        return replace(self)  # else it would be that
 
 
 def is_traceable(
@@ -103,7 +115,8 @@ def odeint(
         event: an `Event`, or several, which ends a sample or restarts it from another state. Outputs after the
             end are the state there; one at the time of a restart, as rounding has it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
-            that they got to are NaN, their gradients zero.
+            that they got to are NaN, their gradients zero. Of args that `in_dims` does not tell of, those at which
+            f is NaN for a failed sample can make gradients NaN; a `ConvergenceWarning` says so unless "ignore".
         compile: run the solve as one graph of `torch.compile`, and its backward pass as another; a
             `CompileWarning` says where none can be had, as with events.
 
@@ -118,8 +131,8 @@ def odeint(
     Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
     """
     events = events_of(event)
-    recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
     check_choices(solver, adjoint, on_failure, events, compile)
+    recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
     as_graph = compile and _ungraphed(solver, events) is None
     stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
     problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
@@ -128,7 +141,7 @@ def odeint(
     if torch.compiler.is_dynamo_compiling():
         forget = not isinstance(adjoint, UnrolledAdjoint)
         return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
-    return _solved(solver, adjoint, problem, on_failure)
+    return _solved(solver, adjoint, replace(problem, warns=on_failure == "warn"), on_failure)
 
 
 def _solved(
@@ -136,8 +149,11 @@ def _solved(
 ) -> Trajectory:
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     again = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
-    interpolate = partial(again, _versions(problem))
-    solution = partial(_trajectory, problem, interpolate)
+
+    def solution(found: Integrated, calls: int) -> Trajectory:
+        # What f is now, after the solve: what it changes itself is its own affair.
+        interpolate = partial(again, _used(problem), problem.opened.kept())
+        return _trajectory(problem, interpolate, found, calls)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
         tell("odeint", on_failure, method, found, halt, lambda: solution(found, calls))
@@ -166,10 +182,20 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
     )
 
 
+# A tensor that a solve depends on: what it is, and how often it had been changed in place.
+Used = tuple[str, Tensor, int]
+
+
 @one_break
-def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], versions: tuple[int, ...], t: Any) -> Any:
+def _interpolated(
+    problem: Problem,
+    solve: Callable[[Problem], Tensor],
+    used: list[Used],
+    as_then: Callable[[], AbstractContextManager[None]],
+    t: Any,
+) -> Any:
     """The solution at times t: the steps of the solve taken again, with outputs there."""
-    _check_unchanged(problem, versions)
+    _check_unchanged(used)
     wanted = times_of(t, problem.layout, ordered=False)
     begin, end = problem.times[:, :1], problem.times[:, -1:]
     sign = (end - begin).detach().sign()
@@ -183,32 +209,31 @@ def _interpolated(problem: Problem, solve: Callable[[Problem], Tensor], versions
     at_start, behind = times == begin, torch.where(times == begin, _behind(begin, end), 0.0)
     asked = torch.cat([begin.expand(rows, 1), (times + behind).expand(rows, -1), end.expand(rows, 1)], dim=1)
     # Eagerly: a graph would be made for each number of times.
-    values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
+    with as_then():
+        values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
     if happens(at_start):
         values = torch.where(at_start.unsqueeze(2), _moved_to(problem.y0.unsqueeze(1), values), values)
     back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
     return problem.stacked(values.gather(1, back))
 
 
-def _versions(problem: Problem) -> tuple[int, ...]:
-    """How often what a solve depends on, t and y0 and theta, was changed in place; of inference mode 0."""
-    given = (problem.times, problem.y0, *problem.theta)
-    return tuple(0 if x.is_inference() else x._version for x in given)
+def _used(problem: Problem) -> list[Used]:
+    """The tensors that a solve depended on, but for those that f changes itself."""
+    opened, theta = problem.opened, problem.theta
+    kinds = ["a tensor of args"] * (len(theta) - len(opened.parameters)) + ["a parameter"] * len(opened.parameters)
+    named = [*zip(kinds, theta), *((f"'{name}'", x) for name, x, was in opened.constants if version(x) == was)]
+    shaped = [(f"{name} of shape {tuple(x.shape)}", x) for name, x in named]
+    return [(name, x, version(x)) for name, x in (("t", problem.times), ("y0", problem.y0), *shaped)]
 
 
-def _check_unchanged(problem: Problem, versions: tuple[int, ...]) -> None:
-    """Raise ValueError where what a solve depends on is not what it was, of the `versions`, any more."""
-    now = _versions(problem)
-    if now == versions:
-        return
-    i = next(i for i, (a, b) in enumerate(zip(now, versions)) if a != b)
-    kinds = ["t", "y0", *("a tensor of args" for _ in problem.theta)]
-    kinds[len(kinds) - len(problem.opened.parameters) :] = ["a parameter" for _ in problem.opened.parameters]
-    shape = f" of shape {tuple(problem.theta[i - 2].shape)}" if i > 1 else ""
-    raise ValueError(
-        f"interpolate takes the steps of the solve again, but {kinds[i]}{shape} was changed in place since the "
-        "solve. Call interpolate before the change, such as the step of an optimiser, or solve again"
-    )
+def _check_unchanged(used: list[Used]) -> None:
+    """Raise ValueError where what a solve depends on is not what it was any more."""
+    for name, x, was in used:
+        if version(x) != was:
+            raise ValueError(
+                f"interpolate takes the steps of the solve again, but {name} was changed in place since the "
+                "solve. Call interpolate before the change, such as the step of an optimiser, or solve again"
+            )
 
 
 def _behind(begin: Tensor, end: Tensor) -> Tensor:
@@ -220,6 +245,14 @@ def _behind(begin: Tensor, end: Tensor) -> Tensor:
 def _moved_to(y0: Tensor, values: Tensor) -> Tensor:
     """The numbers of `y0` `(B, 1, n)` with the derivative of `values` `(B, K, n)`; `y0` where those are none."""
     return torch.where(values.isfinite(), y0.detach() + (values - values.detach()), y0)
+
+
+def _left_behind(t: Any) -> Any:
+    """The `interpolate` of a trajectory that was pickled."""
+    raise RuntimeError(
+        "interpolate takes the steps of a solve again, and f is not pickled with a Trajectory; call interpolate "
+        "before, or ask for these times in t"
+    )
 
 
 def _not_again(t: Any) -> Any:

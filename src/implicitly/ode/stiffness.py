@@ -47,7 +47,7 @@ def real_limit(tableau: Tableau) -> float:
 class Halt:
     """Where a solve ended: states `(B, n)` at times `(B,)` along a `field` at `theta`.
 
-    One more step from there is not taken until it is `tried`.
+    `tried`: takes one more step from there, when asked.
     """
 
     field: Callable[..., Field]

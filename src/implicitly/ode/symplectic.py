@@ -117,6 +117,8 @@ class Symplectic(Method):
         if q != p or layout.leaves[0].width != layout.leaves[1].width:
             raise ValueError(f"{name}: q and p must have the same shape and dtype, got {q} and {p} in a sample")
         problem = problem.evaluated
+        if problem.y0.shape[1] == 0:  # states without entries
+            return problem
         _refuse_coupled(name, problem)
         return replace(problem, calls=problem.calls + 2)
 

@@ -1,0 +1,107 @@
+"""Modules and tensors that f reaches as globals, also inside of lambdas, comprehensions and generators."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import implicitly as im
+from tests.problems import draw
+
+X = draw(3, 4, seed=1)
+NET = nn.Linear(4, 4).double()
+with torch.no_grad():
+    NET.weight.mul_(0.3)
+HELD = [NET]
+THEIRS = {"net": NET}
+
+
+class Namespace:
+    net = NET
+
+
+def plain(z, x):
+    return 0.5 * torch.tanh(NET(z)) + x
+
+
+def in_a_lambda(z, x):
+    return (lambda y: 0.5 * torch.tanh(NET(y)) + x)(z)
+
+
+def in_a_comprehension(z, x):
+    return 0.5 * sum([torch.tanh(NET(y)) for y in (z,)]) + x
+
+
+def in_a_generator(z, x):
+    return 0.5 * sum(torch.tanh(NET(y)) for y in (z,)) + x
+
+
+def in_a_function_within(z, x):
+    def outer(y):
+        def inner(y):
+            return torch.tanh(NET(y))
+
+        return next(inner(v) for v in (y,))
+
+    return 0.5 * outer(z) + x
+
+
+def by_map(z, x):
+    return torch.stack(list(map(lambda y: in_a_lambda(y, x), (z,))))[0]  # noqa: C417
+
+
+FOUND = [in_a_lambda, in_a_comprehension, in_a_generator, in_a_function_within, by_map,
+         functools.partial(in_a_generator)]  # fmt: skip
+
+
+@pytest.mark.parametrize("f", FOUND, ids=lambda f: getattr(f, "__name__", "partial"))
+def test_parameters_of_a_global_module_get_their_gradients(f):
+    def gradients(f):
+        value = im.fixed_point(f, torch.zeros_like(X), X).value
+        return torch.autograd.grad(value.sin().sum(), list(NET.parameters()))
+
+    torch.testing.assert_close(gradients(f), gradients(plain), rtol=1e-6, atol=1e-8)
+
+
+def in_a_list(z, x):
+    return 0.5 * torch.tanh(HELD[0](z)) + x
+
+
+def in_a_dict(z, x):
+    return 0.5 * sum(torch.tanh(THEIRS["net"](y)) for y in (z,)) + x
+
+
+def in_a_class(z, x):
+    return 0.5 * torch.tanh(Namespace.net(z)) + x
+
+
+@pytest.mark.parametrize("f", [in_a_list, in_a_dict, in_a_class])
+def test_what_other_globals_hold_is_refused(f):
+    with pytest.raises(
+        ValueError, match=r"a tensor of shape \(4, 4\).*Pass it in args.*not lists or other objects"
+    ):
+        im.fixed_point(f, torch.zeros_like(X), X)
+    with torch.no_grad():
+        expected = im.fixed_point(plain, torch.zeros_like(X), X).value
+        torch.testing.assert_close(im.fixed_point(f, torch.zeros_like(X), X).value, expected)
+
+
+def test_a_tensor_that_is_seen_is_named():
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"'w' of shape \(4,\)") as caught:
+        im.fixed_point(lambda z, x: 0.1 * sum(w * y for y in (z,)) + x, torch.zeros_like(X), X)
+    assert "globals" not in str(caught.value)
+
+
+def test_the_derivative_is_of_the_module_as_it_was():
+    net = copy.deepcopy(NET)
+    value = im.fixed_point(in_a_generator, torch.zeros_like(X), X).value
+    with torch.no_grad():
+        NET.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+    NET.load_state_dict(net.state_dict())
