@@ -13,17 +13,17 @@ from torch import Tensor
 
 from implicitly.checks import check_listener
 from implicitly.history import add_combined, combine, products
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import (
     Backward,
     Condition,
+    any_ended,
     attach_usable,
     constant,
     find,
     has_waited,
     is_usable,
     search,
-    some,
     users_line,
     without_failed,
 )
@@ -194,10 +194,10 @@ class _Unrolled(Adjoint):
         condition.report(condition.name, solver, Found(z, status, residual, steps, found.evaluations))
         found = found._replace(looked_at=has_waited(solver, condition))
         usable = is_usable(found.status)
-        if not some(found, ~usable):
+        if not any_ended(found, ~usable):
             return found
         # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
-        if not some(found, usable):
+        if not any_ended(found, usable):
             return found._replace(z=constant(found.z, problem.theta))
         z0, theta = without_failed(usable, problem.z0, problem.theta, condition)
         again = search(solver, condition, z0, theta)
@@ -218,7 +218,7 @@ def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
     if found.z.shape[1] == 0:
         return _tied(found, problem)
     at_once = (found.steps == 0) & (found.status == int(Status.CONVERGED))
-    if not happens(at_once):
+    if not maybe_any(at_once):
         return found if found.z.requires_grad or is_wrapped(found.z) else _tied(found, problem)
     if condition.relative_to_iterate:
         return found._replace(z=where_rows(at_once, problem.z0 + problem.r0, found.z))

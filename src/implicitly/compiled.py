@@ -24,7 +24,7 @@ from implicitly.host import LOOPS, carrying
 from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
 from implicitly.iterate import DRIFTED, Found, Solver
 from implicitly.linearised import CannotSplitError, split_pullback
-from implicitly.transforms import is_near
+from implicitly.transforms import is_cpu
 from implicitly.tree import row_norm
 
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
@@ -549,7 +549,7 @@ class _Solves:
     ) -> Found:
         """As `implicit.search`, for the linear `condition` that reverse mode solves, with `theta` (b, z, ...)."""
         found, name = None, f"{condition.name} with {type(solver).__name__}"
-        small = not is_near(b) or b.nbytes <= LARGE
+        small = not is_cpu(b) or b.nbytes <= LARGE
         if small and not self.eager:
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
             right = partial(is_as_claimed, solver, condition, theta)

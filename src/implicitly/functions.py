@@ -49,7 +49,7 @@ class Opened:
     args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
     normal: _Normal | None = None  # where f reaches tensors that were made in inference mode
 
-    def kept(self) -> Callable[[], AbstractContextManager[None]]:
+    def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
         """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
 
         Entering it raises RuntimeError where a tensor without a derivative that f uses was changed in place, as

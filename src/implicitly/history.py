@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import LOOPS, Array
-from implicitly.transforms import is_near, is_wrapped
+from implicitly.transforms import is_cpu, is_wrapped
 
 # Slots there is room for at first. Many solves need no more.
 ROOM = 10
@@ -36,7 +36,7 @@ def empty_slots(like: Tensor, slots: int, count: int = 2) -> tuple[Tensor, ...]:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    if not is_near(like):
+    if not is_cpu(like):
         return like.new_empty(shape)
     dtype = np.dtype(str(like.dtype).removeprefix("torch."))  # asking a tensor is not possible under torch.func
     return torch.from_numpy(_workspace.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape))
@@ -90,7 +90,7 @@ def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Te
 
 
 def write_kept(buffer: Tensor, slot: int | Tensor, value: Tensor) -> Tensor:
-    """As `write`, for one of `Solver.kept`, which traced loops write in place."""
+    """As `write`, for one of `Solver.history_slots`, which traced loops write in place."""
     if isinstance(slot, Tensor) and LOOPS.writes:
         return buffer.index_copy_(1, slot.reshape(1), value.unsqueeze(1))
     return write(buffer, slot, value)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.transforms import is_near, is_wrapped, under_transform, unwrapped
+from implicitly.transforms import is_cpu, is_wrapped, under_transform, unwrapped
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any
@@ -119,12 +119,12 @@ def library(x: Array) -> Any:
 
 def on_host(*tensors: Tensor) -> bool:
     """Whether the numbers of all `tensors` can be looked at without waiting."""
-    return not torch.compiler.is_dynamo_compiling() and all(is_near(x) and not is_wrapped(x) for x in tensors)
+    return not torch.compiler.is_dynamo_compiling() and all(is_cpu(x) and not is_wrapped(x) for x in tensors)
 
 
 def to_host(x: Tensor) -> Array:
     """`x`, detached, as an array of the kind to be used where it lies."""
-    if torch.compiler.is_dynamo_compiling() or not is_near(x):
+    if torch.compiler.is_dynamo_compiling() or not is_cpu(x):
         return x.detach()
     if not under_transform():
         return x.detach().numpy()
@@ -133,7 +133,7 @@ def to_host(x: Tensor) -> Array:
         return x.detach().numpy()
 
 
-def within(x: Array, least: float | None, most: float | None) -> Array:
+def clamped(x: Array, least: float | None, most: float | None) -> Array:
     """`x`, but no less than `least` and no more than `most`."""
     if isinstance(x, Tensor):
         return x.clamp(least, most)
@@ -159,24 +159,21 @@ def to_tensor(x: Array) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(x)
 
 
-def happens(mask: Tensor) -> bool:
+def maybe_any(mask: Array) -> bool:
     """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
+    if not isinstance(mask, Tensor):
+        return bool(mask.any())
     if torch.compiler.is_dynamo_compiling():
         return True
     mask = unwrapped(mask)
-    return mask.numel() > 0 and (not is_near(mask) or bool(mask.any()))
+    return mask.numel() > 0 and (not is_cpu(mask) or bool(mask.any()))
 
 
-def some(mask: Array) -> bool:
-    """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
-    return happens(mask) if isinstance(mask, Tensor) else bool(mask.any())
-
-
-def every(mask: Array) -> bool:
+def all_now(mask: Array) -> bool:
     """Whether all entries are true; an accelerator is waited for."""
     return bool((unwrapped(mask) if isinstance(mask, Tensor) else mask).all())
 
 
-def all_of(mask: Tensor) -> bool:
+def surely_all(mask: Tensor) -> bool:
     """Whether all entries are true where looking is cheap; False where it is not (tracing, an accelerator)."""
-    return not happens(~mask)
+    return not maybe_any(~mask)

@@ -34,7 +34,7 @@ from torch.func import jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.iterate import (
     ConvergenceWarning,
     Found,
@@ -71,15 +71,15 @@ class Condition:
         dtype: the user's, which decides what tolerances can be reached; solvers may compute in a wider one.
         linear: whether it is M u = b.
         relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
-        carries: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
+        sample_dims: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
         report: where to announce solves that fell short, see `Report`.
         kind: the dataclass that `bind` returns when solvers need more than R (`Descent`, `Lagrangian`): calling
             it gives R, its fields are further maps of tensors with one row a sample.
         scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
         examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
         graphs: how it is solved otherwise than by `search`.
-        keep: takes a snapshot of what f is besides theta (train/eval modes, constants); the result restores it
-            while a derivative calls f. See `Opened.kept`.
+        snapshot: takes one of what f is besides theta (train/eval modes, constants); the result restores it
+            while a derivative calls f. See `Opened.snapshot`.
     """
 
     bind: Callable[..., Map]
@@ -88,12 +88,12 @@ class Condition:
     report: Report
     linear: bool = False
     relative_to_iterate: bool = False
-    carries: tuple[int | None, ...] | None = None
+    sample_dims: tuple[int | None, ...] | None = None
     kind: type | None = None
     scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     examine: Callable[[Any, Found], Found] | None = None
     graphs: Graphs | None = None
-    keep: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
+    snapshot: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -106,7 +106,7 @@ class Condition:
     def bare(self) -> Condition:
         """What a compiled graph may hold on to: nothing that reports, examines, or keeps this call's tensors
         alive."""
-        return replace(self, report=Report("ignore"), carries=None, examine=None, graphs=None, keep=None)
+        return replace(self, report=Report("ignore"), sample_dims=None, examine=None, graphs=None, snapshot=None)
 
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
         """`found` with the status that a closer look gives."""
@@ -290,7 +290,7 @@ def search(
             atol=atol,
             floor=min(rtol, 4 * torch.finfo(condition.dtype).eps),
             scale=scale,
-            carries=condition.carries,
+            sample_dims=condition.sample_dims,
             verify=verify and solver.recurrent,
             leave_last=leave_last,
             unrolled=unrolled,
@@ -398,7 +398,7 @@ class Backward:
         NaN where b has NaN or inf, as a scaler of mixed precision looks for those.
         """
         b, usable = theta[0], is_usable(found.status)
-        if not some(found, ~is_success(found.status)):
+        if not any_ended(found, ~is_success(found.status)):
             return found.z
         if not self.solver.fixed_steps:
             size = row_norm(b)
@@ -425,10 +425,10 @@ class Backward:
         return attach(condition, self.usable(found, condition, theta), theta, Backward(self.solver))
 
 
-def some(found: Found, mask: Tensor) -> bool:
-    """Whether any entry of `mask` `(B,)`, which tells how samples of `found` ended, is true; see `happens`."""
+def any_ended(found: Found, mask: Tensor) -> bool:
+    """Whether any entry of `mask` `(B,)`, which tells how samples of `found` ended, is true; see `maybe_any`."""
     looks = found.looked_at and not torch.compiler.is_dynamo_compiling()
-    return bool(unwrapped(mask).any()) if looks else happens(mask)
+    return bool(unwrapped(mask).any()) if looks else maybe_any(mask)
 
 
 def is_usable(status: Tensor) -> Tensor:
@@ -440,9 +440,9 @@ def is_usable(status: Tensor) -> Tensor:
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
     usable = is_usable(found.status)
-    if not some(found, ~usable):
+    if not any_ended(found, ~usable):
         return attach(condition, found.z, theta, backward)
-    if not some(found, usable):
+    if not any_ended(found, usable):
         return constant(found.z, theta)
     z, theta = without_failed(usable, found.z, theta, condition)
     return torch.where(usable[:, None], attach(condition, z, theta, backward), found.z.detach())
@@ -463,11 +463,11 @@ def without_failed(
     is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
     is enough unless f is undefined at finite arguments; then the gradient says so.
     """
-    if condition.carries is None:
+    if condition.sample_dims is None:
         return torch.nan_to_num(z, 0.0, 0.0, 0.0), tuple(_finite(t, condition) for t in theta)
     index = torch.arange(len(usable), device=usable.device)
     rows = torch.where(usable, index, usable.to(torch.int64).argmax())
-    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.carries))
+    theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.sample_dims))
     return z.index_select(0, rows), theta
 
 
@@ -502,7 +502,7 @@ def _preconditioned(condition: Condition, inverse: Map) -> Condition:
         operator = condition.bind(*theta)
         return lambda w: operator(inverse(w))
 
-    return replace(condition, bind=bind, carries=None, graphs=None)
+    return replace(condition, bind=bind, sample_dims=None, graphs=None)
 
 
 class _Attach(torch.autograd.Function):
@@ -513,8 +513,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.condition, ctx.how = inputs[:2]
-        keep = ctx.condition.keep
-        ctx.as_then = nullcontext if keep is None else keep()
+        snapshot = ctx.condition.snapshot
+        ctx.restored = nullcontext if snapshot is None else snapshot()
         # The output, not the input: higher derivatives go through it.
         ctx.save_for_backward(output, *inputs[3:])
         ctx.save_for_forward(output, *inputs[3:])
@@ -526,7 +526,7 @@ class _Attach(torch.autograd.Function):
         z, *theta = ctx.saved_tensors
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
         gradients: list[Tensor | None] = [None] * len(theta)
-        with ctx.as_then():
+        with ctx.restored():
             for i, gradient in zip(needed, _cotangents(ctx.condition, ctx.how, g, z, theta, needed)):
                 gradients[i] = gradient
         return None, None, None, *gradients
@@ -628,11 +628,11 @@ def pushed(condition: Condition) -> Condition:
 
 
 def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
-    carries = None if condition.carries is None else (0, 0, *condition.carries)
+    sample_dims = None if condition.sample_dims is None else (0, 0, *condition.sample_dims)
     message = condition.report.message or partial(explain, remedy=LINEAR_REMEDY)
     report = replace(condition.report, unpack=None, message=message)
-    keep = condition.keep
-    return Condition(bind, name, condition.dtype, report, linear=True, carries=carries, keep=keep)
+    snapshot = condition.snapshot
+    return Condition(bind, name, condition.dtype, report, linear=True, sample_dims=sample_dims, snapshot=snapshot)
 
 
 def _mapped(
@@ -660,4 +660,4 @@ def _mapped(
         return condition.kind(**{part.name: mapped(attrgetter(part.name)) for part in fields(condition.kind)})
 
     report = replace(condition.report, unpack=None)
-    return replace(condition, bind=bind, report=report, carries=None, graphs=None), theta
+    return replace(condition, bind=bind, report=report, sample_dims=None, graphs=None), theta

@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from implicitly.checks import INTEGERS as INTEGERS
 from implicitly.checks import NONNEGATIVE, check_count, check_number
 from implicitly.checks import NUMBERS as NUMBERS
-from implicitly.host import LOOPS, happens, on_host, remembered, to_host, views
-from implicitly.transforms import is_batched, is_near, is_wrapped, unwrapped
+from implicitly.host import LOOPS, maybe_any, on_host, remembered, to_host, views
+from implicitly.transforms import is_batched, is_cpu, is_wrapped, unwrapped
 from implicitly.tree import row_norm
 
 Residual = Callable[[Tensor], Tensor]
@@ -181,7 +181,7 @@ class Solver(ABC):
     # Whether it updates the residual by a recurrence, which can drift from the true one.
     recurrent: ClassVar[bool] = False
     # How many tensors of its memory, the first ones, are slots of which a step writes one, by `write_kept`.
-    kept: ClassVar[int] = 0
+    history_slots: ClassVar[int] = 0
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
     # Whether its operations have derivatives wherever they are taken, so that autograd may record them.
@@ -280,7 +280,7 @@ def iterate(
     atol: float,
     scale: Tensor | None = None,
     floor: float = 0.0,
-    carries: tuple[int | None, ...] | None = None,
+    sample_dims: tuple[int | None, ...] | None = None,
     verify: bool = False,
     leave_last: bool = False,
     unrolled: bool = False,
@@ -292,7 +292,7 @@ def iterate(
         rtol: a number, or `(B,)` one a sample.
         scale: `(B,)` what `rtol` is relative to; None: the norm of the current iterate.
         floor: the least residual, relative to the iterate, that rounding lets f have.
-        carries: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
+        sample_dims: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
             samples are then dropped from the calls; None: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
         leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
@@ -302,7 +302,7 @@ def iterate(
     F = bind(*theta)
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
-    droppable = carries is not None and not torch.compiler.is_dynamo_compiling()
+    droppable = sample_dims is not None and not torch.compiler.is_dynamo_compiling()
     droppable = droppable and not any(is_batched(x) for x in (z, *theta))  # there nobody can tell who has finished
     k, going = 0, partial(loop.worth_a_step, droppable)
     kept, carry = loop.set_aside(carry)
@@ -323,10 +323,10 @@ def iterate(
     carry = carry.with_kept(kept)
     found = loop.outcome(k, carry)
     if droppable and k < solver.max_steps and bool(_running(carry).any()):
-        assert carries is not None
+        assert sample_dims is not None
         with some_dropped():
-            found = _without_finished(loop, bind, theta, carries, k, carry, found)
-    if verify and scale is not None and happens(found.steps > 0):
+            found = _without_finished(loop, bind, theta, sample_dims, k, carry, found)
+    if verify and scale is not None and maybe_any(found.steps > 0):
         found = _verified(found, row_norm(bind(*theta)(found.z)), DRIFTED * (atol + rtol * scale), scale)
     return found
 
@@ -348,7 +348,7 @@ def _without_finished(
     loop: _Loop,
     bind: Callable[..., Residual],
     theta: tuple[Tensor, ...],
-    carries: tuple[int | None, ...],
+    sample_dims: tuple[int | None, ...],
     k: int | Tensor,
     carry: _Carry,
     found: Found,
@@ -360,7 +360,7 @@ def _without_finished(
         keep = unwrapped(running).nonzero()[:, 0]
         rows = rows[keep]
         carry, loop = _take_rows(carry, keep), loop.take_rows(keep)
-        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, carries)))
+        F = bind(*(t if d is None else t.index_select(d, rows) for t, d in zip(theta, sample_dims)))
         k, carry = repeat(partial(loop.step, F), carry, partial(loop.worth_a_step, True), max_steps, k)
         found = _with_rows(found, rows, loop.outcome(k, carry))
     return found
@@ -438,7 +438,7 @@ class _Loop:
         if running is not None:
             better, stop = better & running, stop & running
         status, steps = c.status, c.steps
-        if happens(stop):
+        if maybe_any(stop):
             reason = _reason(norm, converged, c.blow_up, new)
             status = coded(stop, reason, Status.RUNNING if status is None else status)
             steps = torch.where(stop, k + 1, steps)
@@ -450,12 +450,12 @@ class _Loop:
     def set_aside(self, c: _Carry) -> tuple[tuple[Tensor, ...], _Carry]:
         """What of the memory a traced loop writes in place, rather than carry it; and `c` with the rest."""
         traced = torch.compiler.is_dynamo_compiling() and not self.unrolled and LOOPS.writes
-        count = self.solver.kept if traced else 0
+        count = self.solver.history_slots if traced else 0
         return c.memory[:count], c._replace(memory=c.memory[count:])
 
     def is_blind(self, x: Tensor) -> bool:
         """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""
-        return self.fixed_steps and not is_near(x) and not torch.compiler.is_dynamo_compiling()
+        return self.fixed_steps and not is_cpu(x) and not torch.compiler.is_dynamo_compiling()
 
     def _all(self, mask: Tensor, k: int) -> bool:
         """Whether `mask` `(B,)` is seen to be true of every sample after `k` steps; False where nobody looks."""
@@ -473,7 +473,7 @@ class _Loop:
             return False
         if new.progress is not None:
             return False
-        if is_near(norm):
+        if is_cpu(norm):
             return new.fails_nowhere and self._all_come_closer(norm, c.best_norm, scale)
         if not _is_due(k + 1, norm):  # from then on nobody looks: it would make the host wait twice a step
             return False
@@ -500,7 +500,7 @@ class _Loop:
         if self.fixed_steps:
             return None
         converged = norm <= self._limit(scale)
-        if not self.relative_to_iterate or not happens(converged):
+        if not self.relative_to_iterate or not maybe_any(converged):
             return converged
         assert not isinstance(self.rtol, Tensor)
         # The step was the solver's estimate of the error of `c.z`; the residual there was only so long.
@@ -554,7 +554,7 @@ def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Ten
     """
     norm = row_norm(r)
     finite = norm < math.inf
-    if happens(~finite):
+    if maybe_any(~finite):
         z, norm = where_rows(finite, z, best), torch.where(finite, norm, best_norm)
     status = coded(finite, Status.MAX_STEPS, Status.NON_FINITE)
     steps = torch.full_like(status, solver.max_steps)
@@ -563,9 +563,9 @@ def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Ten
 
 def _without_idle(new: Proposal) -> Proposal:
     """`new` without the masks that are seen to say nothing of any sample: most steps are uneventful."""
-    if new.singular is not None and on_host(new.singular) and not happens(new.singular):
+    if new.singular is not None and on_host(new.singular) and not maybe_any(new.singular):
         new = new._replace(singular=None)
-    if new.verdict is not None and on_host(new.verdict) and not happens(~is_running(new.verdict)):
+    if new.verdict is not None and on_host(new.verdict) and not maybe_any(~is_running(new.verdict)):
         new = new._replace(verdict=None)
     return new
 
@@ -649,7 +649,7 @@ def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
 
 def _is_due(k: int | Tensor, answer: Tensor) -> bool:
     """Whether to look at an `answer` after `k` steps: always on a CPU, ever more seldom on an accelerator."""
-    return is_near(answer) or bool(k % 2 ** int(math.log2(max(1, LATE * k))) == 0)
+    return is_cpu(answer) or bool(k % 2 ** int(math.log2(max(1, LATE * k))) == 0)
 
 
 def where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

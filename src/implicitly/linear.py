@@ -19,7 +19,7 @@ from torch import Tensor
 
 from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.history import add_combined, empty_slots, filled, products, with_room, write, write_result
-from implicitly.host import happens, on_host
+from implicitly.host import maybe_any, on_host
 from implicitly.iterate import Proposal, Solver, where_rows
 from implicitly.tree import row_norm
 
@@ -70,7 +70,7 @@ class GMRES(LinearSolver):
 
     restart: int = 20
 
-    kept: ClassVar[int] = 2
+    history_slots: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +94,7 @@ class GMRES(LinearSolver):
             slow = norm > 0.9 * last_norm
             if isinstance(slot, Tensor):
                 slow = slow & (slot > 0)
-            if happens(slow):
+            if maybe_any(slow):
                 v, lengths = where_rows(slow, last, r), torch.where(slow, row_norm(last), norm)
         v = v / _nonzero(lengths)
         image = F.operator(v)
@@ -135,7 +135,7 @@ def _orthogonalised(
     buffer, left = write_result(buffer, slot, take_away, x, coefficients, basis)
     length = row_norm(left)
     # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
-    if basis.shape[1] and (not on_host(length) or happens(length < 0.7 * full)):
+    if basis.shape[1] and (not on_host(length) or maybe_any(length < 0.7 * full)):
         again = products(left, basis) * weights * weights
         buffer, left = write_result(buffer, slot, take_away, left, again, basis)
         coefficients, length = coefficients + again, row_norm(left)

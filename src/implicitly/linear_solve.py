@@ -58,9 +58,9 @@ def linear_solve(
         pull = pullback(apply, zero)[1]
         return lambda u: pull(u)[0]
 
-    carries = None if problem.carries is None else (0, 0, *problem.carries)
+    sample_dims = None if problem.sample_dims is None else (0, 0, *problem.sample_dims)
     plain = problem.condition("linear_solve", on_failure)
-    condition = replace(plain, bind=bind, linear=True, carries=carries)
+    condition = replace(plain, bind=bind, linear=True, sample_dims=sample_dims)
     theta = (layout.pack(b), zero, *problem.theta)
     found = find(solver, condition, zero, theta)
     return problem.solution(found, attach_usable(found, condition, theta, Backward(solver)))

@@ -26,7 +26,7 @@ class Problem:
         z0: the start `(B, n)`.
         r0: the residual there `(B, n)`, evaluated once to check what f returns.
         theta: the tensors that f depends on.
-        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
     """
 
     opened: Opened
@@ -35,7 +35,7 @@ class Problem:
     z0: Tensor
     r0: Tensor
     theta: tuple[Tensor, ...]
-    carries: tuple[int | None, ...] | None
+    sample_dims: tuple[int | None, ...] | None
 
     @classmethod
     def of(
@@ -66,8 +66,8 @@ class Problem:
             layout.check(value, "z0")
             return displacement(z, layout.pack(value))
 
-        carries = carries_of(opening, args, layout, in_dims)
-        return cls.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
+        sample_dims = sample_dims_of(opening, args, layout, in_dims)
+        return cls.stated(opening, layout, z0, bind, first, sample_dims=sample_dims, recording=recording)
 
     @classmethod
     def stated(
@@ -78,7 +78,7 @@ class Problem:
         bind: Callable[..., Map],
         first: Callable[..., Tensor],
         *,
-        carries: tuple[int | None, ...] | None,
+        sample_dims: tuple[int | None, ...] | None,
         recording: bool,
     ) -> Problem:
         """Of any residual of an opened function; `first(z, *theta)` is the residual, checking what f returns.
@@ -95,7 +95,7 @@ class Problem:
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
             refuse_captured(r0, (probe, *theta), opening.captured)
-        return cls(opening.opened, layout, bind, start, r0, opening.theta, carries)
+        return cls(opening.opened, layout, bind, start, r0, opening.theta, sample_dims)
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
         """The condition that the residual vanishes."""
@@ -108,8 +108,8 @@ class Problem:
             dtype,
             report,
             relative_to_iterate=relative_to_iterate,
-            carries=self.carries,
-            keep=self.opened.kept,
+            sample_dims=self.sample_dims,
+            snapshot=self.opened.snapshot,
         )
 
     @property
@@ -129,7 +129,7 @@ class Problem:
         )
 
 
-def carries_of(
+def sample_dims_of(
     opening: Opening, args: tuple[Any, ...], layout: Layout, in_dims: Any
 ) -> tuple[int | None, ...] | None:
     """For each of theta the dimension that holds the samples, None where shared; None: not known.

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 
-def is_near(x: Tensor) -> bool:
+def is_cpu(x: Tensor) -> bool:
     """Whether `x` lies in the host's own memory, and not on an accelerator that it would wait for."""
     return x.is_cpu
 

@@ -227,8 +227,8 @@ def test_other_solves_look_after_their_steps(options, monkeypatch):
 def far(monkeypatch) -> None:
     """Take the CPU for an accelerator, whose numbers are not to be looked at."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("implicitly.") and hasattr(module, "is_near"):
-            monkeypatch.setattr(module, "is_near", lambda x: False)
+        if name.startswith("implicitly.") and hasattr(module, "is_cpu"):
+            monkeypatch.setattr(module, "is_cpu", lambda x: False)
 
 
 class Counted(TorchDispatchMode):

@@ -199,8 +199,9 @@ def _condition(problem: Problem, damping: float, on_failure: str) -> Condition:
         residual = plain.at(*theta)
         return (lambda z: residual(z) - damping * (z - anchor)) if damping else residual
 
-    carries = None if plain.carries is None else (0, *plain.carries)
-    return replace(plain, bind=bind, carries=carries, report=replace(plain.report, message=_solve_fell_short))
+    sample_dims = None if plain.sample_dims is None else (0, *plain.sample_dims)
+    report = replace(plain.report, message=_solve_fell_short)
+    return replace(plain, bind=bind, sample_dims=sample_dims, report=report)
 
 
 _HESSIAN_REMEDY = {

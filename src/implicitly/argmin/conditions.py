@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from implicitly.argmin.curvature import smallest_curvature
 from implicitly.descent import Descent, value_and_descent
 from implicitly.functions import open_function
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Condition, Map, Report, push
 from implicitly.iterate import Found, Solution, Status
-from implicitly.problem import Problem, carries_of
+from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
 from implicitly.transforms import casts
 from implicitly.tree import Layout, real_parts, row_norm
@@ -69,7 +69,7 @@ class Form(ABC):
     def _examine(self, dtype: torch.dtype, F: Any, found: Found) -> Found:
         """`found`, where converged samples from which the objective falls in second order are NOT_MINIMUM."""
         converged = found.status == int(Status.CONVERGED)
-        if not happens(converged) or found.z.shape[1] == 0:
+        if not maybe_any(converged) or found.z.shape[1] == 0:
             return found
         least, most = smallest_curvature(*self.curvature(F, found.z))
         # Less than this is what rounding, and the distance to the exact point, leave of a zero.
@@ -82,7 +82,7 @@ def gradient_scale(F: Any, z: Tensor, r: Tensor) -> Tensor:
 
     The second is what rounding of z alone makes of the residual: a start at the answer has nothing to gain.
     """
-    if not happens(z != 0):
+    if not maybe_any(z != 0):
         return row_norm(r)
     change = row_norm(push(lambda z: F(z), (z,), (z,)))
     return torch.maximum(row_norm(r), torch.where(change.isfinite(), change, 0.0))
@@ -110,8 +110,8 @@ class Unconstrained(Form):
             call = opened.at(*theta)
             return descent_of(rows_of(lambda z: check_values(call(z), layout), layout), theta)(z)
 
-        carries = carries_of(opening, args, layout, in_dims)
-        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
+        sample_dims = sample_dims_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, sample_dims=sample_dims, recording=recording)
 
     def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
         """The Hessian."""
@@ -150,8 +150,8 @@ class LeastSquares(Form):
             call = opened.at(*theta)
             return squares_of(lambda z: check_residuals(call(z), layout), theta)(z)
 
-        carries = carries_of(opening, args, layout, in_dims)
-        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
+        sample_dims = sample_dims_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, sample_dims=sample_dims, recording=recording)
 
     def curvature(self, F: Descent, z: Tensor) -> tuple[Map, Tensor]:
         """The Hessian."""

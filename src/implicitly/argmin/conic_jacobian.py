@@ -14,7 +14,7 @@ from torch.func import vjp
 from implicitly.argmin.conic import Cones, Pattern
 from implicitly.argmin.conic_solver import Clarabel, Workers
 from implicitly.argmin.optional import require
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Map
 from implicitly.tree import row_norm
 
@@ -152,7 +152,7 @@ class Jacobian:
         J[:, :n, :n].diagonal(dim1=1, dim2=2).add_(proximal)
         J[:, n:, n:].diagonal(dim1=1, dim2=2).sub_(1.0)
         left_out = self.left_out[rows]
-        if happens(left_out):
+        if maybe_any(left_out):
             J[left_out] = torch.eye(n + m, dtype=z.dtype, device=z.device)
         return J
 

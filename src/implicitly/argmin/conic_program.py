@@ -13,7 +13,7 @@ from implicitly.argmin.conic import product
 from implicitly.argmin.conic_jacobian import ConicFamily, Jacobian
 from implicitly.argmin.conic_solver import Clarabel, Numbers
 from implicitly.argmin.derivative import KKTAdjoint, StructuredSolver
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Found, Status, is_success
 from implicitly.transforms import merge_rows
@@ -54,7 +54,7 @@ def solve_conic(
     run = partial(_find, family, known, report)
     z, primal, dual, status, residual, steps, evaluations = _Find.apply(run, *theta)
     bad = ~_has_derivative(status)
-    if happens(bad):
+    if maybe_any(bad):
         # Their numbers count for nothing, and may not be finite.
         stand_in = bad.unsqueeze(1)
         theta = tuple(torch.where(stand_in, torch.nan_to_num(t.detach()), t) for t in theta)
@@ -62,7 +62,7 @@ def solve_conic(
     condition = Condition(family.bind, "ConvexLayer", torch.float64, report)
     solver = StructuredSolver(rtol=adjoint.rtol, max_steps=adjoint.max_steps, known=known)  # pyright: ignore
     attached = units.taken_off(family, attach(condition, z, units.put_on(theta), Backward(solver)))
-    if happens(bad):
+    if maybe_any(bad):
         attached = torch.where(bad.unsqueeze(1), float("nan"), attached)
     return Found(attached, status, residual, steps, evaluations)
 
@@ -70,7 +70,7 @@ def solve_conic(
 def without_infinite_bounds(family: ConicFamily, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """With 0 <= 1 for inequalities with a b of inf, which say nothing, and 0 <= -1 for those of -inf."""
     P, q, A, b = theta
-    if not happens(b.isinf()):
+    if not maybe_any(b.isinf()):
         return theta
     inequality = torch.zeros(family.pattern.m, dtype=torch.bool, device="cpu")
     inequality[family.cones.zero : family.cones.linear] = True
@@ -185,14 +185,14 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     finite = torch.stack([t.isfinite().all(1).expand(batch) for t in theta]).all(0)
     tried = Tried.by(family, theta, Units.of(theta, batch), finite)
     found = _examined(family, theta, tried)
-    if happens(found.doubtful):
+    if maybe_any(found.doubtful):
         tried, found = _tried_again(family, theta, tried, found)
     jacobian, z, status = found.jacobian, found.z, found.status
     if family.solver.polish:
         weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + _largest(z))
         # Where Newton's method does not get on, the Jacobian is singular at the solution.
         degenerate = jacobian.degenerate | weak | (found.norm > family.solver.rtol)
-        if happens(_largest(z) > CANCELLED):
+        if maybe_any(_largest(z) > CANCELLED):
             degenerate |= _has_no_interior(jacobian, z)
         status = torch.where((status == Status.CONVERGED) & degenerate, int(Status.DEGENERATE), status)
     known.append(jacobian)
@@ -218,7 +218,7 @@ def _tried_again(
     both = tried.with_rows(found.doubtful, other)
     new = _examined(family, theta, both)
     worse = found.doubtful & ~(new.norm < found.norm) & _has_derivative(both.status)
-    if happens(worse):
+    if maybe_any(worse):
         both = both.with_rows(worse, tried)
         new = _examined(family, theta, both)
     return both, new
@@ -241,7 +241,7 @@ def _examined(family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried) -> E
     bad = ~_has_derivative(tried.status)
     column = bad.unsqueeze(1)
     theta = tried.units.put_on(theta)
-    theta = tuple(torch.where(column, torch.nan_to_num(t), t) for t in theta) if happens(bad) else theta
+    theta = tuple(torch.where(column, torch.nan_to_num(t), t) for t in theta) if maybe_any(bad) else theta
     z = torch.where(column, 0.0, torch.cat([tried.x, tried.y - tried.s], dim=1))
     jacobian, residual = Jacobian(family, z, theta, bad), family.bind(*theta)
     sizes = row_norm(theta[1]), row_norm(theta[3])
@@ -268,13 +268,13 @@ def _polished_to_the_end(
     late = torch.zeros_like(jacobian.left_out)
     z, r = polished(residual, jacobian, jacobian.z, solver.polish, target)
     for _ in range(ROUNDS if solver.polish else 0):
-        if happens(late):
+        if maybe_any(late):
             z, r = polished(residual, jacobian, z, solver.polish, target)
         jacobian.move_to(z)
         late = (row_norm(r) > LATE * target) & ~jacobian.left_out
-        if not happens(late):
+        if not maybe_any(late):
             break
-    if happens(late):
+    if maybe_any(late):
         # Newton's method does not get on where the Jacobian is singular at the solution; then its steps are long.
         wanted = jacobian.family.wanted
         step, size = row_norm(jacobian.solve(r) * wanted), row_norm(z * wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Map
 from implicitly.linear import dense
 from implicitly.tree import row_norm
@@ -38,7 +38,7 @@ def smallest_curvature(operator: Map, like: Tensor, products: int = PRODUCTS) ->
     most = matrix.diagonal(dim1=1, dim2=2).abs().amax(1)
     shift = torch.finfo(matrix.dtype).eps ** 0.5 * most
     _, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift[:, None].expand_as(like)))
-    if not happens(info != 0):
+    if not maybe_any(info != 0):
         return nan, most + nan
     values = torch.linalg.eigvalsh(matrix)
     return torch.where(info == 0, 0.0, values[:, 0]) + nan, values.abs().amax(1) + nan
@@ -68,7 +68,7 @@ def _lanczos(operator: Map, like: Tensor, products: int) -> tuple[Tensor, Tensor
         error = row_norm((lowest[:, :1] @ images - least[:, None, None] * (lowest[:, :1] @ basis))[:, 0])
         rounding = torch.finfo(like.dtype).eps ** 0.5 * most
         known = (least < -rounding) | (error <= least / 2) | (error <= rounding) | nan.isnan()
-        if not happens(~known):
+        if not maybe_any(~known):
             break
         if basis.shape[1] > ROUND:
             basis, images = lowest @ basis, lowest @ images

@@ -15,7 +15,7 @@ from torch import Tensor
 from implicitly.argmin.condensed import CondensedFactors
 from implicitly.argmin.kkt import Factors, active_set, proximal, relaxed
 from implicitly.argmin.program import QuadraticProgram
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
@@ -162,7 +162,7 @@ class _Inverse:
         if found is None or not best[1] < CLOSE_ENOUGH:
             return None
         stubborn = ~(left <= CLOSE_ENOUGH)
-        if not happens(stubborn):
+        if not maybe_any(stubborn):
             return found
         # Ill-conditioned samples, for which the factors are too rough.
         chosen = stubborn[found._order(len(r))].reshape(-1, batch).any(0)
@@ -176,7 +176,7 @@ class _Inverse:
         empty, chosen = torch.zeros(0), jacobian.degenerate
         chosen = chosen if stubborn is None else chosen | stubborn
         plain = cls(jacobian, transposed, inner, None, empty, empty)
-        if not happens(chosen):
+        if not maybe_any(chosen):
             return plain
         samples = chosen.nonzero()[:, 0]
         J = jacobian.dense(samples)

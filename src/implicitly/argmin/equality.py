@@ -16,7 +16,7 @@ from implicitly.functions import open_function
 from implicitly.implicit import Map
 from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
 from implicitly.linear import dense
-from implicitly.problem import Problem, carries_of
+from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
 from implicitly.tree import Layout, row_norm
 
@@ -122,9 +122,9 @@ class Equality(Form):
 
             return lagrangian(checked)(w)
 
-        carries, opened = carries_of(opening, args, layout, in_dims), opening.opened
+        sample_dims, opened = sample_dims_of(opening, args, layout, in_dims), opening.opened
         bind = lambda *theta: lagrangian(opened.at(*theta))  # noqa: E731
-        return Problem.stated(opening, pair, (z0, y0), bind, first, carries=carries, recording=recording)
+        return Problem.stated(opening, pair, (z0, y0), bind, first, sample_dims=sample_dims, recording=recording)
 
     def _first_constraints(self, z0: Any, args: tuple[Any, ...], layout: Layout) -> Any:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from implicitly.argmin.polish import Polished, System
 from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed
 from implicitly.argmin.smoothing import central_point
 from implicitly.argmin.solver import ProgramSolver
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Opaque, Report
 from implicitly.iterate import Found, Status
 from implicitly.transforms import merge_rows
@@ -55,7 +55,7 @@ def _run(
     *six, bounds = tensors
     program = given = QuadraticProgram(*six)
     finite = program.finite()
-    if happens(~finite):
+    if maybe_any(~finite):
         program = program.without(~finite)
     system = System.of(*equilibrate(program))
     if system.condensed is None:  # else Q has been seen to be positive definite
@@ -64,7 +64,7 @@ def _run(
     polished = solver.solve(system, None if start is None else _scaled(system, *start), compile)
     polished = polished._replace(status=torch.where(finite, polished.status, int(Status.NON_FINITE)))
     none = failed(polished.status)
-    if happens(none):
+    if maybe_any(none):
         polished = _without(polished, none)
     w = polished.w * scaling.w
     converged = polished.status == Status.CONVERGED

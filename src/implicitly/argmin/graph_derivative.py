@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitly.argmin.derivative import Jacobian, StructuredSolver
 from implicitly.argmin.kkt import jacobian_product
 from implicitly.compiled import Make, is_as_claimed, run_as_graph
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Condition, search
 from implicitly.iterate import Found, Proposal, Solver, is_success
 from implicitly.linear import Affine, LinearSolver
@@ -49,7 +49,7 @@ def solve_as_graph(
     assert isinstance(solver, StructuredSolver)
     jacobian, found = solver.known[0], None
     assert isinstance(jacobian, Jacobian)
-    if len(b) == len(jacobian.alpha) and not happens(jacobian.degenerate):
+    if len(b) == len(jacobian.alpha) and not maybe_any(jacobian.degenerate):
         tensors: list[Tensor] = []
         form = taken_apart(jacobian, tensors)
         # The graph outlives the solve, of which `bind` would keep all that is recorded.

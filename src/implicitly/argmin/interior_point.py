@@ -44,7 +44,7 @@ from implicitly.argmin.program import (
 )
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.compiled import run_as_graph
-from implicitly.host import happens, views
+from implicitly.host import maybe_any, views
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
 from implicitly.tree import row_norm
 
@@ -128,7 +128,7 @@ class InteriorPoint(ProgramSolver):
         if embedded or not system.program.sizes[2]:
             return found
         untold = (found.status != int(Status.CONVERGED)) & (near.status == int(Status.CONVERGED))
-        if happens(untold):  # which inequalities bind shows only nearer to the solution
+        if maybe_any(untold):  # which inequalities bind shows only nearer to the solution
             rows = untold.nonzero()[:, 0]
             left = part.take_rows(rows)
             start = near.take_rows(rows)
@@ -267,7 +267,7 @@ class _Loop:
         # How far (λ, y) and x are from proofs that there is no feasible point, and no least one.
         no_point = no_least = torch.full_like(merit, float("inf"))
         suspect = (c.stale > 0) | self.homogeneous  # else there is hardly a proof to find
-        if happens(suspect):
+        if maybe_any(suspect):
             error = torch.maximum(row_norm(Qx), row_norm(primal))
             no_point = torch.where(suspect, _distance(row_norm(dual), c.w[:, n:], bh), no_point)
             no_least = torch.where(suspect, _distance(error, x, p), no_least)

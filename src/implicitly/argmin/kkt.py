@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.program import QuadraticProgram, times, times_transposed
-from implicitly.host import happens, on_host
+from implicitly.host import maybe_any, on_host
 from implicitly.implicit import Map
 from implicitly.tree import row_norm
 
@@ -130,7 +130,7 @@ class Factors:
         left = self._left(g, beta)
         singular = ~left.isfinite().all(2)[:, 0]
         doubtful = ~(row_norm(left[:, 0]) <= torch.finfo(beta.dtype).eps ** 0.4 * row_norm(g[:, 0]))
-        if happens(doubtful):  # of two equal rows the vector may have entries that are nearly so
+        if maybe_any(doubtful):  # of two equal rows the vector may have entries that are nearly so
             rows = doubtful.nonzero()[:, 0]
             part, beta = self.take_rows(rows), beta[rows]
             before = part._left(left[rows], beta)

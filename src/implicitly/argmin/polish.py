@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitly.argmin.condensed import Condensed, CondensedFactors
 from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.iterate import Status, where_rows
 from implicitly.tree import row_norm
 
@@ -216,7 +216,7 @@ def _settle(
     at = _Active(w, alpha, factors, beta, 1)
     signed, lam, small = at.signs(system)
     wrong = signed < -small
-    if rounds == 1 or not happens(wrong):
+    if rounds == 1 or not maybe_any(wrong):
         return at
     count = wrong.sum(1)
     rows = ((count > 0) if patient or before is None else (count > 0) & (count < before)).nonzero()[:, 0]
@@ -235,7 +235,7 @@ def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
     error, residual = natural_residual(program, system.scaling, w)
     enough = max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps  # of so many terms
     wanting = ~(error <= enough)
-    if happens(wanting):
+    if maybe_any(wanting):
         rows = wanting.nonzero()[:, 0]
         parts = (t[rows] for t in (w, error, residual))
         parts = _better(system.take_rows(rows), at.take_rows(rows), enough, *parts)
@@ -255,7 +255,7 @@ def _better(
         better = (left < error) | ~error.isfinite()
         w = where_rows(better, new, w)
         error, residual = torch.where(better, left, error), torch.where(better, remains, residual)
-        if not happens(going):
+        if not maybe_any(going):
             break
     return w, error, residual
 
@@ -283,7 +283,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
         at = at.with_rows(rows, _Active(at.w[rows], alpha, *system.take_rows(rows).active(alpha), 1))
     w = at.w
     good = error <= tolerance
-    if happens(~good):  # what the solver found may be better than what its active set leads to
+    if maybe_any(~good):  # what the solver found may be better than what its active set leads to
         before, remains = natural_residual(program, system.scaling, found.w)
         keep = ~good & ~(error <= before) & before.isfinite()
         residual = torch.where(keep, remains, residual)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.iterate import Status
 from implicitly.transforms import unwrapped
 from implicitly.tree import row_norm
@@ -243,7 +243,7 @@ def _units(diagonal: Tensor, p: Tensor, h: Tensor, b: Tensor) -> tuple[Tensor, T
     x, dual = torch.log2(x), torch.log2(torch.where(dual > 0, dual, x))
     t = torch.maximum(x - dual, -torch.log2(EVEN * curved)) / 2
     t = torch.where(curved > 0, t, (x - dual) / 2)
-    if len(diagonal) == 1 < len(t) and happens(diagonal > 0):  # one matrix has one t
+    if len(diagonal) == 1 < len(t) and maybe_any(diagonal > 0):  # one matrix has one t
         t = t.median(0, keepdim=True).values
     t = torch.where(t.abs() > math.log2(EVEN) / 2, t.clamp(-MOST, MOST), 0.0).round()
     terms = math.log2(max(p.shape[1], 1))  # of each entry of a product

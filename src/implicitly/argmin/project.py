@@ -39,7 +39,7 @@ from implicitly.argmin.rows import (
     without_bad_rows,
 )
 from implicitly.argmin.transport import sinkhorn
-from implicitly.host import happens
+from implicitly.host import maybe_any
 
 A_NUMBER = Must("a number", lambda x: ~x.isnan())
 # How often a projection onto an affine set is refined, and how many roundings may be left.
@@ -108,7 +108,7 @@ def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
     given, radius = radius, per_row("simplex", "radius", radius, z, must=NOT_NEGATIVE)
     check_all("simplex", "radius", given, radius, FINITE)
     shareless = ~z.detach().amax(-1, keepdim=True).isfinite()
-    if happens(shareless):  # rows that have an entry of inf, or none that is finite: no point is the nearest
+    if maybe_any(shareless):  # rows that have an entry of inf, or none that is finite: no point is the nearest
         z = torch.where(shareless, float("nan"), z)
     return without_bad_rows(lambda z: _simplex(z, radius), z)
 
@@ -261,7 +261,7 @@ def _nearest(z: Tensor, A: Tensor, b: Tensor, inverse: Tensor) -> Tensor:
     for _ in range(REFINEMENTS):
         z = z - _apply(inverse, left)
         left = _apply(A, z) - b
-        if not happens(left.detach().abs() > ROUNDINGS * torch.finfo(z.dtype).eps * _terms(A, z, b)):
+        if not maybe_any(left.detach().abs() > ROUNDINGS * torch.finfo(z.dtype).eps * _terms(A, z, b)):
             break
     return z
 

@@ -14,7 +14,7 @@ from implicitly.argmin.conditions import Form, Function, check_values, descent_o
 from implicitly.functions import open_function
 from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Residual, Solver
-from implicitly.problem import Problem, carries_of
+from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
 from implicitly.tree import Layout
 
@@ -105,8 +105,8 @@ class Projection(Form):
 
             return projected(lambda z: check_values(value(z), layout), checked, theta)(z)
 
-        carries = carries_of(opening, args, layout, in_dims)
-        return Problem.stated(opening, layout, z0, bind, first, carries=carries, recording=recording)
+        sample_dims = sample_dims_of(opening, args, layout, in_dims)
+        return Problem.stated(opening, layout, z0, bind, first, sample_dims=sample_dims, recording=recording)
 
     def curvature(self, F: Projected, z: Tensor) -> tuple[Map, Tensor]:
         """D - D (I - t H) D with H the Hessian of the objective, D the (symmetric) derivative of P.

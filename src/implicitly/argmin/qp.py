@@ -16,7 +16,7 @@ from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.program import DIMS, QuadraticProgram, failed, times
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.graph_break import one_break
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Report, explain
 from implicitly.iterate import Found, Solution, Solver, Status
 from implicitly.transforms import unwrapped
@@ -100,7 +100,7 @@ def qp(
     near = None if start is None else start_of(start, given)
     report = partial(_report, Report(on_failure))
     found, place = find(solver, adjoint, program, given.h, near, report, compile)
-    known = program.without(bad) if happens(bad := found.status == Status.NON_FINITE) else program
+    known = program.without(bad) if maybe_any(bad := found.status == Status.NON_FINITE) else program
     attached = adjoint.attach(found.z, place, known, on_failure, solve_as_graph if compile else None)
     return _solution(given, found, attached)
 
@@ -132,7 +132,7 @@ def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None =
     w = found.z if attached is None else attached
     z, nu, lam = w.split(program.sizes, dim=1)
     parts = (z, lam, nu, program.h - times(program.G, z))
-    if happens(none := failed(found.status)):
+    if maybe_any(none := failed(found.status)):
         parts = tuple(torch.where(none.unsqueeze(1), float("nan"), t) for t in parts)
     results = (parts[0], found.status, found.residual, found.steps, *parts[1:])
     if not program.batched:

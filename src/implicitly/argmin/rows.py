@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import NUMBERS, Must, check_kind
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import Opaque
 from implicitly.transforms import full_precision, unwrapped
 
@@ -143,7 +143,7 @@ def without_bad_rows(core: Callable[[Tensor], Tensor], z: Tensor, dims: int = 1,
     """`core(z)`, but NaN, with zero derivative, for rows (matrices: `dims=2`) that hold NaN (or infinities)."""
     places = tuple(range(-dims, 0))
     bad = (z.detach().isfinite().logical_not() if infinite else z.detach().isnan()).any(dim=places, keepdim=True)
-    if not happens(bad):
+    if not maybe_any(bad):
         return core(z)
     return torch.where(bad, float("nan"), core(torch.where(bad, 0.0, z)))
 

@@ -9,7 +9,7 @@ from implicitly.argmin.condensed import CondensedFactors, step_length
 from implicitly.argmin.kkt import Factors
 from implicitly.argmin.polish import System
 from implicitly.argmin.program import times, times_transposed
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.tree import row_norm
 
 MAX_STEPS = 50
@@ -43,7 +43,7 @@ def central_point(
         size = 1 + row_norm(Qz) + row_norm(dual) + row_norm(program.h) + row_norm(program.b)
         off = torch.maximum(row_norm(r) / size, (aim * lam / kappa).abs().amax(1) if m else row_norm(r) / size)
         done = none | (off <= tolerance)
-        if not happens(~done):
+        if not maybe_any(~done):
             break
         factors = system.factorise(torch.ones_like(s), -s / lam)
         right = torch.cat([r[:, : n + q], r[:, n + q :] - aim], 1)

@@ -20,7 +20,7 @@ from implicitly.argmin.rows import (
     per_row,
 )
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
 from implicitly.iterate import Found, Proposal, Solver, Status, coded
 from implicitly.linear import Affine, LinearSolver, dense
@@ -140,7 +140,7 @@ def sinkhorn(
     theta = (K, p, q)
     found = find(solver, condition, outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
-    if not happens(~usable):
+    if not maybe_any(~usable):
         return _plan(attach(condition, found.z, theta, Backward(linear_solver)), *theta).reshape(*batch, n, m)
     # A failed plan has no derivative; a problem whose answer is 0 stands in for it.
     failed = _plan(found.z, *(t.detach() for t in theta))
@@ -153,7 +153,7 @@ def sinkhorn(
 def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
     """That of the potentials of the rows."""
     report = Report(on_failure, message=partial(explain, remedy=REMEDY | {Status.STAGNATED: TOO_COLD}))
-    how = {"relative_to_iterate": True, "carries": (0, 0, 0), "examine": _examined}
+    how = {"relative_to_iterate": True, "sample_dims": (0, 0, 0), "examine": _examined}
     return Condition(_sweep, "sinkhorn", dtype, report, **how)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicitly.adjoints import Adjoint
 from implicitly.checks import INTEGERS, NUMBERS, check_kind
-from implicitly.implicit import Condition, arrive, constant, find, is_usable, some, without_failed
+from implicitly.implicit import Condition, any_ended, arrive, constant, find, is_usable, without_failed
 from implicitly.iterate import Found, Solver
 from implicitly.problem import Problem
 from implicitly.transforms import is_recorded
@@ -62,9 +62,9 @@ class PhantomAdjoint(Adjoint):
         """The found point `(B, n)` with its derivative; `r` is the residual there where it was recorded."""
         usable = is_usable(found.status)
         z = found.z.detach()
-        if not some(found, usable):
+        if not any_ended(found, usable):
             return constant(z, theta)
-        failed = some(found, ~usable)
+        failed = any_ended(found, ~usable)
         if failed:
             (z, theta), r = without_failed(usable, z, theta, condition), None
         residual = condition.at(*theta)

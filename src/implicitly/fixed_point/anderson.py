@@ -21,9 +21,9 @@ from implicitly.history import (
     write_kept,
     write_result,
 )
-from implicitly.host import happens, on_host, remembered, to_host, to_tensor
+from implicitly.host import maybe_any, on_host, remembered, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
-from implicitly.transforms import is_near, records
+from implicitly.transforms import is_cpu, records
 
 LARGEST_WEIGHTS = 1e4
 # What the square of a residual that is exactly 0 is taken for, in multiples of the least normal number: all the
@@ -50,7 +50,7 @@ class Anderson(Solver):
     damping: float = 1.0
     regularisation: float | None = None
 
-    kept: ClassVar[int] = 2
+    history_slots: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,7 +125,7 @@ def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float) -> Tensor:
 def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
     """Weights `(B, c)`, of sum 1, that make the mixed residual least; the newest alone where they mean nothing."""
     weights, believable = _least(gram, count)
-    if on_host(believable) and not happens(~believable):
+    if on_host(believable) and not maybe_any(~believable):
         return weights
     if records():  # once more without the systems that mean nothing: what they left must not reach a derivative
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
@@ -139,7 +139,7 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
 
     Residuals shrink by orders of magnitude over the history; either way is as accurate as if all had length 1.
     """
-    if is_near(gram) and not torch.compiler.is_dynamo_compiling():
+    if is_cpu(gram) and not torch.compiler.is_dynamo_compiling():
         factor, info = torch.linalg.cholesky_ex(gram)
         right = gram.new_ones(gram.shape[0], gram.shape[1], 1)
         weights, definite = torch.cholesky_solve(right, factor)[:, :, 0], info == 0

@@ -53,7 +53,7 @@ class Broyden(Solver):
     line_search: bool = False
 
     estimates_inverse: ClassVar[bool] = True
-    kept: ClassVar[int] = 1
+    history_slots: ClassVar[int] = 1
 
     @property
     def nests(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, bottom, stopped, wolfe
 from implicitly.fixed_point.line_search import backtrack
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.iterate import Proposal, Residual, Solver, Status, coded, iterate, where_rows
 from implicitly.linear import GMRES, Affine, check_linear_solver, dense
 from implicitly.pullback import pullback
@@ -61,7 +61,7 @@ class Newton(Solver):
         transposed = dense(lambda u: -pull(u)[0], z, self.limit_gib)
         d, info = torch.linalg.solve_ex(transposed.mT, r)
         singular, verdict = (info != 0) | ~d.isfinite().all(1), None
-        if happens(singular):  # a Jacobian with NaN in it has no inverse either, but is not singular
+        if maybe_any(singular):  # a Jacobian with NaN in it has no inverse either, but is not singular
             verdict = coded(transposed.isfinite().flatten(1).all(1), Status.RUNNING, Status.NON_FINITE)
         d = torch.where(singular[:, None], 0.0, d)
         z, r, calls = _move(F, z, r, d, self.line_search)
@@ -88,7 +88,7 @@ def _downhill(hessian: Tensor, r: Tensor) -> Tensor:
     size = factor.diagonal(dim1=-2, dim2=-1)
     least = torch.finfo(r.dtype).eps ** 0.5
     good = (info == 0) & (size.amin(1) > least * size.amax(1)) & d.isfinite().all(1)
-    if not happens(~good):
+    if not maybe_any(~good):
         return d
     values, vectors = torch.linalg.eigh(hessian)
     size = values.abs()

@@ -100,7 +100,7 @@ class Adams(Method):
     ) -> Step:
         """A step by the past `slopes`; its stages are those, and the defect of what they foretold."""
         found = integrals(_past(lengths, dt), dt, library(dt).ones_like(dt)[:, None])
-        (moment,) = F.moments(stage_times(t, dt, (1.0,)))
+        (moment,) = F.f_times(stage_times(t, dt, (1.0,)))
         predicted = y
         for i, slope in enumerate(slopes):
             predicted = _plus(predicted, as_length(found.slopes[:, i, 0]), slope)
@@ -115,7 +115,7 @@ class Adams(Method):
                 error = defect * as_length((found.defect - found.lower)[:, 0])
         return Step(t, dt, y, y1, (), slopes[0], k1, error, (*slopes, defect))
 
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+    def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output.
 
         The integral of the corrector's polynomial, for no call of f; that of the Runge-Kutta method at first.
@@ -132,7 +132,7 @@ class Adams(Method):
             weights = torch.cat([found.slopes, found.defect.unsqueeze(1)], dim=1).transpose(1, 2)
             values.append(torch.baddbmm(step.y.unsqueeze(1), weights, torch.stack([*slopes, defect], dim=1)))
         if first is not None:
-            values.append(self.starter.between(F, step._replace(dt=first, stages=tuple(stages)), part))
+            values.append(self.starter.dense_output(F, step._replace(dt=first, stages=tuple(stages)), part))
         if len(values) == 1:
             return values[0]
         return torch.where(to_tensor(fresh)[:, None, None], values[1], values[0])

@@ -18,7 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
-from implicitly.host import on_host, some, to_host
+from implicitly.host import maybe_any, on_host, to_host
 from implicitly.implicit import constant, push, users_line
 from implicitly.iterate import ConvergenceWarning, Status, is_success
 from implicitly.ode.events import Event
@@ -47,7 +47,7 @@ from implicitly.ode.stiffness import Halt
 from implicitly.pullback import of_places, pull_within
 from implicitly.transforms import (
     is_batched,
-    is_near,
+    is_cpu,
     is_plain,
     is_recorded,
     is_wrapped,
@@ -131,7 +131,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         return Work(
             method,
             problem.field,
-            problem.carries,
+            problem.sample_dims,
             report,
             Record(),
             events=problem.events,
@@ -139,7 +139,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             check=problem.check,
             listen=self.listen,
             arc_length=self.arc_length and method.dt is None,
-            keep=problem.opened.kept,
+            snapshot=problem.opened.snapshot,
             warns=problem.warns,
         )
 
@@ -167,7 +167,7 @@ class Work:
 
     method: Method
     field: Callable[..., Field]
-    carries: tuple[int | None, ...] | None
+    sample_dims: tuple[int | None, ...] | None
     report: Report
     record: Record | None
     calls: int = 0
@@ -178,7 +178,7 @@ class Work:
     arc_length: bool = False
     as_graph: bool = False
     known: tuple[Integrated, Tensor, int] | None = None
-    keep: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
+    snapshot: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
     failed: bool = False
     warns: bool = False
 
@@ -193,7 +193,7 @@ class Work:
 
         That of the solve is the same whatever its derivative takes for constant.
         """
-        bare = replace(self, record=None, check=None, listen=None, report=silent, known=None, keep=_unnoted)
+        bare = replace(self, record=None, check=None, listen=None, report=silent, known=None, snapshot=_unnoted)
         return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Integrated:
@@ -216,7 +216,7 @@ class Work:
 
     def _tried(self, times: Tensor, theta: tuple[Tensor, ...], found: Integrated, y: Tensor) -> Step:
         """One more step tried from where a solve through `times` ended, the states `y` `(B, n)`."""
-        host = is_near(times)
+        host = is_cpu(times)
         stepper = self.stepper(host, torch.stack([found.t, times[:, -1]], dim=1), *theta)
         slope, length = stepper.bound.F.at(stepper.begin, y), found.length
         if self.method.dt is None:  # what was tried last and met NaN or inf was at most so much longer
@@ -235,7 +235,7 @@ class Work:
             self.calls += 1
         if (found := self._planned(times, y0, k0, *theta)) is not None:
             return found
-        host = not torch.compiler.is_dynamo_compiling() and is_near(times)
+        host = not torch.compiler.is_dynamo_compiling() and is_cpu(times)
         return integrate(self.stepper(host, times, *theta), y0, k0, self.record)
 
     def _planned(
@@ -259,7 +259,7 @@ class Work:
         self, host: bool, times: Tensor, *theta: Tensor, once: bool = False, moving: bool | None = None
     ) -> Stepper:
         """What takes the steps at these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
-        bound = Bound(self.field, theta, self.carries, once)
+        bound = Bound(self.field, theta, self.sample_dims, once)
         if self.hybrid:
             return HybridStepper(
                 self.method, bound, times, host, moving, events=self.events, arc_length=self.arc_length
@@ -300,7 +300,7 @@ class Work:
         """The values `(B, T, n)` of noted steps, by plain differentiable operations, and where `hybrid` the times
         `(B,)` they got to; 0 for failed samples."""
         inputs = (times, y0, *theta)
-        if (self.failed or len(y0) == 0) and not some(ended.finished):
+        if (self.failed or len(y0) == 0) and not maybe_any(ended.finished):
             shape = (len(y0), times.shape[1], y0.shape[1])
             none = (y0.new_zeros(shape), times.new_zeros(shape[0]))[: 2 if self.hybrid else 1]
             return tuple(constant(x, inputs) for x in none)
@@ -325,8 +325,8 @@ class Work:
         if not self.failed:
             return self, steps, ended, inputs
         finished, accepted = ended.finished, steps[Taken._fields.index("accepted")]
-        rows = stand_ins(finished, finished if self.carries is not None else finished | accepted.any(1))
-        dims = (0, 0, *(self.carries or (None,) * (len(inputs) - 2)))
+        rows = stand_ins(finished, finished if self.sample_dims is not None else finished | accepted.any(1))
+        dims = (0, 0, *(self.sample_dims or (None,) * (len(inputs) - 2)))
         inputs = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims))
         steps, ended = tuple(x[rows] for x in steps), Ended(*(x[rows] for x in ended))
         record = None if self.record is None else replace(self.record, stand_ins=rows)
@@ -334,7 +334,7 @@ class Work:
 
     def tell_of_nan(self, finished: Tensor, gradients: Sequence[Tensor]) -> None:
         """Warn where failed samples, which could not be left out, made any of the `gradients` NaN."""
-        if not (self.warns and self.failed) or self.carries is not None or not some(finished):
+        if not (self.warns and self.failed) or self.sample_dims is not None or not maybe_any(finished):
             return
         for x in gradients:
             if not bool(unwrapped(x).isfinite().all()):
@@ -384,7 +384,7 @@ class _Trajectory(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.work, times, y0, _, *theta = inputs
-        ctx.as_then = ctx.work.keep()
+        ctx.restored = ctx.work.snapshot()
         status, t, steps = output[1], output[REACHED], output[len(Integrated._fields) :]
         ctx.save_for_backward(status, *steps, t, times, y0, *theta)
         ctx.save_for_forward(status, *steps, t, times, y0, *theta)
@@ -404,7 +404,7 @@ class _Trajectory(torch.autograd.Function):
             shapes = ((batch, count, n), (batch,))[: 2 if ctx.work.hybrid else 1]
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
-            with ctx.as_then():
+            with ctx.restored():
                 found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
             ctx.work.tell_of_nan(ended.finished, found)
             for i, gradient in zip(wanted, found):
@@ -454,7 +454,7 @@ class _Trajectory(torch.autograd.Function):
                 jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
             )
 
-        mapped = replace(work, field=field, carries=None, key=None)  # a graph is of f, not of the mapped one
+        mapped = replace(work, field=field, sample_dims=None, key=None)  # a graph is of f, not of the mapped one
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls, work.failed = mapped.calls, mapped.failed
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
@@ -484,7 +484,7 @@ def sweep(
 ) -> list[Tensor]:
     """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, and
     `(B,)` of the times reached where states carry those."""
-    (times, y0, *theta), failed = inputs, work.failed and some(~ended.finished)
+    (times, y0, *theta), failed = inputs, work.failed and maybe_any(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
@@ -572,7 +572,7 @@ def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> t
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
     """The trajectory with autograd recording every operation of the accepted steps."""
     work = Work(
-        method, problem.field, problem.carries, report, Record(), events=problem.events, warns=problem.warns
+        method, problem.field, problem.sample_dims, report, Record(), events=problem.events, warns=problem.warns
     )
     times = problem.rows(problem.times)
     assert problem.k0 is not None  # as there is no graph of it

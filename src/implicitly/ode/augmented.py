@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.host import gauss, library, some, to_tensor
+from implicitly.host import gauss, library, maybe_any, to_tensor
 from implicitly.iterate import where_rows
 from implicitly.ode.adjoints import pulled
 from implicitly.ode.combine import nonzero, stage_times
@@ -154,7 +154,7 @@ def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) ->
     return each._foreach_mul(total, length)
 
 
-class Nodes(NamedTuple):
+class QuadratureNodes(NamedTuple):
     """Where Gauss' rule asks for a step's integrand a df/dtheta: S moments and states y `(B, n)`, and the `bars`
     `(B, n)` of the slopes there whose cotangents add up to the integral."""
 
@@ -163,16 +163,16 @@ class Nodes(NamedTuple):
     bars: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, packed: Packed, stepper: Stepper, step: Step, taken: Taken, scale: Tensor) -> Nodes:
+    def of(cls, packed: Packed, stepper: Stepper, step: Step, taken: Taken, scale: Tensor) -> QuadratureNodes:
         """Those of a step of z, for a in units of `scale`; bars are 0 for samples that did not accept it."""
         F, method, xp = stepper.bound.F, stepper.method, library(taken.dt)
         nodes, weights = gauss((method.order + 1) // 2)  # the shortest rule that has at least this order
-        states = method.between_at(F, step, nodes)
-        if some(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
+        states = method.dense_output_at(F, step, nodes)
+        if maybe_any(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
             states = [where_rows(to_tensor(taken.accepted), z, step.y) for z in states]
         length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1) * scale
         pairs = [packed.split(z)[:2] for z in states]
-        moments = F.moments(stage_times(taken.t, taken.dt, nodes))
+        moments = F.f_times(stage_times(taken.t, taken.dt, nodes))
         return cls(
             moments, tuple(y for y, _ in pairs), tuple(a * (length * w) for (_, a), w in zip(pairs, weights))
         )

@@ -17,7 +17,7 @@ from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
 from implicitly.iterate import NUMBERS, ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, stays
-from implicitly.ode.augmented import Nodes, Packed, augmented, integrated
+from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate, stand_ins
 from implicitly.ode.method import Method, Step
@@ -111,12 +111,12 @@ class BacksolveAdjoint(TrajectoryAdjoint):
         work = Work(
             method,
             problem.field,
-            problem.carries,
+            problem.sample_dims,
             report,
             None,
             key=problem.key,
             check=problem.check,
-            keep=problem.opened.kept,
+            snapshot=problem.opened.snapshot,
             warns=problem.warns,
         )
         return Integrated(*_Backsolve.apply(self, work, *inputs)), work.calls
@@ -143,7 +143,7 @@ class _Backsolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.adjoint, ctx.work, times, y0, _, *theta = inputs
-        ctx.as_then = ctx.work.keep()
+        ctx.restored = ctx.work.snapshot()
         ctx.save_for_backward(*output, times, y0, *theta)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -162,7 +162,7 @@ class _Backsolve(torch.autograd.Function):
                 _refuse("a transform of torch.func")
             if functorch.is_legacy_batchedtensor(g):
                 _refuse("of several cotangents at once")
-            with torch.no_grad(), ctx.as_then():
+            with torch.no_grad(), ctx.restored():
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
             ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
             if torch.is_grad_enabled():
@@ -218,12 +218,12 @@ def _of_finished(
     """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
     finished = found.status == int(Status.CONVERGED)
     arrived = bool(finished.all())
-    if arrived or work.carries is None:
+    if arrived or work.sample_dims is None:
         g = g if arrived else torch.where(finished[:, None, None], g, 0.0)
         return _gradients(adjoint, work, found, inputs, wanted, g)
     # f may have no derivative where samples failed, and can be asked for the others alone.
     (rows,) = finished.nonzero(as_tuple=True)
-    dims = (0, 0, *work.carries)
+    dims = (0, 0, *work.sample_dims)
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
     # Eagerly: a graph would be made for each number of samples that failed.
     eager = replace(work, key=None, as_graph=False)
@@ -297,7 +297,7 @@ class Backwards:
         if adjoint.solver is None:
             self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
-        self.bound = Bound(of, tuple(theta), None if joint else work.carries)
+        self.bound = Bound(of, tuple(theta), None if joint else work.sample_dims)
         # What tells of the forward solve is not to begin anew.
         progress = None if adjoint.solver is None else adjoint.solver.progress
         self.method_of_z = self.packed.method(self.method, max_steps=self.limit, progress=progress)
@@ -404,12 +404,12 @@ class Backwards:
     ) -> None:
         """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
         F: Any = stepper.bound.F
-        nodes = Nodes.of(self.packed, stepper, step, taken, scale if rows is None else scale[rows])
+        nodes = QuadratureNodes.of(self.packed, stepper, step, taken, scale if rows is None else scale[rows])
         with torch.enable_grad():
             slopes = [F.base(m, y) for m, y in zip(nodes.moments, nodes.states)]
         found = pulled(slopes, list(nodes.bars), [F.theta[i] for i in self.sums])
         for (i, total), gradient in zip(self.sums.items(), found):
-            if rows is None or self.work.carries is None or (d := self.work.carries[i]) is None:
+            if rows is None or self.work.sample_dims is None or (d := self.work.sample_dims[i]) is None:
                 total += gradient
             else:
                 total.index_add_(d, rows, gradient)

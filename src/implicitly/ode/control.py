@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, library, some, to_host, within
+from implicitly.host import Array, clamped, library, maybe_any, to_host
 from implicitly.iterate import NUMBERS
 from implicitly.ode.combine import advanced, as_length
 from implicitly.ode.problem import Field
@@ -63,17 +63,17 @@ class Controller:
         """By how much `(B,)` the next step is longer, after a step with `error`, one before with `last`, and, for
         a derivative part, one before that."""
         xp = library(error)
-        error = within(error, TINY, None)
+        error = clamped(error, TINY, None)
         factor = self.safety * error ** (-self.integral / order)
         if self.proportional:
-            factor = factor * within(last, 1e-10, None) ** (self.proportional / order)
+            factor = factor * clamped(last, 1e-10, None) ** (self.proportional / order)
         if self.derivative:
-            factor = factor * within(before[0], 1e-10, None) ** (-self.derivative / order)
+            factor = factor * clamped(before[0], 1e-10, None) ** (-self.derivative / order)
         # A rejected step says what its length should have been; the one before says nothing about that.
-        if some(~accepted):
-            again = within(self.safety * error ** (-1 / order), None, self.safety)
+        if maybe_any(~accepted):
+            again = clamped(self.safety * error ** (-1 / order), None, self.safety)
             factor = xp.where(accepted, factor, again)
-        return within(factor, self.shrink, self.grow)
+        return clamped(factor, self.shrink, self.grow)
 
 
 def shortest_step(t: Array) -> Array:
@@ -109,16 +109,17 @@ def first_step(
     span = float(span[0]) if alone else span
     d0, d1 = size(y), size(k)
     xp, whole = library(d0), abs(span)
-    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / within(d1, TINY, None))
+    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / clamped(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
-    h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, within(1e-6 * whole, TINY, None))  # plain numbers divide by no 0
+    # Plain numbers divide by no 0.
+    h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, clamped(1e-6 * whole, TINY, None))
     dt = h0 * xp.sign(span)
     d2 = size(F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / h0
-    d2 = within(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
-    d1 = within(d1, TINY, HUGE)
+    d2 = clamped(xp.where(xp.isfinite(d2), d2, HUGE), TINY, HUGE)
+    d1 = clamped(d1, TINY, HUGE)
     flat = xp.maximum(d1, d2) <= 1e-15
-    least = xp.where(flat, within(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
-    rate = within(d2 / d1, 1e-15, 1e15)
+    least = xp.where(flat, clamped(1e-3 * h0, 1e-6, None), (0.01 / xp.maximum(d1, d2)) ** (1 / order))
+    rate = clamped(d2 / d1, 1e-15, 1e15)
     likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
     length = xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)
     return np.full_like(t, length) if alone else length

@@ -69,7 +69,7 @@ def values(F: Field, t: Tensor, y: Tensor, count: int) -> Tensor:
     return torch.stack([F.watch(i, t, y) for i in range(count)], dim=1)
 
 
-def any_of(mask: Array) -> bool:
+def any_now(mask: Array) -> bool:
     """Whether any entry is true. On an accelerator this waits: to take every step again would cost more."""
     return bool(unwrapped(mask).any()) if isinstance(mask, Tensor) else bool(mask.any())
 
@@ -78,14 +78,14 @@ def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Ev
     """Look at g along a step."""
     t, dt = to_tensor(step.t), to_tensor(step.dt)
     part = torch.arange(1, PARTS, dtype=dt.dtype, device=dt.device) / PARTS
-    inside = method.between(F, step, part.expand(len(dt), -1)).unbind(1)
+    inside = method.dense_output(F, step, part.expand(len(dt), -1)).unbind(1)
     times = [*(t + p * dt for p in part), t + dt]
     seen = torch.stack([values(F, s, y, len(events)) for s, y in zip(times, (*inside, step.y1))], dim=1)
     later = to_host(seen)
     xp = library(later)
     numbers = xp.concatenate((watch.value[:, None], later), 1)
     sign, slope, leaving = watch.sign, xp.zeros_like(watch.value), watch.fresh & False
-    if any_of(watch.fresh):
+    if any_now(watch.fresh):
         largest = abs(later).max(1) if xp is not torch else later.abs().amax(1)
         tiny = ROUNDING * torch.finfo(dt.dtype).eps * largest
         leaving = watch.fresh & ~(abs(watch.value) > tiny)
@@ -130,7 +130,7 @@ def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tenso
     assert F.watch is not None
     for i in range(hit.shape[1]):
         hits = hit[:, i] > 0
-        if not any_of(hits):
+        if not any_now(hits):
             continue
         numbers, leaving = to_tensor(found.numbers)[:, :, i], to_tensor(found.leaving)[:, i]
         start, slope = numbers[:, 0], to_tensor(found.slope)[:, i]
@@ -141,7 +141,7 @@ def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tenso
 
         def at(x: Tensor, i: int = i, deflated: Callable[..., Tensor] = deflated) -> Tensor:
             assert F.watch is not None
-            return deflated(F.watch(i, t + x * dt, method.between(F, step, x.unsqueeze(1))[:, 0]), x)
+            return deflated(F.watch(i, t + x * dt, method.dense_output(F, step, x.unsqueeze(1))[:, 0]), x)
 
         right = hit[:, i].clamp(min=1)
         places = (right - 1, right)
@@ -166,7 +166,7 @@ def root_between(f: Map, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor, active: T
     a = torch.where(going, a, b)
     side, small = torch.zeros_like(a), SMALL * (fb - fa).abs()
     for i in range(LIMIT):
-        if not any_of(going):
+        if not any_now(going):
             break
         x = b - fb * (b - a) / torch.where(fb == fa, 1.0, fb - fa)
         within = (x > a) & (x < b)
@@ -223,7 +223,7 @@ def correct(
         before, old = length, g
         ahead = length + move
         length = torch.where(dt > 0, torch.minimum(ahead.clamp(min=0), dt), torch.maximum(ahead.clamp(max=0), dt))
-        if not any_of((length - before).abs() > resolved):
+        if not any_now((length - before).abs() > resolved):
             break
     return best
 
@@ -233,6 +233,6 @@ def chosen(F: Field, first: Tensor, t: Tensor, y: Tensor) -> Tensor:
     assert F.watch is not None
     g = torch.zeros_like(t)
     for i in range(int(unwrapped(first).max()) + 1):
-        if any_of(first == i):
+        if any_now(first == i):
             g = torch.where(first == i, F.watch(i, t, y), g)
     return g

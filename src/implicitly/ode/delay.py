@@ -28,13 +28,13 @@ from implicitly.iterate import NUMBERS, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method
-from implicitly.ode.piecewise import Nodes, Piecewise, knots
+from implicitly.ode.piecewise import KnotRecorder, Piecewise, knots
 from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, tell
 from implicitly.ode.stiffness import Halt
-from implicitly.transforms import is_near, unhooked
+from implicitly.transforms import is_cpu, unhooked
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -363,7 +363,7 @@ class Chain:
         adjoint, span, degree = self.adjoint, problem.rows(problem.times), self.delayed.degree
         exact = isinstance(adjoint, RecursiveCheckpointAdjoint)
         work = (adjoint if exact else RecursiveCheckpointAdjoint()).work(solver, problem, report)
-        nodes = Nodes(degree, len(problem.y0))
+        nodes = KnotRecorder(degree, len(problem.y0))
         steps = _Steps.apply(work, nodes, span, problem.y0, problem.k0, *problem.theta)
         begin, end = span[:, :1], span[:, -1:]
         known = torch.from_numpy(knots(Taken(*map(_seen, steps)), _seen(span), degree)).to(span)
@@ -455,9 +455,9 @@ class _Steps(Opaque):
 
     @staticmethod
     @unhooked()
-    def forward(work: Work, nodes: Nodes, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
+    def forward(work: Work, nodes: KnotRecorder, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Any:
         assert work.record is not None
-        stepper = work.stepper(is_near(times), times.detach(), *theta)
+        stepper = work.stepper(is_cpu(times), times.detach(), *theta)
         found, y, calls = integrate(stepper, y0.detach(), k0, work.record, nodes.listen)
         steps = work.record.stacked(times)
         work.record.note_all(Taken(*(x.T for x in steps)))  # which are forgotten there

@@ -137,7 +137,7 @@ class Loop:
         if width := window_of(times):
             columns = column.unsqueeze(1) + torch.arange(width, device=times.device)
             part = stepper.part(step, columns.clamp(max=times.shape[1] - 3) + 1).clamp(0, 1)
-            values = stepper.method.between(stepper.bound.F, step, part)
+            values = stepper.method.dense_output(stepper.bound.F, step, part)
             # What is beyond the end of the step is written again by a later one.
             inner = self.put(inner, 1, columns.unsqueeze(2).expand_as(values), values)
             place = torch.arange(times.shape[1] - 2, device=times.device)

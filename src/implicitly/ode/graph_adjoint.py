@@ -185,7 +185,7 @@ class Pull:
         step, after = moved(stepper, taken, moves, state)
         if columns.shape[1]:
             part = torch.where(inside, stepper.part(step, columns + 1), 0.0)
-            after = (*after, stepper.method.between(stepper.bound.F, step, part))
+            after = (*after, stepper.method.dense_output(stepper.bound.F, step, part))
         return after, stepper.bound.F.calls
 
     def begun(self, inputs: Any, y0: Tensor) -> tuple[Memory, int]:

@@ -15,7 +15,7 @@ from torch.func import vjp
 
 from implicitly.host import views
 from implicitly.iterate import Status, is_running, repeat
-from implicitly.ode.augmented import Augmented, Nodes, Packed, integrated
+from implicitly.ode.augmented import Augmented, Packed, QuadratureNodes, integrated
 from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
@@ -78,7 +78,7 @@ class Back:
             if self.packed.kept:
                 parts, first = self.from_slopes(stepper.method, step, taken, scale_here, first, F)
             elif self.places:
-                nodes = Nodes.of(self.packed, stepper, step, taken, scale_here)
+                nodes = QuadratureNodes.of(self.packed, stepper, step, taken, scale_here)
                 parts, calls = self.integral(nodes, theta_here), calls + len(nodes.states)
             else:
                 parts = ()
@@ -104,7 +104,7 @@ class Back:
             tuple(torch.where(accepted, last, x) for last, x in zip(F.pulled[-1], first)),
         )
 
-    def integral(self, nodes: Nodes, theta: list[Tensor]) -> tuple[Tensor, ...]:
+    def integral(self, nodes: QuadratureNodes, theta: list[Tensor]) -> tuple[Tensor, ...]:
         """The integral of a df/dtheta over a step, by those theta that gradients are wanted of."""
 
         def slopes(*theta: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from implicitly.ode.crossings import (
     ROUNDING,
     Scan,
     Watch,
-    any_of,
+    any_now,
     chosen,
     correct,
     first_root,
@@ -105,7 +105,7 @@ class HybridStepper(Stepper):
         xp = library(seen)
         now = seen.detach() if isinstance(seen, Tensor) else seen
         jumps = self._jumps(now)
-        if not any_of(jumps):
+        if not any_now(jumps):
             return t
         behind = xp.nextafter(now, self.sign * float("inf"))
         return torch.where(to_tensor(jumps), to_tensor(behind), to_tensor(t))
@@ -117,7 +117,7 @@ class HybridStepper(Stepper):
         xp, (limit, stop) = library(c.t), self.ahead(c.t)
         reach, dt = step_length(c.t, c.length, limit)
         ends = xp.where(reach & stop, self.plain + STOP, self.plain)
-        F = within(self.bound.F, self.bounds(c.t))
+        F = with_times_clamped(self.bound.F, self.bounds(c.t))
         step = self.method.step(F, c.t, dt, c.y, c.memory)
         error = self._error(step)
         accepted = error <= 1
@@ -156,7 +156,7 @@ class HybridStepper(Stepper):
         fresh = xp.ones_like(value, dtype=bool if xp is np else torch.bool)
         with np.errstate(invalid="ignore"):
             watch = Watch(value, xp.sign(value), fresh, c.steps - 1, c.steps, c.steps)
-        return c._replace(watch=watch, status=status if any_of(~is_running(status)) else None)
+        return c._replace(watch=watch, status=status if any_now(~is_running(status)) else None)
 
     @property
     def cuts(self) -> bool:
@@ -170,11 +170,11 @@ class HybridStepper(Stepper):
         with torch.no_grad(), np.errstate(all="ignore") if self.host else nullcontext():
             step, taken, error = self.try_step(c)
             watch = c.watch
-            if self.events and any_of(taken.accepted):
+            if self.events and any_now(taken.accepted):
                 step, taken, error, watch = self._cut(c, step, taken, error)
             taken = taken._replace(ends=library(error).where(taken.accepted, taken.ends, self.plain))
             new = self.judge(c, step, taken, error)._replace(watch=watch)
-            return step, taken, error, self._settled(c, new, taken) if any_of(taken.ends != 0) else new
+            return step, taken, error, self._settled(c, new, taken) if any_now(taken.ends != 0) else new
 
     def _cut(self, c: Carry, step: Step, taken: Taken, error: Array) -> tuple[Step, Taken, Array, Watch]:
         """The step tried from `c` up to the first event in it, and what is known of events then."""
@@ -184,20 +184,20 @@ class HybridStepper(Stepper):
         taken = taken._replace(accepted=taken.accepted & ~found.sick)
         first, part, seen = xp.full_like(c.steps, -1), xp.full_like(error, float("inf")), found.numbers[:, -1]
         hits = (found.hit > 0).any(1) & taken.accepted
-        if any_of(hits):
+        if any_now(hits):
             first, part, dt = self._first_event(step, c.memory, found, hits)
             ends = xp.where(first >= 0, self.plain + first, taken.ends - 1) + 1
             ends = ends.astype(np.int8) if xp is np else ends.to(torch.int8)
             dt = xp.where(first >= 0, dt, taken.dt)
             taken = taken._replace(dt=dt, last=taken.last & (first < 0), ends=ends)
-            step = self.method.step(within(self.bound.F, self.bounds(c.t)), c.t, dt, c.y, c.memory)
+            step = self.method.step(with_times_clamped(self.bound.F, self.bounds(c.t)), c.t, dt, c.y, c.memory)
             there = to_host(values(self.bound.F, to_tensor(c.t + dt), step.y1, len(self.events)))
             seen = xp.where((first >= 0)[:, None], there, seen)
         happens = first >= 0
         stays, sign = happens & (abs(taken.dt) <= self.resolved(c.t)), found.sign_before(part)
         stuck = xp.where(stays, old.stuck + 1, 0)
         again = old.fresh.any(1) & (first == old.event)
-        if any_of(unsure := happens & (again | (abs(taken.dt) <= UNSURE * self.resolved(c.t)))):
+        if any_now(unsure := happens & (again | (abs(taken.dt) <= UNSURE * self.resolved(c.t)))):
             turned = self._turned(step, c.t + taken.dt, first, sign)
             stuck = xp.where(unsure & turned, len(self.events) + 1, stuck)
         new = Watch(
@@ -231,7 +231,7 @@ class HybridStepper(Stepper):
         """Which event `(B,)` is first in a step, taken with `memory`, -1: none; where from 0 to 1; and how long
         the step to it is."""
         stepper, mask, rows = self, to_tensor(hits), None
-        if self.bound.carries is not None and self.host:  # of those samples alone
+        if self.bound.sample_dims is not None and self.host:  # of those samples alone
             rows = mask.nonzero()[:, 0]
 
             def some_of(x: Any) -> Any:
@@ -244,7 +244,7 @@ class HybridStepper(Stepper):
         F = stepper.bound.F
         first, part = first_root(method, F, step, found)
         first = torch.where(mask, first, -1)
-        inside = within(F, stepper.bounds(step.t))
+        inside = with_times_clamped(F, stepper.bounds(step.t))
 
         def retake(length: Tensor) -> tuple[Tensor, Tensor]:
             again = method.step(inside, t, length, step.y, memory)
@@ -279,7 +279,7 @@ class HybridStepper(Stepper):
         status = xp.where(over, int(Status.EVENT), status)
         y, memory = self._begun(to_tensor(ends), to_tensor(t), new.y, new.memory)
         watch, restarted = new.watch, (ends > 0) & ~over
-        if any_of(restarted):
+        if any_now(restarted):
             watch = self._watch_anew(Watch(*c.watch), Watch(*watch), restarted, ends, to_tensor(t), y)
             status = xp.where(restarted & (watch.stuck > len(self.events)), int(Status.STEP_UNDERFLOW), status)
         # A step that was cut says nothing against the length that had been meant.
@@ -307,10 +307,10 @@ class HybridStepper(Stepper):
         F, anew = self.bound.F, ends == STOP
         for i, event in enumerate(self.events):
             mask = ends == i + 1
-            if event.restart is not None and any_of(mask):
+            if event.restart is not None and any_now(mask):
                 assert F.jump is not None
                 y, anew = where_rows(mask, F.jump(i, t, y), y), anew | mask
-        if not any_of(anew):
+        if not any_now(anew):
             return y, memory
         t = to_tensor(self.after(t))
         fresh = self.method.start(F, t, y, F.at(t, y))
@@ -331,11 +331,11 @@ class HybridStepper(Stepper):
         bounds = self.bounds(taken.t)
         if self.method.tstops:
             dt = torch.where(ends == STOP, to_tensor(self.ahead(taken.t)[0]) - t, dt)
-        if self.events and any_of(ends > 0):
+        if self.events and any_now(ends > 0):
             known = to_tensor(taken.t + taken.dt)
             dt = torch.where(ends > 0, self._event_time(ends, known, bounds, t, y, carried) - t, dt)
         self.bound.F.again = True
-        step = self.method.step(within(self.bound.F, bounds), t, dt, y, carried)
+        step = self.method.step(with_times_clamped(self.bound.F, bounds), t, dt, y, carried)
         t = torch.where(last, self.times[:, -1], t + dt)
         y, carried = step.y1, step.memory
         if self.cuts:
@@ -371,7 +371,8 @@ class HybridStepper(Stepper):
         def bind(*theta: Tensor) -> Map:
             y, t, code, known, *rest = theta
             low_high, memory = rest[: len(limits)], rest[len(limits) :][:count]
-            F = within(field(*rest[len(limits) + count :]), (low_high[0], low_high[1]) if low_high else None)
+            bounds = (low_high[0], low_high[1]) if low_high else None
+            F = with_times_clamped(field(*rest[len(limits) + count :]), bounds)
 
             def g(z: Tensor) -> Tensor:
                 end = z[:, 0]
@@ -386,7 +387,7 @@ class HybridStepper(Stepper):
         return attach(condition, known.unsqueeze(1), theta, Backward(DenseLU()))[:, 0]
 
 
-def within(F: Field, bounds: tuple[Tensor, Tensor] | None) -> Field:
+def with_times_clamped(F: Field, bounds: tuple[Tensor, Tensor] | None) -> Field:
     """F that sees no times outside of `bounds`, each `(B,)`."""
     if bounds is None:
         return F
@@ -394,6 +395,6 @@ def within(F: Field, bounds: tuple[Tensor, Tensor] | None) -> Field:
         F,
         show=lambda times: F.show(torch.clamp(times, *bounds)),
         slope=F,
-        bind=lambda *theta: within(F.bind(*theta), bounds),
+        bind=lambda *theta: with_times_clamped(F.bind(*theta), bounds),
         calls=0,
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, all_of, library, remembered, some, to_host, to_tensor, views, within
+from implicitly.host import Array, clamped, library, maybe_any, remembered, surely_all, to_host, to_tensor, views
 from implicitly.implicit import Backward, Condition, Report, attach, find
 from implicitly.iterate import NUMBERS, Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
@@ -128,7 +128,7 @@ class ImplicitRungeKutta(RungeKutta):
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`."""
-        newton = Newton.at(self, F, t, dt, y)
+        newton = StageNewton.at(self, F, t, dt, y)
         y1, slopes = self._stages(F, t, dt, y, memory, newton)
         while newton.failed is not None and (harder := newton.harder(F, t, dt, y)):
             newton = harder
@@ -143,16 +143,16 @@ class ImplicitRungeKutta(RungeKutta):
         if self.tableau.stiffly_accurate:
             k1 = slopes[-1]
         else:
-            k1 = F(F.moments((t + dt)[None])[0], y1)
+            k1 = F(F.f_times((t + dt)[None])[0], y1)
         return Step(t, dt, y, y1, (k1,), memory[0], k1, error, tuple(slopes))
 
     def _stages(
-        self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory, newton: Newton
+        self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory, newton: StageNewton
     ) -> tuple[Tensor, list[Tensor]]:
         """The new state and the slopes of the stages."""
         tableau, length = self.tableau, as_length(dt)
         y1, slopes = y, []
-        for row, moment in zip(tableau.a, F.moments(stage_times(t, dt, tableau.c))):
+        for row, moment in zip(tableau.a, F.f_times(stage_times(t, dt, tableau.c))):
             base = advanced(y, length, row[:-1], slopes)
             if row[-1] == 0:
                 y1, k = base, memory[0] if not slopes else F(moment, base)
@@ -164,7 +164,7 @@ class ImplicitRungeKutta(RungeKutta):
                 y1 = newton.solve(F, Stage(moment, base, own), advanced(base, own, weights, near))
                 k = (y1 - base) / _never_zero(own)
             slopes.append(k)
-            if newton.failed is not None and all_of(newton.failed):
+            if newton.failed is not None and surely_all(newton.failed):
                 return y1, slopes + [k] * (tableau.stages - len(slopes))
         return (y1 if tableau.stiffly_accurate else advanced(y, length, tableau.b, slopes)), slopes
 
@@ -190,7 +190,7 @@ def _never_zero(length: Length) -> Length:
     return length or 1.0
 
 
-class Iterate(NamedTuple):
+class StageIterate(NamedTuple):
     """An iterate of Newton's method, and for each sample `(B,)` what is known of it."""
 
     z: Tensor
@@ -202,7 +202,7 @@ class Iterate(NamedTuple):
 
 
 @dataclass
-class Newton:
+class StageNewton:
     """Finds the stages of one step: Newton's method with one matrix, or the user's solver.
 
     Attributes:
@@ -211,7 +211,7 @@ class Newton:
         least: `(B,)` the change, relative to that, which rounding may leave.
         fresh: whether J is that of this step.
         full: whether every iteration has a Jacobian of its own.
-        gain: as of the last `Iterate` of the stage before.
+        gain: as of the last `StageIterate` of the stage before.
         slow: whether it would profit from a new Jacobian.
         failed: `(B,)` the samples of which a stage was not found; None: none.
     """
@@ -229,7 +229,7 @@ class Newton:
     @classmethod
     def at(
         cls, method: ImplicitRungeKutta, F: Field, t: Array, dt: Array, y: Tensor, fresh: bool = False
-    ) -> Newton:
+    ) -> StageNewton:
         """For a step from y `(B, n)` at t; with the Jacobian of an earlier step unless `fresh`."""
         with torch.no_grad():
             y = y.detach()
@@ -239,22 +239,22 @@ class Newton:
                 return cls(method, None, scale, least, True)
             J = None if fresh or torch.compiler.is_dynamo_compiling() else F.notes.get("jacobian")
             if fresh := J is None:
-                J = jacobian(F, F.moments(t[None])[0], y, method.limit_gib)
+                J = jacobian(F, F.f_times(t[None])[0], y, method.limit_gib)
                 F.notes["jacobian"] = J
             own = as_length(dt.detach() if isinstance(dt, Tensor) else dt)
             return cls(method, inverse_of(J, own * method.tableau.a[-1][-1]), scale, least, fresh)
 
-    def harder(self, F: Field, t: Array, dt: Array, y: Tensor) -> Newton | None:
+    def harder(self, F: Field, t: Array, dt: Array, y: Tensor) -> StageNewton | None:
         """What may find stages that this did not; None: nothing, or a shorter step does it with less work."""
         if not self.fresh:
-            return Newton.at(self.method, F, t, dt, y, fresh=True)
+            return StageNewton.at(self.method, F, t, dt, y, fresh=True)
         # A step is taken again from where a state was kept, so not always with that Jacobian of an earlier step
         # which led to its stages at first; and the one at its start may not lead there.
         # A graph has always the Jacobian of the step's own start.
         traced = torch.compiler.is_dynamo_compiling()
         if self.full or traced or not F.again or self.method.stage_solver is not None:
             return None
-        return replace(Newton.at(self.method, F, t, dt, y, fresh=True), full=True)
+        return replace(StageNewton.at(self.method, F, t, dt, y, fresh=True), full=True)
 
     def keep(self, F: Field) -> None:
         """Have the next step compute its own Jacobian, where this one has served its time."""
@@ -288,25 +288,25 @@ class Newton:
         xp, traced = library(self.least), torch.compiler.is_dynamo_compiling()
         ones = xp.ones_like(self.least)
         # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
-        gain = within(self.gain * ones, 1e-16, 1.0) ** 0.8
-        begin = Iterate(z, ones, gain, ones > 0, ones < 0, ones < 0)
+        gain = clamped(self.gain * ones, 1e-16, 1.0) ** 0.8
+        begin = StageIterate(z, ones, gain, ones > 0, ones < 0, ones < 0)
         if traced:
             found = self._traced(F, stage, begin)
         else:
             with np.errstate(all="ignore"):
                 _, found = repeat(partial(self._change, F, stage), begin, _goes_on, self.method.stage_steps)
-        self.slow |= some(found.slow)
+        self.slow |= maybe_any(found.slow)
         # Of matrices that change with the iterates, the rate says nothing about the next stage.
         self.gain = found.gain if self.method.dt is None and not self.full else 1.0
         return found.z, ~found.converged
 
-    def _traced(self, F: Field, stage: Stage, begin: Iterate) -> Iterate:
+    def _traced(self, F: Field, stage: Stage, begin: StageIterate) -> StageIterate:
         """The iterates in a traced graph, where the loop may change nothing outside of it.
 
         As `begin` has all samples going, it takes a step, so that C++ may be around it, see `run_as_graph`.
         """
 
-        def change(i: int | Tensor, state: tuple[Iterate, Tensor]) -> tuple[Iterate, Tensor]:
+        def change(i: int | Tensor, state: tuple[StageIterate, Tensor]) -> tuple[StageIterate, Tensor]:
             G = F.bind(*views(*F.theta))
             return self._change(G, stage, i, state[0]), state[1] + G.calls
 
@@ -315,7 +315,7 @@ class Newton:
         F.loops.append(calls)
         return found
 
-    def _change(self, F: Field, stage: Stage, i: int | Tensor, it: Iterate) -> Iterate:
+    def _change(self, F: Field, stage: Stage, i: int | Tensor, it: StageIterate) -> StageIterate:
         """Iterate number i + 1."""
         inverse = self.inverse
         # A step that cannot be made shorter has a matrix for each iteration at last; in a graph at once.
@@ -327,14 +327,14 @@ class Newton:
         size, gain, slow = to_host(self.method.norm(d / self.scale)), it.gain, it.slow
         xp = library(size)
         if isinstance(i, Tensor) or i > 0:
-            rate = size / within(it.size, TINY, None)
+            rate = size / clamped(it.size, TINY, None)
             shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), FAR if self.full else float("inf"))
             gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
             slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))
         # NaN has not converged. What rounding leaves says nothing about the rate.
         converged = (gain * size <= (self.method.stage_tolerance or STAGE_TOLERANCE)) | (size <= self.least)
         hopeful = xp.isfinite(size) & xp.isfinite(gain)
-        return Iterate(it.z + d, size, gain, hopeful & ~converged, slow, converged)
+        return StageIterate(it.z + d, size, gain, hopeful & ~converged, slow, converged)
 
     def _search(self, solver: Solver, F: Field, stage: Stage, guess: Tensor) -> tuple[Tensor, Array]:
         """The stage as the user's solver finds it, and which samples `(B,)` it did not find."""
@@ -349,7 +349,7 @@ class Newton:
         return found.z, to_host(~right)
 
     def _note(self, failed: Array) -> None:
-        if some(failed):
+        if maybe_any(failed):
             failed = to_tensor(failed)
             self.failed = failed if self.failed is None else self.failed | failed
 
@@ -359,7 +359,7 @@ def _attaches(F: Field) -> bool:
     return F.once or (records() and not torch.compiler.is_dynamo_compiling())
 
 
-def _goes_on(it: Iterate) -> bool | Tensor:
+def _goes_on(it: StageIterate) -> bool | Tensor:
     going = it.going.any()
     return going if isinstance(going, Tensor) else bool(going)
 

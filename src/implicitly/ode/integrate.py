@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, finite_rows, happens, library, some, to_host, to_tensor, within
+from implicitly.host import Array, clamped, finite_rows, library, maybe_any, to_host, to_tensor
 from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, some_dropped, where_rows
 from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
-from implicitly.transforms import is_batched, is_near, is_tracked
+from implicitly.transforms import is_batched, is_cpu, is_tracked
 
 # A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.
 STRETCH = 1e-3
@@ -85,14 +85,14 @@ class Bound:
 
     Attributes:
         field: gives, for theta, the `Field`.
-        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
         once: see `Field`.
         F: the field.
     """
 
     field: Callable[..., Field]
     theta: tuple[Tensor, ...]
-    carries: tuple[int | None, ...] | None = None
+    sample_dims: tuple[int | None, ...] | None = None
     once: bool = False
 
     F: Field = given(init=False)
@@ -103,8 +103,8 @@ class Bound:
 
     def take(self, rows: Tensor) -> Bound:
         """The field of the samples `rows` alone."""
-        assert self.carries is not None
-        theta = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(self.theta, self.carries))
+        assert self.sample_dims is not None
+        theta = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(self.theta, self.sample_dims))
         return replace(self, theta=theta)
 
 
@@ -171,11 +171,11 @@ class Stepper:
             length = xp.full_like(span, given)
         else:
             length = self.first_length(y.detach(), k.detach())
-        length = within(length, None, method.dt_max)
+        length = clamped(length, None, method.dt_max)
         zeros = xp.zeros_like(span, dtype=xp.int64)
         finite = finite_rows(y.detach(), k.detach())
         status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
-        status = status if some(~finite) or len(y) == 0 else None  # without samples, none is running
+        status = status if maybe_any(~finite) or len(y) == 0 else None  # without samples, none is running
         memory = method.start(self.bound.F, t, y, k)
         before = (xp.ones_like(length),) if method.dt is None and method.controller.derivative else ()
         return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, before=before)
@@ -260,15 +260,15 @@ class Stepper:
         xp, length = library(error), c.length
         if method.dt is None:
             factor = method.controller.factor(error, c.error, accepted, method.order, c.before)
-            length = within(abs(taken.dt) * factor, None, method.dt_max)
-        if c.status is None and not some(~accepted | last):  # the usual step: all go on
+            length = clamped(abs(taken.dt) * factor, None, method.dt_max)
+        if c.status is None and not maybe_any(~accepted | last):  # the usual step: all go on
             t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
             before = (c.error,) if c.before else ()
             return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.watch, before)
         status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
-        if some(rejected := running & ~accepted):
+        if maybe_any(rejected := running & ~accepted):
             dead, length, reason = self._given_up(c, rejected, length, error)
             status = xp.where(dead, reason, status)
         status = xp.where(accepted & last, int(Status.CONVERGED), status)
@@ -285,7 +285,7 @@ class Stepper:
         reason = xp.full_like(c.steps, int(Status.NON_FINITE))
         if self.method.dt is not None:  # of constant steps, nothing can be made shorter
             return rejected, length, reason
-        shortest = within(self.resolved(c.t), self.method.dt_min, None)
+        shortest = clamped(self.resolved(c.t), self.method.dt_min, None)
         reason = xp.where(xp.isfinite(error), int(Status.STEP_UNDERFLOW), reason)
         return rejected & (length < shortest), xp.maximum(length, shortest), reason
 
@@ -302,11 +302,11 @@ class Stepper:
         if self.times.shape[1] == 2:
             return
         passed = self.passed(taken)
-        if not some(passed):
+        if not maybe_any(passed):
             return
         inside = to_tensor(passed)
         few = inside.numel() * step.y.shape[1] <= FEW_OUTPUTS
-        if mapped or (few and not is_near(step.y)):
+        if mapped or (few and not is_cpu(step.y)):
             yield self._all_outputs(step, inside)
             return
         count = inside.sum(1)
@@ -317,7 +317,7 @@ class Stepper:
         place = torch.arange(width, device=first.device)
         columns = (first.unsqueeze(1) + place).clamp(max=inside.shape[1] - 1)
         rows, at = (place < count.unsqueeze(1)).nonzero(as_tuple=True)
-        values = self.method.between(self.bound.F, step, self.part(step, columns + 1))
+        values = self.method.dense_output(self.bound.F, step, self.part(step, columns + 1))
         yield Piece(rows, columns[rows, at] + 1, values[rows, at])
 
     def _all_outputs(self, step: Step, inside: Tensor) -> Piece:
@@ -325,7 +325,7 @@ class Stepper:
         rows = torch.arange(len(self.times), device=self.times.device).unsqueeze(1)
         columns = torch.arange(1, self.times.shape[1] - 1, device=self.times.device)
         part = torch.where(inside, self.part(step, columns.expand(len(rows), -1)), 0.0)
-        values = self.method.between(self.bound.F, step, part)
+        values = self.method.dense_output(self.bound.F, step, part)
         return Piece(rows, columns, torch.where(inside.unsqueeze(2), values, 0.0), inside)
 
     def part(self, step: Step, columns: Tensor) -> Tensor:
@@ -413,14 +413,14 @@ class Run:
         """One step of the loop."""
         step, taken, error, new = self.stepper.advance(c)
         self.stepper.tell(new)
-        if not some(taken.accepted):
+        if not maybe_any(taken.accepted):
             return new
         self.outputs.add(of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken))
         if self.record is not None:
             memory = (*(m.detach() for m in c.memory), *self.stepper.clock(c.t))
             state = State(c.y.detach(), memory, self.rows)
             self.record.note(taken.of_all(self.rows, self.batch), state)
-            self.record.clean &= not some(~library(error).isfinite(error))
+            self.record.clean &= not maybe_any(~library(error).isfinite(error))
         if self.listen is not None:
             self.listen(self.stepper, step, taken, self.rows)
         return new
@@ -455,7 +455,7 @@ def integrate(
     """
     carry = stepper.start(y0, k0, length)
     run = Run(stepper, record, len(y0), Outputs(stepper.times, y0), listen)
-    droppable = stepper.bound.carries is not None and isinstance(carry.t, np.ndarray)
+    droppable = stepper.bound.sample_dims is not None and isinstance(carry.t, np.ndarray)
     limit = stepper.method.max_steps
     count, carry = repeat(run.body, carry, partial(_worth_a_step, droppable), limit)
     ended = carry
@@ -526,9 +526,9 @@ def assemble(outputs: Outputs, y1: Tensor, ended: Ended) -> Tensor:
     """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`; NaN where a solve did not get to."""
     times, y0 = outputs.times, outputs.y0
     inner = None if times.shape[1] == 2 else outputs.found
-    if inner is not None and happens(late := ended.late(times)):
+    if inner is not None and maybe_any(late := ended.late(times)):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
-    if some(~is_success(to_host(ended.status))):
+    if maybe_any(~is_success(to_host(ended.status))):
         y1 = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
     if inner is None:
         return torch.stack([y0, y1], dim=1)
@@ -563,7 +563,7 @@ def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True, ma
 
 def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
     """The samples that accepted a step, where only those are to take it again; None: all."""
-    if stepper.bound.carries is None or isinstance(taken.accepted, Tensor):
+    if stepper.bound.sample_dims is None or isinstance(taken.accepted, Tensor):
         return None
     (rows,) = taken.accepted.nonzero()
     return None if len(rows) > DROP_BELOW * len(taken.accepted) else torch.from_numpy(rows)
@@ -591,7 +591,7 @@ def finite_start(y: Tensor, finished: Tensor) -> Tensor:
 
     They are never stepped, and 0 times their derivative must be 0.
     """
-    return y.nan_to_num(0.0, 0.0, 0.0) if some(~finished) else y
+    return y.nan_to_num(0.0, 0.0, 0.0) if maybe_any(~finished) else y
 
 
 def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, every, on_host, to_host, to_tensor
+from implicitly.host import Array, all_now, on_host, to_host, to_tensor
 from implicitly.iterate import INTEGERS, NUMBERS
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
@@ -241,7 +241,7 @@ class Method(ABC):
         assert self.dt is not None
         length, seen = min(self.dt, self.dt_max), to_host(times) if on_host(times) else times.detach()
         begin, end = seen[:, 0], seen[:, -1]
-        if every(~stands_still(begin, length, end)):
+        if all_now(~stands_still(begin, length, end)):
             return
         far = float(unwrapped(times.detach()).abs().max())
         raise ValueError(
@@ -274,14 +274,14 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+    def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
 
-    def between_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
+    def dense_output_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
         """The states `(B, n)` at t + part dt for each of `parts`."""
         # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
         part = torch.cat([torch.full_like(step.y[:, :1], c) for c in parts], dim=1)
-        return self.between(F, step, part).unbind(1)
+        return self.dense_output(F, step, part).unbind(1)
 
     def error_ratio(self, step: Step, tolerance: Tensor) -> Tensor:
         """The local error of a step over the tolerance `(B, n)`, as a norm `(B,)`."""

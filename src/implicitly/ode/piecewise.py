@@ -110,7 +110,7 @@ def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarr
 
 
 @dataclass
-class Nodes:
+class KnotRecorder:
     """Listens to a solve of `batch` samples, for the values of its dense output at the places of each step."""
 
     degree: int
@@ -121,7 +121,7 @@ class Nodes:
         """Note a step, without its end, which is where the next one begins."""
         inner = torch.from_numpy(places(self.degree)[1:-1]).to(step.y).expand(len(step.y), -1)
         begin = step.y.unsqueeze(1)
-        values = torch.cat([begin, stepper.method.between(stepper.bound.F, step, inner)], dim=1)
+        values = torch.cat([begin, stepper.method.dense_output(stepper.bound.F, step, inner)], dim=1)
         if rows is not None:
             values = values.new_zeros(self.batch, *values.shape[1:]).index_copy(0, rows, values)
         self.values.append(values)

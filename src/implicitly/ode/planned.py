@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import every, finite_rows, on_host, remembered
+from implicitly.host import all_now, finite_rows, on_host, remembered
 from implicitly.iterate import Status
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import stands_still
@@ -114,7 +114,7 @@ def take(
         return found.y1, found.memory, ()
     part = (times[:, step.first : step.stop] - step.t) / step.dt
     t, dt = (times.new_full((len(y),), x) for x in (step.t, step.dt))
-    outputs = method.between(F, found._replace(t=t, dt=dt), part.expand(len(y), -1))
+    outputs = method.dense_output(F, found._replace(t=t, dt=dt), part.expand(len(y), -1))
     return found.y1, found.memory, (outputs,)
 
 
@@ -127,19 +127,19 @@ def integrate_planned(
     """
     nodes, near, count = method.nodes, on_host(times), len(plan.t)
     assert nodes is not None
-    if near and not every(finite_rows(k0.detach())):
+    if near and not all_now(finite_rows(k0.detach())):
         return None
     y, memory = y0, method.start(F, times[:, 0], y0, k0)
     outputs, steps, stages = [y0.unsqueeze(1)], plan.steps(), plan.stages(nodes, y0).split(BLOCK * len(nodes))
     for begin, block in zip(range(0, count, BLOCK), stages):
-        moments = iter(F.moments(block))
+        moments = iter(F.f_times(block))
         for i, step in enumerate(islice(steps, BLOCK), begin):
             if record is not None and record.wants(i):
                 record.keep(i, State(y.detach(), tuple(m.detach() for m in memory)))
             y, memory, passed = take(method, F, times, step, islice(moments, len(nodes)), y, memory)
             outputs += passed
         # The slope at the start may be missing in a state where f is finite again.
-        if (near or begin + BLOCK >= count) and not every(finite_rows(y.detach(), k0.detach())):
+        if (near or begin + BLOCK >= count) and not all_now(finite_rows(y.detach(), k0.detach())):
             return None
     if record is not None:
         record.note_all(plan.taken(len(y0), y0.device))

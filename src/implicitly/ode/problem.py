@@ -13,17 +13,17 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import Check
 from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
-from implicitly.host import Array, every, library, on_host, to_host, to_tensor
+from implicitly.host import Array, all_now, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
-from implicitly.problem import carries_of
+from implicitly.problem import sample_dims_of
 from implicitly.transforms import is_wrapped, loses, unwrapped
 from implicitly.tree import Layout
 
 
 @dataclass
 class Field:
-    """Slopes `(B, n)` of states `(B, n)`: `F(moment, y)`, where moments come from `F.moments(times)`.
+    """Slopes `(B, n)` of states `(B, n)`: `F(moment, y)`, where moments come from `F.f_times(times)`.
 
     Attributes:
         show: times `(S, B)` as S moments, each as f is to see it.
@@ -53,13 +53,13 @@ class Field:
     watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
     jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
-    def moments(self, times: Array) -> Sequence[Tensor]:
+    def f_times(self, times: Array) -> Sequence[Tensor]:
         """Times `(S, B)`, one row a call, as f sees them."""
         return self.show(to_tensor(times))
 
     def stages(self, t: Array | Sequence[Tensor], dt: Array, nodes: tuple[float, ...]) -> Sequence[Tensor]:
         """The times t + c dt, for the nodes c, as f sees them; t itself where it is those already."""
-        return t if isinstance(t, tuple) else self.moments(stage_times(t, dt, nodes))
+        return t if isinstance(t, tuple) else self.f_times(stage_times(t, dt, nodes))
 
     def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
         """The slopes at a moment."""
@@ -68,7 +68,7 @@ class Field:
 
     def at(self, t: Array, y: Tensor) -> Tensor:
         """The slopes at times `(B,)`."""
-        return self(self.moments(t[None])[0], y)
+        return self(self.f_times(t[None])[0], y)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Problem:
             calls `check` before its first use.
         times: `(B, T)`, or `(1, T)` where all samples share them.
         theta: the tensors that f depends on besides t and y.
-        carries: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
         calls: the calls of f that checking took.
         events: what is watched on the way; theta holds what their functions depend on, too.
         check: evaluates k0, and raises TypeError / ValueError for what f may not return or depend on.
@@ -95,7 +95,7 @@ class Problem:
     k0: Tensor | None
     times: Tensor
     theta: tuple[Tensor, ...]
-    carries: tuple[int | None, ...] | None
+    sample_dims: tuple[int | None, ...] | None
     check: Check
     calls: int = 1
     events: tuple[Event, ...] = ()
@@ -136,7 +136,7 @@ class Problem:
 
         opening = open_function(at_once, args, layout.device)
         opened, theta, captured = opening
-        carries = carries_of(opening, args, layout, in_dims)
+        sample_dims = sample_dims_of(opening, args, layout, in_dims)
         start, checking = layout.pack(y0), loses(recording)
 
         def known() -> tuple[Tensor, ...]:
@@ -162,7 +162,7 @@ class Problem:
         if events:
             _check_events(events, opening, layout, known(), checking)
         key, check = opened.key(f, layout) if as_graph else None, Check(slope, checking)
-        return cls(opened, layout, start, k0, times, theta, carries, check, int(not later), events, key)
+        return cls(opened, layout, start, k0, times, theta, sample_dims, check, int(not later), events, key)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -276,11 +276,11 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
         return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
     gaps = seen[:, 1:] - seen[:, :-1]
-    if ordered and every(gaps > 0) and every(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
+    if ordered and all_now(gaps > 0) and all_now(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
         return rows  # the usual case
-    if not every(library(seen).isfinite(seen)):
+    if not all_now(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
-    if ordered and not every((gaps > 0).all(1) | (gaps < 0).all(1)):
+    if ordered and not all_now((gaps > 0).all(1) | (gaps < 0).all(1)):
         raise ValueError(_disorder(unwrapped(rows.detach())))
     return rows
 

@@ -70,7 +70,7 @@ class ReversibleHeun(Method):
                 error = weighted(length, (-0.5, 0.5), (k, k1))
         return Step(t, dt, y, y1, (other, k1), k, k1, error)
 
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+    def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output.
 
         Its slopes are those of the second state, which is O(dt^2) away: the cubic through them is O(dt^3) off.

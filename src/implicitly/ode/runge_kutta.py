@@ -44,7 +44,7 @@ class RungeKutta(Method):
         """The slope."""
         return (k,)
 
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+    def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
         tableau = self.tableau
         if tableau.dense is None:
@@ -55,10 +55,10 @@ class RungeKutta(Method):
         slope = torch.stack([slopes[i] for i in used], dim=1)
         return torch.baddbmm(step.y.unsqueeze(1), weights, slope)
 
-    def between_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
+    def dense_output_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
         """As `between`, at numbers that all samples share."""
         if self.tableau.dense is None:
-            return super().between_at(F, step, parts)
+            return super().dense_output_at(F, step, parts)
         slopes, length = self._dense_slopes(F, step), as_length(step.dt)
         return [advanced(step.y, length, dense_weights_at(self.tableau, part), slopes) for part in parts]
 
@@ -66,7 +66,7 @@ class RungeKutta(Method):
         """The slopes `(B, n)` of all stages of the dense output."""
         tableau, slopes, length = self.tableau, list(step.stages), as_length(step.dt)
         if tableau.extra:
-            for row, moment in zip(tableau.extra, F.moments(stage_times(step.t, step.dt, tableau.extra_c))):
+            for row, moment in zip(tableau.extra, F.f_times(stage_times(step.t, step.dt, tableau.extra_c))):
                 slopes.append(F(moment, advanced(step.y, length, row, slopes)))
         return slopes
 
@@ -83,7 +83,7 @@ class ExplicitRungeKutta(RungeKutta):
     @property
     def nodes(self) -> tuple[float, ...]:
         """Those of the stages but the first, and the end."""
-        return self.tableau.moments
+        return self.tableau.call_nodes
 
     @property
     def weights(self) -> tuple[float, ...]:

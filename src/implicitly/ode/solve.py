@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import CompileWarning
 from implicitly.graph_break import one_break, one_break_unless
-from implicitly.host import happens
+from implicitly.host import maybe_any
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
@@ -152,7 +152,7 @@ def _solved(
 
     def solution(found: Integrated, calls: int) -> Trajectory:
         # What f is now, after the solve: what it changes itself is its own affair.
-        interpolate = partial(again, _used(problem), problem.opened.kept())
+        interpolate = partial(again, _used(problem), problem.opened.snapshot())
         return _trajectory(problem, interpolate, found, calls)
 
     def report(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
@@ -200,7 +200,7 @@ def _interpolated(
     begin, end = problem.times[:, :1], problem.times[:, -1:]
     sign = (end - begin).detach().sign()
     outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
-    if happens(outside.any(1)) and bool(unwrapped(outside).any()):
+    if maybe_any(outside.any(1)) and bool(unwrapped(outside).any()):
         raise ValueError("interpolate: times must lie between the first and the last one of the solve")
     order = (sign * wanted.detach()).argsort(dim=1)
     times = wanted.expand(order.shape[0], -1).gather(1, order)
@@ -211,7 +211,7 @@ def _interpolated(
     # Eagerly: a graph would be made for each number of times.
     with as_then():
         values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
-    if happens(at_start):
+    if maybe_any(at_start):
         values = torch.where(at_start.unsqueeze(2), _moved_to(problem.y0.unsqueeze(1), values), values)
     back = order.argsort(dim=1).expand(len(values), -1).unsqueeze(2).expand_as(values)
     return problem.stacked(values.gather(1, back))
@@ -303,7 +303,7 @@ def tell(
     solution: Callable[[], Trajectory],
 ) -> None:
     """Announce samples that did not reach the end of a `solve`: "raise" with the `solution`, "warn", "ignore"."""
-    if on_failure == "ignore" or not happens(found.status != int(Status.CONVERGED)):  # one operation, usually
+    if on_failure == "ignore" or not maybe_any(found.status != int(Status.CONVERGED)):  # one operation, usually
         return
     found = Integrated(*(unwrapped(x.detach()) for x in found))
     failed = (~is_success(found.status)).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, happens
+from implicitly.host import Array, maybe_any
 from implicitly.ode.combine import advanced, as_length, stage_times
 from implicitly.ode.method import Memory, Method, Step, hermite
 from implicitly.ode.problem import Field, Problem
@@ -36,7 +36,7 @@ class Splitting:
     drifts: tuple[float, ...]
 
     @property
-    def moments(self) -> tuple[float, ...]:
+    def call_nodes(self) -> tuple[float, ...]:
         """The nodes at which a step calls f: for a drift, for the kick after it, and so on."""
         drifts, kicks = tuple(accumulate(self.kicks)), tuple(accumulate(self.drifts))
         pairs = zip(drifts, (*kicks[:-1], 1.0))
@@ -101,7 +101,7 @@ class Symplectic(Method):
     @property
     def nodes(self) -> tuple[float, ...]:
         """Those of drifts and kicks in turn."""
-        return self.splitting.moments
+        return self.splitting.call_nodes
 
     def checked(self, problem: Problem) -> Problem:
         """`problem`, a separable one."""
@@ -142,9 +142,9 @@ class Symplectic(Method):
         # `between` asks for the slopes at the ends, which a step does without.
         return Step(t, dt, y, torch.cat([q, p], dim=1), (force,), k, k, None)
 
-    def between(self, F: Field, step: Step, part: Tensor) -> Tensor:
+    def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output."""
-        begin, end = F.moments(stage_times(step.t, step.dt, (0.0, 1.0)))
+        begin, end = F.f_times(stage_times(step.t, step.dt, (0.0, 1.0)))
         return hermite(step._replace(k=F(begin, step.y), k1=F(end, step.y1)), part)
 
 
@@ -162,7 +162,7 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
     with torch.no_grad():
         assert problem.k0 is not None
         F, y, k = problem.field(*problem.theta), problem.y0.detach(), problem.k0.detach()
-        (moment,) = F.moments(problem.rows(problem.times)[:, 0].detach()[None])
+        (moment,) = F.f_times(problem.rows(problem.times)[:, 0].detach()[None])
         (q, p), (velocity, force) = halves(y), halves(k)
         for half, before, moved, place in (
             ("dq/dt", velocity, torch.cat([_elsewhere(q), p], dim=1), 0),
@@ -172,7 +172,7 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
             # Where f is undefined, at the start or beside it, nothing can be said.
             rounding = 100 * torch.finfo(problem.dtype).eps * before.abs().amax(1, keepdim=True).clamp(min=1e-30)
             wrong = (change > rounding) & change.isfinite()
-            if happens(wrong) and bool(unwrapped(wrong).any()):
+            if maybe_any(wrong) and bool(unwrapped(wrong).any()):
                 raise ValueError(
                     f"{name} needs a separable field: dq/dt of p and t alone, dp/dt of q and t alone, but {half} "
                     f"changed by {float(unwrapped(change.nan_to_num(0, 0, 0)).max()):.3g} when {half[1]} did. "

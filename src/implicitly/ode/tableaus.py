@@ -54,7 +54,7 @@ class Tableau:
         return len(self.b)
 
     @property
-    def moments(self) -> tuple[float, ...]:
+    def call_nodes(self) -> tuple[float, ...]:
         """The nodes at which a step of an explicit method calls f: all but the first, and the end."""
         return self.c[1:] if self.fsal else (*self.c[1:], 1.0)
 

@@ -98,6 +98,6 @@ def _advance(
     outputs: list[Tensor] = []
     for step in steps:
         stages = torch.stack([problem.times.new_full((y.shape[0],), step.t + c * step.dt) for c in nodes])
-        y, memory, passed = take(method, F, problem.times, step, F.moments(stages), y, memory)
+        y, memory, passed = take(method, F, problem.times, step, F.f_times(stages), y, memory)
         outputs += passed
     return y, memory, outputs, F.calls
