@@ -209,7 +209,7 @@ class Work:
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
-        self.failed = not bool(is_success(found.status).all())
+        self.failed = bool(found.status.any()) and not bool(is_success(found.status).all())
         halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
         self.report(self.method, found, halt, self.calls)
         return found

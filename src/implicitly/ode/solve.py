@@ -141,7 +141,8 @@ def odeint(
     if torch.compiler.is_dynamo_compiling():
         forget = not isinstance(adjoint, UnrolledAdjoint)
         return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
-    return _solved(solver, adjoint, replace(problem, warns=on_failure == "warn"), on_failure)
+    problem = replace(problem, warns=True) if on_failure == "warn" else problem
+    return _solved(solver, adjoint, problem, on_failure)
 
 
 def _solved(
@@ -221,17 +222,18 @@ def _used(problem: Problem) -> list[Used]:
     """The tensors that a solve depended on, but for those that f changes itself."""
     opened, theta = problem.opened, problem.theta
     kinds = ["a tensor of args"] * (len(theta) - len(opened.parameters)) + ["a parameter"] * len(opened.parameters)
-    named = [*zip(kinds, theta), *((f"'{name}'", x) for name, x, was in opened.constants if version(x) == was)]
-    shaped = [(f"{name} of shape {tuple(x.shape)}", x) for name, x in named]
-    return [(name, x, version(x)) for name, x in (("t", problem.times), ("y0", problem.y0), *shaped)]
+    given = zip(("t", "y0", *kinds), (problem.times, problem.y0, *theta))
+    own = [(f"'{name}'", x, was) for name, x, was in opened.constants if version(x) == was]
+    return [*((kind, x, version(x)) for kind, x in given), *own]
 
 
 def _check_unchanged(used: list[Used]) -> None:
     """Raise ValueError where what a solve depends on is not what it was any more."""
     for name, x, was in used:
         if version(x) != was:
+            which = name if name in ("t", "y0") else f"{name} of shape {tuple(x.shape)}"
             raise ValueError(
-                f"interpolate takes the steps of the solve again, but {name} was changed in place since the "
+                f"interpolate takes the steps of the solve again, but {which} was changed in place since the "
                 "solve. Call interpolate before the change, such as the step of an optimiser, or solve again"
             )
 
