@@ -108,7 +108,9 @@ class GMRES(LinearSolver):
         # of steps is asked for, all that remains may be what products of n numbers rounded at the solution.
         least = 10 * torch.finfo(z.dtype).eps
         spanned = length <= full * least
-        singular = spanned & (norm > row_norm(F.b) * (least * z.shape[1] ** 0.5))
+        singular = spanned
+        if maybe_any(spanned):
+            singular = spanned & (norm > row_norm(F.b) * (least * z.shape[1] ** 0.5))
         inverse = (1 / (length + spanned)).masked_fill(spanned, 0.0)
         inverses = write(inverses, slot, inverse)
         inverse = inverse[:, None]
