@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,6 @@ import numpy as np
 INTEGERS = (int, np.integer)
 NUMBERS = (float, int, np.floating, np.integer)
 
-ENDLESS = float("inf")
-
 
 class Must(NamedTuple):
     """What a number must be: in words, and as a test of a number, or of each entry of a tensor."""
@@ -21,9 +20,9 @@ class Must(NamedTuple):
     holds: Callable[[Any], Any]
 
 
-NONNEGATIVE = Must("a finite number >= 0", lambda x: (x >= 0) & (x < ENDLESS))
+NONNEGATIVE = Must("a finite number >= 0", lambda x: (x >= 0) & (x < math.inf))
 FINITE_AND_NONNEGATIVE = Must("finite and >= 0", NONNEGATIVE.holds)
-POSITIVE = Must("a positive number", lambda x: (x > 0) & (x < ENDLESS))
+POSITIVE = Must("a positive number", lambda x: (x > 0) & (x < math.inf))
 POSITIVE_OR_INFINITE = Must("positive", lambda x: x > 0)
 DAMPING = Must("in (0, 1]", lambda x: (x > 0) & (x <= 1))
 BELOW_ONE = Must("between 0 and 1", lambda x: (x > 0) & (x < 1))

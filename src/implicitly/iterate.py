@@ -24,9 +24,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
-from implicitly.checks import INTEGERS as INTEGERS
 from implicitly.checks import NONNEGATIVE, check_count, check_number
-from implicitly.checks import NUMBERS as NUMBERS
 from implicitly.host import LOOPS, maybe_any, on_host, remembered, to_host, views
 from implicitly.transforms import is_batched, is_cpu, is_wrapped, unwrapped
 from implicitly.tree import row_norm

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import check_on_failure
 from implicitly.graph_break import one_break_unless
 from implicitly.implicit import users_line
 from implicitly.iterate import Solution
@@ -125,8 +126,7 @@ class NeuralODE(nn.Module):
             raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
         if in_dims is not None and batch_dims == 0:
             raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
-        if on_failure not in ("raise", "warn", "ignore"):
-            raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+        check_on_failure(on_failure)
         for regulariser in regularisers:
             if not isinstance(regulariser, Regulariser):
                 raise TypeError(f"regularisers must hold such as KineticEnergy(), got {regulariser!r}")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
-from implicitly.iterate import NUMBERS, ConvergenceWarning, Status
+from implicitly.iterate import ConvergenceWarning, Status
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
@@ -81,8 +82,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             )
         if not isinstance(self.seminorm, bool):
             raise TypeError(f"BacksolveAdjoint: seminorm must be True or False, got {self.seminorm!r}")
-        if not isinstance(self.check, NUMBERS) or isinstance(self.check, bool):
-            raise TypeError(f"BacksolveAdjoint: check must be a number, got {self.check!r}")
+        check_kind("BacksolveAdjoint", "check", self.check, NUMBERS, f"a number, got {self.check!r}")
         if self.listen is not None and not callable(self.listen):
             raise TypeError(f"BacksolveAdjoint: listen must be a function of a number, got {self.listen!r}")
         if not self.check > 0:

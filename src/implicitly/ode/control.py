@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.checks import NUMBERS, check_kind
 from implicitly.host import Array, clamped, library, maybe_any, to_host
-from implicitly.iterate import NUMBERS
 from implicitly.ode.combine import advanced, as_length
 from implicitly.ode.problem import Field
 
@@ -48,8 +48,7 @@ class Controller:
     def __post_init__(self):
         for which in ("safety", "shrink", "grow", "integral", "proportional", "derivative"):
             value = getattr(self, which)
-            if not isinstance(value, NUMBERS) or isinstance(value, bool):
-                raise TypeError(f"Controller: {which} must be a number, got a {type(value).__name__}")
+            check_kind("Controller", which, value, NUMBERS, f"a number, got a {type(value).__name__}")
             if which != "grow" and not abs(value) < math.inf:
                 raise ValueError(f"Controller: {which} must be finite, got {value}")
         if not self.integral > 0:

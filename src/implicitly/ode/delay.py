@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import NUMBERS
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
 from implicitly.implicit import Opaque
-from implicitly.iterate import NUMBERS, Status, is_success
+from implicitly.iterate import Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method

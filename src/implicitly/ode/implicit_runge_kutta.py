@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitly.checks import BELOW_ONE, check_number
 from implicitly.host import Array, clamped, library, maybe_any, remembered, surely_all, to_host, to_tensor, views
 from implicitly.implicit import Backward, Condition, Report, attach, find
-from implicitly.iterate import NUMBERS, Solver, Status, repeat
+from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
@@ -89,10 +90,7 @@ class ImplicitRungeKutta(RungeKutta):
             )
         if tolerance is None:
             return
-        if not isinstance(tolerance, NUMBERS):
-            raise TypeError(f"{name}: stage_tolerance must be a number, got a {type(tolerance).__name__}")
-        if not 0 < tolerance < 1:
-            raise ValueError(f"{name}: stage_tolerance must be between 0 and 1, got {tolerance}")
+        check_number(name, "stage_tolerance", tolerance, BELOW_ONE)
         if solver is not None:
             raise ValueError(
                 f"{name}: a stage_solver has tolerances of its own, beside which stage_tolerance={tolerance:g} "

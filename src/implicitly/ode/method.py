@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.checks import NUMBERS, check_count, check_kind
 from implicitly.host import Array, all_now, on_host, to_host, to_tensor
-from implicitly.iterate import INTEGERS, NUMBERS
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
 from implicitly.transforms import unwrapped
@@ -82,10 +82,7 @@ class Method(ABC):
         if self.dt is None and not self.adaptive:
             raise ValueError(f"{name} does not estimate its error, so its steps cannot adapt: pass {name}(dt=...)")
         self._check_lengths(name)
-        if not isinstance(self.max_steps, INTEGERS) or isinstance(self.max_steps, bool):
-            raise TypeError(f"{name}: max_steps must be an int, got {self.max_steps!r}")
-        if self.max_steps < 1:
-            raise ValueError(f"{name}: max_steps must be at least 1, got {self.max_steps}")
+        check_count(name, "max_steps", self.max_steps)
         if not isinstance(self.controller, Controller):
             raise TypeError(f"{name}: controller must be an im.Controller(...), got {self.controller!r}")
         if not callable(self.norm):
@@ -100,8 +97,7 @@ class Method(ABC):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for which in ("rtol", "atol"):
             value = getattr(self, which)
-            if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Tensor)):
-                raise TypeError(f"{name}: {which} must be a number or a tensor, got {value!r}")
+            check_kind(name, which, value, (*NUMBERS, Tensor), f"a number or a tensor, got {value!r}")
             if isinstance(value, NUMBERS):  # the usual case; a tensor of it takes longer to make
                 right = 0 <= value < float("inf")
             else:
@@ -115,11 +111,12 @@ class Method(ABC):
             value = getattr(self, which)
             if value is None and which in ("dt", "dt0"):
                 continue
-            if not isinstance(value, NUMBERS) or isinstance(value, bool):
-                raise TypeError(
-                    f"{name}: {which} must be a number, got a {type(value).__name__}; of a tensor pass "
-                    "float(...), as no derivative goes through the lengths of steps"
-                )
+            words = (
+                f"a number, got a {type(value).__name__}; of a tensor pass float(...), as no derivative goes "
+                "through the lengths of steps"
+            )
+            check_kind(name, which, value, NUMBERS, words)
+            assert value is not None
             if which in ("dt", "dt0") and not 0 < value < float("inf"):
                 raise ValueError(
                     f"{name}: {which} must be a finite number > 0 (t says the direction), got {value}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.checks import check_on_failure
 from implicitly.compiled import CompileWarning
 from implicitly.graph_break import one_break, one_break_unless
 from implicitly.host import maybe_any
@@ -349,8 +350,7 @@ def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Even
     if compile and (what := _ungraphed(solver, events)) is not None:
         message = f"odeint: compile=True has no one graph for {what}; the eager loop runs instead"
         warnings.warn(message, CompileWarning, stacklevel=users_line())
-    if on_failure not in ("raise", "warn", "ignore"):
-        raise ValueError(f'on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+    check_on_failure(on_failure)
 
 
 def _ungraphed(solver: Method, events: tuple[Event, ...]) -> str | None:
