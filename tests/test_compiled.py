@@ -6,6 +6,7 @@ code of them takes; which graphs there are is the same.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -105,14 +106,24 @@ def program(x, W, compile):
     return im.qp(Q.expand(len(x), -1, -1) * 1, x, W.expand(len(x), -1, -1) * 1, x * 0 + 1, compile=compile).value
 
 
+def cell(z, x, W):
+    return torch.tanh(z @ W / 8) + x
+
+
+def equilibrium(x, W, compile):
+    options = {"solver": im.FixedPointIteration(rtol=1e-12), "adjoint": im.ImplicitAdjoint(rtol=1e-11)}
+    return im.fixed_point(cell, x, x, W, compile=compile, **options).value
+
+
 @pytest.mark.parametrize(
     "run",
     [
+        equilibrium,
         partial(trajectory, im.RecursiveCheckpointAdjoint()),
         partial(trajectory, im.BacksolveAdjoint()),
         program,
     ],
-    ids=["odeint", "backsolve", "qp"],
+    ids=["fixed_point", "odeint", "backsolve", "qp"],
 )
 def test_the_second_batch_size_leaves_the_size_open_backwards_too(traced, run):
     W = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
@@ -124,6 +135,14 @@ def test_the_second_batch_size_leaves_the_size_open_backwards_too(traced, run):
         assert_close(found, right, rtol=1e-9, atol=1e-9)
     assert sorted(graph.calls for graph in im.compile_statistics()) in ([1, 1, 3, 3], [1, 2, 3, 6])
     assert all(graph.fallback is None for graph in im.compile_statistics())
+
+
+def test_a_size_that_cannot_be_left_open_is_no_error_in_the_log(traced, caplog):
+    constant = torch.ones(7, 1)
+    f = lambda z, x: 0.3 * torch.tanh(z) * (constant if len(z) == 7 else 1) + x  # noqa: E731
+    for batch in (5, 3, 7):
+        assert_right(f, torch.randn(batch, 4))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_code_is_generated_for_a_size_that_is_open(monkeypatch):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -75,9 +76,9 @@ class _NotTracedError(Exception):
 
 @dataclass(frozen=True)
 class Make:
-    """Gives the function of a graph, where that takes work."""
+    """Gives the function of a graph, where that takes work, for (tensor, dimension) of sizes left open."""
 
-    make: Callable[[], Callable[..., Any]]
+    make: Callable[[_Places], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def run_as_graph(
         if check is not None and new:
             check.of()
         if run is None and (run := _begun(graph, function, in_c)) is None:
-            return None
+            return again() if graph.abandoned else None
         outcome = _outcome(graph, run, tensors, is_right)
     if outcome is _TRY_AGAIN:
         return again()  # no size is left open again
@@ -221,7 +222,8 @@ def _outcome(
 
     try:
         graph.mark(tensors)
-        out = run(*tensors)
+        with _quietly() if graph.varying else nullcontext():
+            out = run(*tensors)
         if is_right is None or is_right(out):
             done = True
             _note_call(graph, time.perf_counter() - begin)
@@ -259,11 +261,28 @@ def _outcome(
         made.fixed = True
     finally:
         if not done:  # perhaps interrupted amid compilation: it is not used again
-            with _lock:
-                graph.abandoned = True
-                if _graphs.get(graph.index) is graph:
-                    del _graphs[graph.index]
+            _abandon(graph)
     return _TRY_AGAIN
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the compiler logs in this thread of a size that cannot be left open, before it raises that."""
+    log, thread = logging.getLogger("torch._guards"), threading.get_ident()
+    others = lambda record: record.thread != thread  # noqa: E731
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)
+
+
+def _abandon(graph: _Graph) -> None:
+    """Use `graph` no more."""
+    with _lock:
+        graph.abandoned = True
+        if _graphs.get(graph.index) is graph:
+            del _graphs[graph.index]
 
 
 def _note_call(graph: _Graph, seconds: float) -> None:
@@ -362,16 +381,20 @@ def _within_capacity() -> str | None:
 
 
 def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Callable[..., Any] | None:
-    """What is to run as `graph`; None where it cannot be made, which is then known."""
+    """What is to run as `graph`; None where it cannot be made, which is then known, or it is abandoned."""
+    made = _problems.setdefault(graph.index[0], _Made())
     if isinstance(function, Make):
         begin = time.perf_counter()
         try:
-            function = function.make()
+            function = function.make(graph.varying)
         except CannotSplitError as error:
-            _fall_back(graph, str(error), time.perf_counter() - begin)
+            if graph.varying:
+                made.fixed = True
+                _abandon(graph)
+            else:
+                _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
-    made = _problems.get(graph.index[0])
-    function = carrying(function) if made is not None and made.carried else function
+    function = carrying(function) if made.carried else function
     # PyTorch 2.11 fails at loops there.
     in_c = in_c and LOOPS.known and all(device.type == "cpu" for *_, device in graph.shapes)
     graph.run = _compile(function, None if graph.varying else False, in_c, graph.begin_anew)
@@ -551,10 +574,10 @@ class _Solves:
         found, name = None, f"{condition.name} with {type(solver).__name__}"
         small = not is_cpu(b) or b.nbytes <= LARGE
         if small and not self.eager:
-            make = Make(partial(_transposed_search, solver, condition, self.own.residual, *theta[1:]))
+            make = Make(partial(_transposed_search, solver, condition, self.own.residual, theta[1:]))
             right = partial(is_as_claimed, solver, condition, theta)
             key = (self.own.name, self.key, solver, "pullback")
-            found = run_as_graph(name, key, make, *theta, in_c=not solver.nests, is_right=right)
+            found = run_as_graph(name, key, make, *theta, varies=True, in_c=not solver.nests, is_right=right)
         if found is None:
             return search(solver, condition, u0, theta, b)
         found = Found(*found)
@@ -562,11 +585,15 @@ class _Solves:
 
 
 def _transposed_search(
-    solver: Solver, condition: Condition, residual: Callable[..., Tensor], z: Tensor, *theta: Tensor
+    solver: Solver,
+    condition: Condition,
+    residual: Callable[..., Tensor],
+    theta: tuple[Tensor, ...],
+    varying: _Places,
 ) -> Callable[..., Found]:
-    """The `search` for the linear `condition`, whose operator is the pullback of `residual`, as a function of its
-    tensors, from zero."""
-    prepare, pull = split_pullback(residual, z, theta)
+    """The `search` for the linear `condition`, whose operator is the pullback of `residual` at `theta` (z, ...): a
+    function of its tensors, (b, z, ...) with sizes that are `varying`, from zero."""
+    prepare, pull = split_pullback(residual, theta[0], theta[1:], [(i - 1, dim) for i, dim in varying if i > 0])
 
     def bind(*inputs: Tensor) -> Map:
         saved = prepare(*inputs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymFloat, SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.func import functionalize, vjp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,54 +20,104 @@ class CannotSplitError(ValueError):
 
 
 def split_pullback(
-    f: Callable[..., Tensor], z: Tensor, theta: Sequence[Tensor]
+    f: Callable[..., Tensor], z: Tensor, theta: Sequence[Tensor], varying: Sequence[tuple[int, int]] = ()
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """`(prepare, pull)`: `pull(u, *prepare(z, *theta))` is the cotangent of z for that u of `f(z, *theta)`.
 
     A loop of `torch.compile` cannot pull back through what is recorded outside of it, and to record inside would
-    call f for each product. The graphs have no derivative of their own. They hold the sizes and settings of this
-    call, and other tensors that f uses, in which they see what is changed in place.
+    call f for each product. The graphs have no derivative of their own. They hold the settings of this call, other
+    tensors that f uses, in which they see what is changed in place, and the sizes of this call, save that of the
+    batch where it is `varying`: (i, dim) of `(z, *theta)`, that of z among them.
 
-    Raises CannotSplitError where f looks at numbers, or leaves what can be written down.
+    Raises CannotSplitError where f looks at numbers, or at that size, or leaves what can be written down.
     """
 
     def pulled(u: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         return vjp(lambda z: f(z, *theta), z)[1](u)[0]
 
     inputs = (torch.zeros_like(z), z, *theta)
-    with torch.no_grad(), _Tape(inputs) as tape:
+    sizes = _Sizes(inputs, varying) if varying else None
+    opened = inputs if sizes is None else sizes.opened
+    with torch.no_grad(), nullcontext() if sizes is None else sizes.within(), _Tape(opened, sizes) as tape:
         try:
-            value = functionalize(pulled)(*inputs)
+            value = functionalize(pulled)(*opened)
         except RuntimeError as error:  # if f is wrong, the eager loop says so
             raise CannotSplitError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    if sizes is not None and sizes.are_looked_at:
+        raise CannotSplitError("f looks at the size of the batch")
     u, *others = tape.inputs
     moving = {u}
     for node in tape.graph.nodes:
         if moving.intersection(node.all_input_nodes):
             moving.add(node)
     once = [x for node in tape.graph.nodes if node in moving for x in node.all_input_nodes if x not in moving]
-    saved = list(dict.fromkeys(of for x in once for of in _without_views(x)))
+    saved = list(dict.fromkeys(of for x in once for of in tape.without_views(x)))
     return tape.part(others, saved), tape.part([u, *saved], tape.node(value))
+
+
+class _Sizes:
+    """Tensors without numbers and of open sizes: `opened`, like `inputs`, the first as the second."""
+
+    def __init__(self, inputs: Sequence[Tensor], varying: Sequence[tuple[int, int]]):
+        # Imported on first use, as they take long.
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+        if (0, 0) not in varying:
+            raise CannotSplitError("what varies is not the batch")
+        self._env = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        opened = []
+        for i, x in enumerate(inputs):
+            of = max(i - 1, 0)
+            sizes = [DimDynamic.DUCK if (of, dim) in varying else DimDynamic.STATIC for dim in range(x.ndim)]
+            how = StatelessSymbolicContext(dynamic_sizes=sizes)
+            opened.append(self._mode.from_tensor(x.detach(), symbolic_context=how))
+        self.opened, self._unseen = tuple(opened), 0
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Where it is computed with them."""
+        with enable_python_dispatcher(), self._mode:
+            yield
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        """Where one operation is computed: how it goes about that may depend on sizes, and not what comes out."""
+        before = len(self._env.guards)
+        yield
+        self._unseen += len(self._env.guards) - before
+
+    @property
+    def are_looked_at(self) -> bool:
+        """Whether something else may be computed for other sizes, or there are none."""
+        return len(self._env.guards) > self._unseen or self.opened[1].shape[0].node.expr.is_number
 
 
 class _Tape(TorchDispatchMode):
     """Writes operations down as a graph. What PyTorch has for that is not for several threads."""
 
-    def __init__(self, inputs: Sequence[Tensor]):
+    def __init__(self, inputs: Sequence[Tensor], sizes: _Sizes | None):
         super().__init__()
+        self.operation = nullcontext if sizes is None else sizes.operation
         self.graph, self.tensors = fx.Graph(), {}
         # By what they are, not by their values; held, so that none takes the place of another.
         self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self.inputs = [self.graph.placeholder(f"input_{i}") for i in range(len(inputs))]
         for x, node in zip(inputs, self.inputs):
             self.nodes[id(x)] = x, node
+        # That of the batch, where it is open, and what follows from it.
+        self.batch: Any = inputs[0].shape[0]
+        self.sizes = [_batch_of(self.graph, self.inputs[1])]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise CannotSplitError("f looks at a number of its tensors, on which it may depend what it computes")
-        value = func(*args, **kwargs)
+        with self.operation():
+            value = func(*args, **kwargs)
         given = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
+        given = pytree.tree_map_only((SymInt, SymFloat), self.size, given)
         node = self.graph.call_function(func, *given)
         if isinstance(value, Tensor):
             self.nodes[id(value)] = value, node
@@ -83,11 +135,30 @@ class _Tape(TorchDispatchMode):
             self.nodes[id(x)] = x, self.graph.get_attr(name)
         return self.nodes[id(x)][1]
 
+    def size(self, number: SymInt | SymFloat) -> Any:
+        """What follows from the size of the batch."""
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        known = len(self.graph.nodes)
+        batch = {self.batch.node.expr: fx.Proxy(self.sizes[0])}
+        value = sympy_interp(PythonReferenceAnalysis, batch, number.node.expr)
+        self.sizes += list(self.graph.nodes)[known:]
+        return value.node if isinstance(value, fx.Proxy) else value
+
+    def without_views(self, node: fx.Node) -> Iterable[fx.Node]:
+        """The nodes of which `node` is a view, as a loop refuses tensors that share memory; no sizes."""
+        if node in self.sizes:
+            return ()
+        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+        return (of for x in node.all_input_nodes for of in self.without_views(x)) if is_view else (node,)
+
     def part(self, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node] | fx.Node) -> fx.GraphModule:
-        """From `inputs` to `outputs`."""
+        """From `inputs`, of which the first has a row for each sample, to `outputs`."""
         several = isinstance(outputs, Sequence)
         graph, needed, stack = fx.Graph(), set(), list(outputs) if several else [outputs]
         copied = {node: graph.placeholder(node.name) for node in inputs}
+        copied[self.sizes[0]] = _batch_of(graph, copied[inputs[0]])
         while stack:
             node = stack.pop()
             if node not in copied and node not in needed:
@@ -101,7 +172,5 @@ class _Tape(TorchDispatchMode):
         return fx.GraphModule({name: x for name, x in self.tensors.items() if name in held}, graph)
 
 
-def _without_views(node: fx.Node) -> Iterable[fx.Node]:
-    """The nodes of which `node` is a view: a loop refuses tensors that share memory."""
-    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-    return (of for x in node.all_input_nodes for of in _without_views(x)) if is_view else (node,)
+def _batch_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return graph.call_function(torch.ops.aten.sym_size.int, (node, 0))

@@ -135,7 +135,7 @@ def test_buffers_and_tensors_that_f_closes_over_are_seen_to_change(traced, x):
 
 def test_a_graph_that_is_wrong_is_given_up(traced, x, monkeypatch):
     right = compiled.split_pullback
-    monkeypatch.setattr(compiled, "split_pullback", lambda f, z, theta: right(lambda *a: 0.5 * f(*a), z, theta))
+    monkeypatch.setattr(compiled, "split_pullback", lambda f, *of: right(lambda *a: 0.5 * f(*a), *of))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         with pytest.warns(im.CompileWarning, match="its answer is wrong"):
@@ -231,3 +231,56 @@ def test_a_pullback_in_two_parts():
         for node in pull.graph.nodes
         if node.op == "call_function" and "aten" in str(node.target)
     }
+
+
+def test_a_pullback_of_any_batch():
+    cell = ImageCell(8, 16, 4)
+    names, parameters = zip(*((name, p.detach()) for name, p in cell.named_parameters()))
+
+    def f(z, x, *parameters):
+        z = z.unflatten(1, (8, 5, 5))
+        return torch.func.functional_call(cell, dict(zip(names, parameters)), (z, x)).flatten(1)
+
+    def inputs(batch):
+        return torch.randn(batch, 200), torch.randn(batch, 200), (torch.randn(batch, 8, 5, 5), *parameters)
+
+    _, z, theta = inputs(3)
+    prepare, pull = split_pullback(f, z, theta, varying=[(0, 0), (1, 0)])
+    for batch in (3, 7, 2):
+        u, z, theta = inputs(batch)
+        assert_close(pull(u, *prepare(z, *theta)), vjp(lambda z, theta=theta: f(z, *theta), z)[1](u)[0])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, x: 0.3 * torch.tanh(z) * (0.5 if len(z) > 4 else 1) + x,
+        lambda z, x: 0.3 * torch.tanh(z) * (0.5 if z.shape[0] > 4 else 1) + x,
+        lambda z, x: 0.3 * torch.tanh(z) * torch.ones(3, 1, dtype=D) + x,
+    ],
+    ids=["its length", "a branch", "a tensor"],
+)
+def test_a_pullback_of_one_size_of_the_batch_is_none_of_any(f):
+    z, x = torch.ones(3, 2, dtype=D), torch.ones(3, 2, dtype=D)
+    with pytest.raises(CannotSplitError, match="size of the batch"):
+        split_pullback(f, z, (x,), varying=[(0, 0), (1, 0)])
+    split_pullback(f, z, (x,))
+
+
+def test_what_varies_must_be_the_batch():
+    x = torch.ones(5, dtype=D)
+    with pytest.raises(CannotSplitError, match="not the batch"):
+        split_pullback(lambda z, x: z * x.sum(), torch.ones(3, 2, dtype=D), (x,), varying=[(1, 0)])
+
+
+def test_a_function_that_looks_at_the_size_of_the_batch_has_a_graph_for_each(traced):
+    cell = Cell()
+
+    def f(z, x):
+        return cell(z, x) * (0.5 if len(z) > 4 else 1)
+
+    for batch in (5, 3, 7):
+        x = torch.randn(batch, 4, dtype=D, requires_grad=True)
+        assert_same(f, x, parameters=tuple(cell.parameters()))
+    assert [graph.shapes[0][0] for graph in backward_graphs()] == [(5, 4), (3, 4), (7, 4)]
+    assert all(graph.calls == 1 and graph.fallback is None for graph in backward_graphs())

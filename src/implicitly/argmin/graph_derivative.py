@@ -56,7 +56,7 @@ def solve_as_graph(
         blank = replace(condition.bare(), bind=_unbound)
         settings = {"rtol": solver.rtol, "atol": solver.atol, "max_steps": min(STEPS, solver.max_steps)}
 
-        def make() -> Callable[..., Found]:
+        def make(_: object) -> Callable[..., Found]:
             return lambda b, *tensors: _solve(
                 _ByFactors(jacobian=put_together(form, tensors), **settings), blank, b
             )
