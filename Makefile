@@ -18,13 +18,14 @@ JAX_INSTALLED := $(JAX_VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-input -c constraints.txt
 EDITABLE := --no-build-isolation --editable
 LOG := $(VENV)/install.log
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # What make of before version 4, as on a Mac, does not know.
 SYNCED := $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 SAY_FAILED := tail -n 15 $(LOG) >&2; echo "==> Installing failed. All that pip said is in $(LOG)." >&2; exit 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help tour test lint types format bench bench-smoke smoke-families smoke-gpu clean
+.PHONY: help tour test test-slow lint types format bench bench-smoke smoke-families smoke-gpu clean
 
 help:  ## Show this
 	@echo "implicitly: implicit layers for PyTorch"
@@ -38,7 +39,10 @@ tour: $(INSTALLED)  ## Train a model, see the memory it saves, check its gradien
 	@$(BIN)/implicitly tour $(ARGS)
 
 test: $(INSTALLED)  ## Run the tests on all cores
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## Run those tests that take longest: trainings, generated code, more graphs of the compiler
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## Check style and format
 	@$(BIN)/ruff check .

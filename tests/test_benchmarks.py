@@ -80,6 +80,7 @@ def test_a_peer_on_jax_that_does_not_start_says_why(monkeypatch):
         JaxProcess("jax_none", {}).__enter__()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not elsewhere.JAX_PYTHON.exists(), reason="`make bench` has not set up JAX's environment")
 def test_a_peer_on_jax_solves_the_same_problem_and_times_itself():
     f = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))

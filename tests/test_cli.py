@@ -181,6 +181,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
         main(["fit", "second"])
 
 
+@pytest.mark.slow
 def test_fit_is_quiet_and_can_be_resumed(tmp_path, capsys):
     """Warnings are errors, stderr stays empty, and nothing but the recipe speaks."""
     pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")

@@ -115,6 +115,7 @@ def equilibrium(x, W, compile):
     return im.fixed_point(cell, x, x, W, compile=compile, **options).value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [
@@ -329,6 +330,7 @@ def test_a_history_that_lies_outside_of_the_loop_is_that_of_the_eager_one(traced
     assert_close(found, right, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_loops_of_what_differentiates_carry_what_they_remember():
     def energy(z, x):
         return (torch.cosh(z).log() + 0.5 * (z - x).square()).sum()
@@ -442,6 +444,7 @@ def in_a_process(tmp_path, **environment):
     return json.loads(out.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     # PyTorch 2.13 caches no graphs with a while_loop as a whole ("Can't cache HigherOrderOperator"); what the C++
     # compiler made, which takes most of the time, it finds again.
@@ -454,6 +457,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert second_s < first_s
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_eager_loop_runs_and_says_so(tmp_path):
     right, _, fallback, _, told = in_a_process(tmp_path, CXX="/nonexistent")
     assert right

@@ -423,7 +423,16 @@ def graphs() -> int:
 BY_INDUCTOR = ["DEQ, free", "NeuralODE"]
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE.keys() - set(BY_INDUCTOR)))
+LONG = {"Dopri8", "DEQ, warm", "backwards in time"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
+        for name in sorted(WHOLE.keys() - set(BY_INDUCTOR))
+    ],
+)
 def test_known_numbers_of_steps_are_no_break(name):
     model, x = Around(WHOLE[name]()).double(), batch()
     eager = copy.deepcopy(model)
@@ -458,6 +467,7 @@ def test_what_is_logged_of_a_solve_in_a_graph():
         assert layer.solution.evaluations == eager.solution.evaluations
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=20)
 def test_other_lengths_times_and_batches_make_graphs_of_their_own():
     model = Around(im.nn.NeuralODE(Field(), (0.0, 1.0), im.Euler(dt=1.0))).double()
@@ -479,6 +489,7 @@ def test_other_lengths_times_and_batches_make_graphs_of_their_own():
     assert breaks() == 0
 
 
+@pytest.mark.slow
 def test_samples_that_fail_are_told_by_their_status_and_have_no_gradient():
     class Logarithm(Plain):
         def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -537,6 +548,7 @@ def test_the_steps_of_a_graph_are_those_of_eager():
     assert steps_of((0.0, float("nan")), 0.1, 100, False) == steps_of((0.0,), 0.1, 100, False) == ()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_in_a_graph_too():
     def saved(adjoint) -> int:
         torch._dynamo.reset()
@@ -625,6 +637,7 @@ def test_functions_called_in_it_are_not_traced_either():
     assert breaks() == 1
 
 
+@pytest.mark.slow
 def test_the_compiler_is_not_imported_for_it():
     code = (
         "import sys, torch, implicitly as im\n"

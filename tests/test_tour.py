@@ -20,6 +20,7 @@ def shorter(monkeypatch):
     monkeypatch.setattr(tour, "POLYTOPE_OVERLAP", 0.7)
 
 
+@pytest.mark.slow
 def test_tour_leaves_what_its_summary_names(tmp_path, capsys):
     status = tour.main(tour.Config(out=tmp_path, epochs=1, accuracy=0.7))
     text = capsys.readouterr().out

@@ -182,6 +182,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["system", "samples"])
 @pytest.mark.parametrize("name", MIXED)
 def test_states_with_real_and_complex_leaves_have_all_derivatives(name, lead):

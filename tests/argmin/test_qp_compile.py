@@ -121,6 +121,7 @@ def test_one_graph_serves_all_calls_of_a_shape(traced):
     assert counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.slow
 def test_other_options_are_other_graphs(traced):
     args = program(batch=5, n=6, m=8, q=1)
     few = assert_same(*args, solver=im.InteriorPoint(max_steps=1, rtol=1e-12))
@@ -129,6 +130,7 @@ def test_other_options_are_other_graphs(traced):
     assert few.steps.max() <= 1 < many.steps.max()
 
 
+@pytest.mark.slow
 def test_how_many_samples_are_left_makes_no_other_graph(traced):
     """Of 16 samples, up to two are left to the graph for few, more to that for all."""
     Q, p, G, h = program(batch=16, n=4, m=5, q=0, seed=13)[:4]
@@ -244,6 +246,7 @@ def test_a_finished_sample_stays_where_it_is_whatever_becomes_of_its_factor():
 # --------------------------------------------------------------------------------------------- code, and none
 
 
+@pytest.mark.slow
 def test_code_is_generated():
     with warnings.catch_warnings():
         warnings.simplefilter("error", im.CompileWarning)

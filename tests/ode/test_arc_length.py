@@ -41,6 +41,7 @@ def exact_slope(mu: float, t) -> float:
     return (high - low) / (2 * h)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_a_jump_is_that_of_the_solution():
     """x leaves 2 slowly and jumps to -2 and back; when, depends on mu."""
     exact = exact_slope(30.0, (0.0, 60.0))
@@ -93,6 +94,7 @@ def test_forward_mode_transforms_and_second_derivatives_agree():
     torch.testing.assert_close(mapped[0], reverse[0], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_samples_have_their_own_lengths():
     mu, y0 = tensor(0.5, 20.0, 3.0), tensor(2.0, 0.0).repeat(3, 1)
     at = mu[:, None].clone().requires_grad_()

@@ -81,9 +81,16 @@ METHODS = [
     (im.ReversibleHeun(rtol=1e-3), 1, 4),
     (im.Adams(order=4, rtol=1e-4), 2, 4),
 ]
+SLOW = (im.Dopri8, im.ReversibleHeun, im.Adams)
 
 
-@pytest.mark.parametrize(("method", "end", "times"), METHODS, ids=[type(m).__name__ for m, *_ in METHODS])
+@pytest.mark.parametrize(
+    ("method", "end", "times"),
+    [
+        pytest.param(m, *how, id=type(m).__name__, marks=[pytest.mark.slow] * isinstance(m, SLOW))
+        for m, *how in METHODS
+    ],
+)
 def test_takes_the_steps_of_the_eager_loop(traced, method, end, times, monkeypatch):
     monkeypatch.setattr(graph, "WINDOW", 3)
     y0, t = torch.randn(3, 2, dtype=D), torch.linspace(0, end, times, dtype=D)
@@ -138,6 +145,7 @@ def test_an_implicit_method_solves_its_stage_inside_of_the_graph(traced):
     assert sorted(graph.name.startswith("the derivative") for graph in traced.values()) == [False, True]
 
 
+@pytest.mark.slow
 def test_long_solves_and_times_of_each_sample_one_of_them_backwards(traced, monkeypatch):
     monkeypatch.setattr(graph, "CHUNK", 6)
     t = torch.tensor([[0.0, 1, 2], [1.5, 1, 0.5], [0, 0.1, 4]], dtype=D)
@@ -189,6 +197,7 @@ class Net(nn.Module):
         return self.net(y) * (self.factor if self.training else 2.0)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_a_training_run(traced):
     net, y0 = Net(), torch.randn(6, 2)
     compiled_layer, eager = (im.nn.NeuralODE(net, solver=METHOD, compile=c) for c in (True, False))
@@ -206,6 +215,7 @@ def test_one_graph_serves_a_training_run(traced):
     assert len(traced) == 2  # made anew in its place
 
 
+@pytest.mark.slow
 def test_a_layer_that_decides_once_and_regularises(traced):
     f = im.nn.TimeSequential(nn.Linear(2, 8), nn.Tanh(), im.nn.Dropout(0.5), nn.Linear(8, 2))
     options = {"solver": im.Bosh3(), "regularisers": (im.nn.KineticEnergy(),)}
@@ -231,6 +241,7 @@ class Rates(nn.Module):
         return torch.stack([back - slow, slow - fast - back, fast], dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [im.ImplicitEuler(dt=1e-4), im.Bosh3()], ids=lambda m: type(m).__name__)
 def test_a_field_that_takes_its_parameters_apart(traced, method):
     method = replace(method, rtol=1e-6, atol=1e-12)
@@ -299,6 +310,7 @@ def trajectory_of(value):
     return node.work
 
 
+@pytest.mark.slow
 def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
     w = torch.tensor(0.8, dtype=D, requires_grad=True)
     value = im.odeint(turning, torch.randn(2, dtype=D), (0.0, 1.0), w, solver=im.Heun(dt=0.2), compile=True).value
@@ -309,6 +321,7 @@ def test_graphs_keep_nothing_of_the_solve_that_made_them(traced):
     assert left() is None
 
 
+@pytest.mark.slow
 def test_derivatives_by_some_inputs_only(traced):
     net, y0 = Net(), torch.randn(4, 2)
     first, *others = net.parameters()
@@ -330,6 +343,7 @@ def test_a_derivative_of_the_backward_pass(traced):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 def test_a_backward_pass_of_an_implicit_method_is_that_of_its_noted_steps(traced, monkeypatch):
     for module, name, value in ((graph, "WINDOW", 2), (graph_adjoint, "BLOCK", 8)):
         monkeypatch.setattr(module, name, value)
@@ -351,6 +365,7 @@ def test_a_backward_pass_of_an_implicit_method_is_that_of_its_noted_steps(traced
     torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [METHOD, im.Dopri8(), im.Adams(order=3, rtol=1e-3), im.ReversibleHeun(rtol=1e-3)],
@@ -376,6 +391,7 @@ def test_lengths_that_are_constant_in_arc_length(traced, method, monkeypatch):
     assert kinds.count(True) == 1 + both
 
 
+@pytest.mark.slow
 def test_an_implicit_method_with_lengths_constant_in_arc_length(traced, monkeypatch):
     monkeypatch.setattr(graph_adjoint, "BLOCK", 8)
 
@@ -394,6 +410,7 @@ def test_an_implicit_method_with_lengths_constant_in_arc_length(traced, monkeypa
     torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_of_an_implicit_method_are_those_of_finite_differences(traced):
     y0, w = (0.5 * torch.randn(2, 2, dtype=D)).requires_grad_(), number(0.8).requires_grad_()
     t = torch.tensor([1.0, 0.6, 0.33, 0.04], dtype=D, requires_grad=True)
@@ -406,6 +423,7 @@ def test_derivatives_of_an_implicit_method_are_those_of_finite_differences(trace
     assert len(traced) == 2
 
 
+@pytest.mark.slow
 def test_samples_that_failed_have_no_part_in_derivatives_of_an_implicit_method(traced):
     # The second cannot begin, and the third blows up.
     y0, w = torch.tensor([[0.3], [float("nan")], [2.0], [0.2]], dtype=D), number(1.0)
@@ -420,6 +438,7 @@ def test_samples_that_failed_have_no_part_in_derivatives_of_an_implicit_method(t
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_calls_of_an_implicit_backward_pass_are_counted_with_those_of_its_iterations(traced):
     told = []
     y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D, requires_grad=True), (0.0, 0.5)
@@ -456,6 +475,7 @@ def test_where_a_backward_pass_cannot_be_a_graph_it_is_swept(traced, monkeypatch
 # --------------------------------------------------------------------------------------------- where none is had
 
 
+@pytest.mark.slow
 def test_code_is_generated_for_a_network():
     """Of samples with outputs between: traced alone, as above, a loop may hold a constant tensor, of which the
     compiler makes no valid code. The method has few stages, as the time that code takes grows with them; both
@@ -487,6 +507,7 @@ def test_code_is_generated_for_a_network():
     assert len(im.compile_statistics()) == count
 
 
+@pytest.mark.slow
 def test_code_is_generated_for_a_method_of_several_steps():
     y0, t = torch.randn(3, 2, dtype=D), torch.linspace(0, 0.5, 4, dtype=D)
     with warnings.catch_warnings():

@@ -46,6 +46,7 @@ def test_outputs_between_and_times_of_each_sample(traced):
     assert names(traced) == ["odeint", "the"]
 
 
+@pytest.mark.slow
 def test_a_solver_of_its_own_and_args_of_each_sample(traced):
     y0, w, t = (
         torch.randn(3, 2, dtype=D),
@@ -98,6 +99,7 @@ class Net(nn.Module):
         return self.net(y)
 
 
+@pytest.mark.slow
 def test_a_layer_counts_the_calls_of_its_graph_and_trains(traced):
     told, net, y0 = [], Net(), torch.randn(5, 2)
     adjoint = im.BacksolveAdjoint(listen=told.append)

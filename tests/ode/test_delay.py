@@ -144,6 +144,7 @@ def test_gradients_are_those_of_finite_differences(adjoint):
         assert gradient.tolist() == pytest.approx(numeric, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", ADJOINTS[:2], ids=lambda a: type(a).__name__)
 def test_derivatives_are_exact_for_the_steps_taken(adjoint):
     def run(*given):

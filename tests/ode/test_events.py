@@ -137,6 +137,7 @@ def test_first_and_second_derivatives_are_finite_differences_in_both_modes(adjoi
     assert torch.autograd.gradgradcheck(both, (y0, length))
 
 
+@pytest.mark.slow
 def test_transforms_of_torch_func_agree():
     y0, length = tensor(1.2, 0.1), tensor(0.7)
     adjoint = im.RecursiveCheckpointAdjoint()

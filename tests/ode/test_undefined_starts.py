@@ -180,6 +180,7 @@ def test_f_is_called_no_more_often_where_none_failed():
         assert len(calls) == solution.evaluations + again
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("adjoint", [ADJOINTS[0], ADJOINTS[2]], ids=lambda a: type(a).__name__)
 def test_a_graph(traced, adjoint):

@@ -119,6 +119,7 @@ def test_batches_cover_every_row_once_and_depend_on_the_seed_alone(data):
 # --- Training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_learn_the_digits_and_one_table_compares_them(tmp_path, capsys):
     config = small(out=tmp_path / "run", learning_rate=1e-2, epochs=5)
     results = main(config)
@@ -194,6 +195,7 @@ def test_mixed_precision_has_the_gradient_of_full_precision(data):
     assert (half - full).norm() < 0.25 * full.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
 def test_precisions_train(data, tmp_path, precision, dtype):
     for name in SMALL.models:
@@ -267,6 +269,7 @@ def interrupted(config, data, folder, epoch, monkeypatch, name="deq"):
             fit(name, config, data, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deq", "quick"])
 def test_resumed_training_is_the_uninterrupted_one(data, tmp_path, monkeypatch, name):
     config = small(epochs=4, batch_size=256)

@@ -204,6 +204,7 @@ def test_verdict_says_what_the_numbers_say():
 # --- The command --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_writes_tables_picture_and_fits(tmp_path, capsys):
     pytest.importorskip("tyro", reason="needs the extra: implicitly[recipes]")
     options = ["--steps", "25", "--network-steps", "2", "--hidden", "2", "--rtol", "1e-4", "--years-beyond", "1"]

@@ -126,6 +126,7 @@ def test_a_looser_tolerance_takes_fewer_calls_and_is_taken_back(data, tmp_path):
 # --- Training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_learn_the_digits(data, tmp_path):
     config = replace(SMALL, channels=16, downsamplings=1, groups=4, batch_size=64, epochs=3, learning_rate=1e-2)
     config = replace(config, tolerance=0.1)
@@ -144,6 +145,7 @@ def run(tmp_path_factory):
     return folder, command_line
 
 
+@pytest.mark.slow
 def test_command_line_leaves_pictures_table_and_checkpoints(run):
     folder, _ = run
     for name in ("memory.png", "calls.png", "tolerances.png"):
@@ -168,6 +170,7 @@ def test_command_line_leaves_pictures_table_and_checkpoints(run):
     assert min(backward) > 6
 
 
+@pytest.mark.slow
 def test_command_line_does_not_overwrite_and_resumes(run, capsys):
     folder, command_line = run
     assert command(command_line) == 1

@@ -169,6 +169,7 @@ def test_noise_is_on_the_training_data_only_and_as_large_as_asked():
 # --- What becomes of the energy -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @systems
 def test_exact_field_keeps_the_energy_to_the_tolerance(name):
     config, system = tiny(tolerance=1e-9), SYSTEMS[name]
@@ -235,6 +236,7 @@ def test_table_says_where_a_network_does_not_beat_the_plain_one():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", Config().models)
 @pytest.mark.parametrize("fit_to", ["derivatives", "windows"])
 def test_every_network_learns(model, fit_to, tmp_path):

@@ -71,6 +71,7 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(loss, tuple(tensor.requires_grad_() for tensor in training.faces()))
 
 
+@pytest.mark.slow
 def test_training_finds_the_polygon():
     training = Training(4, SMALL)
     before, _ = agreement(training, *training.faces())

@@ -120,6 +120,7 @@ def test_a_board_is_wrong_where_one_digit_is():
     assert loss == pytest.approx(float((z - solutions).square().mean()))
 
 
+@pytest.mark.slow
 def test_the_layer_finds_rules(boards):
     splits = split(boards, SMALL)
     result = fit("optnet", replace(SMALL, epochs=6), splits)
