@@ -253,8 +253,9 @@ def trajectories(machine: Machine) -> Iterator[Case]:
         yield from both(Case(f"{name}, Dopri5", solve), parameters)
         yield from both(Case(f"{name}, Dopri5, compile=True", compiled, eager=solve), parameters)
         yield from both(Case(f"{name}, Dopri5, torchdiffeq", partial(theirs, f, y0, t)), parameters)
-        fixed = partial(im.odeint, f, y0, t, solver=rk4)
-        yield from both(Case(f"{name}, RK4, 20 steps", lambda fixed=fixed: fixed().value[-1]), parameters)
+        fixed = partial(im.odeint, f, y0, (0.0, 1.0), solver=rk4)
+        run = lambda fixed=fixed: fixed().value[-1]  # noqa: E731
+        yield from both(Case(f"{name}, RK4, 20 steps", run, graph=True), parameters)
 
 
 def dopri5_as_graph(f: VectorField, y0: Tensor, t: Tensor) -> Tensor:

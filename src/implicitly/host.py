@@ -159,6 +159,14 @@ def to_tensor(x: Array) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(x)
 
 
+def captured() -> bool:
+    """Whether operations become part of a graph of the caller's, in which no number can be looked at: that of
+    `torch.compile(model)`, or a CUDA graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def maybe_any(mask: Array) -> bool:
     """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
     if not isinstance(mask, Tensor):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import NUMBERS, check_count, check_kind
-from implicitly.host import Array, all_now, on_host, to_host, to_tensor
+from implicitly.host import Array, all_now, captured, on_host, to_host, to_tensor
 from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
 from implicitly.transforms import unwrapped
@@ -197,7 +197,7 @@ class Method(ABC):
         if self.dt is None:
             self._check_tolerances(problem.y0.shape[1], problem.dtype)
             self._check_norm(problem.y0.detach())
-        elif not torch.compiler.is_dynamo_compiling():  # there `unroll` has looked at the times
+        elif not captured():  # there `unroll` has looked at the times
             self._check_length(problem.times)
 
     def _check_tolerances(self, width: int, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import Check
 from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
-from implicitly.host import Array, all_now, library, on_host, to_host, to_tensor
+from implicitly.host import Array, all_now, captured, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.problem import sample_dims_of
@@ -257,8 +257,10 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
             like = {"dtype": layout.work_dtype, "device": layout.device}
             if any(isinstance(x, Tensor) for x in t):  # each with its derivative
                 t = torch.stack([torch.as_tensor(x, **like) for x in t])
-            else:
+            elif torch.compiler.is_dynamo_compiling() or not captured():
                 t = torch.as_tensor(t, **like)
+            else:  # a CUDA graph holds no copy from the host
+                t = torch.stack([torch.full((), x, **like) for x in t])
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"t must hold numbers only, got {t!r}: {error}") from error
     if t.dtype != layout.work_dtype or t.device != layout.device:
@@ -272,7 +274,7 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     if ordered and t.shape[-1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
     rows = t if t.ndim == 2 else t.unsqueeze(0)
-    if torch.compiler.is_dynamo_compiling():  # of numbers, which `unroll.plan` has looked at
+    if captured():  # of numbers, which `unroll.plan` has looked at
         return rows
     seen = to_host(rows) if on_host(rows) else rows.detach()
     gaps = seen[:, 1:] - seen[:, :-1]

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
 from implicitly.compiled import CompileWarning
-from implicitly.graph_break import one_break, one_break_unless
-from implicitly.host import maybe_any
+from implicitly.graph_break import LONGEST, one_break, one_break_unless
+from implicitly.host import captured, maybe_any
 from implicitly.implicit import users_line
 from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
@@ -40,7 +40,8 @@ class Trajectory(Solution):
     `dt`, through times that are a tuple of numbers, are part of the graph, with `RecursiveCheckpointAdjoint` or
     `UnrolledAdjoint` and without events. There `interpolate` is not to be had, and failures are not announced:
     `status` tells of them, and their gradients are NaN. Other times or another dt make another graph. Every other
-    solve is one graph break.
+    solve is one graph break. A CUDA graph (`torch.cuda.graph`), captured after a solve that warms up, holds
+    the same ones in the same way, and RuntimeError is raised for others.
 
     Attributes:
         t: `(B,)` the time that each sample got to, differentiable: of the event that ended it, or the last.
@@ -133,17 +134,30 @@ def odeint(
     """
     events = events_of(event)
     check_choices(solver, adjoint, on_failure, events, compile)
-    recording = torch.compiler.is_dynamo_compiling() or adjoint.recording
+    inside = captured() and _fits(solver, adjoint, t, bool(events) or compile)
+    recording = inside or adjoint.recording
     as_graph = compile and _ungraphed(solver, events) is None
     stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
     problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
     solver.check(problem)
     problem = solver.checked(problem)
-    if torch.compiler.is_dynamo_compiling():
-        forget = not isinstance(adjoint, UnrolledAdjoint)
+    if inside:
+        # To do them again, operations need the state of the random numbers, at which a CUDA graph does not look.
+        forget = torch.compiler.is_dynamo_compiling() and not isinstance(adjoint, UnrolledAdjoint)
         return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
     problem = replace(problem, warns=True) if on_failure == "warn" else problem
     return _solved(solver, adjoint, problem, on_failure)
+
+
+def _fits(solver: Method, adjoint: object, t: Any, more: bool) -> bool:
+    """True, or RuntimeError where a CUDA graph cannot hold the steps, or what is asked for `more`."""
+    if more or not is_unrollable(solver, adjoint, t):
+        raise RuntimeError(
+            "odeint: a CUDA graph can hold a trajectory whose steps are known before: of an explicit method or "
+            f"ReversibleHeun with dt, at most {LONGEST} of them, through times that are a tuple of numbers, "
+            "without events or compile, by RecursiveCheckpointAdjoint or UnrolledAdjoint"
+        )
+    return True
 
 
 def _solved(
