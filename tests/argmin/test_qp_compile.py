@@ -130,6 +130,23 @@ def test_other_options_are_other_graphs(traced):
     assert few.steps.max() <= 1 < many.steps.max()
 
 
+def test_the_last_samples_are_left_to_steps_of_their_own(traced, monkeypatch):
+    args, left, finished = program(batch=40, n=6, m=8, q=0, seed=3)[:4], [], im.InteriorPoint._finished
+
+    def noted(self, loop, k, state):
+        left.append(int((state.status == im.Status.RUNNING).sum()))
+        return finished(self, loop, k, state)
+
+    monkeypatch.setattr(im.InteriorPoint, "_finished", noted)
+    solution = assert_same(*args)
+    steps = im.qp(*args).steps
+    assert torch.equal(solution.steps, steps)
+    assert steps.max() > steps.min()
+    assert 0 < left[0] <= 7 / 8 * len(steps)
+    (graph,) = loops(traced)
+    assert graph.fallback is None
+
+
 @pytest.mark.slow
 def test_how_many_samples_are_left_makes_no_other_graph(traced):
     """Of 16 samples, up to two are left to the graph for few, more to that for all."""

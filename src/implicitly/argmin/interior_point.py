@@ -46,6 +46,7 @@ from implicitly.argmin.solver import ProgramSolver
 from implicitly.compiled import run_as_graph
 from implicitly.host import maybe_any, views
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
+from implicitly.transforms import is_cpu
 from implicitly.tree import row_norm
 
 # How far towards the boundary a step goes.
@@ -139,42 +140,54 @@ class InteriorPoint(ProgramSolver):
 
     def _near(self, system: System, embedded: bool, start: Point | None = None) -> Point:
         """A point near the solution of every sample, by the steps that suit the system; nearer than `start`."""
+        if not embedded and not system.program.sizes[2]:
+            return system.origin()
+        loop = self._loop(system, embedded, start is None)
+        return self._finished(loop, *self._begun(loop, loop.start(start)))
+
+    def _loop(self, system: System, embedded: bool, first: bool = True) -> _Loop | CondensedLoop:
+        """The steps for a system; those that come `first` need not lead as near as is asked for."""
         tolerance = self.tolerance(system.program.Q.dtype)
         if embedded:
-            return self._run(_Loop(system, tolerance, homogeneous=True))
-        if start is None:
+            return _Loop(system, tolerance, homogeneous=True)
+        if first:
             tolerance = max(tolerance, LOOSE * tolerance**0.5)
-        if not system.program.sizes[2]:
-            return system.origin()
         if system.condensed is not None:
-            return self._run(CondensedLoop.of(system.condensed, tolerance, PATIENCE, TO_BOUNDARY), start)
-        return self._run(_Loop(system, tolerance, homogeneous=False), start)
+            return CondensedLoop.of(system.condensed, tolerance, PATIENCE, TO_BOUNDARY)
+        return _Loop(system, tolerance, homogeneous=False)
 
     def _near_as_graph(self, system: System, rows: Tensor | None, embedded: bool) -> Point | None:
-        """`_near` of some samples, None: of all, as one graph; None where none can be had.
+        """`_near` of some samples, None: of all, as one graph, save for the last steps of the last few; None where
+        none can be had.
 
         Which samples are left for an attempt changes from call to call, but every number of them would be another
         graph. So there is one for few and one for all, and the last sample fills them up.
         """
         count = whole = system.program.batch
+        filled = system
         if rows is not None:
             count, few = len(rows), math.ceil((1 - DROP_BELOW) * whole)
-            filled = torch.arange(few if count <= few else whole, device=rows.device).clamp(max=count - 1)
-            system = system.take_rows(rows[filled])
+            places = torch.arange(few if count <= few else whole, device=rows.device).clamp(max=count - 1)
+            system, filled = system.take_rows(rows), system.take_rows(rows[places])
 
-        def near(*tensors: Tensor) -> Point:
-            return self._near(System.of_tensors(*tensors), embedded)
+        def begun(*tensors: Tensor) -> tuple[int | Tensor, _State | State]:
+            loop = self._loop(System.of_tensors(*tensors), embedded)
+            return self._begun(loop, loop.start())
 
         key = ("qp", self, embedded, system.program.sizes)
-        found = run_as_graph("qp with InteriorPoint", key, near, *system.tensors, varies=True)
-        return None if found is None else Point(*(t[:count] if t.ndim else t for t in found))
+        found = run_as_graph("qp with InteriorPoint", key, begun, *filled.tensors, varies=True)
+        if found is None:
+            return None
+        (k, state), loop = found, self._loop(system, embedded)
+        return self._finished(loop, int(k), type(state)(*(t[:count] for t in state)))
 
-    def _run(self, loop: _Loop | CondensedLoop, start: Point | None = None) -> Point:
-        part, state = loop, loop.start(start)
-        k, state = repeat(loop.step, state, _worth_a_step, self.max_steps)
-        if torch.compiler.is_dynamo_compiling():  # nothing is dropped
-            return loop.outcome(k, state)
-        whole, rows = state, torch.arange(len(state.s), device=state.s.device)
+    def _begun(self, loop: _Loop | CondensedLoop, state: Any) -> tuple[int | Tensor, Any]:
+        """How many steps were taken until some samples may be dropped, and the state then."""
+        return repeat(loop.step, state, _worth_a_step, self.max_steps)
+
+    def _finished(self, loop: _Loop | CondensedLoop, k: int | Tensor, state: Any) -> Point:
+        """The point of every sample, by further steps for those that still run."""
+        part, whole, rows = loop, state, torch.arange(len(state.s), device=state.s.device)
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
             keep = running.nonzero()[:, 0]
             rows = rows[keep]
@@ -185,8 +198,10 @@ class InteriorPoint(ProgramSolver):
 
 
 def _worth_a_step(state: _State | State) -> Any:
+    """Whether to take a step with all samples: as long as most of them run. An accelerator's graph is not left for
+    a few of them, as the rest of it takes less time than steps one by one."""
     running = is_running(state.status)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() and not is_cpu(running):
         return running.any()
     count = running.sum()
     return (count == len(running)) | (count > DROP_BELOW * len(running))
