@@ -291,8 +291,21 @@ def test_what_cannot_be_traced_runs_eagerly_and_says_so_once(monkeypatch):
         assert torch.equal(solution.value, im.qp(*args).value)
 
 
-def test_admm_runs_eagerly_and_says_so():
-    args = program(batch=6, n=4, m=5, shared=("Q", "G", "A"))
-    with pytest.warns(im.CompileWarning, match="ADMM"):
-        solution = im.qp(*args, solver=im.ADMM(), compile=True)
-    assert torch.equal(solution.value, im.qp(*args, solver=im.ADMM()).value)
+@pytest.mark.parametrize("q", [0, 1], ids=["in float32 at first", "equalities"])
+@pytest.mark.parametrize("finish", [im.InteriorPoint(), None], ids=["finished", "to the end"])
+def test_blocks_of_steps_of_admm_are_one_graph_for_every_number_of_samples(traced, q, finish):
+    args = program(batch=64, n=6, m=12, q=q, shared=("Q", "G", "A"), seed=5)
+    assert_same(*(args if q else args[:4]), solver=im.ADMM(finish=finish), rtol=1e-9, atol=1e-9)
+    blocks = [graph for graph in traced.values() if graph.name == "qp with ADMM"]
+    assert sum(graph.calls for graph in blocks) > 2
+    assert len(blocks) <= 4  # in either dtype, for the first size and for all others
+    assert all(graph.fallback is None for graph in blocks)
+
+
+def test_admm_as_graphs_knows_programs_without_a_solution(traced):
+    Q, p, G, h = program(batch=8, n=3, m=4, q=0, shared=("Q", "G", "A"), seed=7)[:4]
+    G = torch.cat([G, -G[:1]])
+    h = torch.cat([h, 5 - h[:, :1]], 1)
+    h[:3, -1] = -h[:3, 0] - 1
+    solution = assert_same(Q, p, G, h, solver=im.ADMM(finish=None), rtol=1e-9, atol=1e-9)
+    assert (solution.status == im.Status.INFEASIBLE).tolist() == [True] * 3 + [False] * 5

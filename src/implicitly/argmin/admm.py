@@ -15,7 +15,6 @@ not by the residual of the splitting, which falls slowly.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ from implicitly.argmin.polish import Polished, System, polish
 from implicitly.argmin.program import Point, QuadraticProgram, dot
 from implicitly.argmin.solver import ProgramSolver
 from implicitly.checks import NUMBERS, check_kind
-from implicitly.compiled import CompileWarning
-from implicitly.implicit import users_line
+from implicitly.compiled import run_as_graph
 from implicitly.iterate import Status, is_running
 from implicitly.tree import row_norm
 
@@ -89,13 +87,6 @@ class ADMM(ProgramSolver):
     def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
         """The solution of every sample."""
         program = system.program
-        if compile:
-            warnings.warn(
-                "qp with ADMM: compile=True has no one graph for a loop whose batch and weights change on the "
-                "way; the eager loop runs instead",
-                CompileWarning,
-                stacklevel=users_line(),
-            )
         if program.Q.ndim == 3:
             raise ValueError(
                 "ADMM factorises one matrix for all samples, so Q, G and A must be shared by the batch: "
@@ -117,7 +108,7 @@ class ADMM(ProgramSolver):
                 state, splitting = state.to(program.Q.dtype), splitting.exact()
             steps = min(STRIDE, self.max_steps - k)
             k += steps
-            state = splitting.advance(state, steps, k)
+            state = splitting.advanced(state, steps, compile)._replace(steps=torch.full_like(state.steps, k))
             ready = (state.error <= state.goal) | ~is_running(state.status)
             if k < self.max_steps and 2 * ready.sum() < len(rows):
                 state, splitting = splitting.adapted(state, k)
@@ -223,8 +214,32 @@ class _Splitting:
         again = _Splitting.of(self.given, self.C.dtype, self.sigma, self.rho * change, self.relaxation)
         return at._replace(y=at.y / change), again
 
-    def advance(self, at: _State, steps: int, k: int) -> _State:
-        """So many steps; `k` are made by then. Then how far the iterates are from being a solution, or a proof."""
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What its steps are made of; `of_tensors` puts it together again."""
+        return (*self.program.tensors, self.C, self.weights, self.of_x, self.of_u, self.shift)
+
+    def of_tensors(self, tensors: tuple[Tensor, ...]) -> _Splitting:
+        """One with other tensors and the same numbers."""
+        program = QuadraticProgram(*tensors[:6])
+        C, weights, of_x, of_u, shift = tensors[6:]
+        return replace(self, program=program, C=C, weights=weights, of_x=of_x, of_u=of_u, shift=shift)
+
+    def advanced(self, at: _State, steps: int, compile: bool) -> _State:
+        """As `advance`; if to `compile`, as one graph, where one can be had."""
+        if not compile:
+            return self.advance(at, steps)
+        count, bare = len(at), replace(self, given=QuadraticProgram(*(t[:0] for t in self.given.tensors)))
+
+        def advance(*tensors: Tensor) -> _State:
+            return bare.of_tensors(tensors[count:]).advance(_State(*tensors[:count]), steps)
+
+        key = ("qp with ADMM", self.program.sizes, steps, self.early, self.relaxation)
+        found = run_as_graph("qp with ADMM", key, advance, *at, *self.tensors, varies=True)
+        return self.advance(at, steps) if found is None else found
+
+    def advance(self, at: _State, steps: int) -> _State:
+        """So many steps. Then how far the iterates are from being a solution, or a proof."""
         program, q, relax = self.program, self.program.sizes[1], self.relaxation
         x, u, y, last_x, last_y = at.x, at.u, at.y, at.x, at.y
         for _ in range(steps):
@@ -242,7 +257,6 @@ class _Splitting:
         dual = row_norm(Qx + program.p + Cy) / (1 + size)
         tiny = torch.finfo(x.dtype).tiny
         moved = at._replace(x=x, u=u, y=y, error=torch.maximum(primal, dual), balance=primal / (dual + tiny))
-        moved = moved._replace(steps=torch.full_like(at.steps, k))
         if self.early:  # rounding would prove too much
             return moved
         return moved._replace(status=self.proofs(x, duals, x - last_x, self.weights * (y - last_y)))

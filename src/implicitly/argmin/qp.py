@@ -77,8 +77,8 @@ def qp(
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
             gradients zero. Samples that ran out of steps keep their best point and its active set's derivative.
         compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, on a CPU as long as most samples
-            run, and the solve of its backward pass as another, made anew for other shapes; a `CompileWarning` says
-            where none can be had, as with `ADMM`.
+            run, or ten steps of `ADMM` at a time, and the solve of its backward pass as another, made anew for
+            other shapes; a `CompileWarning` says where none can be had.
 
     Returns:
         `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
