@@ -275,6 +275,7 @@ def programs(machine: Machine) -> Iterator[Case]:
         ("QP, InteriorPoint", {}, args),
         ("QP, InteriorPoint, compile=True", {"compile": True}, args),
         ("QP of shared matrices, ADMM", {"solver": im.ADMM()}, shared),
+        ("QP of shared matrices, ADMM, compile=True", {"solver": im.ADMM(), "compile": True}, shared),
     ):
         solve = partial(solution, *inputs, **options)
         yield from both(Case(name, solve, dtype=inputs[0].dtype, eager=partial(solve, compile=False)), inputs)

@@ -106,6 +106,8 @@ def shared(effort: Effort, batch: int) -> list[Row]:
     args = draw(batch, n, m, 0, shared=True)
     weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
     solves = {"ours": lambda *a: ours(*a, solver=im.ADMM()), "InteriorPoint": ours, "qpth": qpth}
+    if effort.full:
+        solves["compile=True"] = lambda *a: ours(*a, solver=im.ADMM(), compile=True)
     what = f"batch {batch} of the same matrices, {n} unknowns, {m} inequalities"
     return beside(effort, what, args, weights, solves, {"qpth": 20.0})
 
@@ -115,7 +117,7 @@ def beside(
 ) -> list[Row]:
     """Rows for solutions and for gradients."""
     runs = {who: lambda solve=solve: gradient(solve, args, weights) for who, solve in solves.items()}
-    gradients, failed = outcomes(runs, ("ours", "InteriorPoint"))
+    gradients, failed = outcomes(runs, ("ours", "InteriorPoint", "compile=True"))
     solves, runs = ({who: named[who] for who in gradients} for named in (solves, runs))
     errors = {who: gradient_error(found, args, weights) for who, found in gradients.items()}
     # cvxpylayers works in NumPy, where it cannot be seen.
