@@ -78,6 +78,24 @@ def test_projection_onto_the_power_cone_keeps_its_dtype_and_survives_extremes():
     assert power_cone(torch.tensor([float("nan"), 1.0, 1.0]), (0.5, 0.5)).isnan().all()
 
 
+@pytest.mark.parametrize("exponents", [(0.5, 0.5), (0.3, 0.7), (0.01, 0.99), (0.2, 0.3, 0.5)])
+def test_points_on_the_edge_of_the_power_cone_and_of_its_polar_stay_with_a_derivative(exponents):
+    a = torch.tensor(exponents, dtype=D)
+    x = 10 ** (8 * torch.rand(1000, len(a), dtype=D) - 4)
+    for cone, dual, edge in (
+        (power_cone, dual_power_cone, (a * x.log()).sum(1).exp()),
+        (dual_power_cone, power_cone, (a * (x / a).log()).sum(1).exp()),
+    ):
+        z = torch.cat([x, edge.unsqueeze(1)], dim=1).requires_grad_()
+        size = z.norm(dim=1, keepdim=True).detach()
+        kept, gone = cone(z, exponents), dual(-z, exponents)
+        assert ((kept - z).abs() <= 1e-13 * size).all()
+        assert (gone.abs() <= 1e-13 * size).all()
+        for y in (kept, gone):
+            slope = torch.autograd.grad(y.sum(), z)[0]
+            assert (slope.norm(dim=1) <= (1 + 1e-6) * len(z[0]) ** 0.5).all()  # a projection is nonexpansive
+
+
 @pytest.mark.parametrize(
     ("z", "exponents", "error", "says"),
     [

@@ -97,6 +97,13 @@ def test_cones_and_their_duals_take_the_point_apart():
     assert float((part @ rest).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("r", [1e-10, 1e-13, 1e-17, 1e-25, 1e-300])
+def test_a_rounding_error_moves_no_projection_onto_the_exponential_cone(r: float):
+    z = torch.tensor([[0.0, 1.0, 0.1], [0.0, 2.0, -1.0], [0.0, 0.5, -3.0]], dtype=D)
+    moved = project.exponential_cone(z + torch.tensor([r, 0.0, 0.0], dtype=D))
+    torch.testing.assert_close(moved, project.exponential_cone(z), rtol=0, atol=2 * r + 1e-14)
+
+
 @pytest.mark.parametrize(
     ("z", "expected"),
     [
@@ -322,6 +329,15 @@ def test_isotonic_is_that_of_scipy(increasing: bool):
             z.numpy(force=True), weights=w.numpy(force=True), increasing=increasing
         ).x
         torch.testing.assert_close(project.isotonic(z, w, increasing), torch.tensor(expected.copy()))
+
+
+def test_isotonic_keeps_what_is_in_order_whatever_its_sizes():
+    z = torch.tensor([-16860308.0, -787000.0, 26.0, 72.5, 5125228.0, 4.6e11])
+    torch.testing.assert_close(project.isotonic(z), z, rtol=1e-6, atol=0)
+    weights = torch.tensor([520.0, 278.0, 8.0, 8e-4, 1e-3, 0.05])  # sums of products with these hide the last
+    mixed = torch.tensor([-4.6e12, -700.0, -3.5e11, -3e4, 1e7, 1e11])
+    expected = project.isotonic(mixed.double(), weights.double())
+    torch.testing.assert_close(project.isotonic(mixed, weights).double(), expected, rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ transport

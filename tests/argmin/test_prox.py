@@ -55,6 +55,16 @@ def test_the_nuclear_norm_lowers_singular_values():
     assert torch.autograd.gradgradcheck(prox.nuclear, (repeated, torch.tensor(1.0, dtype=D)))
 
 
+@pytest.mark.parametrize("weight", [1e308, float("inf")])
+@pytest.mark.parametrize("f", [prox.l1, prox.l2, prox.linf, prox.nuclear])
+def test_a_weight_beyond_everything_leaves_zeros_without_a_slope(f, weight: float):
+    z, w = normal(2, 3, 4).requires_grad_(), torch.tensor(weight, dtype=D, requires_grad=True)
+    x = f(z, w)
+    slopes = torch.autograd.grad(x.sum(), (z, w))
+    for t in (x, *slopes):
+        assert torch.equal(t, torch.zeros_like(t))
+
+
 # ------------------------------------------------------------------------------------------ total variation
 
 

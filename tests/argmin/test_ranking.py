@@ -114,3 +114,12 @@ def test_ranks_keep_the_digits_of_small_differences():
     torch.testing.assert_close(im.soft_rank(z, 2.0), im.soft_rank(z - 1e8, 2.0), atol=1e-12, rtol=0)
     ties = torch.full((10,), 0.1, dtype=D)
     torch.testing.assert_close(im.soft_rank(ties, 1e-18), torch.full((10,), 5.5, dtype=D))
+
+
+def test_ties_share_their_rank_beside_numbers_much_larger_than_the_strength():
+    z = torch.tensor([1e6, 1e6, 1e6, 2e6, -1e6, 0.0, 2e6])
+    torch.testing.assert_close(im.soft_rank(z, 0.128), torch.tensor([4.0, 4, 4, 6.5, 1, 2, 6.5]))
+    close = torch.tensor([2e-12, -1.75e-6, -2.95e-6, -1e-13, -3.3e-4, -9.4e-13, 6.5e-12])
+    strength = 3e-12  # of which the last of these and the large ones are far, and three are near
+    expected = im.soft_rank(close.double(), strength).float()
+    torch.testing.assert_close(im.soft_rank(close, strength), expected)

@@ -275,13 +275,15 @@ def _bracket(r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.where(s > 0, r / torch.where(s > 0, s, 1.0), float("inf"))
     reach = torch.ones_like(r)
     for _ in range(12):  # 2^12 is beyond the range of the exponential
-        if bool((low.isfinite() & high.isfinite()).all()):
+        if bool((high - low <= reach).all()):
             break
         from_low, from_high = low + reach, high - reach
         h_up = _height(from_low, from_low.abs(), r, s, t)[0]
         h_down = _height(from_high, from_high.abs(), r, s, t)[0]
-        high = torch.where(high.isinf() & (h_up > 0), from_low, high)
-        low = torch.where(low.isinf() & (h_down < 0), from_high, low)
+        high, low = (
+            torch.where((from_low < high) & (h_up > 0), from_low, high),
+            torch.where((from_high > low) & (h_down < 0), from_high, low),
+        )
         reach = 2 * reach
     return torch.where(low.isinf(), high - reach, low), torch.where(high.isinf(), low + reach, high)
 

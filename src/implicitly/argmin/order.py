@@ -61,7 +61,7 @@ def _blocks(z: Tensor, weights: Tensor | None = None) -> Tensor:
     if z.numel() == 0:
         return torch.zeros_like(z, dtype=torch.int64)
     levels = (n - 1).bit_length()
-    z = z - z.mean(-1, keepdim=True)
+    z = z * 0.5 ** (levels + 1)  # no sum of differences overflows
     weights = torch.ones_like(z) if weights is None else weights
     missing = 2**levels - n  # filled up by copies of the largest entry, which no block has a reason to join
     x = torch.cat([z, z.amax(-1, keepdim=True).expand(*z.shape[:-1], missing)], dim=-1)
@@ -79,17 +79,23 @@ def _merged(x: Tensor, w: Tensor, half: int) -> Tensor:
     w = w.gather(-1, order)
     of_left = order < half
     left, right = torch.where(of_left, w, 0.0), torch.where(of_left, 0.0, w)
-    # At the level v = t_k: what of the left is above, and what of the right is at or below.
-    above, below = left.sum(-1, keepdim=True) - left.cumsum(-1), right.cumsum(-1)
-    above_sum = (left * t).sum(-1, keepdim=True) - (left * t).cumsum(-1)
-    below_sum = (right * t).cumsum(-1)
-    surplus = (above_sum - t * above) - (t * below - below_sum)  # falls with k, and ends <= 0
+    # Between t_k and t_(k+1): what of the left is above, and what of the right is at or below.
+    above, below = F.pad(_summed_from_behind(left)[..., 1:], (0, 1)), right.cumsum(-1)
+    # Sums of gaps, none of which is negative, keep the digits of small numbers beside large ones.
+    gaps = F.pad(t.diff(dim=-1), (0, 1))
+    above_sum, below_sum = _summed_from_behind(gaps * above), F.pad((gaps * below).cumsum(-1)[..., :-1], (1, 0))
+    surplus = above_sum - below_sum  # at the level v = t_k; falls with k, and ends <= 0
     k = ((surplus >= 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     size = (above + below).gather(-1, k)
     low, high = t.gather(-1, k), t.gather(-1, (k + 1).clamp(max=2 * half - 1))
-    level = (above_sum + below_sum).gather(-1, k) / torch.where(size > 0, size, 1.0)
-    level = torch.where(size > 0, torch.minimum(torch.maximum(level, low), high), low)
+    level = low + surplus.gather(-1, k) / torch.where(size > 0, size, 1.0)
+    level = torch.where(size > 0, torch.minimum(level, high), low)
     return torch.cat([torch.minimum(x[..., :half], level), torch.maximum(x[..., half:], level)], dim=-1)
+
+
+def _summed_from_behind(x: Tensor) -> Tensor:
+    """For each entry the sum of it and all that follow."""
+    return x.flip(-1).cumsum(-1).flip(-1)
 
 
 @in_full_precision
@@ -121,10 +127,12 @@ def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
         dim=-1, descending=True, stable=True
     )  # ties alike in every derivative, on any device
     descending = z.gather(-1, order)
-    begins = outside(_blocks, w - descending).diff(dim=-1) > 0
-    # No block spans a gap of z larger than all of w, which rounding errors of larger numbers may hide.
+    # No block spans a gap of z larger than all of w: cut short, it hides no digits of the others.
     gaps = descending.detach()[..., :-1] - descending.detach()[..., 1:]
-    begins = F.pad(begins | (gaps > (w[..., :1] - w[..., -1:]).detach()), (1, 0), value=False)
+    reach = (w[..., :1] - w[..., -1:]).detach()
+    falls = F.pad(torch.minimum(gaps, 2 * reach).cumsum(-1), (1, 0))
+    begins = outside(_blocks, w - w[..., :1] + falls).diff(dim=-1) > 0
+    begins = F.pad(begins | (gaps > reach), (1, 0), value=False)
     blocks = begins.cumsum(-1)
     # A block keeps its differences, of which digits are lost beside large numbers, and takes the mean of w.
     index = torch.arange(z.shape[-1], device=z.device).expand_as(blocks)

@@ -11,10 +11,13 @@ from implicitly.argmin.cones import CARRYING_STEPS
 from implicitly.argmin.rows import check_state, outside, without_bad_rows
 from implicitly.checks import NUMBERS, check_kind
 
-# The search is for theta with |theta| below this: at its ends r is 1e-300 of what bounds it.
-REACH = 700.0
-# Halvings of that; the Newton steps that follow find the last digits.
-SEARCH_STEPS = 48
+# The search is for theta with |theta| below this: at its ends r is 1e-43 of what bounds it, and derivatives of
+# theta, which grow as much, are numbers in every order.
+REACH = 100.0
+# Halvings of that, down to rounding errors.
+SEARCH_STEPS = 58
+# A bounded entry so much smaller than the others is zero: products with it are below all numbers.
+NOTHING = 1e-120
 
 
 def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
@@ -24,6 +27,7 @@ def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
     last entry but for the sign, solves one equation in one unknown (Hien, "Differential properties of Euclidean
     projection onto power cone", Mathematical Methods of Operations Research 82, 2015, proposition 2.2). A search
     finds r in double precision; three Newton steps there, recorded by autograd, carry derivatives up to order 7.
+    They leave r where it is: near the cone, and near its polar, rounding errors are long steps.
 
     Args:
         z: `(..., k + 1)`, the bounded entry last.
@@ -64,14 +68,15 @@ def _power(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
     dtype = z.dtype
     z = z.double()
     a = torch.tensor(exponents, dtype=torch.float64, device=z.device)
+    a = a / a.sum()
     size = z.detach().abs().amax(-1, keepdim=True)
     size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # a cone: scaling commutes with the projection
     scaled = z / size
-    kind, theta = outside(lambda v: _search(v, a), scaled)
+    kind, theta, rounding = outside(lambda v: _search(v, a), scaled)
     kind = kind.unsqueeze(-1)
     curved = kind == CURVED
     safe = torch.where(curved, scaled, _on_the_curve(scaled))
-    surface = _on_surface(theta, safe, a) * size
+    surface = _on_surface(theta, rounding, safe, a) * size
     flat = torch.cat(
         [torch.where(z[..., :-1].detach() > 0, z[..., :-1], 0.0), torch.zeros_like(z[..., -1:])], dim=-1
     )
@@ -87,44 +92,48 @@ def _on_the_curve(v: Tensor) -> Tensor:
 
 
 def _parts(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x `(..., k)` and r `(...)` of the point at theta, with their derivatives by theta.
+    """x `(..., k)` and r `(...)` of the point at theta, log(x / r) and its derivative by theta, less than 0.
 
-    r = |t| sigmoid(theta), so that both r and |t| - r keep their digits where they are small.
+    r = |t| sigmoid(theta), so that both r and |t| - r keep their digits where they are small; near the polar the
+    logarithms of x and of r have derivatives that are nearly the same, so that no r is in those of x < 0.
     """
-    x, t = v[..., :-1], v[..., -1].abs()
-    r, rest = t * theta.sigmoid(), t * (-theta).sigmoid()
-    dr = r * (-theta).sigmoid()
-    g, dg = a * (r * rest).unsqueeze(-1), a * (dr * (rest - r)).unsqueeze(-1)
+    x, t = v[..., :-1], v[..., -1:].abs()
+    theta = theta.unsqueeze(-1)
+    low = theta.detach() < 0
+    small = torch.where(low, theta, -theta).sigmoid()  # of one near 1 the derivative, s (1 - s), has no digits
+    share, other = torch.where(low, small, 1 - small), torch.where(low, 1 - small, small)
+    g = a * share * other * t.square()
     root = (x.square() + 4 * g).sqrt()
     negative = x.detach() < 0
-    far = torch.where(negative, root - x, 1.0)  # one of two expressions of x keeps its digits
-    return torch.where(negative, 2 * g / far, (x + root) / 2), r, dg / root, dr
+    far = root + torch.where(negative, -x, x)
+    part = 2 * g / (root * far)  # at most a half, so that no digits are lost in the derivative
+    slope = torch.where(negative, -share - (other - share) * part, -other + (other - share) * part)
+    ratio = torch.where(negative, (2 * a * t * other).log() - far.log(), (far / 2).log() - (t * share).log())
+    return torch.where(negative, 2 * g / far, far / 2), (t * share).squeeze(-1), ratio, slope
 
 
 def _excess(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """log of x_1^a_1 ... x_k^a_k / r, decreasing, zero at the answer; and its derivative."""
-    x, r, dx, dr = _parts(theta, v, a)
-    return (a * x.log()).sum(-1) - r.log(), (a * dx / x).sum(-1) - dr / r
+    _, _, ratio, slope = _parts(theta, v, a)
+    return (a * ratio).sum(-1), (a * slope).sum(-1)
 
 
-def _on_surface(theta: Tensor, v: Tensor, a: Tensor) -> Tensor:
-    """The projection at the detached theta, whose derivatives the Newton steps carry."""
-    start = theta
+def _on_surface(theta: Tensor, rounding: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    """The projection at the detached theta, where the excess is `rounding`; Newton steps carry its derivatives."""
     for _ in range(CARRYING_STEPS):
         value, derivative = _excess(theta, v, a)
-        theta = theta - value / derivative
-    theta = torch.where(theta.detach().isfinite(), theta, start)
+        theta = theta - (value - rounding) / derivative
     x, r, _, _ = _parts(theta, v, a)
     return torch.cat([x, (r * torch.where(v[..., -1].detach() < 0, -1.0, 1.0)).unsqueeze(-1)], dim=-1)
 
 
-def _search(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """For each `(...)` the case its projection is in, and theta on the curved surface (else 0)."""
+def _search(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each `(...)` the case its projection is in; theta on the curved surface (else 0), and its excess."""
     x, t = v[..., :-1], v[..., -1].abs()
     log_t = t.log()
     inside = (x >= 0).all(-1) & ((a * x.clamp(min=0).log()).sum(-1) >= log_t)
     polar = (x <= 0).all(-1) & ((a * ((-x).clamp(min=0) / a).log()).sum(-1) >= log_t)
-    kind = torch.where(t == 0, FLAT, torch.full_like(t, CURVED, dtype=torch.int64))
+    kind = torch.where(t < NOTHING, FLAT, torch.full_like(t, CURVED, dtype=torch.int64))
     kind = torch.where(inside, INSIDE, torch.where(polar, POLAR, kind))
     curved = kind == CURVED
     v = torch.where(curved.unsqueeze(-1), v, _on_the_curve(v))
@@ -133,4 +142,5 @@ def _search(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         theta = (low + high) / 2
         above = _excess(theta, v, a)[0] > 0
         low, high = torch.where(above, theta, low), torch.where(above, high, theta)
-    return kind, torch.where(curved, (low + high) / 2, 0.0)
+    theta = torch.where(curved, (low + high) / 2, 0.0)
+    return kind, theta, _excess(theta, v, a)[0]

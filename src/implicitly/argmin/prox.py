@@ -68,7 +68,8 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > weight
-        return torch.where(beyond, z * (1 - weight / norm(torch.where(beyond, z, 1.0))), 0.0)
+        finite = torch.where(beyond, weight, 0.0)  # no derivative of an infinite one that is not reached
+        return torch.where(beyond, z * (1 - finite / norm(torch.where(beyond, z, 1.0))), 0.0)
 
     return without_bad_rows(core, z, infinite=True)
 
@@ -99,9 +100,11 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
     check_state("prox.nuclear", Z, dims=2)
     weight = per_row("prox.nuclear", "weight", weight, Z, dims=2, must=NOT_NEGATIVE)
     n, m = Z.shape[-2:]
-    shift = weight * torch.eye(n + m, dtype=Z.dtype, device=Z.device)
+    eye = torch.eye(n + m, dtype=Z.dtype, device=Z.device)
 
     def core(Z: Tensor) -> Tensor:
+        most = 2 * Z.detach().abs().sum((-2, -1), keepdim=True)  # no singular value is half as large
+        shift = torch.where(weight < most, weight, most) * eye
         padded = torch.nn.functional.pad(Z, (n, 0, 0, m))
         both = padded + padded.mT
         return (positive_part(both - shift) - positive_part(-both - shift))[..., :n, n:]
