@@ -192,6 +192,19 @@ def test_a_singular_system_without_solutions_is_called_singular(solver):
     assert statuses(solve(SOLVERS[solver][0], SINGULAR, b)) == ["SINGULAR"]
 
 
+@pytest.mark.parametrize("rows", [0.0, 8.0])
+@pytest.mark.parametrize("columns", [0.0, 8.0])
+def test_units_of_equations_and_unknowns_decide_nothing_about_dense_matrices(rows, columns):
+    left, right = torch.logspace(-rows / 2, rows / 2, 6), torch.logspace(columns / 2, -columns / 2, 6)
+    good, flat = GENERAL.float(), GENERAL.float()
+    flat[:, 5] = flat[:, 0] + flat[:, 1]
+    b = draw(4, 6, seed=9).float()
+    found = solve(im.DenseLU(), left[:, None] * good * right, left * b)
+    assert statuses(found) == ["CONVERGED"] * 4
+    torch.testing.assert_close(found.z * right, torch.linalg.solve(good, b), rtol=1e-3, atol=1e-4)
+    assert statuses(solve(im.DenseLU(), left[:, None] * flat * right, left * b)) == ["SINGULAR"] * 4
+
+
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if not name.startswith("Neumann")])
 def test_a_singular_system_beside_good_ones_harms_none(solver):
     M, b = POSITIVE.clone() / 12, draw(4, 6, seed=8)

@@ -249,9 +249,11 @@ class DenseLU(LinearSolver):
         """The factors, the pivots, and which samples are singular."""
         matrix = dense(F.operator, z, self.limit_gib)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        pivot_sizes = lu.diagonal(dim1=-2, dim2=-1).abs()
-        eps = torch.finfo(z.dtype).eps
-        singular = (info != 0) | (pivot_sizes.amin(1) <= z.shape[1] * eps * pivot_sizes.amax(1))
+        # A pivot is what rounding left of a zero if it is that small beside the terms it is the sum of, on the
+        # diagonal of |L| |U|; beside other pivots it may be small because of units alone.
+        pivot_sizes, size = lu.diagonal(dim1=-2, dim2=-1).abs(), lu.abs()
+        terms = pivot_sizes + (size.tril(-1) * size.triu(1).mT).sum(2)
+        singular = (info != 0) | (pivot_sizes <= z.shape[1] * torch.finfo(z.dtype).eps * terms).any(1)
         return lu, pivots, singular
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:

@@ -212,3 +212,31 @@ def test_autocast_does_not_mind_the_default_dtype(solver):
         objective = lambda z, W: ((z @ W - 1) ** 2).sum(1) + z.square().sum(1)  # noqa: E731
         solution = im.argmin(objective, z0.float(), W, solver=solver.kind(), on_failure="ignore")
     assert solution.value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", [*UNCONSTRAINED[:5], *SQUARING], ids=_id)
+def test_objectives_in_small_units_are_not_taken_for_solved(solver, dtype):
+    x, z0 = draw(3, 4, seed=63).to(dtype), torch.zeros(3, 4, dtype=dtype)
+    f, entry, unit = far_from_quadratic, im.argmin, 1e-12 if dtype == D else 1e-8
+    if solver in SQUARING:
+        f, entry, unit = lambda z, x: torch.cat([z - x, (z - x) ** 3], 1), im.least_squares, unit**0.5
+    value = entry(lambda z, x: unit * f(z, x), z0, x, solver=solver.kind()).value
+    expected = entry(f, z0, x, solver=solver.kind()).value
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-6 if dtype == D else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32], ids=str)
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("solver", UNCONSTRAINED[:5], ids=_id)
+def test_a_start_at_zero_that_is_the_minimum_but_for_rounding_is_one_in_any_units(solver, unit, dtype):
+    x = draw(16, 50, 4, seed=64).to(dtype)
+    X = torch.cat([x, -x], 1)
+
+    def logistic(z, X):
+        return unit * torch.nn.functional.softplus(torch.einsum("bij,bj->bi", X, z)).mean(1)
+
+    slope = torch.func.grad(lambda z: logistic(z, X).sum())(torch.zeros(16, 4, dtype=dtype))
+    assert slope.abs().max() > 0
+    solution = im.argmin(logistic, torch.zeros(16, 4, dtype=dtype), X, solver=solver.kind())
+    assert solution.steps.max() == 0

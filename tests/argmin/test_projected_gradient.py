@@ -176,3 +176,18 @@ def test_a_half_space_may_leave_an_objective_without_a_bottom():
     options = {"constraint": lambda z: z.clamp(max=3.0), "on_failure": "ignore"}
     solution = im.argmin(lambda z: z.sum(1), torch.zeros(1, 2, dtype=D), **options)
     assert solution.status.tolist() == [im.Status.UNBOUNDED]
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e-14])
+@pytest.mark.parametrize("P", [lambda z: z.clamp(-1, 1), im.project.simplex, lambda z: im.project.l2_ball(z, 1.0)])
+def test_a_gradient_that_is_lost_beside_the_iterate_is_not_taken_for_none(P, unit):
+    """Nor are rounding errors of the projection taken for a curvature."""
+    z0, x = torch.full((4, 3), 0.3), draw(4, 3, seed=8).float()
+    objective = lambda z: unit * ((z - x) * torch.tensor([1.0, 2.0, 3.0]) * (z - x)).sum(1)  # noqa: E731
+    solution = im.argmin(objective, z0, constraint=P, on_failure="ignore")
+    assert solution.status.tolist() == [im.Status.STAGNATED] * 4
+    with pytest.raises(im.SolverError, match="a larger step"):
+        im.argmin(objective, z0, constraint=P)
+    value = im.argmin(objective, z0, constraint=im.Projection(P, 0.3 / unit)).value
+    exact = im.argmin(lambda z: objective(z) / unit, z0, constraint=P).value
+    torch.testing.assert_close(value, exact, rtol=0, atol=1e-3)

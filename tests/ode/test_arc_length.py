@@ -159,3 +159,36 @@ def test_absolute_tolerances_alone_will_do(rtol):
 def test_steps_are_taken_again_with_harder_newton_iterations_where_they_must():
     """In a stiff jump the Jacobian of an earlier step led to stages at first, and that of the step may not."""
     assert slope(1000.0, MOVING, t=(0.0, 2000.0)) == pytest.approx(1.7848e-3, rel=5e-3)
+
+
+def speed_of(y, k, span, rtol, atol):
+    """As the doc of `HybridStepper._speed` has it, written once more."""
+    size = y.abs() + atol / rtol if rtol else torch.full_like(y, atol / 1e-3)
+    moved = (k / size.detach()).square().mean().sqrt()
+    return torch.sqrt((2.0 * moved) ** 2 + 1 / span**2)
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(0.2, 0.1), (0.0, 2e-3), (0.4, 0.0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_takes_the_longer_the_slower_its_start_is(sign, rtol, atol):
+    """Two steps, the first of which keeps its arc length, against the same written out: to rounding."""
+    y0, mu, h, T = tensor(1.2, 0.7), tensor(1.5), 0.2, 0.37
+    solver = im.Bosh3(rtol=rtol, atol=atol, dt0=h, dt_max=h)
+
+    def kept(y0, mu):
+        found = end(mu, y0, (0.0, sign * T), solver, adjoint=MOVING)
+        assert int(found.steps) == 2
+        return found.value[-1]
+
+    def written(y0, mu):
+        fixed, speed = {"solver": im.Bosh3(dt=1.0)}, speed_of(y0, oscillator(0, y0, mu), T, rtol, atol)
+        times = torch.stack([tensor(0.0), sign * h * speed.detach() / speed, tensor(sign * T)])
+        middle = end(mu, y0, times[:2], **fixed).value[-1]
+        return end(mu, middle, times[1:], **fixed).value[-1]
+
+    torch.testing.assert_close(kept(y0, mu), written(y0, mu), rtol=1e-13, atol=0)
+    jacobians = zip(*(func.jacrev(f, argnums=(0, 1))(y0, mu) for f in (kept, written)))
+    for found, exact in jacobians:
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-12)
+    stays = func.jacrev(lambda y: end(mu, y, (0.0, sign * T), solver).value[-1])(y0)  # to see anything
+    assert (func.jacrev(kept)(y0, mu) - stays).abs().max() > 1e-5

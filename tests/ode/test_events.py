@@ -686,3 +686,24 @@ def test_events_are_found_in_inference_mode():
     with torch.inference_mode():
         solution = im.odeint(fall, tensor(0.0, 1.0), (0.0, 5.0), tensor(10.0), event=FLOOR)
     assert math.isclose(float(solution.t), 0.2, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_a_far_last_time_leaves_events_as_they_are(dtype):
+    """To solve until it happens, one gives a time far away."""
+    y0, stop = torch.tensor([1.0, 0.0], dtype=dtype), im.Event(lambda t, y: 0 * y[0] + t - 4)
+    bounce = im.Event(lambda t, y: y[0], -1, restart=lambda t, y: torch.stack([y[0], -y[1]]))
+
+    def f(t, y):
+        return torch.stack([y[1], -9.81 - 0.1 * y[1] * y[1].abs()])
+
+    def solve(end):
+        return im.odeint(f, y0, (0.0, end), event=(bounce, stop), solver=im.Dopri5(rtol=1e-6, atol=1e-6))
+
+    near = solve(5.0)
+    assert int(near.event_count) > 3
+    for end in (1e9, 1e15):
+        far = solve(end)
+        assert (int(far.event), int(far.event_count)) == (1, int(near.event_count))
+        torch.testing.assert_close(far.t, near.t, rtol=4 * torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(far.value[-1], near.value[-1], rtol=1e-4, atol=1e-4)

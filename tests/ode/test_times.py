@@ -78,3 +78,31 @@ def test_times_that_rounding_makes_the_same(t, where):
         im.odeint(Decay(), torch.ones(1), torch.tensor(t))
     if where == (0, 1):
         assert im.odeint(Decay(), Y0, t).converged
+
+
+def robertson(t, y):
+    a, b, c = y.unbind(-1)
+    left, right = -0.04 * a + 1e4 * b * c, 3e7 * b * b
+    return torch.stack([left, -left - right, right], -1)
+
+
+@pytest.mark.parametrize(("dtype", "end", "exact"), [(torch.float32, 1e4, 1.073e-1), (D, 1e11, 2.0834e-8)])
+def test_first_steps_may_be_shorter_than_the_last_time_resolves(dtype, end, exact):
+    """Near 0, times are as fine as they come, however far the last one is."""
+    solver = im.Kvaerno3(rtol=1e-4, atol=1e-12 if dtype == D else 1e-9)
+    found = im.odeint(robertson, torch.tensor([1.0, 0.0, 0.0], dtype=dtype), (0.0, end), solver=solver)
+    assert float(found.value[-1, 0]) == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e-9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_late_push_is_seen_in_any_unit_of_time(unit, sign):
+    """From rest, what is to come cannot be known; steps grow alike in microseconds and in seconds."""
+    unit = sign * unit
+
+    def f(t, y):
+        return torch.exp(-50 * (t / unit - 1.5) ** 2) / unit * torch.ones_like(y)
+
+    found = im.odeint(f, torch.zeros(2, dtype=D), (0.0, 3.0 * unit))
+    exact = torch.full((2,), (torch.pi / 50) ** 0.5, dtype=D)
+    torch.testing.assert_close(found.value[-1], exact, rtol=1e-3, atol=0)

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.argmin.curvature import smallest_curvature
-from implicitly.descent import Descent, value_and_descent
+from implicitly.descent import Descent, inverse_norm, value_and_descent
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
 from implicitly.implicit import Condition, Map, Report, push
-from implicitly.iterate import Found, Solution, Status
+from implicitly.iterate import Found, Solution, Status, where_rows
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
 from implicitly.transforms import casts
@@ -54,22 +54,34 @@ class Form(ABC):
     def curvature(self, F: Any, z: Tensor) -> tuple[Map, Tensor]:
         """The operator that is positive semidefinite at a minimum `z`, and a matrix `(B, n)` like its argument."""
 
-    def condition(self, problem: Problem, on_failure: str, convex: bool) -> Condition:
-        """What `problem` states; stationary points are checked to be minima unless all are."""
+    def condition(
+        self, problem: Problem, on_failure: str, convex: bool, rounding: float, rtol: float
+    ) -> Condition:
+        """What `problem` states; stationary points are checked to be minima unless all are.
+
+        `rounding`, relative to what makes it up, is what a gradient need not fall below, whatever `rtol`; a sample
+        that no step improves has converged if its residual is less than that itself.
+        """
         report = Report(on_failure, partial(self.solution, problem))
-        condition = replace(
-            problem.condition(self.name, on_failure), report=report, kind=self.kind, scale=gradient_scale
-        )
-        return condition if convex else replace(condition, examine=partial(self._examine, condition.dtype))
+        plain = problem.condition(self.name, on_failure)
+        scale = partial(gradient_scale, rounding / rtol if rtol else 0.0)
+        examine = partial(self._examine, plain.dtype, convex, rounding, rtol)
+        return replace(plain, report=report, kind=self.kind, scale=scale, examine=examine)
 
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
         """What the user gets: `attached` `(B, n)` is the found point with its derivative."""
         return problem.solution(found, attached)
 
-    def _examine(self, dtype: torch.dtype, F: Any, found: Found) -> Found:
-        """`found`, where converged samples from which the objective falls in second order are NOT_MINIMUM."""
+    def _examine(
+        self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Any, found: Found
+    ) -> Found:
+        """`found`, where samples that only rounding kept from their tolerances are CONVERGED, and converged ones
+        from which the objective falls in second order NOT_MINIMUM."""
+        stuck = (found.status == int(Status.STAGNATED)) | (found.status == int(Status.DIVERGED))
+        settled = stuck & (found.residual < rounding)
+        found = found._replace(status=torch.where(settled, int(Status.CONVERGED), found.status))
         converged = found.status == int(Status.CONVERGED)
-        if not maybe_any(converged) or found.z.shape[1] == 0:
+        if convex or not maybe_any(converged) or found.z.shape[1] == 0:
             return found
         least, most = smallest_curvature(*self.curvature(F, found.z))
         # Less than this is what rounding, and the distance to the exact point, leave of a zero.
@@ -77,15 +89,26 @@ class Form(ABC):
         return found._replace(status=torch.where(converged & falls, int(Status.NOT_MINIMUM), found.status))
 
 
-def gradient_scale(F: Any, z: Tensor, r: Tensor) -> Tensor:
+def gradient_scale(share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
     """What a residual is small beside, `(B,)`: that at the start, or its change over the length of the iterate.
 
-    The second is what rounding of z alone makes of the residual: a start at the answer has nothing to gain.
+    The second is what rounding of z alone makes of the residual: a start at the answer has nothing to gain. At
+    zero it tells nothing; but terms that add up to an objective f have slopes of about (curvature * f)^(1/2), of
+    which `share` is taken.
     """
-    if not maybe_any(z != 0):
-        return row_norm(r)
-    change = row_norm(push(lambda z: F(z), (z,), (z,)))
-    return torch.maximum(row_norm(r), torch.where(change.isfinite(), change, 0.0))
+    norm, at_zero = row_norm(r), (z == 0).all(1)
+    adds_up = share > 0 and isinstance(F, Descent)
+    if not adds_up and not maybe_any(~at_zero):
+        return norm
+    along = where_rows(at_zero, inverse_norm(r) * r, z)
+    change, length = row_norm(push(lambda z: F(z), (z,), (along,))), row_norm(along)
+    change = torch.where(change.isfinite(), change, 0.0)
+    scale = torch.maximum(norm, change.masked_fill(at_zero, 0.0))
+    if not adds_up:
+        return scale
+    curvature = change / torch.where(length == 0, 1.0, length)
+    slope = (curvature * F.evaluate(z)[0].abs().to(norm.dtype)).sqrt()
+    return torch.maximum(scale, share * torch.where(slope.isfinite(), slope, 0.0))
 
 
 @dataclass(frozen=True)

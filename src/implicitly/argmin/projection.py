@@ -12,11 +12,12 @@ from torch import Tensor
 from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
 from implicitly.argmin.conditions import Form, Function, check_values, descent_of, rows_of
 from implicitly.functions import open_function
+from implicitly.host import maybe_any
 from implicitly.implicit import Map
-from implicitly.iterate import Proposal, Residual, Solver
+from implicitly.iterate import Found, Proposal, Residual, Solver, Status
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
-from implicitly.tree import Layout
+from implicitly.tree import Layout, row_norm
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Projection(Form):
     point, so P must be differentiable there (it is wherever no constraint is active by accident) in whatever of
     `args` it uses. Every `step` states the same condition; it decides how well conditioned the backward solve is
     (best near one over the curvature of the objective), and is the length of the steps that `FixedPointIteration`
-    and `PhantomAdjoint` take.
+    and `PhantomAdjoint` take. One that is lost beside z, as the gradient is so small, ends a sample as STAGNATED.
 
     Args:
         P: `P(z, *args)` gives the nearest point of the set, like z; for example
@@ -112,16 +113,41 @@ class Projection(Form):
         """D - D (I - t H) D with H the Hessian of the objective, D the (symmetric) derivative of P.
 
         On the range of D, which is the tangent space of the active constraints, D = (I + t K)^-1 with K the
-        curvature of the set times the multiplier; the operator then is t D (H + K) D, and zero elsewhere.
+        curvature of the set times the multiplier; the operator then is t D (H + K) D, and zero elsewhere. What
+        rounding may make of the difference is added, as t H may be less than that.
         """
+        rounding = 10 * torch.finfo(z.dtype).eps
         _, hessian = pullback(lambda z: F.evaluate(z)[1], z)
         _, tangent = pullback(F.project, torch.add(z, F.evaluate(z)[1], alpha=self.step))
 
         def operator(u: Tensor) -> Tensor:
             w = tangent(u)[0]
-            return w - tangent(torch.add(w, hessian(w)[0], alpha=self.step))[0]
+            return torch.add(w - tangent(torch.add(w, hessian(w)[0], alpha=self.step))[0], u, alpha=rounding)
 
         return operator, z
+
+    def _examine(
+        self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Projected, found: Found
+    ) -> Found:
+        """As of any form; where the step down the gradient is next to nothing beside z, that the residual is small
+        says little, and samples that a longer step moves about as far as it is long have STAGNATED."""
+        found = super()._examine(dtype, convex, rounding, rtol, F, found)
+        converged = found.status == int(Status.CONVERGED)
+        if not maybe_any(converged) or found.z.shape[1] == 0:
+            return found
+        z, small = found.z, torch.finfo(dtype).eps ** 0.5
+        _, r = F.evaluate(z)
+        length, size = row_norm(r), row_norm(z)
+        doubtful = converged & (self.step * length <= small * size) & (length > 0)
+        if not maybe_any(doubtful):
+            return found
+        longer = small * size / torch.where(length > 0, length, 1.0)
+        slope = row_norm(F.project(torch.addcmul(z, longer[:, None], r)) - z) / torch.where(doubtful, longer, 1.0)
+        change = row_norm(pullback(lambda z: F.evaluate(z)[1], z)[1](z)[0])
+        # Rounding of z makes `small` of the gradient a slope along the set.
+        lost = doubtful & (slope > max(100 * small, 10 * rtol) * torch.maximum(change, length))
+        residual = torch.where(lost, self.step * slope, found.residual)
+        return found._replace(status=torch.where(lost, int(Status.STAGNATED), found.status), residual=residual)
 
 
 @dataclass(frozen=True)

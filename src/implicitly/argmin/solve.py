@@ -74,7 +74,7 @@ def argmin(
         `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps`
         `(B,)`; `evaluations` of the objective with its gradient. With `Equality` a `ConstrainedSolution`, which
         has the multipliers too. Tolerances are relative to the residual at z0, or to |J z0| with its Jacobian J
-        there if that is larger.
+        there if that is larger; `atol=None` is relative as well, to (|J| objective)^(1/2) without a constraint.
 
     Raises:
         TypeError, ValueError: for input that cannot be meant, before any work.
@@ -146,9 +146,13 @@ def _minimum(
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, form.iterates, form.offers, form.try_solver)
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
-    condition = form.condition(problem, on_failure, convex)
+    # Objectives come in any units, so that no absolute tolerance but the user's says when a gradient is small: the
+    # default one is relative, to what rounding of the objective at z0 makes of its gradient.
+    rtol, rounding = solver.tolerances(layout.computed_dtype)
+    rounding, solver = (rounding, replace(solver, atol=0.0)) if solver.atol is None else (0.0, solver)
+    condition = form.condition(problem, on_failure, convex, rounding, rtol)
     condition = replace(condition, report=replace(condition.report, message=partial(_explained, form)))
-    condition = as_graphs(condition, problem.key) if compile else condition
+    condition = as_graphs(condition, (problem.key, rounding)) if compile else condition
     found = how.find(solver, condition, problem)
     return form.solution(problem, found, how.attach(found, condition, problem))
 
@@ -162,6 +166,11 @@ def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tens
         remedy[Status.DIVERGED] = "a smaller step, or step=None, which finds its own"
     elif isinstance(form, Projection):
         remedy[Status.DIVERGED] = "a smaller step of im.Projection, or ProjectedGradient, which finds its own"
+    if isinstance(form, Projection):
+        remedy[Status.STAGNATED] = (
+            "a larger step of im.Projection if step * gradient is lost beside z (best is one over the objective's "
+            "curvature); else loosen rtol, use a wider dtype, or try another solver"
+        )
     if isinstance(form, Equality):
         remedy[Status.SINGULAR] = (
             "the derivative of the constraints vanishes or is singular there, so that it leads nowhere: start "

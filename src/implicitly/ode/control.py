@@ -108,7 +108,8 @@ def first_step(
     span = float(span[0]) if alone else span
     d0, d1 = size(y), size(k)
     xp, whole = library(d0), abs(span)
-    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / clamped(d1, TINY, None))
+    short = 1e-6 * clamped(whole, None, 1.0)  # what is short, where nothing else says it
+    h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), short, 0.01 * d0 / clamped(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
     # Plain numbers divide by no 0.
     h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, clamped(1e-6 * whole, TINY, None))

@@ -178,7 +178,7 @@ class HybridStepper(Stepper):
 
     def _cut(self, c: Carry, step: Step, taken: Taken, error: Array) -> tuple[Step, Taken, Array, Watch]:
         """The step tried from `c` up to the first event in it, and what is known of events then."""
-        old = Watch(*c.watch)
+        old, tried = Watch(*c.watch), taken.dt
         xp, found = library(error), scan(self.method, self.bound.F, step, old, self.events)
         error = xp.where(found.sick & taken.accepted, float("inf"), error)
         taken = taken._replace(accepted=taken.accepted & ~found.sick)
@@ -194,10 +194,11 @@ class HybridStepper(Stepper):
             there = to_host(values(self.bound.F, to_tensor(c.t + dt), step.y1, len(self.events)))
             seen = xp.where((first >= 0)[:, None], there, seen)
         happens = first >= 0
-        stays, sign = happens & (abs(taken.dt) <= self.resolved(c.t)), found.sign_before(part)
+        resolved, sign = self.resolved(c.t, c.t + tried), found.sign_before(part)
+        stays = happens & (abs(taken.dt) <= resolved)
         stuck = xp.where(stays, old.stuck + 1, 0)
         again = old.fresh.any(1) & (first == old.event)
-        if any_now(unsure := happens & (again | (abs(taken.dt) <= UNSURE * self.resolved(c.t)))):
+        if any_now(unsure := happens & (again | (abs(taken.dt) <= UNSURE * resolved))):
             turned = self._turned(step, c.t + taken.dt, first, sign)
             stuck = xp.where(unsure & turned, len(self.events) + 1, stuck)
         new = Watch(
@@ -250,7 +251,7 @@ class HybridStepper(Stepper):
             again = method.step(inside, t, length, step.y, memory)
             return again.y1, again.k1
 
-        resolved = to_tensor(stepper.resolved(step.t))
+        resolved = to_tensor(stepper.resolved(step.t, step.t + step.dt))
         length = correct(retake, F, first, t, dt, torch.where(first >= 0, part * dt, dt), resolved / 2)
         # Who starts anew at the last time has arrived.
         arrived = (t + length - to_tensor(stepper.end)).abs() <= resolved

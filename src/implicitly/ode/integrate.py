@@ -236,9 +236,14 @@ class Stepper:
         step = self.method.step(self.bound.F, *place, y, memory)
         return step, step.y1, step.memory
 
-    def resolved(self, t: Array) -> Array:
-        """The shortest length `(B,)` of a step from t, as times resolve it."""
-        return 4 * torch.finfo(self.times.dtype).eps * library(t).maximum(abs(t), abs(self.end))
+    def resolved(self, t: Array, other: Array | None = None) -> Array:
+        """The shortest length `(B,)` of a step from t, or between t and another time, as times resolve it.
+
+        The end may be far away, and says nothing but how near to 0 is near.
+        """
+        xp, eps = library(t), torch.finfo(self.times.dtype).eps
+        size = xp.maximum(abs(t), eps * eps * abs(self.end) if other is None else abs(other))
+        return 4 * eps * size
 
     def _error(self, step: Step) -> Array:
         """The error `(B,)` of a step over the tolerance; inf where it met NaN or inf."""
