@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -103,6 +105,8 @@ def work(rank: int, folder: str) -> None:
             torch.save([p.grad for p in model.parameters()], f"{folder}/{name}-{rank}.pt")
             # What still knows the group when it is destroyed would wait for its threads, and they for Python.
             del model
+            gc.collect()
+        dist.barrier()  # nor is one of the processes to end while the other still talks to it
     finally:
         dist.destroy_process_group()
 
