@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import SymFloat, SymInt, Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.func import functionalize, vjp
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,7 @@ def split_pullback(
     inputs = (torch.zeros_like(z), z, *theta)
     sizes = _Sizes(inputs, varying) if varying else None
     opened = inputs if sizes is None else sizes.opened
-    with torch.no_grad(), nullcontext() if sizes is None else sizes.within(), _Tape(opened, sizes) as tape:
+    with torch.no_grad(), nullcontext() if sizes is None else sizes.within, _Tape(opened, sizes) as tape:
         try:
             value = functionalize(pulled)(*opened)
         except RuntimeError as error:  # if f is wrong, the eager loop says so
@@ -56,7 +55,8 @@ def split_pullback(
 
 
 class _Sizes:
-    """Tensors without numbers and of open sizes: `opened`, like `inputs`, the first as the second."""
+    """Tensors without numbers and of open sizes: `opened`, like `inputs`, the first as the second; `within` which
+    to compute with them."""
 
     def __init__(self, inputs: Sequence[Tensor], varying: Sequence[tuple[int, int]]):
         # Imported on first use, as they take long.
@@ -65,21 +65,15 @@ class _Sizes:
 
         if (0, 0) not in varying:
             raise CannotSplitError("what varies is not the batch")
-        self._env = ShapeEnv()
-        self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self._env, self._unseen = ShapeEnv(), 0
+        self.within = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         opened = []
         for i, x in enumerate(inputs):
             of = max(i - 1, 0)
             sizes = [DimDynamic.DUCK if (of, dim) in varying else DimDynamic.STATIC for dim in range(x.ndim)]
             how = StatelessSymbolicContext(dynamic_sizes=sizes)
-            opened.append(self._mode.from_tensor(x.detach(), symbolic_context=how))
-        self.opened, self._unseen = tuple(opened), 0
-
-    @contextmanager
-    def within(self) -> Iterator[None]:
-        """Where it is computed with them."""
-        with enable_python_dispatcher(), self._mode:
-            yield
+            opened.append(self.within.from_tensor(x.detach(), symbolic_context=how))
+        self.opened = tuple(opened)
 
     @contextmanager
     def operation(self) -> Iterator[None]:

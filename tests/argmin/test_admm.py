@@ -39,9 +39,9 @@ def test_float32():
 
 @pytest.mark.parametrize(("q", "early"), [(0, torch.float32), (2, D)])
 def test_first_steps_are_in_float32_where_there_are_no_equalities(q, early, monkeypatch):
-    def advance(self, at, steps):
+    def advance(self, at, steps, proves):
         dtypes[steps * (len(dtypes) + 1)] = at.x.dtype
-        return plain(self, at, steps)
+        return plain(self, at, steps, proves)
 
     dtypes, plain = {}, admm._Splitting.advance
     monkeypatch.setattr(admm._Splitting, "advance", advance)

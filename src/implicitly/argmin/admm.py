@@ -214,32 +214,28 @@ class _Splitting:
         again = _Splitting.of(self.given, self.C.dtype, self.sigma, self.rho * change, self.relaxation)
         return at._replace(y=at.y / change), again
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What its steps are made of; `of_tensors` puts it together again."""
-        return (*self.program.tensors, self.C, self.weights, self.of_x, self.of_u, self.shift)
-
-    def of_tensors(self, tensors: tuple[Tensor, ...]) -> _Splitting:
-        """One with other tensors and the same numbers."""
-        program = QuadraticProgram(*tensors[:6])
-        C, weights, of_x, of_u, shift = tensors[6:]
-        return replace(self, program=program, C=C, weights=weights, of_x=of_x, of_u=of_u, shift=shift)
-
     def advanced(self, at: _State, steps: int, compile: bool) -> _State:
-        """As `advance`; if to `compile`, as one graph, where one can be had."""
+        """So many steps; if to `compile`, as one graph, where one can be had."""
+        proves = not self.early  # else rounding would prove too much
         if not compile:
-            return self.advance(at, steps)
-        count, bare = len(at), replace(self, given=QuadraticProgram(*(t[:0] for t in self.given.tensors)))
+            return self.advance(at, steps, proves)
+        # The graph outlives this solve: it may hold on to numbers alone.
+        numbers, count, known = (self.rho, self.sigma, self.relaxation), len(at), len(self.program.tensors)
 
         def advance(*tensors: Tensor) -> _State:
-            return bare.of_tensors(tensors[count:]).advance(_State(*tensors[:count]), steps)
+            same = QuadraticProgram(*tensors[count : count + known])
+            C, weights, of_x, of_u, shift = tensors[count + known :]
+            again = _Splitting(same, same, C, weights, of_x, of_u, shift, *numbers)
+            return again.advance(_State(*tensors[:count]), steps, proves)
 
-        key = ("qp with ADMM", self.program.sizes, steps, self.early, self.relaxation)
-        found = run_as_graph("qp with ADMM", key, advance, *at, *self.tensors, varies=True)
-        return self.advance(at, steps) if found is None else found
+        key = ("qp with ADMM", self.program.sizes, steps, proves, self.relaxation)
+        parts = (*self.program.tensors, self.C, self.weights, self.of_x, self.of_u, self.shift)
+        found = run_as_graph("qp with ADMM", key, advance, *at, *parts, varies=True)
+        return self.advance(at, steps, proves) if found is None else found
 
-    def advance(self, at: _State, steps: int) -> _State:
-        """So many steps. Then how far the iterates are from being a solution, or a proof."""
+    def advance(self, at: _State, steps: int, proves: bool) -> _State:
+        """So many steps. Then how far the iterates are from being a solution, and whether the last step `proves`
+        that there is none."""
         program, q, relax = self.program, self.program.sizes[1], self.relaxation
         x, u, y, last_x, last_y = at.x, at.u, at.y, at.x, at.y
         for _ in range(steps):
@@ -257,7 +253,7 @@ class _Splitting:
         dual = row_norm(Qx + program.p + Cy) / (1 + size)
         tiny = torch.finfo(x.dtype).tiny
         moved = at._replace(x=x, u=u, y=y, error=torch.maximum(primal, dual), balance=primal / (dual + tiny))
-        if self.early:  # rounding would prove too much
+        if not proves:
             return moved
         return moved._replace(status=self.proofs(x, duals, x - last_x, self.weights * (y - last_y)))
 
