@@ -106,7 +106,7 @@ def test_every_method_is_there():
     assert set(METHODS) == explicit | implicit
     assert set(EXPLICIT) == explicit
     assert set(METHODS) - set(ADAPTIVE) == {"EULER", "RK4", "IMPLICIT_EULER", "IMPLICIT_MIDPOINT"}
-    assert DENSE == ["DOPRI5", "TSIT5", "DOPRI8"]
+    assert DENSE == ["DOPRI5", "TSIT5", "DOPRI8", "KVAERNO5"]
     orders = [1, 2, 2, 2, 4, 3, 5, 5, 8, 1, 2, 2, 3, 5]
     assert [m.order for m in METHODS.values()] == orders
 

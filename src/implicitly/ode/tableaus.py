@@ -285,11 +285,13 @@ TRAPEZOID = Tableau(
 )
 
 
-def _stiffly_accurate(order: int, *rows: tuple[float, ...]) -> Tableau:
-    """A method whose last two stages hold the embedded and the new state, from the `rows` of its `a`."""
+def _stiffly_accurate(order: int, *rows: tuple[float, ...], quartic: tuple[float, ...] = ()) -> Tableau:
+    """A method whose last two stages hold the embedded and the new state, from the `rows` of its `a`; `quartic`
+    `(s,)` is f3 of its dense output, see `_dense`."""
     c = tuple(math.fsum(row) for row in rows)
     error = _minus(rows[-1], (*rows[-2], 0.0))
-    return Tableau(order=order, a=rows, b=rows[-1], c=c, error=error, error_order=order - 1)
+    dense = _dense(rows[-1], len(rows) - 1, quartic) if quartic else None
+    return Tableau(order=order, a=rows, b=rows[-1], c=c, error=error, error_order=order - 1, dense=dense)
 
 
 # Both L-stable, with an explicit first stage, from Kværnø, "Singly diagonally implicit Runge-Kutta methods with an
@@ -312,6 +314,8 @@ KVAERNO3 = _stiffly_accurate(
 
 _G5 = 13 / 50
 
+# The dense output of the second has order 4 everywhere in a step, which leaves two numbers free. These are the
+# least ones (in the sense of least squares) that also have a limit in the middle of infinitely stiff steps.
 # fmt: off
 KVAERNO5 = _stiffly_accurate(
     5,
@@ -323,5 +327,7 @@ KVAERNO5 = _stiffly_accurate(
     (0.13855640231268224, 0.0, -0.04245337201752043, 0.02446657898003141, 0.6194303907248068, _G5),
     (0.1365975117764029, 0.0, -0.05496908796538376, -0.04118626728321046, 0.629933048990164, 0.06962479448202728,
      _G5),
+    quartic=(-0.5273168450422333, 0.0, 0.717008463463586, -2.067528990952921, 1.6110082694021637,
+             0.47536737860134715, -0.20853827547193532),
 )
 # fmt: on
