@@ -32,6 +32,8 @@ LAYERS = (
     ("tour", "cli"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# Folders of a family, and the folders of it that each may import; its other files import none of them.
+PARTS = {"argmin.sets": set(), "argmin.programs": set(), "argmin.convex": {"argmin.sets", "argmin.programs"}}
 TOP = "implicitly"  # the package itself, which imports what is public
 
 
@@ -94,6 +96,18 @@ def test_families_do_not_import_each_other():
     for module, imported in IMPORTS.items():
         if layer_of(module) in families:
             assert {layer_of(i) for i in imported} & set(families) <= {layer_of(module)}, module
+
+
+def test_folders_of_a_family_import_their_own_files_and_those_of_folders_below():
+    def part(module: str) -> str:
+        folder = ".".join(module.split(".")[:2])
+        return folder if folder in PARTS else layer_of(module)
+
+    for module, imported in IMPORTS.items():
+        if layer_of(module) == "argmin":
+            allowed = PARTS.get(part(module), set()) | {part(module)}
+            assert {part(i) for i in imported if layer_of(i) == "argmin"} <= allowed, module
+    assert all(any(part(m) == name for m in MODULES) for name in PARTS)
 
 
 def test_the_kernel_knows_no_family():

@@ -2,19 +2,19 @@
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
-from implicitly.argmin import project, prox
-from implicitly.argmin.admm import ADMM
 from implicitly.argmin.bilevel import implicit_gradient, proximal
-from implicitly.argmin.conic_solver import Clarabel
-from implicitly.argmin.derivative import KKTAdjoint
+from implicitly.argmin.convex.conic_solver import Clarabel
 from implicitly.argmin.equality import ConstrainedSolution, Equality, NewtonKKT
 from implicitly.argmin.gradient_descent import GradientDescent
-from implicitly.argmin.interior_point import InteriorPoint
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import GaussNewton, LevenbergMarquardt
+from implicitly.argmin.programs.admm import ADMM
+from implicitly.argmin.programs.derivative import KKTAdjoint
+from implicitly.argmin.programs.interior_point import InteriorPoint
+from implicitly.argmin.programs.qp import ProgramSolution, qp
 from implicitly.argmin.projection import ProjectedGradient, Projection
-from implicitly.argmin.qp import ProgramSolution, qp
-from implicitly.argmin.ranking import soft_rank, soft_sort, sparsemax
+from implicitly.argmin.sets import project, prox
+from implicitly.argmin.sets.ranking import soft_rank, soft_sort, sparsemax
 from implicitly.argmin.solve import argmin, least_squares
 from implicitly.compiled import CompiledSolve, CompileWarning, compile_statistics
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import implicitly as im
-from implicitly.argmin import admm
+from implicitly.argmin.programs import admm
 from tests.argmin.programs import D, program
 from tests.problems import seeded
 

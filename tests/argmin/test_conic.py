@@ -8,9 +8,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
-from implicitly.argmin.conic import Cones, Pattern
-from implicitly.argmin.conic_solver import Numbers, Workers
-from implicitly.argmin.power_cone import dual_power_cone, power_cone
+from implicitly.argmin.convex.conic import Cones, Pattern
+from implicitly.argmin.convex.conic_solver import Numbers, Workers
+from implicitly.argmin.sets.power_cone import dual_power_cone, power_cone
 from implicitly.iterate import Status
 
 pytestmark = pytest.mark.host  # as Clarabel is
@@ -151,7 +151,7 @@ def test_condition_and_its_derivatives():
 
 def test_factors_dense_and_sparse_invert_the_jacobian():
     pytest.importorskip("scipy")
-    from implicitly.argmin.conic_jacobian import ConicFamily, DenseFactors, Jacobian, SparseFactors
+    from implicitly.argmin.convex.conic_jacobian import ConicFamily, DenseFactors, Jacobian, SparseFactors
 
     pattern, theta, z = random_program(n=40)  # as many as rows, so that the Jacobian is regular
     wanted = torch.ones(z.shape[1], dtype=D)
@@ -275,8 +275,8 @@ def test_certificates_are_told_from_others():
 
 def test_no_word_of_clarabel_counts_that_the_residual_does_not_confirm():
     pytest.importorskip("clarabel")
-    from implicitly.argmin.conic_jacobian import ConicFamily
-    from implicitly.argmin.conic_program import Tried, Units, _examined
+    from implicitly.argmin.convex.conic_jacobian import ConicFamily
+    from implicitly.argmin.convex.conic_program import Tried, Units, _examined
 
     cones = Cones(0, 0, (3,), (), 0, ())
     pattern = Pattern.of(2, 3, ([np.arange(2)] * 2), (np.array([1, 2]), np.array([0, 1])))
@@ -293,7 +293,7 @@ def test_no_word_of_clarabel_counts_that_the_residual_does_not_confirm():
 
 def test_every_pair_of_repeated_rows_is_seen():
     """Whatever two entries of the probe they have: multipliers of such rows are not unique."""
-    from implicitly.argmin.conic_jacobian import ConicFamily, Jacobian
+    from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
 
     m = 24
     pairs = [(i, j) for i in range(m) for j in range(i)]
@@ -318,7 +318,7 @@ def test_every_pair_of_repeated_rows_is_seen():
 
 
 def test_every_status_of_clarabel_has_one_of_ours():
-    from implicitly.argmin.conic_solver import _status
+    from implicitly.argmin.convex.conic_solver import _status
 
     assert _status("Solved") == Status.CONVERGED
     assert _status("AlmostSolved") == Status.STAGNATED  # until its residual says otherwise

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import implicitly as im
-from implicitly.argmin.polish import System
-from implicitly.argmin.program import QuadraticProgram, equilibrate
+from implicitly.argmin.programs.polish import System
+from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
 from implicitly.iterate import Status
 from tests.argmin.programs import D, program, sample
 from tests.problems import seeded

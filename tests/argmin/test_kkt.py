@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
-from implicitly.argmin.condensed import Condensed
-from implicitly.argmin.kkt import Factors, active_set, base_matrix, jacobian_product, relaxed
-from implicitly.argmin.program import QuadraticProgram, equilibrate, natural_residual
+from implicitly.argmin.programs.condensed import Condensed
+from implicitly.argmin.programs.kkt import Factors, active_set, base_matrix, jacobian_product, relaxed
+from implicitly.argmin.programs.program import QuadraticProgram, equilibrate, natural_residual
 from tests.argmin.programs import D, program
 from tests.problems import seeded
 

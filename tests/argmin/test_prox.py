@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, func
 
 import implicitly as im
-from implicitly.argmin.chain import jumps
+from implicitly.argmin.sets.chain import jumps
 from tests.argmin import projections as rows
 from tests.argmin.projections import PROXIMAL, Row
 from tests.problems import seeded

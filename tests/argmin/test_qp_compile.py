@@ -18,10 +18,10 @@ from torch._dynamo.utils import counters
 
 import implicitly as im
 from implicitly import compiled
-from implicitly.argmin.condensed import CondensedLoop
-from implicitly.argmin.polish import System
-from implicitly.argmin.program import QuadraticProgram, equilibrate
-from implicitly.argmin.qp import ProgramSolution
+from implicitly.argmin.programs.condensed import CondensedLoop
+from implicitly.argmin.programs.polish import System
+from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
+from implicitly.argmin.programs.qp import ProgramSolution
 from tests.argmin.programs import D, program
 from tests.leaks import living_tensors
 

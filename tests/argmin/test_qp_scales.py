@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, func
 
 import implicitly as im
-from implicitly.argmin.program import QuadraticProgram, equilibrate
+from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
 from implicitly.iterate import Status
 from tests.argmin.programs import D, program
 from tests.problems import seeded

@@ -754,7 +754,7 @@ def test_programs_of_the_same_matrices_may_be_split():
 
 
 def test_larger_programs_are_factorised_sparse():
-    from implicitly.argmin.conic_jacobian import DENSE_UP_TO
+    from implicitly.argmin.convex.conic_jacobian import DENSE_UP_TO
 
     n, m = 40, 60
     x, A, b = cp.Variable(n), cp.Parameter((m, n)), cp.Parameter(m)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from implicitly.argmin.conic_solver import Clarabel
-from implicitly.argmin.convex import ConvexProgram
-from implicitly.argmin.derivative import KKTAdjoint
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.convex.conic_solver import Clarabel
+from implicitly.argmin.convex.solve import ConvexProgram
+from implicitly.argmin.programs.derivative import KKTAdjoint
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.implicit import Report
 from implicitly.iterate import Solution

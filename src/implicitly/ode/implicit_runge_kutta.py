@@ -468,9 +468,9 @@ class Kvaerno3(ImplicitRungeKutta):
 class Kvaerno5(ImplicitRungeKutta):
     """Kvaerno's pair 5(4), L-stable: for stiff systems, and the one to try first.
 
-    Between steps the state is a quartic of order 4. Along the slow manifold of a very stiff system the ends of steps
-    are far more accurate than rtol asks, and what lies between may be less: `dt_max` or `tstops` are the remedy
-    where that counts.
+    Between steps the state is a quartic of order 4. Along the slow manifold of a very stiff system the ends of
+    steps are far more accurate than rtol asks, and what lies between may be less: `dt_max` or `tstops` are the
+    remedy where that counts.
     """
 
     tableau: ClassVar[Tableau] = tableaus.KVAERNO5

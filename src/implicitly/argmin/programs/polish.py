@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import Condensed, CondensedFactors
-from implicitly.argmin.kkt import Factors, base_matrix, jacobian_product
-from implicitly.argmin.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
+from implicitly.argmin.programs.condensed import Condensed, CondensedFactors
+from implicitly.argmin.programs.kkt import Factors, base_matrix, jacobian_product
+from implicitly.argmin.programs.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
 from implicitly.host import maybe_any
 from implicitly.iterate import Status, where_rows
 from implicitly.tree import row_norm

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from implicitly.argmin.rows import (
+from implicitly.argmin.sets.rows import (
     FINITE,
     POSITIVE,
     block_means,

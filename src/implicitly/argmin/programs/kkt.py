@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from implicitly.argmin.program import QuadraticProgram, times, times_transposed
+from implicitly.argmin.programs.program import QuadraticProgram, times, times_transposed
 from implicitly.host import maybe_any, on_host
 from implicitly.implicit import Map
 from implicitly.tree import row_norm

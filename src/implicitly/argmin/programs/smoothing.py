@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedFactors, step_length
-from implicitly.argmin.kkt import Factors
-from implicitly.argmin.polish import System
-from implicitly.argmin.program import times, times_transposed
+from implicitly.argmin.programs.condensed import CondensedFactors, step_length
+from implicitly.argmin.programs.kkt import Factors
+from implicitly.argmin.programs.polish import System
+from implicitly.argmin.programs.program import times, times_transposed
 from implicitly.host import maybe_any
 from implicitly.tree import row_norm
 

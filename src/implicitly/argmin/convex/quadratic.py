@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.argmin.canonical import Assembly, CanonicalProgram
-from implicitly.argmin.optional import require
-from implicitly.argmin.qp import ProgramSolution, qp
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.convex.canonical import Assembly, CanonicalProgram
+from implicitly.argmin.convex.optional import require
+from implicitly.argmin.programs.qp import ProgramSolution, qp
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.iterate import Solution, SolverError
 from implicitly.tree import columns_of
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from implicitly.argmin.conic import Cones, Pattern
-from implicitly.argmin.conic_solver import Clarabel, Workers
-from implicitly.argmin.optional import require
+from implicitly.argmin.convex.conic import Cones, Pattern
+from implicitly.argmin.convex.conic_solver import Clarabel, Workers
+from implicitly.argmin.convex.optional import require
 from implicitly.host import maybe_any
 from implicitly.implicit import Map
 from implicitly.tree import row_norm

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from implicitly.argmin.cones import dual_exponential_cone, psd_cone, second_order_cone
-from implicitly.argmin.power_cone import dual_power_cone
+from implicitly.argmin.sets.cones import dual_exponential_cone, psd_cone, second_order_cone
+from implicitly.argmin.sets.power_cone import dual_power_cone
 from implicitly.host import remembered
 from implicitly.implicit import Map
 from implicitly.tree import columns_of, row_norm

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import CondensedFactors
-from implicitly.argmin.kkt import Factors, active_set, proximal, relaxed
-from implicitly.argmin.program import QuadraticProgram
+from implicitly.argmin.programs.condensed import CondensedFactors
+from implicitly.argmin.programs.kkt import Factors, active_set, proximal, relaxed
+from implicitly.argmin.programs.program import QuadraticProgram
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
 from implicitly.iterate import Found, Proposal

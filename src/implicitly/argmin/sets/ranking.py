@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.argmin.order import nearest_permuted
-from implicitly.argmin.project import simplex
-from implicitly.argmin.rows import POSITIVE, Number, check_state, in_full_precision, per_row, without_bad_rows
+from implicitly.argmin.sets.order import nearest_permuted
+from implicitly.argmin.sets.project import simplex
+from implicitly.argmin.sets.rows import POSITIVE, Number, check_state, in_full_precision, per_row, without_bad_rows
 
 
 @in_full_precision

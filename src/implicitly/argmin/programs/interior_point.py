@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.condensed import (
+from implicitly.argmin.programs.condensed import (
     FAR,
     CondensedFactors,
     CondensedLoop,
@@ -33,16 +33,16 @@ from implicitly.argmin.condensed import (
     seem_binding,
     step_length,
 )
-from implicitly.argmin.kkt import Factors, jacobian_product
-from implicitly.argmin.polish import Polished, System, polish
-from implicitly.argmin.program import (
+from implicitly.argmin.programs.kkt import Factors, jacobian_product
+from implicitly.argmin.programs.polish import Polished, System, polish
+from implicitly.argmin.programs.program import (
     Point,
     QuadraticProgram,
     dot,
     times,
     times_transposed,
 )
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.compiled import run_as_graph
 from implicitly.host import maybe_any, views
 from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.program import Point, QuadraticProgram, dot, times, times_transposed
+from implicitly.argmin.programs.program import Point, QuadraticProgram, dot, times, times_transposed
 from implicitly.iterate import Status, is_running, where_rows
 from implicitly.tree import row_norm
 

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from implicitly.argmin.derivative import Jacobian, KKTAdjoint, Place
-from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import DIMS, Point, QuadraticProgram, equilibrate, failed
-from implicitly.argmin.smoothing import central_point
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.programs.derivative import Jacobian, KKTAdjoint, Place
+from implicitly.argmin.programs.polish import Polished, System
+from implicitly.argmin.programs.program import DIMS, Point, QuadraticProgram, equilibrate, failed
+from implicitly.argmin.programs.smoothing import central_point
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.host import maybe_any
 from implicitly.implicit import Opaque, Report
 from implicitly.iterate import Found, Status

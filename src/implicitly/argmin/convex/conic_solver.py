@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.argmin.conic import Cones, Pattern
-from implicitly.argmin.optional import require
+from implicitly.argmin.convex.conic import Cones, Pattern
+from implicitly.argmin.convex.optional import require
 from implicitly.checks import BELOW_ONE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.iterate import Status
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitly.argmin.canonical import CanonicalProgram, ParameterSlot, canonicalise
-from implicitly.argmin.conic_jacobian import ConicFamily
-from implicitly.argmin.conic_program import solve_conic
-from implicitly.argmin.conic_solver import Clarabel, Workers
-from implicitly.argmin.derivative import KKTAdjoint
-from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.quadratic import QuadraticForm
-from implicitly.argmin.rows import outside
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.convex.canonical import CanonicalProgram, ParameterSlot, canonicalise
+from implicitly.argmin.convex.conic_jacobian import ConicFamily
+from implicitly.argmin.convex.conic_program import solve_conic
+from implicitly.argmin.convex.conic_solver import Clarabel, Workers
+from implicitly.argmin.convex.quadratic import QuadraticForm
+from implicitly.argmin.programs.derivative import KKTAdjoint
+from implicitly.argmin.programs.interior_point import InteriorPoint
+from implicitly.argmin.programs.solver import ProgramSolver
+from implicitly.argmin.sets.rows import outside
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import Report, users_line
 from implicitly.iterate import Found, Solution, SolverError

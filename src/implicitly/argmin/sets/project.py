@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.argmin.cones import dual_exponential_cone, exponential_cone, psd_cone, second_order_cone
-from implicitly.argmin.order import isotonic, permutahedron
-from implicitly.argmin.power_cone import dual_power_cone, power_cone
-from implicitly.argmin.rows import (
+from implicitly.argmin.sets.cones import dual_exponential_cone, exponential_cone, psd_cone, second_order_cone
+from implicitly.argmin.sets.order import isotonic, permutahedron
+from implicitly.argmin.sets.power_cone import dual_power_cone, power_cone
+from implicitly.argmin.sets.rows import (
     FINITE,
     NOT_NEGATIVE,
     Must,
@@ -38,7 +38,7 @@ from implicitly.argmin.rows import (
     per_row,
     without_bad_rows,
 )
-from implicitly.argmin.transport import sinkhorn
+from implicitly.argmin.sets.transport import sinkhorn
 from implicitly.host import maybe_any
 
 A_NUMBER = Must("a number", lambda x: ~x.isnan())

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.kkt import proximal
-from implicitly.argmin.polish import Polished, System, polish
-from implicitly.argmin.program import Point, QuadraticProgram, dot
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.programs.interior_point import InteriorPoint
+from implicitly.argmin.programs.kkt import proximal
+from implicitly.argmin.programs.polish import Polished, System, polish
+from implicitly.argmin.programs.program import Point, QuadraticProgram, dot
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import run_as_graph
 from implicitly.iterate import Status, is_running

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicitly.argmin.rows import (
+from implicitly.argmin.sets.rows import (
     POSITIVE,
     as_parameter,
     check_broadcast,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from implicitly.argmin.rows import check_state, in_full_precision, mapped_first, outside, without_bad_rows
+from implicitly.argmin.sets.rows import check_state, in_full_precision, mapped_first, outside, without_bad_rows
 
 
 @in_full_precision

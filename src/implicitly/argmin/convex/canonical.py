@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.argmin.conic import Cones, Pattern
-from implicitly.argmin.optional import require
+from implicitly.argmin.convex.conic import Cones, Pattern
+from implicitly.argmin.convex.optional import require
 from implicitly.transforms import merge_rows
 from implicitly.tree import columns_of
 

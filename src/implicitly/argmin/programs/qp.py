@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitly.argmin.derivative import KKTAdjoint
-from implicitly.argmin.find import find
-from implicitly.argmin.graph_derivative import solve_as_graph
-from implicitly.argmin.interior_point import InteriorPoint
-from implicitly.argmin.program import DIMS, QuadraticProgram, failed, times
-from implicitly.argmin.solver import ProgramSolver
+from implicitly.argmin.programs.derivative import KKTAdjoint
+from implicitly.argmin.programs.find import find
+from implicitly.argmin.programs.graph_derivative import solve_as_graph
+from implicitly.argmin.programs.interior_point import InteriorPoint
+from implicitly.argmin.programs.program import DIMS, QuadraticProgram, failed, times
+from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Report, explain

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from implicitly.argmin.cones import CARRYING_STEPS
-from implicitly.argmin.rows import check_state, outside, without_bad_rows
+from implicitly.argmin.sets.cones import CARRYING_STEPS
+from implicitly.argmin.sets.rows import check_state, outside, without_bad_rows
 from implicitly.checks import NUMBERS, check_kind
 
 # The search is for theta with |theta| below this: at its ends r is 1e-43 of what bounds it, and derivatives of

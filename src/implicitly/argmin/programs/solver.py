@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from implicitly.argmin.polish import Polished, System
-from implicitly.argmin.program import Point
+from implicitly.argmin.programs.polish import Polished, System
+from implicitly.argmin.programs.program import Point
 from implicitly.checks import BELOW_ONE, check_count, check_number
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from implicitly.argmin.derivative import Jacobian, StructuredSolver
-from implicitly.argmin.kkt import jacobian_product
+from implicitly.argmin.programs.derivative import Jacobian, StructuredSolver
+from implicitly.argmin.programs.kkt import jacobian_product
 from implicitly.compiled import Make, is_as_claimed, run_as_graph
 from implicitly.host import maybe_any
 from implicitly.implicit import Condition, search

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitly.argmin.chain import blocks_of, jumps, pulled
-from implicitly.argmin.cones import positive_part
-from implicitly.argmin.project import l1_ball, norm
-from implicitly.argmin.rows import (
+from implicitly.argmin.sets.chain import blocks_of, jumps, pulled
+from implicitly.argmin.sets.cones import positive_part
+from implicitly.argmin.sets.project import l1_ball, norm
+from implicitly.argmin.sets.rows import (
     NOT_NEGATIVE,
     NOT_NEGATIVE_AND_FINITE,
     Number,

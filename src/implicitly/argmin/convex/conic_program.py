@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.argmin.conic import product
-from implicitly.argmin.conic_jacobian import ConicFamily, Jacobian
-from implicitly.argmin.conic_solver import Clarabel, Numbers
-from implicitly.argmin.derivative import KKTAdjoint, StructuredSolver
+from implicitly.argmin.convex.conic import product
+from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
+from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
+from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Found, Status, is_success
