@@ -305,6 +305,43 @@ def test_operators_of_scales_whose_squares_float32_does_not_hold(scale):
 
 
 @pytest.mark.parametrize(
+    "solver",
+    [im.GMRES(), im.CG(), im.BiCGStab(), im.Neumann(damping=0.5), im.DenseLU(), im.Anderson(), im.Broyden()],
+)
+def test_sides_of_sizes_whose_squares_float32_does_not_hold(solver):
+    M = torch.eye(6) + 0.2 * torch.ones(6, 6).tril().cos()
+    M = (M + M.mT) / 2
+    sizes = torch.tensor([1.0, 1e-21, 1e-25, 1e-36, 1e21, 1e36, 0.0])[:, None]
+    b = torch.linspace(-1, 2, 6) * sizes
+    solution = im.linear_solve(lambda u, M: u @ M.mT, b, M, solver=solver)
+    assert solution.status.tolist() == [0] * 7
+    found = solution.value.double() / torch.where(sizes == 0, 1.0, sizes)
+    expected = torch.linalg.solve(M.double(), torch.linspace(-1, 2, 6).double()) * (sizes != 0)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert bool((solution.residual.double() <= 1e-4 * b.double().norm(dim=1)).all())
+
+
+def test_an_absolute_tolerance_holds_for_sides_of_any_size():
+    b = torch.tensor([1e-25, 1e-30, 0.0, 1.0])[:, None] * torch.tensor([1.0, 2.0])
+    solution = im.linear_solve(lambda u: 2 * u + u.flip(1), b, solver=im.GMRES(atol=1e-28))
+    assert solution.status.tolist() == [0] * 4
+    assert solution.steps.tolist() == [2, 0, 0, 2]  # less than the tolerance is nothing
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-36, 1e25])
+def test_gradients_of_tiny_and_huge_cotangents_in_float32(size):
+    W, x = matrix(5, 0.4, 3).float(), draw(3, 5, seed=4).float()
+
+    def gradients(dtype: torch.dtype, size: float) -> list[Tensor]:
+        args = [t.to(dtype).requires_grad_() for t in (x, W)]
+        z = im.fixed_point(lambda z, x, W: torch.tanh(z @ W.mT + x), torch.zeros(3, 5, dtype=dtype), *args).value
+        return [g.double() / size for g in torch.autograd.grad(z.sum() * size, args)]
+
+    for found, expected in zip(gradients(torch.float32, size), gradients(torch.float64, 1.0)):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: im.GMRES(restart=0), "GMRES: restart must be at least 1, got 0"),

@@ -31,6 +31,19 @@ from implicitly.tree import row_norm
 
 Residual = Callable[[Tensor], Tensor]
 
+
+@dataclass(frozen=True)
+class Affine:
+    """The residual u -> b - M u of a linear system, with its parts in the open."""
+
+    operator: Callable[[Tensor], Tensor]
+    b: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The residual at `u` `(B, n)`."""
+        return self.b - self.operator(u)
+
+
 # A residual this many times its first value is never coming back.
 BLOW_UP = 1e8
 # Steps without a new best residual after which a sample has stagnated.
@@ -166,7 +179,8 @@ class Solver(ABC):
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
             0.04 in bfloat16). `rtol=0` asks for exactly `max_steps` steps and no test of convergence.
-        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems.
+        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems. Where
+            states or residuals are in units so small that this is not nothing, pass `atol=0`, or scale them.
         max_steps: steps after which a sample ends as `Status.MAX_STEPS`.
     """
 
@@ -285,6 +299,8 @@ def iterate(
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
+    A linear one is an `Affine`, whose b is `theta[0]` and `scale` |b|; it may be as small or large as it likes.
+
     Args:
         r: the residual at `z`, where the caller has it already.
         rtol: a number, or `(B,)` one a sample.
@@ -297,28 +313,17 @@ def iterate(
             nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
         unrolled: see `repeat`.
     """
-    F = bind(*theta)
+    F, unit = bind(*theta), None
+    if isinstance(F, Affine) and scale is not None and (unit := _unit(F.b, scale)) is not None:
+        F, theta, z, r, rtol, scale = _in_units(unit, F, theta, z, r, rtol, atol)
+        atol = 0.0
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = sample_dims is not None and not torch.compiler.is_dynamo_compiling()
     droppable = droppable and not any(is_batched(x) for x in (z, *theta))  # there nobody can tell who has finished
-    k, going = 0, partial(loop.worth_a_step, droppable)
-    kept, carry = loop.set_aside(carry)
-
-    def step(k: int | Tensor, carry: _Carry) -> _Carry:
-        if not kept:
-            return loop.step(F, k, carry)
-        return loop.set_aside(loop.step(F, k, carry.with_kept(views(*kept))))[1]
-
-    if leave_last and loop.fixed_steps and not loop.is_blind(z):
-        k, carry = repeat(step, carry, going, solver.max_steps - 1)
-        if carry.status is None:
-            new = solver.propose(F, k, carry.z, carry.r, carry.memory)
-            if new.is_plain:
-                return loop.ahead(carry, new)
-            k, carry = k + 1, loop.judge(F, k, carry, new)
-    k, carry = repeat(step, carry, going, solver.max_steps, k, unrolled=unrolled)
-    carry = carry.with_kept(kept)
+    k, carry, ahead = _stepped(loop, F, carry, droppable, leave_last)
+    if ahead is not None:
+        return ahead
     found = loop.outcome(k, carry)
     if droppable and k < solver.max_steps and bool(_running(carry).any()):
         assert sample_dims is not None
@@ -326,7 +331,66 @@ def iterate(
             found = _without_finished(loop, bind, theta, sample_dims, k, carry, found)
     if verify and scale is not None and maybe_any(found.steps > 0):
         found = _verified(found, row_norm(bind(*theta)(found.z)), DRIFTED * (atol + rtol * scale), scale)
-    return found
+    return found if unit is None else found._replace(z=found.z * unit, residual=found.residual * unit[:, 0])
+
+
+def _stepped(
+    loop: _Loop, F: Residual, carry: _Carry, droppable: bool, leave_last: bool
+) -> tuple[int | Tensor, _Carry, Found | None]:
+    """How many steps were worth taking, and where they led; or what is left to who makes the last call."""
+    k, going, max_steps = 0, partial(loop.worth_a_step, droppable), loop.solver.max_steps
+    kept, carry = loop.set_aside(carry)
+
+    def step(k: int | Tensor, carry: _Carry) -> _Carry:
+        if not kept:
+            return loop.step(F, k, carry)
+        return loop.set_aside(loop.step(F, k, carry.with_kept(views(*kept))))[1]
+
+    if leave_last and loop.fixed_steps and not loop.is_blind(carry.z):
+        k, carry = repeat(step, carry, going, max_steps - 1)
+        if carry.status is None:
+            new = loop.solver.propose(F, k, carry.z, carry.r, carry.memory)
+            if new.is_plain:
+                return k, carry, loop.ahead(carry, new)
+            k, carry = k + 1, loop.judge(F, k, carry, new)
+    k, carry = repeat(step, carry, going, max_steps, k, unrolled=loop.unrolled)
+    return k, carry.with_kept(kept), None
+
+
+def _unit(b: Tensor, size: Tensor) -> Tensor | None:
+    """Powers of two `(B, 1)` in which to measure rows of `b`, of norms `size`; None where all are seen to be 1.
+
+    What is found is proportional to b; but squares on the way there would underflow, or overflow.
+    """
+    least, most = torch.finfo(b.dtype).tiny ** 0.25, torch.finfo(b.dtype).max ** 0.25
+    if on_host(size):
+        known = to_host(size)
+        if ((known > least) & (known < most)).all():
+            return None
+    largest = b.detach().abs().amax(1, keepdim=True)
+    needed = (largest > 0) & (largest < math.inf) & ((largest < least) | (largest > most))
+    if not maybe_any(needed):
+        return None
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where(needed, power.clamp(min=torch.finfo(b.dtype).tiny), 1.0)
+
+
+def _in_units(
+    unit: Tensor,
+    F: Affine,
+    theta: tuple[Tensor, ...],
+    z: Tensor,
+    r: Tensor | None,
+    rtol: float | Tensor,
+    atol: float,
+) -> tuple[Affine, tuple[Tensor, ...], Tensor, Tensor | None, float | Tensor, Tensor]:
+    """A linear system, as `iterate` has it, of which each sample is measured in its `unit` `(B, 1)`, and its new
+    `scale`. The absolute tolerance becomes a part of the relative one, since |b| is known."""
+    b = F.b / unit
+    scale = row_norm(b)
+    if atol:
+        rtol = rtol + atol / (unit[:, 0] * torch.where(scale == 0, math.inf, scale))
+    return replace(F, b=b), (b, *theta[1:]), z / unit, None if r is None else r / unit, rtol, scale
 
 
 @contextmanager

@@ -20,20 +20,8 @@ from torch import Tensor
 from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.history import add_combined, empty_slots, filled, products, with_room, write, write_result
 from implicitly.host import maybe_any, on_host
-from implicitly.iterate import Proposal, Solver, where_rows
+from implicitly.iterate import Affine, Proposal, Solver, where_rows
 from implicitly.tree import row_norm
-
-
-@dataclass(frozen=True)
-class Affine:
-    """The residual u -> b - M u of a linear system, with its parts in the open."""
-
-    operator: Callable[[Tensor], Tensor]
-    b: Tensor
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """The residual at `u` `(B, n)`."""
-        return self.b - self.operator(u)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -511,3 +511,54 @@ def test_unrolling_under_vmap_with_in_dims():
         return im.fixed_point(_tanh, Z0, W, x, **options).value
 
     assert_close(torch.func.vmap(run)(x), torch.stack([run(x[0]), run(x[1])]), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [im.Anderson, im.Broyden])
+def test_unrolled_gradients_stay_right_long_after_the_iterates_have_settled(solver, dtype):
+    W, x = matrix(3, 0.6, 5), draw(40, 3, seed=6)
+
+    def gradient(how, adjoint, dtype):
+        inputs = x.to(dtype).requires_grad_()
+        z = im.fixed_point(
+            lambda z, x, W: torch.tanh(z @ W.mT + x), inputs * 0, inputs, W.to(dtype), solver=how, adjoint=adjoint
+        ).value
+        return torch.autograd.grad(z.sum(), inputs)[0].double()
+
+    expected = gradient(im.Newton(rtol=1e-13), im.ImplicitAdjoint(im.DenseLU(rtol=1e-13)), torch.float64)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    for steps in (25, 60):
+        found = gradient(solver(rtol=0, max_steps=steps), im.UnrolledAdjoint(), dtype)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("solver", "ended"),
+    [
+        (im.FixedPointIteration(rtol=0, max_steps=60), "NON_FINITE"),
+        (im.FixedPointIteration(rtol=0, max_steps=4), "MAX_STEPS"),
+        (im.FixedPointIteration(rtol=1e-5), "DIVERGED"),
+    ],
+)
+@pytest.mark.parametrize("in_dims", [None, (0, 0, None)])
+def test_phantom_iterations_that_leave_all_numbers_harm_no_other_sample(solver, ended, in_dims):
+    """From wherever the solver ended, z <- z^2 + 5 overflows within the ten iterations."""
+
+    def f(z, x, square, W):
+        return torch.tanh(z @ W.mT + x) + square * (z * z + 5)
+
+    def gradients(rows):
+        x, W = X.float()[rows].requires_grad_(), matrix(3, 0.5, 7).float().requires_grad_()
+        square = torch.tensor([[0.0], [1.0], [0.0], [0.0]])[rows]
+        z0, how = torch.zeros_like(x), im.PhantomAdjoint(10)
+        args = (x, square, W)
+        solution = im.fixed_point(f, z0, *args, solver=solver, adjoint=how, in_dims=in_dims, on_failure="ignore")
+        # A loss over all samples, of which the bad one has no say.
+        return solution, torch.autograd.grad(solution.value.sum(), (x, W))
+
+    solution, (dx, dW) = gradients([0, 1, 2, 3])
+    _, (dx_alone, dW_alone) = gradients([0, 2, 3])
+    assert im.Status(int(solution.status[1])).name == ended
+    torch.testing.assert_close(dx[[0, 2, 3]], dx_alone)
+    torch.testing.assert_close(dW, dW_alone)
+    assert dx[1].tolist() == [0, 0, 0]

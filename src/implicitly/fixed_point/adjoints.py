@@ -10,9 +10,9 @@ from torch import Tensor
 from implicitly.adjoints import Adjoint
 from implicitly.checks import INTEGERS, NUMBERS, check_kind
 from implicitly.implicit import Condition, any_ended, arrive, constant, find, is_usable, without_failed
-from implicitly.iterate import Found, Solver
+from implicitly.iterate import Found, Solver, where_rows
 from implicitly.problem import Problem
-from implicitly.transforms import is_recorded
+from implicitly.transforms import is_cpu, is_recorded, unwrapped
 
 
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
@@ -60,25 +60,36 @@ class PhantomAdjoint(Adjoint):
 
     def _followed(self, found: Found, r: Tensor | None, condition: Condition, theta: tuple[Tensor, ...]) -> Tensor:
         """The found point `(B, n)` with its derivative; `r` is the residual there where it was recorded."""
-        usable = is_usable(found.status)
-        z = found.z.detach()
-        if not any_ended(found, usable):
-            return constant(z, theta)
-        failed = any_ended(found, ~usable)
-        if failed:
-            (z, theta), r = without_failed(usable, z, theta, condition), None
-        residual = condition.at(*theta)
-        iterate = z
-        for k in range(self.steps):
-            r = residual(iterate) if k or r is None else r
-            iterate = torch.add(iterate, r, alpha=self.damping)
-        # The value stays the solution; only the derivative is that of the iterations.
-        derivative = iterate - iterate.detach()
-        return found.z.detach() + (torch.where(usable[:, None], derivative, 0.0) if failed else derivative)
+        usable, z = is_usable(found.status), found.z.detach()
+        while any_ended(found, usable):
+            failed = any_ended(found, ~usable)
+            start, kept = without_failed(usable, z, theta, condition) if failed else (z, theta)
+            iterate, residual = start, condition.at(*kept)
+            for k in range(self.steps):
+                step = residual(iterate) if k or failed or r is None else r
+                moved = torch.add(iterate, step, alpha=self.damping)
+                # Failed ones stay: where the solver failed, iterations may lead to NaN.
+                iterate = where_rows(usable, moved, start) if failed else moved
+            # So they may where it fell short: then once more, without those.
+            arrived = iterate.detach().isfinite().all(1)
+            if not _sees_any(usable & ~arrived, found):
+                # The value stays the solution; only the derivative is that of the iterations.
+                derivative = iterate - iterate.detach()
+                return z + (torch.where(usable[:, None], derivative, 0.0) if failed else derivative)
+            usable = usable & arrived
+        return constant(z, theta)
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point, which has its derivative."""
         return found.z
+
+
+def _sees_any(mask: Tensor, found: Found) -> bool:
+    """Whether any entry of `mask` `(B,)` is seen to be true; an accelerator is waited for if it was before."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    mask = unwrapped(mask)
+    return (found.looked_at or is_cpu(mask)) and bool(mask.any())
 
 
 @dataclass(frozen=True)

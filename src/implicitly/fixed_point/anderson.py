@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import DAMPING, FINITE_AND_NONNEGATIVE, check_count, check_number
+from implicitly.fixed_point.rounding import square_of_rounding
 from implicitly.history import (
     combine,
     empty_slots,
@@ -80,7 +81,7 @@ class Anderson(Solver):
         if isinstance(slot, int) and on_host(gram, row) and not records():
             weights = to_tensor(_weights_on_host(to_host(gram), to_host(row), slot, ridge))
         else:
-            gram = write_cross(gram, slot, _with_ridge(row, slot, ridge))
+            gram = write_cross(gram, slot, _with_ridge(row, slot, ridge, square_of_rounding(z)))
             weights = _weights(filled(filled(gram, count).mT, count), slot, count)
         return Proposal(combine(weights, filled(mixed, count)), (residuals, mixed, gram))
 
@@ -111,11 +112,16 @@ def _weights_on_host(gram: np.ndarray, row: np.ndarray, slot: int, ridge: float)
     return np.where(believable[:, None], weights, newest.astype(row.dtype))
 
 
-def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float) -> Tensor:
-    """A new `row` `(B, c)` of the Gram matrix with its diagonal entry, in place `slot`, times 1 + ridge."""
-    least = LEAST * torch.finfo(row.dtype).tiny
+def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float, rounding: Tensor | None = None) -> Tensor:
+    """A new `row` `(B, c)` of the Gram matrix with its diagonal entry, in place `slot`, times 1 + ridge.
+
+    It is no less than `rounding` `(B,)`, which makes residuals that are no larger alike: their mix is the mean.
+    """
+    tiny = LEAST * torch.finfo(row.dtype).tiny
+    least = tiny if rounding is None else rounding.clamp(min=tiny)
     if isinstance(slot, Tensor):
         diagonal = torch.arange(row.shape[1], device=row.device) == slot
+        least = least.unsqueeze(1) if isinstance(least, Tensor) else least
         return torch.where(diagonal, ((1 + ridge) * row).clamp(min=least), row)
     diagonal = row.select(1, slot)
     diagonal.copy_((diagonal * (1 + ridge)).clamp(min=least))  # vmap knows of no clamp in place

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicitly.checks import check_count
 from implicitly.fixed_point.line_search import backtrack
+from implicitly.fixed_point.rounding import square_of_rounding
 from implicitly.history import (
     added,
     empty_slots,
@@ -86,7 +87,9 @@ class Broyden(Solver):
             to_host(T)[:, slot, :count] = newest
             scale, weights = to_tensor(scale), to_tensor(weights)
         else:
-            newest, scale, weights = _learned(filled(filled(T, count).mT, count).mT, slot, *small)
+            rounding = square_of_rounding(z)
+            least = 0.0 if rounding is None else rounding.unsqueeze(1)
+            newest, scale, weights = _learned(filled(filled(T, count).mT, count).mT, slot, *small, least=least)
             T = write(T, slot, torch.nn.functional.pad(newest, (0, slots - newest.shape[1])))
         if not self.line_search:
             return Proposal(added(torch.addcmul(z, scale, r), weights, known), (D, T, z))
@@ -124,12 +127,17 @@ class Broyden(Solver):
         return D, _to_next(T, *(e[:, :, None] for e in searched[1:])), count
 
 
-def _learned(T: Array, slot: int | Tensor, row: Array, Dr: Array, e: Array | None = None) -> tuple[Array, ...]:
+def _learned(
+    T: Array, slot: int | Tensor, row: Array, Dr: Array, e: Array | None = None, least: Array = 0.0
+) -> tuple[Array, ...]:
     """What the products D d and D r `(B, c)` tell, d being the last direction, in place `slot`: the new row of T;
-    1 / (1 - t) `(B, 1)`; and that times w - r as a combination of the directions `(B, c)`."""
+    1 / (1 - t) `(B, 1)`; and that times w - r as a combination of the directions `(B, c)`.
+
+    Nothing is learnt where |d|^2 is at most `least` `(B, 1)`; of a finished sample, whose z stays, it is 0.
+    """
     xp = library(row)
     squared = read(row, slot)[:, None]
-    still = squared == 0  # a finished sample, whose z stays: no step, and nothing to learn from it
+    still = squared <= least
     inverse = xp.where(still, 0.0, 1 / xp.where(still, 1.0, squared))
     newest = inverse * _with_one((_from_next(row, e)[:, :, None] * T).sum(1), slot)
     t = (newest * Dr).sum(1)[:, None]
