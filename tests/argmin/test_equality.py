@@ -47,6 +47,38 @@ def test_gradients_flow_from_the_multipliers_too():
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("shape", ["planes", "sphere"])
+@pytest.mark.parametrize(
+    ("of_f", "of_h"), [(1e12, 1.0), (1e-4, 1.0), (1e-12, 1.0), (1.0, 1e6), (1.0, 1e-6), (1e6, 1e-6), (1e-6, 1e6)]
+)
+def test_derivatives_do_not_depend_on_the_units_of_objective_and_equations(of_f, of_h, shape, dtype):
+    """In double precision only one of the two planes is in other units."""
+    other = [of_h, 1.0 if dtype == D else of_h] if shape == "planes" else [of_h]
+    start = 0.6 + draw(3, 5, seed=8).to(dtype) * 0.1
+    results = []
+    for f, units in ((1.0, [1.0] * len(other)), (of_f, other)):
+        p, A_, b = (t.to(dtype).requires_grad_() for t in (P, A, B.abs() + 1))
+        unit = torch.tensor(units, dtype=dtype)
+
+        def constraint(z, p, A, b, unit=unit):
+            planes = (A @ z.unsqueeze(2))[:, :, 0] - b
+            return unit * (planes if shape == "planes" else z.square().sum(1, keepdim=True) - b[:, :1])
+
+        def objective(*args, f=f):
+            return f * energy(*args)
+
+        solution = im.argmin(objective, start, p, A_, b, constraint=im.Equality(constraint))
+        duals = solution.dual_equality * unit / f
+        gradients = torch.autograd.grad(
+            solution.value.sin().sum() + duals.sum(), (p, A_, b), materialize_grads=True
+        )
+        results.append((solution.value, duals, *gradients))
+    tolerance = 1e-6 if dtype == D else 2e-3
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("start", [[0.3, 0.2], [2.0, -1.0], [0.1, 5.0], [-3.0, -4.0]])
 def test_a_linear_objective_on_a_circle_is_minimised_from_anywhere(start):
     """Without curvature of the objective, only the multiplier holds it; the maximum is as stationary."""

@@ -184,6 +184,43 @@ def test_where_there_is_no_derivative_one_is_taken_that_is_nonexpansive(f, z: to
     assert bool(func.hessian(lambda z: f(z).square().sum())(z).isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("f", "z"),
+    [
+        (lambda z: project.box(z, 0.0, z.new_tensor([0.0, 2.0, 0.5])), [0.0, 3.0, 0.7]),
+        (lambda z: project.l1_ball(z, 0.0), [0.0, 0.0, 0.0]),
+        (lambda z: project.l2_ball(z, 0.0), [0.0, 0.0, 0.0]),
+        (lambda z: project.linf_ball(z, 0.0), [0.0, 1.0, -0.0]),
+        (lambda z: project.simplex(z, 0.0), [0.0, 0.0, 1.0]),
+        (lambda z: project.permutahedron(z, z.new_tensor([1.0, 0.0, 1.0, 0.0, 0.0])), [0.0, 5.0, 0.0, 5.0, 0.0]),
+        (lambda z: project.permutahedron(z, z.new_tensor([2.0, 2.0, 2.0])), [1.0, 0.0, 1.0]),
+    ],
+)
+def test_a_set_that_is_one_point_near_the_answer_has_no_slope(f, z: list[float]):
+    """The projection is constant around z, which is in the set, or has equal entries."""
+    z = torch.tensor(z, dtype=D)
+    for step in rows.normal(seeded(1), 4, len(z)):
+        moved = z + 1e-3 * step
+        torch.testing.assert_close(f(moved), f(z), rtol=0, atol=0)
+    for jacobian in (func.jacrev(f)(z), func.jacfwd(f)(z)):
+        assert bool((jacobian == 0).all())
+
+
+@pytest.mark.parametrize("f", [project.simplex, project.l1_ball, project.l2_ball, project.linf_ball])
+def test_a_radius_of_zero_has_the_slope_of_one_that_grows(f):
+    z, radius = torch.tensor([0.3, 2.0, -1.0], dtype=D), torch.zeros((), dtype=D)
+    slope = func.jacrev(lambda r: f(z, r))(radius)
+    torch.testing.assert_close(slope, (f(z, radius + 1e-3) - f(z, radius)) / 1e-3)
+
+
+def test_equals_beside_what_is_pooled_are_apart():
+    """The first two stand at equals of w, alone; the last two are pooled with each other."""
+    z, w = torch.tensor([9.0, 9.0, 0.1, 0.0], dtype=D), torch.tensor([5.0, 5.0, 2.0, 1.0], dtype=D)
+    jacobian = torch.zeros(4, 4, dtype=D)
+    jacobian[2:, 2:] = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
+    torch.testing.assert_close(func.jacrev(project.permutahedron)(z, w), jacobian)
+
+
 def test_dependent_equations_are_solved_and_contradicting_ones_refused():
     A = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]], dtype=D)
     z = torch.tensor([[3.0, 1.0, 5.0]], dtype=D, requires_grad=True)
@@ -445,10 +482,14 @@ def test_forbidden_pairs_get_nothing():
     cost, row, column = _problem(batch=())
     cost[0, 1] = math.inf
     cost.requires_grad_()
-    X = project.sinkhorn(cost, row, column)
+    epsilon = torch.tensor(0.1, dtype=D, requires_grad=True)
+    X = project.sinkhorn(cost, row, column, epsilon)
     assert float(X[0, 1].detach()) == 0
     torch.testing.assert_close(X.sum(1), row)
-    assert bool(torch.autograd.grad(X.sin().sum(), cost)[0].isfinite().all())
+    slopes = torch.autograd.grad(X.sin().sum(), (cost, epsilon))
+    assert bool(slopes[0].isfinite().all())
+    at = [project.sinkhorn(cost.detach(), row, column, 0.1 + h).sin().sum() for h in (1e-5, -1e-5)]
+    torch.testing.assert_close(slopes[1], (at[0] - at[1]) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------- precision, compiling

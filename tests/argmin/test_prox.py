@@ -65,6 +65,21 @@ def test_a_weight_beyond_everything_leaves_zeros_without_a_slope(f, weight: floa
         assert torch.equal(t, torch.zeros_like(t))
 
 
+@pytest.mark.parametrize("f", [prox.l1, prox.l2, prox.linf, prox.total_variation])
+def test_without_a_weight_every_map_is_the_identity(f):
+    for z in (torch.zeros(4, dtype=D), torch.tensor([0.0, 2.0, 2.0, -1.0], dtype=D)):
+        torch.testing.assert_close(f(z, 0.0), z)
+        for jacobian in (func.jacrev(f)(z, 0.0), func.jacfwd(f)(z, 0.0)):
+            torch.testing.assert_close(jacobian, torch.eye(4, dtype=D))
+
+
+@pytest.mark.parametrize("f", [prox.l1, prox.l2, prox.linf, prox.nuclear, prox.total_variation])
+def test_a_weight_of_zero_has_the_slope_of_one_that_grows(f):
+    z, weight = torch.tensor([[0.3, 2.0, -1.0]], dtype=D), torch.zeros((), dtype=D)
+    slope = func.jacrev(lambda w: f(z, w))(weight)
+    torch.testing.assert_close(slope, (f(z, weight + 1e-6) - f(z, weight)) / 1e-6, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------ total variation
 
 

@@ -535,6 +535,41 @@ def test_one_infeasible_sample_harms_no_other(solver):
         assert (ours[1] == 0).all()
 
 
+@pytest.mark.parametrize("solver", [im.InteriorPoint(), im.Clarabel()])
+@pytest.mark.parametrize("broken", ["bound", "target", "weight"])
+def test_a_sample_without_a_solution_leaves_what_the_batch_shares_its_derivative(solver, broken):
+    A, b, w = cp.Parameter((5, 3)), cp.Parameter(5), cp.Parameter(nonneg=True)
+    r, x = cp.Parameter(), cp.Variable(3)
+    objective = cp.Minimize(cp.sum_squares(A @ x - b) + w * cp.sum_squares(x - 1))
+    problem = cp.Problem(objective, [cp.sum(x) <= r, x >= 0])
+    layer = ConvexLayer(problem, [A, b, w, r], [x], solver=solver, on_failure="ignore")
+    matrix, target = normal(5, 3).requires_grad_(), normal(3, 5)
+    weight, bound = torch.rand(3, dtype=D), torch.tensor([1.0, 1.5, 2.0], dtype=D)
+    if broken == "bound":
+        bound[1] = -1.0  # infeasible
+    else:
+        (target if broken == "target" else weight)[1] = float("nan")
+    (found,) = layer(matrix, target, weight, bound)
+    good = torch.tensor([0, 2])
+    (alone,) = layer(matrix, target[good], weight[good], bound[good])
+    ours, theirs = (torch.autograd.grad(z.square().sum(), matrix)[0] for z in (found[good], alone))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("solver", [None, im.Clarabel()])
+def test_values_that_are_no_numbers_are_found_where_equations_fix_everything(solver):
+    x, c = cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x)), [x == c])
+    layer = ConvexLayer(problem, [c], [x], solver=solver, on_failure="ignore")
+    for place in range(2):
+        value = normal(2, 2)
+        value[1, place] = float("nan")
+        (found,) = layer(value)
+        assert layer.solution.status.tolist() == [im.Status.CONVERGED, im.Status.NON_FINITE]
+        torch.testing.assert_close(found[0], value[0])
+        assert found[1].isnan().all()
+
+
 def test_failures_are_raised_with_the_variables_or_warned_of():
     problem, parameters, variables, (c, A, _) = robust()
     radius = torch.tensor([1.3, 0.0], dtype=D)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.adjoints import Adjoint
 from implicitly.argmin.curvature import smallest_curvature
 from implicitly.descent import Descent, inverse_norm, value_and_descent
 from implicitly.functions import open_function
@@ -67,6 +68,10 @@ class Form(ABC):
         scale = partial(gradient_scale, rounding / rtol if rtol else 0.0)
         examine = partial(self._examine, plain.dtype, convex, rounding, rtol)
         return replace(plain, report=report, kind=self.kind, scale=scale, examine=examine)
+
+    def attach(self, how: Adjoint, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found point `(B, n)` with its derivative."""
+        return how.attach(found, condition, problem)
 
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
         """What the user gets: `attached` `(B, n)` is the found point with its derivative."""

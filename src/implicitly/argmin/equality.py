@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.adjoints import Adjoint
 from implicitly.argmin.conditions import Form, Function, check_values
+from implicitly.compiled import as_graphs
 from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
 from implicitly.functions import open_function
-from implicitly.implicit import Map
+from implicitly.implicit import Condition, Map
 from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
+from implicitly.transforms import is_recorded
 from implicitly.tree import Layout, row_norm
 
 # How far Newton's step may lead, in the scale of z, is 1 / FAR.
@@ -156,12 +160,55 @@ class Equality(Form):
         reduced = tangent @ hessian @ tangent
         return lambda u: (reduced @ u.unsqueeze(2))[:, :, 0], w[:, : w.shape[1] - m]
 
+    def attach(self, how: Adjoint, found: Found, condition: Condition, problem: Problem) -> Tensor:
+        """The found (z, y) with its derivative, of the same condition in other units of the equations.
+
+        In the user's a solve may leave nothing in the objective's units, and yet all of what the equations say.
+        """
+        tracked = any(is_recorded(t) for t in problem.theta) and not torch.compiler.is_dynamo_compiling()
+        if not tracked or how.recording or found.estimate:  # which knows the user's units only
+            return how.attach(found, condition, problem)
+        z, layout = found.z.detach(), problem.layout
+        n = sum(leaf.width for leaf in Layout.of(layout.unpack(z)[0], layout.batch_dims).leaves)
+        units = _units(condition.at(*(t.detach() for t in problem.theta)), z, n)
+
+        def bind(units: Tensor, *theta: Tensor) -> Map:
+            residual = condition.at(*theta)
+            return lambda w: residual(w * units) * units
+
+        dims = None if condition.sample_dims is None else (0, *condition.sample_dims)
+        balanced = replace(condition, bind=bind, sample_dims=dims, kind=None, scale=None, examine=None)
+        if condition.graphs is not None:
+            balanced = as_graphs(replace(balanced, graphs=None), (problem.key, "in other units"))
+        problem = replace(problem, theta=(units, *problem.theta), sample_dims=dims)
+        return how.attach(found._replace(z=found.z / units), balanced, problem) * units
+
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
         """The z part, and the multipliers beside it."""
         pair = problem.solution(found, attached)
         z, y = pair.value
         rest = {f.name: getattr(pair, f.name) for f in fields(pair) if f.name != "value"}
         return ConstrainedSolution(z, **rest, dual_equality=y)
+
+
+def _units(residual: Map, w: Tensor, n: int) -> Tensor:
+    """`(B, n + m)`, powers of two: 1 for the `n` of z, and for each multiplier what makes the derivatives of its
+    equation as large as those of the gradient. Equations times these, and multipliers over them, state the same.
+
+    Two directions that nothing is orthogonal to, but by accident, tell how large derivatives are.
+    """
+    _, pull = pullback(residual, w)
+    angles = torch.arange(1, n + 1, dtype=w.dtype, device=w.device).square()
+    images = [
+        pull(torch.nn.functional.pad(v, (0, w.shape[1] - n)).expand_as(w))[0] for v in (angles.cos(), angles.sin())
+    ]
+    slopes = torch.stack(images).square().mean(0).sqrt()
+    curved, sloped = row_norm(slopes[:, :n])[:, None], slopes[:, n:]
+    size = torch.where(curved > 0, curved, row_norm(sloped)[:, None])
+    fine = (sloped > 0) & (size > 0) & sloped.isfinite() & size.isfinite()
+    exponent = torch.where(fine, size.log2() - torch.where(fine, sloped, 1.0).log2(), 0.0).round()
+    most = math.log2(torch.finfo(w.dtype).max) / 4  # whose square is a number, and its product with others
+    return torch.cat([torch.ones_like(w[:, :n]), exponent.nan_to_num(0.0).clamp(-most, most).exp2()], 1)
 
 
 def _blocks(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:

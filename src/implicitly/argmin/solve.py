@@ -154,7 +154,7 @@ def _minimum(
     condition = replace(condition, report=replace(condition.report, message=partial(_explained, form)))
     condition = as_graphs(condition, (problem.key, rounding)) if compile else condition
     found = how.find(solver, condition, problem)
-    return form.solution(problem, found, how.attach(found, condition, problem))
+    return form.solution(problem, found, form.attach(how, found, condition, problem))
 
 
 def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tensor) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from implicitly.argmin.convex.canonical import Assembly, CanonicalProgram
 from implicitly.argmin.convex.optional import require
+from implicitly.argmin.programs.program import failed
 from implicitly.argmin.programs.qp import ProgramSolution, qp
 from implicitly.argmin.programs.solver import ProgramSolver
+from implicitly.host import maybe_any
 from implicitly.iterate import Solution, SolverError
 from implicitly.tree import columns_of
 
@@ -55,6 +58,7 @@ class QuadraticForm:
         alone = torch.bincount(pattern.A_columns, minlength=pattern.n)[pattern.A_columns] == 1
         usable = (alone & constant & (pattern.A_rows < zero)).nonzero()[:, 0].tolist()
         chosen = list({int(pattern.A_rows[i]): i for i in usable}.values())  # one for each row
+        chosen = chosen[: pattern.n - 1]  # some program has to be left, to find that its numbers are no numbers
         definitions, out = pattern.A_rows[chosen], pattern.A_columns[chosen]
         kept, equations = _others(pattern.n, out), _others(zero, definitions)
         inequalities = torch.arange(zero, pattern.m, device="cpu")
@@ -80,47 +84,67 @@ class QuadraticForm:
         Q, P_ke, P_ee = P_kk.reshape(len(P_kk), k, k), P_ke.reshape(len(P_ke), k, e), P_ee.reshape(len(P_ee), e, e)
         M, G = (t.reshape(len(t), len(rows), k) for t, rows in ((M, self.equations), (G, self.inequalities)))
         R = R.reshape(len(R), e, k) / a.unsqueeze(2)
-        p, r, q = q_k, r / a, q_k
+        p, r, broken = q_k, r / a, None
         if e:
+            (P_ke, P_ee, q_e, R, r), broken = _finite(P_ke, P_ee, q_e, R, r)
             curved = P_ee @ R
             Q = Q + R.mT @ curved
             p = p - _times(R.mT, q_e + _times(P_ee, r))
         if self.mixed:
             mixed = P_ke @ R
             Q, p = Q - mixed - mixed.mT, p + _times(P_ke, r)
+        if broken is not None:
+            p = torch.where(broken, float("nan"), p)  # which `qp` reports
         tensors = (Q, p, G, h, M, b_M)
         shared = [t[0] if len(t) == 1 else t for t in tensors]
         single = all(len(t) == 1 for t in tensors)
-
-        def lifted(found: ProgramSolution) -> Solution:
-            x, lam, nu, status, residual, steps = (
-                t.unsqueeze(0) if single else t
-                for t in (
-                    found.value,
-                    found.dual_inequality,
-                    found.dual_equality,
-                    found.status,
-                    found.residual,
-                    found.steps,
-                )
-            )
-            x_e = r - _times(R, x)
-            slope = _times(P_ee, x_e) + q_e
-            multiplier = -(slope + _times(P_ke.mT, x) if self.mixed else slope) / a
-            batch = max(len(x), len(x_e))
-            columns = torch.cat([self.kept, self.out]).argsort().to(q.device)
-            rows = torch.cat([self.inequalities, self.equations, self.definitions]).argsort().to(q.device)
-            value = (
-                columns_of(torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1), columns),
-                columns_of(torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1), rows),
-            )
-            status, residual, steps = (t.expand(batch) for t in (status, residual, steps))
-            return Solution(value, status, residual, steps, found.evaluations)
-
+        lifted = partial(self._lifted, single, P_ke, P_ee, q_e, R, r, a)
         try:
             return lifted(qp(*shared, solver=solver, **options))
         except SolverError as error:
             raise SolverError(str(error), lifted(error.solution)) from error  # pyright: ignore
+
+    def _lifted(
+        self,
+        single: bool,
+        P_ke: Tensor,
+        P_ee: Tensor,
+        q_e: Tensor,
+        R: Tensor,
+        r: Tensor,
+        a: Tensor,
+        found: ProgramSolution,
+    ) -> Solution:
+        """The solution of the canonical program, of that of the quadratic one; `single`: without a batch."""
+        names = ("value", "dual_inequality", "dual_equality", "status", "residual", "steps")
+        parts = [getattr(found, name) for name in names]
+        x, lam, nu, status, residual, steps = (t.unsqueeze(0) for t in parts) if single else parts
+        none = failed(status).unsqueeze(1)
+        known = torch.where(none, 0.0, x)  # zero times NaN is no slope of what samples share
+        x_e = r - _times(R, known)
+        slope = _times(P_ee, x_e) + q_e
+        multiplier = -(slope + _times(P_ke.mT, known) if self.mixed else slope) / a
+        x_e, multiplier = (torch.where(none, float("nan"), t) for t in (x_e, multiplier))
+        batch = max(len(x), len(x_e))
+        columns = torch.cat([self.kept, self.out]).argsort().to(x.device)
+        rows = torch.cat([self.inequalities, self.equations, self.definitions]).argsort().to(x.device)
+        value = (
+            columns_of(torch.cat([t.expand(batch, -1) for t in (x, x_e)], dim=1), columns),
+            columns_of(torch.cat([t.expand(batch, -1) for t in (lam, nu, multiplier)], dim=1), rows),
+        )
+        status, residual, steps = (t.expand(batch) for t in (status, residual, steps))
+        return Solution(value, status, residual, steps, found.evaluations)
+
+
+def _finite(*numbers: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """`numbers` `(B or 1, ...)` with zeros for samples that have NaN or infinities among them, so that no product
+    spoils the derivative of what samples share; and which those are, `(B or 1, 1)`, None where there are none."""
+    own = [~t.flatten(1).isfinite().all(1) for t in numbers]
+    broken = torch.stack(torch.broadcast_tensors(*own)).any(0)
+    if not maybe_any(broken):
+        return numbers, None
+    masks = [(broken if len(t) > 1 else o).reshape(-1, *(1,) * (t.ndim - 1)) for t, o in zip(numbers, own)]
+    return tuple(torch.where(mask, 0.0, t) for mask, t in zip(masks, numbers)), broken.unsqueeze(1)
 
 
 def _others(count: int, some: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ class CondensedLoop:
     def factor(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of M + diagonal `(B, m, m)`, and where it failed; valid until the next call."""
         if torch.compiler.is_dynamo_compiling():  # the graph plans its own memory
-            return torch.linalg.cholesky_ex((self.M + torch.diag_embed(diagonal)).mT)
+            return torch.linalg.cholesky_ex(self.M + torch.diag_embed(diagonal))
         N, info = self.work
         N.copy_(self.M.mT)
         N.diagonal(dim1=1, dim2=2).add_(diagonal)

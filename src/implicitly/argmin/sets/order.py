@@ -55,8 +55,11 @@ def _isotonic(z: Tensor, weights: Tensor | None) -> Tensor:
     return block_means(z, weights, blocks)
 
 
-def _blocks(z: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Which block `(..., n)` int64, counted from 0, each entry of the isotonic regression is in."""
+def _blocks(z: Tensor, weights: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
+    """Which block `(..., n)` int64, counted from 0, each entry of the isotonic regression is in.
+
+    Equal neighbours share one, unless they are `apart` `(..., n - 1)` and nothing has moved them.
+    """
     n = z.shape[-1]
     if z.numel() == 0:
         return torch.zeros_like(z, dtype=torch.int64)
@@ -70,6 +73,9 @@ def _blocks(z: Tensor, weights: Tensor | None = None) -> Tensor:
         half = 2**level
         x = _merged(x.unflatten(-1, (-1, 2 * half)), w.unflatten(-1, (-1, 2 * half)), half).flatten(-2)
     rises = x[..., 1:n] > x[..., : n - 1]
+    if apart is not None:
+        own = x[..., :n] == z
+        rises = rises | (apart & own[..., 1:] & own[..., :-1])
     return F.pad(rises.cumsum(-1), (1, 0))
 
 
@@ -131,7 +137,9 @@ def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
     gaps = descending.detach()[..., :-1] - descending.detach()[..., 1:]
     reach = (w[..., :1] - w[..., -1:]).detach()
     falls = F.pad(torch.minimum(gaps, 2 * reach).cumsum(-1), (1, 0))
-    begins = outside(_blocks, w - w[..., :1] + falls).diff(dim=-1) > 0
+    # Equals of z that stand at equals of w take these alike, and do so too when they part: no block is theirs.
+    apart = (gaps == 0) & (w[..., :-1] == w[..., 1:]).detach()
+    begins = outside(lambda s, apart: _blocks(s, None, apart), w - w[..., :1] + falls, apart).diff(dim=-1) > 0
     begins = F.pad(begins | (gaps > reach), (1, 0), value=False)
     blocks = begins.cumsum(-1)
     # A block keeps its differences, of which digits are lost beside large numbers, and takes the mean of w.

@@ -84,7 +84,8 @@ def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) 
     check_values(least <= most, least - most, "box: lower must be <= upper everywhere; lower - upper")
 
     def core(z: Tensor) -> Tensor:
-        return torch.where(z < low, low, torch.where(z > high, high, z))
+        inside = torch.where(low == high, low, z)  # one point does not move with z, also where z is that point
+        return torch.where(z < low, low, torch.where(z > high, high, inside))
 
     return without_bad_rows(core, z)
 
@@ -115,11 +116,13 @@ def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
 
 def _simplex(z: Tensor, radius: Tensor) -> Tensor:
     z = z - z.detach().amax(-1, keepdim=True)  # x does not change, and its digits are kept
-    sorted_z = z.detach().sort(-1, descending=True).values
+    sorted_z, order = z.detach().sort(-1, descending=True)
     counts = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     levels = (sorted_z.cumsum(-1) - radius.detach()) / counts
     count = (sorted_z > levels).sum(-1, keepdim=True)
     support = z.detach() > levels.gather(-1, (count - 1).clamp(min=0))
+    # Of a radius of 0 the first entry is what grows with it.
+    support = support | ((count == 0) & (torch.arange(z.shape[-1], device=z.device) == order[..., :1]))
     z, support = torch.broadcast_tensors(z, support)
     total = torch.where(support, z, 0.0).sum(-1, keepdim=True)
     level = (total - radius) / support.sum(-1, keepdim=True).clamp(min=1)
@@ -140,7 +143,8 @@ def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
 def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
     sign = z.detach().sign()
     inside = z.detach().abs().sum(-1, keepdim=True) <= radius
-    return torch.where(inside, z, sign * _simplex(sign * z, radius))
+    inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+    return torch.where(inside, inner, sign * _simplex(sign * z, radius))
 
 
 @in_full_precision
@@ -155,7 +159,8 @@ def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > radius
         finite = torch.where(beyond, radius, 1.0)  # no derivative of an infinite one that is not reached
-        return torch.where(beyond, z * (finite / norm(torch.where(beyond, z, 1.0))), z)
+        inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+        return torch.where(beyond, z * (finite / norm(torch.where(beyond, z, 1.0))), inner)
 
     return without_bad_rows(core, z, infinite=True)
 
@@ -174,7 +179,8 @@ def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
     radius = per_row("linf_ball", "radius", radius, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
-        return torch.where(z < -radius, -radius, torch.where(z > radius, radius, z))
+        inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+        return torch.where(z < -radius, -radius, torch.where(z > radius, radius, inner))
 
     return without_bad_rows(core, z)
 

@@ -46,7 +46,8 @@ def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
     weight = per_entry("prox.l1", "weight", weight, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
-        return torch.where(z > weight, z - weight, torch.where(z < -weight, z + weight, 0.0))
+        small = torch.where(weight > 0, 0.0, z)  # without a weight it is the identity, also at 0
+        return torch.where(z > weight, z - weight, torch.where(z < -weight, z + weight, small))
 
     return without_bad_rows(core, z)
 
@@ -69,7 +70,8 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > weight
         finite = torch.where(beyond, weight, 0.0)  # no derivative of an infinite one that is not reached
-        return torch.where(beyond, z * (1 - finite / norm(torch.where(beyond, z, 1.0))), 0.0)
+        small = torch.where(weight > 0, 0.0, z)  # without a weight it is the identity, also at 0
+        return torch.where(beyond, z * (1 - finite / norm(torch.where(beyond, z, 1.0))), small)
 
     return without_bad_rows(core, z, infinite=True)
 
@@ -141,6 +143,7 @@ def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
     def core(z: Tensor) -> Tensor:
         z = z.expand(*lead, n)
         sign = outside(jumps, z, w)
-        return block_means(pulled(z, w, sign), None, blocks_of(sign))
+        parts = torch.where(w.detach() > 0, sign, 1.0)  # an edge without a weight ties nothing, not even equals
+        return block_means(pulled(z, w, sign), None, blocks_of(parts))
 
     return without_bad_rows(core, z, infinite=True)

@@ -133,7 +133,7 @@ def sinkhorn(
     condition = _condition(cost.dtype, on_failure)
     n, m = cost.shape[-2:]
     batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])
-    K = (cost / epsilon).expand(*batch, n, m).reshape(-1, n, m)
+    K = _in_units_of(epsilon, cost).expand(*batch, n, m).reshape(-1, n, m)
     q = column.log()
     p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
     p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
@@ -148,6 +148,12 @@ def sinkhorn(
     theta = (torch.where(usable[:, None], K, 0.0), torch.where(usable, p, 0.0), torch.where(usable, q, 0.0))
     phi = attach(condition, torch.where(usable, found.z, 0.0), theta, Backward(linear_solver))
     return torch.where(usable[:, None], _plan(phi, *theta), failed).reshape(*batch, n, m)
+
+
+def _in_units_of(epsilon: Tensor, cost: Tensor) -> Tensor:
+    """cost / epsilon, which where the cost is infinite does not depend on epsilon: its derivative there is 0."""
+    finite = cost.detach().isfinite()
+    return torch.where(finite, torch.where(finite, cost, 0.0) / epsilon, cost)
 
 
 def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
