@@ -225,6 +225,39 @@ def test_a_jacobian_serves_several_steps():
     assert solution.evaluations == len(calls)
 
 
+def gradient_of_an_oscillator(solver, adjoint):
+    """The trajectory of van der Pol's oscillator, and the gradient of its end by mu."""
+    mu = torch.tensor(10.0, dtype=D, requires_grad=True)
+    y0 = torch.tensor([2.0, 0.0], dtype=D)
+    solution = im.odeint(van_der_pol, y0, (0.0, 20.0), mu, solver=solver, adjoint=adjoint, on_failure="ignore")
+    return solution, torch.autograd.grad(solution.value[-1].sum(), mu)[0]
+
+
+def test_stages_of_a_step_taken_again_are_found_whatever_jacobian_led_to_them():
+    """Else the gradient of a solve that converged would be NaN."""
+    solver = im.Kvaerno5(rtol=1e-4, atol=1e-7)
+    solution, by_mu = gradient_of_an_oscillator(solver, im.RecursiveCheckpointAdjoint())
+    recorded, expected = gradient_of_an_oscillator(solver, im.UnrolledAdjoint())
+    assert solution.status == im.Status.CONVERGED
+    torch.testing.assert_close(recorded.value, solution.value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(by_mu, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "status"),
+    [
+        (im.Kvaerno5(rtol=1e-4, atol=1e-7), im.Status.CONVERGED),
+        (im.Kvaerno3(dt=0.1), im.Status.NON_FINITE),
+    ],
+)
+def test_a_stage_that_is_not_found_rejects_a_step_that_autograd_records(solver, status):
+    given = gradient_of_an_oscillator(solver, im.RecursiveCheckpointAdjoint())[0]
+    recorded = gradient_of_an_oscillator(solver, im.UnrolledAdjoint())[0]
+    assert given.status == recorded.status == status
+    assert recorded.steps == given.steps
+    assert recorded.rejected == given.rejected
+
+
 def test_a_sample_without_a_solution_ends_and_no_other():
     def f(t, y):
         return torch.where((t > 0.5) & (y > 0), float("nan"), -y)

@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import BELOW_ONE, check_number
-from implicitly.host import Array, clamped, library, maybe_any, remembered, surely_all, to_host, to_tensor, views
+from implicitly.host import (
+    Array,
+    all_now,
+    clamped,
+    library,
+    maybe_any,
+    remembered,
+    surely_all,
+    to_host,
+    to_tensor,
+    views,
+)
 from implicitly.implicit import Backward, Condition, Report, attach, find
 from implicitly.iterate import Solver, Status, repeat
 from implicitly.linear import GMRES, DenseLU, dense
@@ -32,7 +43,7 @@ from implicitly.ode.problem import Field, Problem
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.ode.tableaus import Tableau
 from implicitly.pullback import pullback
-from implicitly.transforms import is_plain, records
+from implicitly.transforms import is_batched, is_plain, records
 
 # Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
 TOO_SLOW, SLOW = 0.9, 0.03
@@ -252,6 +263,8 @@ class StageNewton:
         traced = torch.compiler.is_dynamo_compiling()
         if self.full or traced or not F.again or self.method.stage_solver is not None:
             return None
+        if self.failed is None or all_now(~self.failed):  # an accelerator is waited for, rather than a step
+            return None
         return replace(StageNewton.at(self.method, F, t, dt, y, fresh=True), full=True)
 
     def keep(self, F: Field) -> None:
@@ -272,8 +285,11 @@ class StageNewton:
                 z, failed = self._search(self.method.stage_solver, F, stage, guess)
             else:
                 z, failed = self._iterate(F, stage, guess)
-        if not _attaches(F):
+        # Nobody has looked yet where autograd records a solve; and a step that is taken again may have begun with
+        # another Jacobian. Of what `vmap` maps nobody can look.
+        if not (is_batched(z) or (F.once and torch.compiler.is_dynamo_compiling())):
             self._note(failed)
+        if not _attaches(F):
             return z
         if F.once and self.method.stage_solver is None:
             return _attached_once(F, stage, z, self.method.limit_gib)
@@ -353,7 +369,7 @@ class StageNewton:
 
 
 def _attaches(F: Field) -> bool:
-    """Whether a step is taken for its derivative, and so has converged before; of a graph, `once` says it."""
+    """Whether a step is taken for its derivative, or may be; of a graph, `once` says it."""
     return F.once or (records() and not torch.compiler.is_dynamo_compiling())
 
 
