@@ -258,6 +258,16 @@ def test_a_stage_that_is_not_found_rejects_a_step_that_autograd_records(solver, 
     assert recorded.rejected == given.rejected
 
 
+def test_stages_of_what_is_very_stiff_have_their_derivative_without_a_warning():
+    """Rounding leaves more of their linear systems than others are asked for."""
+    k = K.clone().requires_grad_()
+    solver, by_k = im.Kvaerno5(rtol=1e-3, atol=1e-6), []
+    for adjoint in (im.UnrolledAdjoint(), im.RecursiveCheckpointAdjoint()):
+        solution = im.odeint(robertson, START, (0.0, 1e4), k, solver=solver, adjoint=adjoint)
+        by_k += torch.autograd.grad(solution.value[-1, 0], k)
+    torch.testing.assert_close(*by_k, rtol=1e-3, atol=0)
+
+
 def test_a_sample_without_a_solution_ends_and_no_other():
     def f(t, y):
         return torch.where((t > 0.5) & (y > 0), float("nan"), -y)

@@ -73,7 +73,8 @@ class ImplicitRungeKutta(RungeKutta):
         stage_solver: a solver that finds the stages, such as `NewtonKrylov()` where Jacobians are too large to be
             stored, with tolerances of its own; None: Newton's method with a Jacobian `(n, n)` a sample that is
             used as long as it converges.
-        stage_tolerance: how accurate that makes a stage, relative to the tolerance of the step; None: 0.03.
+        stage_tolerance: how accurate that makes a stage, relative to the tolerance of the step; None: 0.03. The
+            derivative takes stages for exact: across jumps at a loose rtol it may need 1e-4.
         limit_gib: what the Jacobians of all samples may take.
     """
 
@@ -294,7 +295,9 @@ class StageNewton:
         if F.once and self.method.stage_solver is None:
             return _attached_once(F, stage, z, self.method.limit_gib)
         condition, theta = _condition(F, stage)
-        solver = DenseLU(limit_gib=self.method.limit_gib) if self.method.stage_solver is None else GMRES()
+        # Of very stiff systems rounding leaves more than the default asks for.
+        by_lu = DenseLU(limit_gib=self.method.limit_gib, rtol=torch.finfo(z.dtype).eps ** 0.5)
+        solver = by_lu if self.method.stage_solver is None else GMRES()
         return attach(condition, z, theta, Backward(solver))
 
     def _iterate(self, F: Field, stage: Stage, z: Tensor) -> tuple[Tensor, Array]:
