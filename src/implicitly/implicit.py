@@ -48,7 +48,7 @@ from implicitly.iterate import (
 )
 from implicitly.linear import Affine
 from implicitly.pullback import of_places, pullback, recorded
-from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, unhooked, unwrapped
+from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, one_by_one, unhooked, unwrapped
 from implicitly.tree import real_parts, row_norm
 
 Map = Callable[[Tensor], Tensor]
@@ -520,6 +520,7 @@ class _Attach(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[3:])
 
     @staticmethod
+    @one_by_one
     @unhooked()
     def backward(ctx, *cotangents):
         (g,) = cotangents

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -141,6 +142,36 @@ def unhooked() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """`backward` of an autograd function, for one cotangent at a time where autograd hands it several at once.
+
+    `torch.autograd.grad(is_grads_batched=True)`, and what builds on it, do so by a transform that is older than
+    `torch.func`, and knows few operations.
+    """
+    private: Any = torch
+
+    @functools.wraps(backward)
+    def of_each(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if not any(g is not None and functorch.is_legacy_batchedtensor(g) for g in cotangents):
+            return backward(ctx, *cotangents)
+        outer = private._C._vmapmode_decrement_nesting()  # set aside, as f may have operations it refuses
+        try:
+            if outer:
+                raise NotImplementedError("several cotangents at once, of several at once; use torch.func.jacrev")
+            known = [g if g is None else private._remove_batch_dim(g, 1, 1, 0) for g in cotangents]
+            size = max(len(g) for g in known if g is not None)
+            each = [
+                backward(ctx, *(g if g is None else g.expand(size, *g.shape[1:])[i] for g in known))
+                for i in range(size)
+            ]
+            whole = [None if parts[0] is None else torch.stack(parts) for parts in zip(*each)]
+        finally:
+            private._C._vmapmode_increment_nesting()
+        return tuple(x if x is None else private._add_batch_dim(x, 0, 1) for x in whole)
+
+    return of_each
 
 
 @contextmanager

@@ -485,16 +485,13 @@ def test_transforms_are_refused(transform):
         transform(run)(torch.ones(3, 2, dtype=D))
 
 
-def test_forward_mode_and_batched_cotangents_are_refused():
+def test_forward_mode_is_refused():
     y0 = torch.ones(3, dtype=D)
     run = lambda y: im.odeint(lambda t, y: -y, y, (0.0, 1.0), adjoint=BACK[0]).value  # noqa: E731
     with pytest.raises(NotImplementedError, match="forward mode"), torch.autograd.forward_ad.dual_level():
         run(torch.autograd.forward_ad.make_dual(y0, y0))
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         func.jvp(run, (y0,), (y0,))
-    y0.requires_grad_()
-    with pytest.raises(NotImplementedError, match="several cotangents"):
-        torch.autograd.grad(run(y0)[-1], y0, torch.eye(3, dtype=D), is_grads_batched=True)
 
 
 def test_options_that_cannot_be_meant_are_refused():

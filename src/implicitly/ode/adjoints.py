@@ -52,6 +52,7 @@ from implicitly.transforms import (
     is_recorded,
     is_wrapped,
     merge_rows,
+    one_by_one,
     unhooked,
     unwrapped,
 )
@@ -393,6 +394,7 @@ class _Trajectory(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_by_one
     @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[4:]

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
@@ -24,7 +23,7 @@ from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_s
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.transforms import is_wrapped, unhooked
+from implicitly.transforms import is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
@@ -149,6 +148,7 @@ class _Backsolve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_by_one
     @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[5:]
@@ -160,8 +160,6 @@ class _Backsolve(torch.autograd.Function):
             found, inputs = Integrated(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
             if any(is_wrapped(x) for x in (g, *inputs)):
                 _refuse("a transform of torch.func")
-            if functorch.is_legacy_batchedtensor(g):
-                _refuse("of several cotangents at once")
             with torch.no_grad(), ctx.restored():
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
             ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
