@@ -68,3 +68,14 @@ def test_steps_must_be_numbers():
     for step in ("a", True):
         with pytest.raises(TypeError, match="GradientDescent: step must be a positive number"):
             im.GradientDescent(step=step)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e-7), (torch.float32, 1e-10), (D, 1e-16)])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_steps_that_lead_away_diverge_however_small_the_objective(dtype, unit, accelerated):
+    """Nothing is small but in units: a gradient less than rounding of 1 may be all there is of it."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=dtype)
+    solver = im.GradientDescent(step=10 / unit, accelerated=accelerated)
+    objective = lambda z, x: unit * (z - x).square().sum(1)  # noqa: E731
+    solution = im.argmin(objective, torch.zeros_like(x), x, solver=solver, on_failure="ignore")
+    assert solution.status.tolist() == [im.Status.DIVERGED] * 2

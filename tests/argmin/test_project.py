@@ -454,6 +454,22 @@ def test_a_plan_so_cold_that_its_marginals_are_lost_is_told():
         project.sinkhorn(cost, row, column, 1e-13, on_failure="warn")
 
 
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize(
+    ("cost", "row"),
+    [
+        ([[0.0, math.inf], [0.0, math.inf]], [0.5, 0.5]),  # a column that nobody may go to
+        ([[math.inf, math.inf], [0.0, 1.0]], [0.5, 0.5]),
+        ([[0.0, math.inf], [1.0, 0.0]], [0.6, 0.4]),
+    ],
+)
+def test_infinite_costs_that_leave_no_plan_are_named(cost, row, dtype):
+    cost = torch.tensor([cost, [[0.0, 1.0], [1.0, 0.0]]], dtype=dtype)
+    row, column = torch.tensor(row, dtype=dtype), torch.tensor([0.5, 0.5], dtype=dtype)
+    with pytest.raises(im.SolverError, match="every plan has infinite costs for 1 of them"):
+        project.sinkhorn(cost, row, column)
+
+
 def test_plans_that_fail_are_told_and_harm_no_other():
     cost, row, column = _problem()
     cost[1, 0, 0] = math.nan

@@ -191,3 +191,35 @@ def test_a_gradient_that_is_lost_beside_the_iterate_is_not_taken_for_none(P, uni
     value = im.argmin(objective, z0, constraint=im.Projection(P, 0.3 / unit)).value
     exact = im.argmin(lambda z: objective(z) / unit, z0, constraint=P).value
     torch.testing.assert_close(value, exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        lambda z, A, b: im.project.l2_ball(z, 1.0),
+        lambda z, A, b: z.clamp(min=0),
+        im.Projection(lambda z, A, b: z, step=0.01),
+        im.Equality(lambda z, A, b: z.sum(1)),
+    ],
+    ids=["ball", "orthant", "everything", "plane"],
+)
+def test_a_start_at_a_minimum_at_zero_is_left_alone(constraint, unit, dtype):
+    """There only rounding of the objective's terms is left of the gradient, and z tells nothing of its size."""
+    A, b = draw(6, 20, 5, seed=1), draw(6, 20, seed=2)
+    Q = torch.linalg.qr(A).Q
+    b = b - (Q @ (Q.mT @ b.unsqueeze(2)))[:, :, 0]
+    A, b = A.to(dtype), b.to(dtype)
+    misfit = lambda z, A, b: unit * ((A @ z.unsqueeze(2))[:, :, 0] - b).square().sum(1)  # noqa: E731
+    solution = im.argmin(misfit, torch.zeros(6, 5, dtype=dtype), A, b, constraint=constraint)
+    assert int(solution.steps.max()) <= 3
+    assert solution.value.abs().max() < 10 * torch.finfo(dtype).eps
+
+
+def test_in_single_precision_a_small_objective_is_not_minimal_where_a_step_is_lost_beside_z():
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    options = {"constraint": lambda z, x: z.clamp(max=0.5), "on_failure": "ignore"}
+    solution = im.argmin(lambda z, x: 1e-7 * (z - x).square().sum(1), torch.zeros(2, 2), x, **options)
+    error = (solution.value - x.clamp(max=0.5)).abs().amax(1)
+    assert bool((~solution.converged | (error < 1e-2)).all())

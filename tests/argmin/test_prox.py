@@ -55,6 +55,22 @@ def test_the_nuclear_norm_lowers_singular_values():
     assert torch.autograd.gradgradcheck(prox.nuclear, (repeated, torch.tensor(1.0, dtype=D)))
 
 
+def test_without_a_weight_the_nuclear_norm_changes_nothing_whatever_the_rank():
+    """One matrix of rank 1, one of rank 0, and one with a weight."""
+    g = torch.Generator().manual_seed(0)
+    u, v = torch.randn(3, 1, generator=g, dtype=D), torch.randn(1, 4, generator=g, dtype=D)
+    Z, weight = torch.stack([u @ v, 0 * u @ v, u @ v]), torch.tensor([0.0, 0.0, 0.1], dtype=D)
+    value, slopes = torch.func.vjp(prox.nuclear, Z, weight)
+    torch.testing.assert_close(value[:2], Z[:2])
+    cotangent = torch.randn(3, 3, 4, generator=g, dtype=D)
+    of_Z, of_weight = slopes(cotangent)
+    torch.testing.assert_close(of_Z[:2], cotangent[:2])
+    direction = u @ v / (u.norm() * v.norm())
+    torch.testing.assert_close(of_weight[[0, 2]], -(cotangent[[0, 2]] * direction).sum((1, 2)))
+    along = torch.func.jvp(lambda Z: prox.nuclear(Z, weight), (Z,), (cotangent,))[1]
+    torch.testing.assert_close(along[:2], cotangent[:2])
+
+
 @pytest.mark.parametrize("weight", [1e308, float("inf")])
 @pytest.mark.parametrize("f", [prox.l1, prox.l2, prox.linf, prox.nuclear])
 def test_a_weight_beyond_everything_leaves_zeros_without_a_slope(f, weight: float):

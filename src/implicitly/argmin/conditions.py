@@ -45,6 +45,10 @@ class Form(ABC):
     # What to name where a solver does not fit.
     try_solver: ClassVar[str]
 
+    def noise(self, F: Any, z: Tensor, slope: Tensor) -> Tensor:
+        """How far the residual at z moves, `(B,)`, where a gradient does by `slope` `(B,)`."""
+        return slope
+
     @abstractmethod
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
@@ -60,12 +64,12 @@ class Form(ABC):
     ) -> Condition:
         """What `problem` states; stationary points are checked to be minima unless all are.
 
-        `rounding`, relative to what makes it up, is what a gradient need not fall below, whatever `rtol`; a sample
-        that no step improves has converged if its residual is less than that itself.
+        `rounding`, relative to what makes it up, is what a gradient need not fall below, whatever `rtol`; nor that
+        of a sample which no step improves.
         """
         report = Report(on_failure, partial(self.solution, problem))
         plain = problem.condition(self.name, on_failure)
-        scale = partial(gradient_scale, rounding / rtol if rtol else 0.0)
+        scale = partial(gradient_scale, self.noise, rounding / rtol if rtol else 0.0)
         examine = partial(self._examine, plain.dtype, convex, rounding, rtol)
         return replace(plain, report=report, kind=self.kind, scale=scale, examine=examine)
 
@@ -83,8 +87,10 @@ class Form(ABC):
         """`found`, where samples that only rounding kept from their tolerances are CONVERGED, and converged ones
         from which the objective falls in second order NOT_MINIMUM."""
         stuck = (found.status == int(Status.STAGNATED)) | (found.status == int(Status.DIVERGED))
-        settled = stuck & (found.residual < rounding)
-        found = found._replace(status=torch.where(settled, int(Status.CONVERGED), found.status))
+        if rounding > 0 and found.z.shape[1] > 0 and maybe_any(stuck):
+            scale = rounding_scale(self.noise, 1.0, F, found.z, F(found.z))
+            settled = stuck & (found.residual <= rounding * scale)
+            found = found._replace(status=torch.where(settled, int(Status.CONVERGED), found.status))
         converged = found.status == int(Status.CONVERGED)
         if convex or not maybe_any(converged) or found.z.shape[1] == 0:
             return found
@@ -94,26 +100,37 @@ class Form(ABC):
         return found._replace(status=torch.where(converged & falls, int(Status.NOT_MINIMUM), found.status))
 
 
-def gradient_scale(share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
-    """What a residual is small beside, `(B,)`: that at the start, or its change over the length of the iterate.
+def gradient_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
+    """What a residual is small beside, `(B,)`: that at the start, or what rounding is relative to, as a start at
+    the answer has nothing to gain."""
+    return torch.maximum(row_norm(r), rounding_scale(noise, share, F, z, r))
 
-    The second is what rounding of z alone makes of the residual: a start at the answer has nothing to gain. At
-    zero it tells nothing; but terms that add up to an objective f have slopes of about (curvature * f)^(1/2), of
-    which `share` is taken.
+
+def rounding_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
+    """What rounding of a residual r at z is relative to, `(B,)`: its change over the length of z.
+
+    That is what rounding of z alone makes of it. At zero this tells nothing; but terms that add up to an objective
+    f have slopes of about (curvature * f)^(1/2), of which `share` is taken, and the `noise` they are in F.
     """
     norm, at_zero = row_norm(r), (z == 0).all(1)
-    adds_up = share > 0 and isinstance(F, Descent)
-    if not adds_up and not maybe_any(~at_zero):
-        return norm
+    if share == 0 and not maybe_any(~at_zero):
+        return torch.zeros_like(norm)
     along = where_rows(at_zero, inverse_norm(r) * r, z)
-    change, length = row_norm(push(lambda z: F(z), (z,), (along,))), row_norm(along)
-    change = torch.where(change.isfinite(), change, 0.0)
-    scale = torch.maximum(norm, change.masked_fill(at_zero, 0.0))
-    if not adds_up:
+
+    def change_of(f: Map) -> Tensor:
+        change = row_norm(push(f, (z,), (along,)))
+        return torch.where(change.isfinite(), change, 0.0)
+
+    change = change_of(lambda z: F(z))
+    scale = change.masked_fill(at_zero, 0.0)
+    if share == 0:
         return scale
+    length = row_norm(along)
+    if not isinstance(F, Descent):  # whose residual is the slope
+        change = change_of(lambda z: F.evaluate(z)[-1])
     curvature = change / torch.where(length == 0, 1.0, length)
     slope = (curvature * F.evaluate(z)[0].abs().to(norm.dtype)).sqrt()
-    return torch.maximum(scale, share * torch.where(slope.isfinite(), slope, 0.0))
+    return torch.maximum(scale, share * noise(F, z, torch.where(slope.isfinite(), slope, 0.0)))
 
 
 @dataclass(frozen=True)

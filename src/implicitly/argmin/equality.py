@@ -16,7 +16,7 @@ from implicitly.argmin.conditions import Form, Function, check_values
 from implicitly.compiled import as_graphs
 from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
 from implicitly.functions import open_function
-from implicitly.implicit import Condition, Map
+from implicitly.implicit import Condition, Map, push
 from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, sample_dims_of
@@ -37,14 +37,29 @@ class Lagrangian:
     Attributes:
         residual: w to (-(gradient of f + y' h), -h).
         evaluate: w to f `(B,)`, h `(B, m)` and the residual, in one call.
+        given: w to the residual in the units that f and h came in.
     """
 
     residual: Residual
     evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    given: Residual
 
     def __call__(self, w: Tensor) -> Tensor:
         """The residual at `w`."""
         return self.residual(w)
+
+    def in_units(self, units: Tensor, n: int) -> Lagrangian:
+        """That of c f and c u h, in which w over `units` (1, u) `(B, n + m)` has the residual of w times c (1, u).
+
+        c makes the least of these 1, so that no residual looks smaller than it is to an absolute tolerance.
+        """
+        factors = _factors(units)
+
+        def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value, h, r = self.evaluate(w * units)
+            return value * factors[:, 0].to(value.dtype), h * factors[:, n:], r * factors
+
+        return Lagrangian(lambda w: self(w * units) * factors, evaluate, lambda w: self.given(w * units))
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ class Equality(Form):
                 total, pull = pullback(lambda w: parts(w)[0], w)
                 return within_domain(total, -pull(torch.ones_like(total))[0])
 
-            return Lagrangian(residual, evaluate)
+            return Lagrangian(residual, evaluate, residual)
 
         def first(w: Tensor, *theta: Tensor) -> Tensor:
             call = opening.opened.at(*theta)
@@ -128,7 +143,9 @@ class Equality(Form):
 
         sample_dims, opened = sample_dims_of(opening, args, layout, in_dims), opening.opened
         bind = lambda *theta: lagrangian(opened.at(*theta))  # noqa: E731
-        return Problem.stated(opening, pair, (z0, y0), bind, first, sample_dims=sample_dims, recording=recording)
+        options = {"sample_dims": sample_dims, "recording": recording}
+        problem = Problem.stated(opening, pair, (z0, y0), bind, first, **options)
+        return _in_units(problem, problem.bind, problem.z0)
 
     def _first_constraints(self, z0: Any, args: tuple[Any, ...], layout: Layout) -> Any:
         with torch.no_grad():
@@ -161,53 +178,90 @@ class Equality(Form):
         return lambda u: (reduced @ u.unsqueeze(2))[:, :, 0], w[:, : w.shape[1] - m]
 
     def attach(self, how: Adjoint, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found (z, y) with its derivative, of the same condition in other units of the equations.
+        """The found (z, y) with its derivative, of the same condition in the units that balance it there.
 
-        In the user's a solve may leave nothing in the objective's units, and yet all of what the equations say.
+        In others a solve may leave nothing in the objective's units, and yet all of what the equations say.
         """
         tracked = any(is_recorded(t) for t in problem.theta) and not torch.compiler.is_dynamo_compiling()
-        if not tracked or how.recording or found.estimate:  # which knows the user's units only
+        if not tracked or how.recording or found.estimate:  # which knows the problem's units only
             return how.attach(found, condition, problem)
-        z, layout = found.z.detach(), problem.layout
-        n = sum(leaf.width for leaf in Layout.of(layout.unpack(z)[0], layout.batch_dims).leaves)
-        units = _units(condition.at(*(t.detach() for t in problem.theta)), z, n)
-
-        def bind(units: Tensor, *theta: Tensor) -> Map:
-            residual = condition.at(*theta)
-            return lambda w: residual(w * units) * units
-
-        dims = None if condition.sample_dims is None else (0, *condition.sample_dims)
-        balanced = replace(condition, bind=bind, sample_dims=dims, kind=None, scale=None, examine=None)
+        balanced = _in_units(problem, condition.bind, found.z)
+        restated = replace(
+            condition, bind=balanced.bind, sample_dims=balanced.sample_dims, kind=None, scale=None, examine=None
+        )
         if condition.graphs is not None:
-            balanced = as_graphs(replace(balanced, graphs=None), (problem.key, "in other units"))
-        problem = replace(problem, theta=(units, *problem.theta), sample_dims=dims)
-        return how.attach(found._replace(z=found.z / units), balanced, problem) * units
+            restated = as_graphs(replace(restated, graphs=None), (problem.key, "in other units"))
+        units = balanced.theta[0]
+        return how.attach(found._replace(z=found.z / units), restated, balanced) * units
 
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
         """The z part, and the multipliers beside it."""
-        pair = problem.solution(found, attached)
+        pair = problem.solution(found, (found.z if attached is None else attached) * problem.theta[0])
         z, y = pair.value
         rest = {f.name: getattr(pair, f.name) for f in fields(pair) if f.name != "value"}
         return ConstrainedSolution(z, **rest, dual_equality=y)
 
+    def _examine(
+        self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Lagrangian, found: Found
+    ) -> Found:
+        """As of any form, with the residual in the user's units; of what is INFEASIBLE, that of the equations."""
+        found = super()._examine(dtype, convex, rounding, rtol, F, found)
+        if found.z.shape[1] == 0:
+            return found
+        h, r = F.evaluate(found.z)[1], F.given(found.z)
+        equations = row_norm(r[:, r.shape[1] - h.shape[1] :])
+        infeasible = found.status == int(Status.INFEASIBLE)
+        return found._replace(residual=torch.where(infeasible, equations, row_norm(r)))
+
+
+def _in_units(problem: Problem, bind: Callable[..., Any], w: Tensor) -> Problem:
+    """`problem`, with the Lagrangian that `bind` gives, in the `_units` of `w`, which lead its theta; its state is
+    in them, and w over them."""
+    n = sum(leaf.width for leaf in Layout.of(problem.layout.unpack(w)[0], problem.layout.batch_dims).leaves)
+    units = _units(bind(*(t.detach() for t in problem.theta)), w.detach(), n)
+    dims = None if problem.sample_dims is None else (0, *problem.sample_dims)
+    return replace(
+        problem,
+        bind=lambda units, *theta: bind(*theta).in_units(units, n),
+        z0=problem.z0 / units,
+        r0=problem.r0 * _factors(units),
+        theta=(units, *problem.theta),
+        sample_dims=dims,
+    )
+
+
+def _factors(units: Tensor) -> Tensor:
+    """c `(1, u)` with c of `Lagrangian.in_units`."""
+    return units / units.amin(1, keepdim=True) if units.shape[1] else units
+
 
 def _units(residual: Map, w: Tensor, n: int) -> Tensor:
-    """`(B, n + m)`, powers of two: 1 for the `n` of z, and for each multiplier what makes the derivatives of its
-    equation as large as those of the gradient. Equations times these, and multipliers over them, state the same.
+    """`(B, n + m)`, powers of two: 1 for the `n` of z, and for each multiplier what makes its equation as steep as
+    the Lagrangian is curved, so that both ask for z to the same accuracy.
 
-    Two directions that nothing is orthogonal to, but by accident, tell how large derivatives are.
+    Two directions that nothing is orthogonal to, but by accident, tell how large derivatives are. An equation h
+    that bends by b has a slope of (h b)^(1/2), if not here, then where it vanishes; and its multiplier, which may
+    be far from its value yet, will be about what makes its slope that of the objective.
     """
-    _, pull = pullback(residual, w)
+    if w.shape[1] == n or len(w) == 0:
+        return torch.ones_like(w)
+    image = lambda w, v: pullback(residual, w)[1](v)[0]  # noqa: E731
     angles = torch.arange(1, n + 1, dtype=w.dtype, device=w.device).square()
-    images = [
-        pull(torch.nn.functional.pad(v, (0, w.shape[1] - n)).expand_as(w))[0] for v in (angles.cos(), angles.sin())
-    ]
-    slopes = torch.stack(images).square().mean(0).sqrt()
-    curved, sloped = row_norm(slopes[:, :n])[:, None], slopes[:, n:]
-    size = torch.where(curved > 0, curved, row_norm(sloped)[:, None])
-    fine = (sloped > 0) & (size > 0) & sloped.isfinite() & size.isfinite()
-    exponent = torch.where(fine, size.log2() - torch.where(fine, sloped, 1.0).log2(), 0.0).round()
-    most = math.log2(torch.finfo(w.dtype).max) / 4  # whose square is a number, and its product with others
+    slopes, bends = [], []
+    for along in (angles.cos(), angles.sin()):
+        v = torch.nn.functional.pad(along / torch.linalg.vector_norm(along), (0, w.shape[1] - n)).expand_as(w)
+        slopes.append(image(w, v))
+        bends.append(push(lambda w, v=v: image(w, v)[:, n:], (w,), (v,)))
+    slope, bend, r = (x.abs().nan_to_num(0.0) for x in (torch.stack(slopes), torch.stack(bends), residual(w)))
+    slope, bend, steepness = slope.amax(0), bend.amax(0), row_norm(r[:, :n])[:, None]
+    steep = torch.hypot(slope[:, n:], r[:, n:].sqrt() * bend.sqrt())
+    known = steep > 0
+    multipliers = torch.where(known, steepness / torch.where(known, steep, 1.0), 0.0)
+    size = row_norm(slope[:, :n])[:, None] + (multipliers * bend).sum(1, keepdim=True)
+    size = torch.where(size > 0, size, steepness / (1 + row_norm(w[:, :n])[:, None]))
+    size = torch.where(size > 0, size, 1.0)
+    exponent = torch.where(known, size.log2() - torch.where(known, steep, 1.0).log2(), 0.0).round()
+    most = 0.75 * math.log2(torch.finfo(w.dtype).max)
     return torch.cat([torch.ones_like(w[:, :n]), exponent.nan_to_num(0.0).clamp(-most, most).exp2()], 1)
 
 
@@ -271,11 +325,13 @@ class NewtonKKT(Solver):
     falls, or, where the model needed no change, the residual of the KKT equations does (which keeps full steps
     near the answer). Nocedal and Wright, "Numerical Optimization", sections 18.1 to 18.4.
 
-    A sample is done when |(gradient of f + y' h, h)| has shrunk to atol + rtol |the same at z0|. Constraints that
-    depend on each other get the shortest multipliers. These differentiate like z in all that they add up to, J'y;
-    one alone has no derivative: its gradient is zero, and reported as SINGULAR, so leave out equations that others
-    imply. Where the constraints contradict each other it ends as INFEASIBLE, at a point from where, to first
-    order, nothing leads to less violation; and as SINGULAR where they have no slope at the start: take another z0.
+    A sample is done when |(gradient of f + y' h, h)| has shrunk to atol + rtol |the same at z0|, each equation in
+    the unit in which it is about as steep at z0 as the Lagrangian is curved; the user's decide nothing, but that
+    atol holds in them, too. Constraints that depend on each other get the shortest multipliers. These
+    differentiate like z in all that they add up to, J'y; one alone has no derivative: its gradient is zero, and
+    reported as SINGULAR, so leave out equations that others imply. Where the constraints contradict each other it
+    ends as INFEASIBLE, at a point from where, to first order, nothing leads to less violation in those units; and
+    as SINGULAR where they have no slope at the start: take another z0.
     """
 
     limit_gib: float = 4.0
@@ -308,11 +364,12 @@ class NewtonKKT(Solver):
         split = _Split.of(jacobian)
         d, slope, unchanged = _step(hessian, jacobian, split, z, r, last)
         # Large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36.
-        # Where equations depend on each other, |h| falls by less than all of it.
+        # Where equations depend on each other, |h| falls by less than all of it. The weight that a step needed
+        # is forgotten, or where the equations were nearly flat it would keep all others short.
         violation = row_norm(h)
         relief = -torch.linalg.vecdot(h, _times(jacobian, d[:, :n])) / torch.where(violation > 0, violation, 1.0)
         enough = 2 * slope / torch.where(relief > 0, relief, 1.0)
-        nu = torch.where(relief > 0, torch.maximum(last.nu, enough), last.nu)
+        nu = torch.where(relief > 0, torch.maximum(last.nu / 2, enough), last.nu / 2)
         nu = torch.maximum(nu, row_norm((z + d)[:, n:]))  # so that merit is least at the answer
         merit = _Merit(last.value + nu * violation, slope - nu * relief, nu, row_norm(r), unchanged)
         trial = merit.search(F, z, d, last.length, row_norm(r) > 0)

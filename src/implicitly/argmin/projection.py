@@ -13,7 +13,7 @@ from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
 from implicitly.argmin.conditions import Form, Function, check_values, descent_of, rows_of
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
-from implicitly.implicit import Map
+from implicitly.implicit import Map, push
 from implicitly.iterate import Found, Proposal, Residual, Solver, Status
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
@@ -80,6 +80,13 @@ class Projection(Form):
             raise TypeError(f"Projection: P must be callable, got a {type(self.P).__name__}")
         check_step(self, self.step)
 
+    def noise(self, F: Projected, z: Tensor, slope: Tensor) -> Tensor:
+        """Nothing where the set leaves no room; of a direction that nothing is orthogonal to, but by accident."""
+        angles = torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device).square()
+        along = (angles.cos() / torch.linalg.vector_norm(angles.cos())).expand_as(z)
+        moved = push(lambda r: F.from_descent(z, r), (F.evaluate(z)[1],), (slope[:, None] * along,))
+        return row_norm(moved)
+
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
@@ -145,7 +152,7 @@ class Projection(Form):
         slope = row_norm(F.project(torch.addcmul(z, longer[:, None], r)) - z) / torch.where(doubtful, longer, 1.0)
         change = row_norm(pullback(lambda z: F.evaluate(z)[1], z)[1](z)[0])
         # Rounding of z makes `small` of the gradient a slope along the set.
-        lost = doubtful & (slope > max(100 * small, 10 * rtol) * torch.maximum(change, length))
+        lost = doubtful & (slope > max(10 * small, 10 * rtol) * torch.maximum(change, length))
         residual = torch.where(lost, self.step * slope, found.residual)
         return found._replace(status=torch.where(lost, int(Status.STAGNATED), found.status), residual=residual)
 

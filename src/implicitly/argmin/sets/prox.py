@@ -111,7 +111,12 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
         both = padded + padded.mT
         return (positive_part(both - shift) - positive_part(-both - shift))[..., :n, n:]
 
-    return without_bad_rows(core, Z, dims=2, infinite=True)
+    def whole(Z: Tensor) -> Tensor:
+        # Without a weight it is the identity, also where singular values are 0 and have no derivative above.
+        free = weight == 0
+        return core(torch.where(free, Z.detach(), Z)) + torch.where(free, Z - Z.detach(), 0.0)
+
+    return without_bad_rows(whole, Z, dims=2, infinite=True)
 
 
 @in_full_precision

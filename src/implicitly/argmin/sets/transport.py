@@ -33,6 +33,10 @@ TOO_COLD = (
     "epsilon is so small beside the costs that rounding errors of the potentials show in the plan: raise it, or "
     "use a wider dtype"
 )
+FORBIDDEN = (
+    "more finite costs, or other marginals: every plan has infinite costs for {} of them, as some rows hold more "
+    "mass than all columns that they may go to"
+)
 # The largest changes along an eigenvector of the Hessian that are tried, in temperatures: where parts of the plan
 # hardly touch, Newton's step is far too long, and what is right is of the size of the costs.
 STEP_LENGTHS = (0.5, 2.0, 8.0, 32.0, 128.0)
@@ -130,7 +134,6 @@ def sinkhorn(
     check_state("sinkhorn", cost, dims=2)
     row, column = _marginals(cost, row, column)
     epsilon = per_row("sinkhorn", "epsilon", epsilon, cost, dims=2, must=POSITIVE)
-    condition = _condition(cost.dtype, on_failure)
     n, m = cost.shape[-2:]
     batch = torch.broadcast_shapes(cost.shape[:-2], row.shape[:-1], column.shape[:-1], epsilon.shape[:-2])
     K = _in_units_of(epsilon, cost).expand(*batch, n, m).reshape(-1, n, m)
@@ -138,6 +141,7 @@ def sinkhorn(
     p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
     p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
     theta = (K, p, q)
+    condition = _condition(cost.dtype, on_failure, *(t.detach() for t in theta))
     found = find(solver, condition, outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
     if not maybe_any(~usable):
@@ -156,9 +160,9 @@ def _in_units_of(epsilon: Tensor, cost: Tensor) -> Tensor:
     return torch.where(finite, torch.where(finite, cost, 0.0) / epsilon, cost)
 
 
-def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
+def _condition(dtype: torch.dtype, on_failure: str, K: Tensor, p: Tensor, q: Tensor) -> Condition:
     """That of the potentials of the rows."""
-    report = Report(on_failure, message=partial(explain, remedy=REMEDY | {Status.STAGNATED: TOO_COLD}))
+    report = Report(on_failure, message=partial(_explained, K, p, q))
     how = {"relative_to_iterate": True, "sample_dims": (0, 0, 0), "examine": _examined}
     return Condition(_sweep, "sinkhorn", dtype, report, **how)
 
@@ -215,6 +219,27 @@ def _examined(F: Map, found: Found) -> Found:
     return found._replace(
         status=coded(off & (found.status == int(Status.CONVERGED)), Status.STAGNATED, found.status)
     )
+
+
+def _explained(K: Tensor, p: Tensor, q: Tensor, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
+    """What is said of plans that `failed`."""
+    remedy = REMEDY | {Status.STAGNATED: TOO_COLD}
+    if len(K) == len(found.z):  # not so under `vmap`
+        count = int(_is_impossible(found.z[failed], *(t[failed] for t in (K, p, q))).sum())
+        if count:
+            remedy |= {status: FORBIDDEN.format(count) for status in (Status.STAGNATED, Status.NON_FINITE)}
+    return explain(name, solver, found, failed, remedy)
+
+
+def _is_impossible(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Which plans `(B,)` are seen not to exist, as some rows have not enough columns that they may go to (Hall's
+    condition). Those are rows whose potentials have grown beyond all others."""
+    allowed = ~K.isposinf()
+    order = phi.masked_fill(~allowed.any(2), torch.inf).argsort(1, descending=True)
+    reached = allowed.gather(1, order.unsqueeze(2).expand_as(K)).cumsum(1) > 0
+    mass = p.exp().gather(1, order).cumsum(1)
+    room = (reached.to(q.dtype) @ q.exp().unsqueeze(2))[:, :, 0]
+    return (mass > room * (1 + torch.finfo(q.dtype).eps ** 0.5)).any(1)
 
 
 def _plan(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
