@@ -58,34 +58,37 @@ DROP_BELOW = 7 / 8
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended."""
+    """How the solve of one sample ended; `Status(int(solution.status[0])).name` is in words.
+
+    Attributes:
+        RUNNING: not finished; never returned.
+        CONVERGED: met its tolerances.
+        MAX_STEPS: the limit of steps was reached, or the steps that were asked for with `rtol=0` were taken.
+        STAGNATED: no better residual for so many steps, or no step left that helps.
+        DIVERGED: the residual grew beyond all hope.
+        SINGULAR: a linear system had no solution.
+        NON_FINITE: f gave NaN or inf.
+        STEP_UNDERFLOW: of a trajectory: its steps became too short to go on.
+        EVENT: of a trajectory: an event ended it.
+        INFEASIBLE: no point satisfies the constraints.
+        UNBOUNDED: the objective falls without end.
+        NOT_MINIMUM: a stationary point that is no minimum.
+        DEGENERATE: solved, but the derivative of the solution is not unique.
+    """
 
     RUNNING = -1
-    """Not finished; never returned."""
     CONVERGED = 0
-    """Met its tolerances."""
     MAX_STEPS = 1
-    """The limit of steps was reached, or the steps that were asked for with `rtol=0` were taken."""
     STAGNATED = 2
-    """No better residual for so many steps, or no step left that helps."""
     DIVERGED = 3
-    """The residual grew beyond all hope."""
     SINGULAR = 4
-    """A linear system had no solution."""
     NON_FINITE = 5
-    """f gave NaN or inf."""
     STEP_UNDERFLOW = 6
-    """Of a trajectory: its steps became too short to go on."""
     EVENT = 7
-    """Of a trajectory: an event ended it."""
     INFEASIBLE = 8
-    """No point satisfies the constraints."""
     UNBOUNDED = 9
-    """The objective falls without end."""
     NOT_MINIMUM = 10
-    """A stationary point that is no minimum."""
     DEGENERATE = 11
-    """Solved, but the derivative of the solution is not unique."""
 
 
 def is_running(status: Any) -> Any:
@@ -178,7 +181,8 @@ class Solver(ABC):
 
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
-            0.04 in bfloat16). `rtol=0` asks for exactly `max_steps` steps and no test of convergence.
+            0.04 in bfloat16), or of autocast's where that is on. `rtol=0` asks for exactly `max_steps` steps and
+            no test of convergence.
         atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems. Where
             states or residuals are in units so small that this is not nothing, pass `atol=0`, or scale them.
         max_steps: steps after which a sample ends as `Status.MAX_STEPS`.

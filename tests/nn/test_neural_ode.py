@@ -566,6 +566,71 @@ def test_penalties_of_states_without_features_and_of_complex_ones():
     assert_close(energy, torch.tensor([8.0], dtype=D))
 
 
+# ------------------------------------------------------------------------------------------------ divergence
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("augment", [0, 1])
+def test_the_divergence_integrates_to_the_log_determinant_of_the_flow(batch_dims, augment):
+    torch.manual_seed(3)
+    f = im.nn.ConcatTime(mlp(WIDTH + augment, extra=1)).to(D)
+    options = {"batch_dims": batch_dims, "regularisers": [im.nn.Divergence()]}
+    layer = im.nn.NeuralODE(f, (1.0, 0.0), TIGHT, augment=augment, **options)
+    x = torch.randn(4, WIDTH, dtype=D)
+    value, (log_det,) = layer(x)
+
+    def flow(start):
+        return im.odeint(f, start[None], (1.0, 0.0), solver=TIGHT).value[-1, 0]
+
+    starts = torch.cat([x, x.new_zeros(4, augment)], dim=1)
+    expected = torch.stack([torch.linalg.slogdet(torch.func.jacrev(flow)(s)).logabsdet for s in starts])
+    assert value.shape == starts.shape
+    assert_close(log_det, expected, rtol=0, atol=1e-7)
+    assert expected.abs().max() > 1e-2
+
+
+def test_the_trace_of_a_state_of_channels_is_estimated_without_bias():
+    matrix = torch.randn(6, 6, dtype=D)
+
+    class Mixed(nn.Module):
+        def forward(self, t, y):
+            return (y.flatten(1) @ matrix.T).view_as(y)
+
+    x = torch.randn(20_000, 2, 3, dtype=D)
+    exact, estimate = im.nn.Divergence(), im.nn.Divergence(seeded(0))
+    layer = im.nn.NeuralODE(Mixed(), solver=im.RK4(dt=0.5), regularisers=[exact, estimate])
+    state = torch.get_rng_state()
+    _, (trace, noisy) = layer(x)
+    assert torch.equal(torch.get_rng_state(), state)  # PyTorch's global generator was left alone
+    assert_close(trace, matrix.trace().expand(20_000))
+    assert noisy.std() > 0.1
+    assert abs(float(noisy.mean() - matrix.trace())) < 4 * float(noisy.std()) / 20_000**0.5
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_divergence_is_differentiable(batch_dims, drawn):
+    f = im.nn.ConcatTime(mlp(extra=1)).to(D)
+    layer = im.nn.NeuralODE(f, solver=im.RK4(dt=0.5), batch_dims=batch_dims)
+    names, values = zip(*layer.named_parameters())
+    x = torch.randn(2, WIDTH, dtype=D, requires_grad=True)
+
+    def call(x, *values):
+        layer.regularisers = (im.nn.Divergence(seeded(0) if drawn else None),)
+        value, (log_det,) = functional_call(layer, dict(zip(names, values)), (x,))
+        return value, log_det
+
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+
+
+def test_what_has_no_divergence_is_refused():
+    with pytest.raises(TypeError, match=r"Divergence needs a torch\.Generator, or None .*, got 0"):
+        im.nn.Divergence(0)
+    layer = im.nn.NeuralODE(im.nn.Autonomous(nn.Identity()), regularisers=[im.nn.Divergence()])
+    with pytest.raises(TypeError, match="Divergence: y is complex"):
+        layer(torch.ones(2, 3, dtype=torch.complex64))
+
+
 # ------------------------------------------------------------------------------------------------ warnings
 
 

@@ -53,6 +53,32 @@ def test_the_norm_is_unbiased_a_sample(name):
     assert ((estimate - exact).abs() < 5 * error).all()
 
 
+@pytest.mark.parametrize("transformed", [False, True])
+def test_the_norm_of_attention_is_differentiable(transformed):
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = torch.nn.Linear(4, 12)
+
+        def forward(self, z, x):
+            heads = [part.unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.mix(z) + x).chunk(3, -1)]
+            value = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+            return value.transpose(1, 2).flatten(2)
+
+    f, z = Attention().double(), torch.randn(2, 5, 4, dtype=DOUBLE, requires_grad=True)
+    x = torch.randn(2, 5, 12, dtype=DOUBLE)
+
+    def norm(z):
+        return im.nn.jacobian_norm(f, z, x, generator=generator()).sum()
+
+    (gradient,) = torch.autograd.grad(norm(z), z)
+    if transformed:
+        assert_close(torch.func.grad(norm)(z.detach()), gradient)
+    direction = torch.randn_like(z)
+    near = [norm(z + h * direction) for h in (1e-5, -1e-5)]
+    assert_close((gradient * direction).sum(), (near[0] - near[1]) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 def test_the_norm_is_differentiable():
     f, z, x = case("dense")
     z.requires_grad_()

@@ -3,10 +3,11 @@
 from implicitly.nn.convex_layer import ConvexLayer
 from implicitly.nn.deq import DEQ
 from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
-from implicitly.nn.ode_regularisers import JacobianFrobenius, KineticEnergy, Regulariser
+from implicitly.nn.ode_regularisers import Divergence, JacobianFrobenius, KineticEnergy, Regulariser
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
 from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
+from implicitly.nn.suitable import PerCallWarning
 from implicitly.nn.taylor_penalty import TaylorPenalty
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential
@@ -18,6 +19,7 @@ __all__ = [
     "BatchNorm",
     "ConcatTime",
     "ConvexLayer",
+    "Divergence",
     "Dropout",
     "GatedTime",
     "HamiltonianField",
@@ -27,6 +29,7 @@ __all__ = [
     "LastBatch",
     "LastEpoch",
     "NeuralODE",
+    "PerCallWarning",
     "PerSolve",
     "Regulariser",
     "SmoothnessWarning",

@@ -20,6 +20,7 @@ from implicitly.graph_break import one_break, one_break_unless
 from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solution, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
+from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.nn.warm_start import LastBatch, WarmStart
 from implicitly.transforms import under_transform, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
@@ -63,7 +64,8 @@ class DEQ(nn.Module):
     """A layer whose output is the equilibrium z = cell(z, x) (Bai, Kolter and Koltun, NeurIPS 2019).
 
     Its parameters are the cell's. What the cell decides once a solve (`Dropout`, `BatchNorm`, `WeightNorm`,
-    `SpectralNorm` of this package) is decided before the solve and constant in it.
+    `SpectralNorm` of this package) is decided before the solve and constant in it; use these, as the dropout and
+    batch norm of `torch.nn` would make it another cell in each call, which has no equilibrium.
 
     Args:
         cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise; numbers (0-d
@@ -80,6 +82,16 @@ class DEQ(nn.Module):
             memory with what `forward` returned.
         backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None; None also where
             the solve is part of the graph of a compiled model.
+
+    Raises:
+        TypeError: for what cannot be meant, a cell that does not take `(z, x)` among it.
+
+    Warns:
+        ConvergenceWarning: as `on_failure` says. Where running out of steps is meant, as with few of them in
+            training, it would tell so in every pass: pass "ignore" and look at `solution`, or take exactly
+            `max_steps` by `rtol=0`.
+        PerCallWarning: the cell holds a dropout or a batch norm of `torch.nn`, in training. Those that are called
+            as functions are not seen.
     """
 
     def __init__(
@@ -105,6 +117,9 @@ class DEQ(nn.Module):
                 "DEQ: warm_start must be None or an object such as LastBatch() or LastEpoch(size), "
                 f"got {warm_start!r}"
             )
+        check_takes_two(cell, "DEQ calls cell(z, x)", "Write a module whose forward puts x into the network of z")
+        if not isinstance(solver, Solver):
+            raise TypeError(f"DEQ: solver must be a solver such as im.Anderson(), got {solver!r}")
         self.cell = cell
         self.solver = solver
         self.adjoint = adjoint
@@ -116,6 +131,7 @@ class DEQ(nn.Module):
         self.readout = readout
         self.solution: Solution | None = None
         self.backward_solution: Solution | None = None
+        self._looked_for_changes = False
 
     @one_break_unless(_is_traceable)
     def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
@@ -184,6 +200,9 @@ class DEQ(nn.Module):
                 "DEQ: index says which samples these are, for a warm start, and this layer has none: leave it "
                 "out, or build the layer with warm_start=LastEpoch(size)"
             )
+        if not torch.compiler.is_dynamo_compiling() and self.training and not self._looked_for_changes:
+            self._looked_for_changes = True
+            warn_of_changing("DEQ", self.cell, per_sample=self.batch_dims == 1)
         deciding = decides(self.cell)
         if isinstance(self.cell, StartingCell) and (deciding or z0 is None):
             # What is decided has a gradient; the start has one where autograd is to see the whole solve, only.

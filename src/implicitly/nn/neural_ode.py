@@ -19,6 +19,7 @@ from implicitly.implicit import users_line
 from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
 from implicitly.nn.per_solve import PerSolve, decide_once, has_buffers
+from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Norm
@@ -70,7 +71,8 @@ class NeuralODE(nn.Module):
 
     Args:
         f: `f(t, y, *args)` returns dy/dt, of y's shape; y is a tensor or, without `augment` and `regularisers`, a
-            pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` make one of networks of y.
+            pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` make one of networks of y. Derivatives
+            within f, such as forces, are taken by `torch.func` (`grad`, `vjp`); `y.requires_grad_()` is refused.
         t: the times, increasing or decreasing; x is the state at the first.
         solver, adjoint, on_failure: as in `implicitly.odeint`. The solver may be exchanged at any time, as in
             `layer.solver = dataclasses.replace(layer.solver, rtol=1e-2)`.
@@ -94,10 +96,14 @@ class NeuralODE(nn.Module):
             where the solve is part of the graph of a compiled model.
 
     Raises:
-        TypeError, ValueError: for what cannot be meant, at construction where it can be seen there.
+        TypeError, ValueError: for what cannot be meant, at construction where it can be seen there; under
+            autocast, for tolerances that its dtype does not resolve, such as the default ones: loosen them, or
+            call the layer under `torch.autocast(device_type, enabled=False)`.
 
     Warns:
         SmoothnessWarning: f holds an activation with a kink. `torch.nn.functional` is not seen.
+        PerCallWarning: f holds a dropout or a batch norm of `torch.nn`, in training. Those that are called as
+            functions are not seen.
     """
 
     def __init__(
@@ -120,6 +126,8 @@ class NeuralODE(nn.Module):
                 f"f must be an nn.Module whose forward takes (t, y), got a {type(f).__name__}; "
                 "odeint takes any callable"
             )
+        remedy = "Autonomous(f) is a vector field of a network of y, ConcatTime(f) of one of [y, t]"
+        check_takes_two(f, "NeuralODE calls f(t, y)", remedy)
         if not isinstance(augment, int) or augment < 0:
             raise ValueError(f"augment must be a whole number of features >= 0, got {augment!r}")
         if batch_dims not in (0, 1):
@@ -144,6 +152,7 @@ class NeuralODE(nn.Module):
         self.solution: Solution | None = None
         self._calls = _Calls()
         self._may_have_kinks = not _warn_of_kinked_modules(f)
+        self._looked_for_changes = False
 
     @one_break_unless(_is_traceable)
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
@@ -160,6 +169,9 @@ class NeuralODE(nn.Module):
         """
         if t is not None and not torch.compiler.is_dynamo_compiling():  # it has been looked at
             _check_times(t, self.batch_dims)
+        if not torch.compiler.is_dynamo_compiling() and self.training and not self._looked_for_changes:
+            self._looked_for_changes = True
+            warn_of_changing("NeuralODE", self.f, per_sample=self.batch_dims == 1)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
         self._calls = calls = _Calls(looks_for_kinks=self._may_have_kinks)

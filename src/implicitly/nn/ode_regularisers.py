@@ -1,4 +1,4 @@
-"""What is integrated along a trajectory to keep its field easy to solve.
+"""What is integrated along a trajectory: to keep its field easy to solve, or to follow a density.
 
 A rate r(t, y) beside dy/dt = f(t, y) is one more component of the state, dp/dt = r, p(t0) = 0. Its integral p is
 differentiable as the state is, and added to a loss.
@@ -82,13 +82,66 @@ class JacobianFrobenius(Regulariser):
 
     def draw(self, y: Tensor) -> Tensor:
         """eps, of y's shape."""
-        signs = torch.randint(2, y.shape, generator=self.generator, device=self.generator.device)
-        return (2 * signs - 1).to(y)
+        return _signs(y, self.generator)
 
     def rate(self, f: Slopes, t: Tensor, y: Tensor, dy: Tensor, drawn: Tensor | None) -> Tensor:
         """|eps' df/dy|^2 `(B,)`."""
         _, pull, *_ = vjp(lambda y: f(t, y), y)
         return _squares(pull(drawn)[0])
+
+
+@dataclass(frozen=True)
+class Divergence(Regulariser):
+    """The trace of df/dy, whose integral is log |det dy(t[-1])/dx|: the densities of continuous normalizing flows.
+
+    With `t=(1.0, 0.0)`, from data x back to a base distribution, the log-density of x is that of where it leads
+    plus the integral::
+
+        flow = im.nn.NeuralODE(field, (1.0, 0.0), regularisers=[im.nn.Divergence()])
+        z, (log_det,) = flow(x)
+        log_p = Normal(0, 1).log_prob(z).sum(1) + log_det                # (B,)
+
+    Samples may not depend on each other. Costs one more call of f and, of a sample with n entries, n products
+    with its transposed Jacobian or, as an estimate, one.
+
+    Args:
+        generator: None: the exact trace. Else Hutchinson's unbiased estimate eps' (df/dy) eps, where eps has
+            entries +1 and -1, drawn once a solve by this generator; `torch.default_generator` is PyTorch's.
+
+    Raises:
+        TypeError: `generator` is none; in a forward pass, y is complex.
+
+    Source: Chen et al., "Neural ODEs", NeurIPS 2018, theorem 1; Grathwohl et al., "FFJORD", ICLR 2019.
+    """
+
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError(
+                f"Divergence needs a torch.Generator, or None for the exact trace, got {self.generator!r}"
+            )
+
+    def draw(self, y: Tensor) -> Tensor | None:
+        """eps, of y's shape; of the exact trace None."""
+        if y.is_complex():
+            raise TypeError("Divergence: y is complex; use its real and imaginary parts, torch.view_as_real(y)")
+        return None if self.generator is None else _signs(y, self.generator)
+
+    def rate(self, f: Slopes, t: Tensor, y: Tensor, dy: Tensor, drawn: Tensor | None) -> Tensor:
+        """The trace of df/dy `(B,)`, or its estimate."""
+        _, pull, *_ = vjp(lambda y: f(t, y), y)
+        if drawn is not None:
+            return (drawn * pull(drawn)[0]).unsqueeze(-1).flatten(1).sum(1)
+        unit = torch.eye(y[:1].numel(), dtype=y.dtype, device=y.device)
+        rows = (pull(e.view_as(y[:1]).expand_as(y))[0].unsqueeze(-1).flatten(1) for e in unit)
+        return torch.stack([row[:, i] for i, row in enumerate(rows)]).sum(0)
+
+
+def _signs(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Entries +1 and -1, each as likely, of the shape, dtype and device of y."""
+    signs = torch.randint(2, y.shape, generator=generator, device=generator.device)
+    return (2 * signs - 1).to(y)
 
 
 def _squares(x: Tensor) -> Tensor:

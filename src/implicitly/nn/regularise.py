@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicitly.checks import check_count
 from implicitly.functions import normal
@@ -24,6 +26,8 @@ def jacobian_norm(
     Jacobian Regularization", ICML 2021 (who divide it by the number of entries of z).
 
     Args:
+        f: `f(z, *args)` returns a z. `scaled_dot_product_attention` in it is computed without a fused kernel, as
+            those have no second derivative.
         z: a state, `(B, ...)` or a pytree of them, usually the equilibrium. Gradients flow to it too.
         samples: vectors v to average over, each one product with the transposed Jacobian.
         generator: draws them, on the device of z; None: PyTorch's global one of that device.
@@ -81,10 +85,13 @@ def _pullback(
         layout.check(value, "z")
         return layout.pack(value)
 
+    # PyTorch's fused kernels of attention have no second derivative, which the gradient of an estimate is.
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
     if under_transform():  # elsewhere autograd also knows functions that torch.func refuses
-        pull = vjp(packed, matrix)[1]
+        with attention:
+            pull = vjp(packed, matrix)[1]
         return layout, matrix, lambda v: pull(v)[0]
-    with torch.enable_grad():
+    with torch.enable_grad(), attention:
         matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
         value = packed(matrix)
         # Where f ignores z the Jacobian is zero: autograd finds that out if there is a graph at all.

@@ -202,7 +202,7 @@ class Bosh3(ExplicitRungeKutta):
 
 @dataclass(frozen=True, kw_only=True)
 class Dopri5(ExplicitRungeKutta):
-    """Dormand and Prince's pair 5(4)."""
+    """Dormand and Prince's pair 5(4). Its options are those of `implicitly.ode.method.Method`."""
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI5
 

@@ -103,18 +103,18 @@ def odeint(
     """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
 
     Args:
-        f: `f(t, y, *args)` returns dy/dt: the pytree, shapes and dtypes of y. Gradients reach the tensors of
-            `args` and the parameters of every module that f is, is bound to or closes over.
+        f: `f(t, y, *args)` returns dy/dt, like y. Gradients reach tensors of `args` and parameters of all modules
+            that f is, is bound to or closes over. Within f, `torch.func` differentiates, not `y.requires_grad_()`.
         y0: the start: a tensor or a pytree of tensors.
-        t: the output times, increasing or decreasing: a tensor `(T,)`, or a tuple of numbers; with `batch_dims=1`
-            also `(B, T)`. `t[0]` is where y0 is.
+        t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, or a tuple
+            of numbers; with `batch_dims=1` also `(B, T)`. `t[0]` is where y0 is.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
             samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
         in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
             with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
-        event: an `Event`, or several, which ends a sample or restarts it from another state. Outputs after the
+        event: an `Event`, or several, which ends a sample, at `t` of the result, or restarts it. Outputs after the
             end are the state there; one at the time of a restart, as rounding has it, is the state before.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
             that they got to are NaN, their gradients zero. Of args that `in_dims` does not tell of, those at which

@@ -1,0 +1,53 @@
+"""Whether a module can be the cell of an equilibrium or the vector field of a trajectory, as far as can be seen.
+
+A solver calls it many times and takes all calls for one function of two inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from implicitly.implicit import users_line
+
+
+class PerCallWarning(UserWarning):
+    """A cell or a vector field holds a module of `torch.nn` that makes it another function in each call."""
+
+
+def check_takes_two(module: nn.Module, takes: str, remedy: str) -> None:
+    """Raise TypeError where `module` cannot be called as `takes` says, with two arguments, as a plain network."""
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # not written in Python, such as that of a scripted module: not to be known
+        return
+    try:
+        signature.bind_partial(None, None)
+    except TypeError:
+        forward = f"{type(module).__name__}.forward({', '.join(signature.parameters)})"
+        raise TypeError(f"{takes}, but {forward} does not take two. {remedy}") from None
+
+
+def warn_of_changing(layer: str, module: nn.Module, *, per_sample: bool) -> None:
+    """Tell of modules that drop out anew in every call or, where samples are solved one by one, couple them."""
+    named = [(name, m) for name, m in module.named_modules() if m.training]
+    changing = [(name, m) for name, m in named if _drops_out(m) or (per_sample and isinstance(m, _BatchNorm))]
+    if changing:
+        listed = ", ".join(f"{type(m).__name__} ({name})" if name else type(m).__name__ for name, m in changing)
+        warnings.warn(
+            f"{layer}: in training, {listed} makes another function of what is solved in every call, so that the "
+            "solver may not get to an end and gradients may be wrong. Use Dropout and BatchNorm of implicitly.nn, "
+            "which decide once a solve (and dropout=0 of attention and recurrent layers), or .eval()",
+            PerCallWarning,
+            stacklevel=users_line(),
+        )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
