@@ -28,7 +28,7 @@ from implicitly.implicit import (
     without_failed,
 )
 from implicitly.iterate import ConvergenceWarning, Found, Solver, Status, where_rows
-from implicitly.linear import GMRES, check_linear_solver
+from implicitly.linear import GMRES, DenseLU, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.transforms import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
@@ -109,7 +109,8 @@ class ImplicitAdjoint(Adjoint):
 
     Args:
         linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
-            of fixed points such as `Anderson`.
+            of fixed points such as `Anderson`. The default is `GMRES()` and, where that falls short of states of
+            up to 256 numbers, `DenseLU()`.
         rtol, max_steps: replace those of `linear_solver`.
         inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
             "start" the backward solve from it, or "precondition" the backward solve by it.
@@ -137,6 +138,11 @@ class ImplicitAdjoint(Adjoint):
         changes = {k: v for k in ("rtol", "max_steps") if (v := getattr(self, k)) is not None}
         return replace(self.linear_solver, **changes)
 
+    @property
+    def _otherwise(self) -> DenseLU | None:
+        """What comes after the default, if nobody has chosen another or a number of steps."""
+        return DenseLU(rtol=self.rtol) if self.linear_solver == _gmres() and self.max_steps is None else None
+
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
         """Raise ValueError for a tolerance out of reach, or an inverse that `solver` does not estimate."""
         self.backward_solver.tolerances(dtype)
@@ -155,7 +161,7 @@ class ImplicitAdjoint(Adjoint):
         # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
         if self.inverse != "ignore" and found.estimate and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
-        how = Backward(self.backward_solver, estimate, self.inverse, self.listen)
+        how = Backward(self.backward_solver, estimate, self.inverse, self.listen, self._otherwise)
         return attach_usable(found, condition, problem.theta, how)
 
 

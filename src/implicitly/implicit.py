@@ -46,7 +46,7 @@ from implicitly.iterate import (
     iterate,
     last_step,
 )
-from implicitly.linear import Affine
+from implicitly.linear import Affine, LinearSolver
 from implicitly.pullback import of_places, pullback, recorded
 from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, one_by_one, unhooked, unwrapped
 from implicitly.tree import real_parts, row_norm
@@ -58,6 +58,8 @@ Map = Callable[[Tensor], Tensor]
 # little about the error.
 GOOD_ENOUGH = 0.1
 HOPELESS = 0.5
+# Where a first solver falls short, the matrices of systems of so many unknowns, and of so many bytes, are made.
+FEW, SMALL = 256, 2**26
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Report:
     on_failure: str = "warn"
     unpack: Callable[[Found], Solution] | None = None
     message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
+    patient: bool = False  # whether another solver gets what this one did not reach
 
     def __post_init__(self):
         check_on_failure(self.on_failure)
@@ -137,7 +140,7 @@ class Report:
         if self.on_failure == "ignore":
             return
         short = ~is_success(found.status)
-        if solver.fixed_steps:  # steps were asked for, not convergence
+        if solver.fixed_steps or self.patient:  # steps were asked for, not convergence
             short = short & (found.status != Status.MAX_STEPS) & (found.status != Status.STAGNATED)
         failed = short.nonzero()[:, 0]
         if len(failed) == 0:
@@ -378,12 +381,14 @@ class Backward:
         inverse: an estimate of M^-1, a map on `(B, n)`, for the reverse mode of first order.
         use: "start" the solve from `inverse(b)`, or "precondition" it by `inverse`.
         listen: receives what the solve of first order found.
+        otherwise: what solves systems of a few unknowns where `solver` falls short; None: nothing.
     """
 
     solver: Solver
     inverse: Map | None = None
     use: str = "start"
     listen: Callable[[Found], None] | None = None
+    otherwise: LinearSolver | None = None
 
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
         """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
@@ -414,7 +419,7 @@ class Backward:
         """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
         if inverse is None:
-            found = find(self.solver, condition, torch.zeros_like(b), theta, b)
+            found = self._found(condition, theta)
         elif self.use == "start":
             found = find(self.solver, condition, inverse(b), theta)
         else:
@@ -422,7 +427,21 @@ class Backward:
             found = found._replace(z=inverse(found.z))
         if self.listen is not None and not is_wrapped(b):
             self.listen(found)
-        return attach(condition, self.usable(found, condition, theta), theta, Backward(self.solver))
+        usable = self.usable(found, condition, theta)
+        return attach(condition, usable, theta, Backward(self.solver, otherwise=self.otherwise))
+
+    def _found(self, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
+        """The solution from zero, by `otherwise` where `solver` falls short and matrices are small."""
+        b, second = theta[0], self.otherwise
+        if second is None or not 0 < b.shape[1] <= FEW or b.nbytes * b.shape[1] > SMALL:
+            return find(self.solver, condition, torch.zeros_like(b), theta, b)
+        patient = replace(condition, report=replace(condition.report, patient=True))
+        found = find(self.solver, patient, torch.zeros_like(b), theta, b)
+        if not any_ended(found, (found.status == int(Status.MAX_STEPS)) | (found.status == int(Status.STAGNATED))):
+            return found
+        count = found.evaluations
+        found = find(second, replace(condition, graphs=None), torch.zeros_like(b), theta, b)
+        return found._replace(evaluations=count + found.evaluations)
 
 
 def any_ended(found: Found, mask: Tensor) -> bool:
@@ -465,6 +484,8 @@ def without_failed(
     """
     if condition.sample_dims is None:
         return torch.nan_to_num(z, 0.0, 0.0, 0.0), tuple(_finite(t, condition) for t in theta)
+    if len(usable) == 0:  # of which there is no largest: a traced graph gets here without looking who failed
+        return z, theta
     index = torch.arange(len(usable), device=usable.device)
     rows = torch.where(usable, index, usable.to(torch.int64).argmax())
     theta = tuple(t if d is None else t.index_select(d, rows) for t, d in zip(theta, condition.sample_dims))
@@ -527,7 +548,7 @@ class _Attach(torch.autograd.Function):
         z, *theta = ctx.saved_tensors
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
         gradients: list[Tensor | None] = [None] * len(theta)
-        with ctx.restored():
+        with ctx.restored(), full_precision(z.device.type):  # f has the autocast of the forward pass
             for i, gradient in zip(needed, _cotangents(ctx.condition, ctx.how, g, z, theta, needed)):
                 gradients[i] = gradient
         return None, None, None, *gradients

@@ -41,6 +41,22 @@ def test_what_comes_in_goes_out(dtype):
     torch.testing.assert_close(sol.value.double(), exact, rtol=0, atol=1e-3 if dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("solver", [im.InteriorPoint(), im.ADMM()])
+@pytest.mark.parametrize("smoothing", [0.0, 1e-2])
+def test_autocast_changes_nothing(solver, smoothing):
+    args = [t.detach().float().requires_grad_() for t in program(shared=("Q", "G", "A"))]
+    options = {"solver": solver, "adjoint": im.KKTAdjoint(smoothing=smoothing)}
+    exact = outputs(*args, **options)
+    gradients = torch.autograd.grad(exact[0].square().sum(), args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = outputs(*args, **options)
+        within = torch.autograd.grad(found[0].square().sum(), args, retain_graph=True)
+    after = torch.autograd.grad(found[0].square().sum(), args)
+    # Up to what a sum of as many terms in another order makes of it.
+    for ours, theirs in ((found, exact), (within, gradients), (after, gradients)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_one_program_has_no_batch_anywhere():
     args = program(batch=None)
     sol = im.qp(*args)

@@ -34,6 +34,29 @@ EXACT = gradients(im.ImplicitAdjoint(rtol=1e-14))[0]
 # ------------------------------------------------------------------------------------- the implicit one
 
 
+def ill_conditioned_root(adjoint, on_failure="raise"):
+    """A, and the gradient of the sum of A^-1 b by b: 60 unknowns, of the condition 1e4."""
+    U, V = (torch.linalg.qr(draw(60, 60, seed=seed)).Q for seed in (3, 4))
+    A = U @ torch.diag(torch.logspace(0, -4, 60, dtype=D)) @ V
+    b = draw(1, 60, seed=5).requires_grad_()
+    z = im.root(lambda z, b: z @ A.mT - b, torch.zeros(1, 60, dtype=D), b, adjoint=adjoint, on_failure=on_failure)
+    return A, torch.autograd.grad(z.value.sum(), b)[0]
+
+
+def test_what_the_default_leaves_of_a_small_system_is_solved_by_its_matrix():
+    heard = []
+    A, by_b = ill_conditioned_root(im.ImplicitAdjoint(listen=heard.append))
+    exact = torch.linalg.solve(A.mT, torch.ones(60, dtype=D))[None]
+    torch.testing.assert_close(by_b, exact, rtol=1e-6, atol=0)
+    assert heard[0].evaluations > 100
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 20}, {"linear_solver": im.GMRES(restart=10)}])
+def test_what_somebody_has_chosen_is_all_there_is(options):
+    with pytest.warns(im.ConvergenceWarning, match="GMRES did not converge"):
+        ill_conditioned_root(im.ImplicitAdjoint(**options), on_failure="warn")
+
+
 def test_rtol_and_max_steps_replace_those_of_the_linear_solver():
     heard = []
     for rtol in (1e-3, 1e-12):

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import implicitly as im
 from implicitly import compiled
 from implicitly.nn import ConvexLayer
+from tests.problems import draw
 
 cp = pytest.importorskip("cvxpy")
 pytest.importorskip("clarabel")
@@ -807,3 +808,17 @@ def test_larger_programs_are_factorised_sparse():
     (gradient,) = torch.autograd.grad(f(t), t)
     difference = (f(t.detach() + 1e-5) - f(t.detach() - 1e-5)) / 2e-5
     torch.testing.assert_close(gradient, difference, atol=1e-6, rtol=1e-6)
+
+
+def test_autocast_changes_nothing():
+    x, center, rows = cp.Variable(5), cp.Parameter(5), cp.Parameter((3, 5))
+    values = draw(4, 5, seed=0).float().requires_grad_(), draw(3, 5, seed=1).float().requires_grad_()
+    for near in ([x >= 0, cp.sum(x) == 1], [cp.norm(x) <= 1]):
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(x - center)), [*near, rows @ x <= 1])
+        layer = im.nn.ConvexLayer(problem, [center, rows], [x])
+        exact = layer(*values)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = layer(*values)[0]
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(y.square().sum(), values) for y in (found, exact)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -46,6 +46,7 @@ from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
 from implicitly.pullback import of_places, pull_within
 from implicitly.transforms import (
+    full_precision,
     is_batched,
     is_cpu,
     is_plain,
@@ -406,7 +407,7 @@ class _Trajectory(torch.autograd.Function):
             shapes = ((batch, count, n), (batch,))[: 2 if ctx.work.hybrid else 1]
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
-            with ctx.restored():
+            with ctx.restored(), full_precision(inputs[1].device.type):
                 found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
             ctx.work.tell_of_nan(ended.finished, found)
             for i, gradient in zip(wanted, found):

@@ -215,8 +215,8 @@ class Method(ABC):
         if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol < tiny / eps))).any()):
             raise ValueError(
                 f"{name}: {dtype} cannot resolve rtol={float(rtol.min()):g} with atol={float(atol.min()):g}; the "
-                f"smallest rtol it can is {2 * eps:.2g}. Loosen rtol, or pass y0, t and the arguments in a wider "
-                "dtype"
+                f"smallest rtol it can is {2 * eps:.2g}. Loosen rtol, pass y0, t and the arguments in a wider "
+                "dtype, or leave torch.autocast, under which f computes in another one than they have"
             )
 
     def _check_norm(self, y: Tensor) -> None:

@@ -24,7 +24,7 @@ from implicitly.argmin.sets.rows import outside
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import Report, users_line
 from implicitly.iterate import Found, Solution, SolverError
-from implicitly.transforms import is_wrapped
+from implicitly.transforms import full_precision, is_wrapped
 from implicitly.tree import columns_of
 
 
@@ -92,11 +92,12 @@ class ConvexProgram:
         batch = checked_batch(values, self.program.parameters)
         if batch == 0:
             return self._of_nobody(values)
-        try:
-            solution = self._solve(values, batch or 1, on_failure)
-        except SolverError as error:
-            raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
-        return self._unpacked(solution, batch)
+        with full_precision(values[0].device.type):
+            try:
+                solution = self._solve(values, batch or 1, on_failure)
+            except SolverError as error:
+                raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
+            return self._unpacked(solution, batch)
 
     def _solve(self, values: Sequence[Tensor], batch: int, on_failure: str) -> Solution:
         if self.quadratic is None:

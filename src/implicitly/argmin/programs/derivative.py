@@ -19,6 +19,7 @@ from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
+from implicitly.transforms import full_precision
 from implicitly.tree import row_norm
 
 # What a step with the inverse of the right matrix leaves of a residual, at most; and what tells it from another.
@@ -276,7 +277,12 @@ class KKTAdjoint:
 def _scaled(bind: Callable[..., Map], scale: Tensor, *theta: Tensor) -> Map:
     """The residual of `bind` in equilibrated units, in which the norm of its linear systems means something.
 
-    The Jacobian D J D with D = diag(`scale`) is symmetric where J is.
+    The Jacobian D J D with D = diag(`scale`) is symmetric where J is. A backward pass may run under autocast.
     """
     residual = bind(*theta)
-    return lambda w: scale * residual(scale * w)
+
+    def scaled(w: Tensor) -> Tensor:
+        with full_precision(w.device.type):
+            return scale * residual(scale * w)
+
+    return scaled

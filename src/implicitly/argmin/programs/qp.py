@@ -19,7 +19,7 @@ from implicitly.graph_break import one_break
 from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Report, explain
 from implicitly.iterate import Found, Solution, Solver, Status
-from implicitly.transforms import unwrapped
+from implicitly.transforms import full_precision, unwrapped
 
 NAMES = ("Q", "p", "G", "h", "A", "b")
 
@@ -61,24 +61,23 @@ def qp(
 
     Every argument may be shared by the batch or have a dimension 0 with one entry a sample. If none has, there is
     one program, and the results have no batch dimension either. Gradients reach every argument; those of shared
-    ones are sums.
+    ones are sums. Autocast changes nothing.
 
     Args:
         Q: `(n, n)` or `(B, n, n)`, positive semidefinite (0: a linear program); only its symmetric part is used.
         p: `(n,)` or `(B, n)`.
         G, h: `(m, n)` and `(m,)`, or with `B` in front; None: no inequalities. Rows where h is inf are no
             constraints.
-        A, b: `(q, n)` and `(q,)`, or with `B` in front; None: no equalities. Equations that repeat others are
-            fine.
+        A, b: `(q, n)` and `(q,)`, or with `B` in front; None: no equalities. Some may repeat others.
         solver: `InteriorPoint`, or `ADMM` where the batch shares Q, G and A.
         adjoint: `KKTAdjoint`.
-        start: the solution of a similar program of the same sizes, say that of the last training or control step.
-            Where the same inequalities bind, it takes one factorisation to find this one.
+        start: the solution of a similar program of the same sizes, say that of the last control step. Where the
+            same inequalities bind, it takes one factorisation to find this one.
         on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
             gradients zero. Samples that ran out of steps keep their best point and its active set's derivative.
         compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, on a CPU as long as most samples
-            run, or ten steps of `ADMM` at a time, and the solve of its backward pass as another, made anew for
-            other shapes; a `CompileWarning` says where none can be had.
+            run, or ten steps of `ADMM` at a time, and the solve of its backward pass as another; a
+            `CompileWarning` says where none can be had.
 
     Returns:
         `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
@@ -96,13 +95,14 @@ def qp(
         raise TypeError(f"adjoint must be a KKTAdjoint, got {adjoint!r}")
     given = checked(Q, p, G, h, A, b)
     solver.tolerance(given.Q.dtype)
-    program = without_infinite_bounds(given)
     near = None if start is None else start_of(start, given)
-    report = partial(_report, Report(on_failure))
-    found, place = find(solver, adjoint, program, given.h, near, report, compile)
-    known = program.without(bad) if maybe_any(bad := found.status == Status.NON_FINITE) else program
-    attached = adjoint.attach(found.z, place, known, on_failure, solve_as_graph if compile else None)
-    return _solution(given, found, attached)
+    with full_precision(given.Q.device.type):
+        program = without_infinite_bounds(given)
+        report = partial(_report, Report(on_failure))
+        found, place = find(solver, adjoint, program, given.h, near, report, compile)
+        known = program.without(bad) if maybe_any(bad := found.status == Status.NON_FINITE) else program
+        pull = solve_as_graph if compile else None
+        return _solution(given, found, adjoint.attach(found.z, place, known, on_failure, pull))
 
 
 def _report(report: Report, program: QuadraticProgram, bounds: Tensor) -> Report:
