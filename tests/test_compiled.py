@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -307,6 +308,63 @@ def test_what_changes_in_f_is_not_stale(traced):
     assert_right(cell, x)
 
 
+# As attributes of our own are called, which do not change.
+method, spec, args_scale = 0.1, 0.2, 0.3
+
+
+def with_names_of_ours(z, x, given):
+    return method * torch.tanh(z) + spec * x + args_scale + given.method * x + given.leaves[0] + given(z, x)
+
+
+def test_what_the_user_calls_as_we_call_our_own_is_not_stale(traced, monkeypatch):
+    given, x = Cell(), torch.randn(3, 4)
+    given.method, given.leaves = 0.3, [0.1]
+    assert_right(with_names_of_ours, x, given)
+    for name in ("method", "spec", "args_scale"):
+        monkeypatch.setitem(globals(), name, 0.35)
+        assert_right(with_names_of_ours, x, given)
+    given.method, given.leaves[0] = 0.6, 0.7
+    assert_right(with_names_of_ours, x, given)
+    scope = {"torch": torch, "k": 0.3}  # without a name
+    exec("def f(z, x): return k * torch.tanh(z) + x", scope)
+    assert_right(scope["f"], x)
+    scope["k"] = 0.1
+    assert_right(scope["f"], x)
+
+
+def test_hooks_that_are_added_and_removed_are_seen(traced):
+    cell, x = Cell(), torch.randn(3, 4)
+    assert_right(cell, x)
+    first = cell.inner.register_forward_hook(lambda module, args, output: 0.2 * output)
+    assert_right(cell, x)
+    second = cell.register_forward_pre_hook(lambda module, args: (args[0], 2 * args[1]))
+    assert_right(cell, x)
+    first.remove()
+    second.remove()
+    assert_right(cell, x)
+    assert len(traced) == 3
+
+
+def test_another_module_in_the_same_function_has_a_graph_of_its_own(traced):
+    cell, x = Cell(), torch.randn(3, 4)
+    f = lambda z, x: cell(z, x)  # noqa: E731
+    assert_right(f, x)
+    cell = Cell()
+    assert_right(f, x)
+
+
+@dataclass(frozen=True)
+class Setting:
+    number: float
+
+    def __call__(self, z, x):
+        return scaled(z, x, self.number)
+
+
+def of_setting(z, x, setting):
+    return setting(z, x)
+
+
 def scaled(z, x, power):
     return 0.3 * torch.tanh(z) + x + (1 if isinstance(power, float) else 2)
 
@@ -356,6 +414,8 @@ def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own(tr
     x = torch.randn(3, 4)
     for power in (2, 2.0):
         assert_right(scaled, x, power)
+        assert_right(Setting(power), x)
+        assert_right(of_setting, x, Setting(power))
 
 
 def test_closures_of_the_same_code_and_functions_made_after_others_died(traced):

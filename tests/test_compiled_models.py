@@ -446,6 +446,12 @@ def test_known_numbers_of_steps_are_no_break(name):
     assert graphs() == (2 if name == "DEQ, warm" else 1)  # the first time it is cold
 
 
+def test_a_batch_without_samples_is_traced_too():
+    model = Around(WHOLE["DEQ, implicit"]()).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(with_input(compiled, batch(0)), with_input(model, batch(0)))
+
+
 @pytest.mark.parametrize("name", BY_INDUCTOR)
 def test_known_numbers_of_steps_by_inductor(name):
     model, x = WHOLE[name]().double(), batch()

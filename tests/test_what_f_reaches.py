@@ -105,3 +105,45 @@ def test_the_derivative_is_of_the_module_as_it_was():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.sum().backward()
     NET.load_state_dict(net.state_dict())
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4).double()
+        self.register_buffer("scale", draw(4, seed=2))
+
+    def forward(self, z, x):
+        return 0.3 * self.scale * torch.tanh(self.net(z)) + x
+
+
+class Solve(nn.Module):
+    def __init__(self, cell, entry):
+        super().__init__()
+        self.cell, self.entry = cell, entry
+
+    def forward(self, x):
+        if self.entry == "fixed_point":
+            options = {"solver": im.Anderson(rtol=1e-11), "adjoint": im.ImplicitAdjoint(rtol=1e-12)}
+            return im.fixed_point(self.cell, torch.zeros_like(x), x, **options).value
+        field = lambda t, y: self.cell(y, -y)  # noqa: E731
+        return im.odeint(field, x, (0.0, 1.0), solver=im.Heun(dt=0.25)).value
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("entry", ["fixed_point", "odeint"])
+def test_the_derivative_is_of_the_tensors_that_modules_held(entry, tracked):
+    model, other = Solve(Cell(), entry), Solve(Cell(), entry)
+    other.cell.scale = 2 * model.cell.scale
+    tensors = {k: v.detach().clone() for k, v in other.state_dict().items()}
+    chosen = [tensors[name].requires_grad_() for name, _ in other.named_parameters()] if tracked else []
+    x = X.clone().requires_grad_()
+    right = torch.autograd.grad(other(x).square().sum(), [x, *other.parameters()][: 1 + len(chosen)])
+    value = torch.func.functional_call(model, tensors, (x,))
+    was = copy.deepcopy(model.state_dict())
+    torch.testing.assert_close(torch.autograd.grad(value.square().sum(), [x, *chosen]), right)
+    torch.testing.assert_close(model.state_dict(), was)
+    value, chosen = other(x), list(other.parameters())[: len(chosen)]
+    other.cell.net.weight, other.cell.scale = nn.Parameter(torch.randn(4, 4).double()), X[0]
+    torch.testing.assert_close(torch.autograd.grad(value.square().sum(), [x, *chosen]), right)
+    assert other.cell.scale.data_ptr() == X[0].data_ptr()

@@ -516,9 +516,12 @@ def _compile(
 # operations are counted in); and no module of the compiler's or ours changes, save for the hooks of all modules.
 _KNOWN = re.compile(
     r"(\w+\(|\.keys\()*((L\[')?tensors\b(?!('\])?\[0\]$)|__import__\('|G\['("
-    r"__import_(torch|implicitly)_dot_(?!.*\._global_)|torch'|__builtins|___unnamed_scope))"
+    r"__import_(torch|implicitly)_dot_(?!.*\._global_)|torch'|__builtins|___unnamed_scope_\w+'\]($|\['_tuple_new)))"
 )
 _OURS = re.compile(r"\b(args_\w+|spec|places|leaves|parameters|method(?!\.norm)|host\._(?!modules)\w+)\b")
+# Where what is the user's begins in a name: f, what is in args, a module, a norm, a global. All behind it may be
+# called as what is ours.
+_USERS = re.compile(r"\.f\b|\.static\[|\._modules\[|\.norm\b|\bG\[")
 
 
 def _is_worth_a_look(name: str) -> bool:
@@ -527,7 +530,7 @@ def _is_worth_a_look(name: str) -> bool:
 
     All together there are a thousand or two, and looking at them takes as long as a short solve.
     """
-    return not (_KNOWN.match(name) or _OURS.search(name.partition(".f.")[0]))
+    return not (_KNOWN.match(name) or _OURS.search(_USERS.split(name, maxsplit=1)[0]))
 
 
 def as_graphs(condition: Condition, key: Hashable) -> Condition:

@@ -8,7 +8,7 @@ import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,19 @@ from implicitly.tree import Layout
 
 # In place of a tensor among the leaves of args.
 _GAP = object()
+
+
+class _Slot(NamedTuple):
+    """Where a module holds a parameter or a buffer, and which."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+    @property
+    def now(self) -> Tensor | None:
+        """What it holds there now."""
+        return self.holder.get(self.name)
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,20 @@ class Opened:
     constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
     args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
     normal: _Normal | None = None  # where f reaches tensors that were made in inference mode
+    slots: tuple[_Slot, ...] = ()  # of all the parts
 
     def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
         """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
 
-        Entering it raises RuntimeError where a tensor without a derivative that f uses was changed in place, as
-        autograd does for those that it saved. What f changes itself is its own affair.
+        Its modules hold the parameters and buffers that they held: others may have taken their place, and after
+        `functional_call` always have. Entering it raises RuntimeError where a tensor without a derivative that f
+        uses was changed in place, as autograd does for those that it saved. What f changes itself is its own
+        affair.
         """
         modes = tuple(part.training for part in self.parts)
         own = tuple((name, x, was) for name, x, was in self.constants if version(x) == was)
-        return functools.partial(_as_then, self.parts, modes, own)
+        held = tuple(slot for slot in self.slots if slot.now is slot.tensor)
+        return functools.partial(_as_then, self.parts, modes, own, held)
 
     @functools.cached_property
     def host(self) -> _Host:
@@ -71,12 +88,14 @@ class Opened:
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
         self.__dict__["host"] = _host_of(self.modules)  # made now: a trace cannot
-        # With their types, and signs of zeros, as 2, 2.0 and True are equal but do not compute the same.
-        static = tuple((type(s), s, repr(s) if isinstance(s, float | complex) else None) for s in self.static)
+        static = tuple(map(_exact, self.static))
+        # By numbers that no two have; the compiler would not see one that is added, nor one that is removed.
+        hooks = tuple(number for part in self.parts for of in _hooks_of(part) for number in of)
         # Of the batch only the size varies, which the tensors' shapes tell.
         of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
         try:
-            return Key(f, of_layout, str(self.args_spec), static, self.places, self.autocast)
+            args = (str(self.args_spec), static)
+            return Key(_exact(f), of_layout, *args, self.modules, self.places, hooks, self.autocast)
         except TypeError as error:
             raise TypeError(
                 "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
@@ -198,7 +217,10 @@ def _normal_if_needed(parts: dict[str, nn.Module], tensors: list[tuple[str, Tens
 
 @contextmanager
 def _as_then(
-    parts: tuple[nn.Module, ...], modes: tuple[bool, ...], constants: tuple[tuple[str, Tensor, int], ...]
+    parts: tuple[nn.Module, ...],
+    modes: tuple[bool, ...],
+    constants: tuple[tuple[str, Tensor, int], ...],
+    held: tuple[_Slot, ...],
 ) -> Iterator[None]:
     for name, x, was in constants:
         if version(x) != was:
@@ -207,13 +229,18 @@ def _as_then(
                 "derivative of the solve calls f again. Call backward before the change, or pass a copy in args"
             )
     moved = [(part, mode) for part, mode in zip(parts, modes) if part.training is not mode]
+    replaced = [(slot, now) for slot in held if (now := slot.now) is not slot.tensor and now is not None]
     for part, mode in moved:
         part.training = mode
+    for slot, _ in replaced:
+        slot.holder[slot.name] = slot.tensor
     try:
         yield
     finally:
         for part, mode in moved:
             part.training = not mode
+        for slot, now in replaced:
+            slot.holder[slot.name] = now
 
 
 class Opening(NamedTuple):
@@ -252,6 +279,13 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     modules, reached = _modules_and_tensors(f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
     parameters, places, constants = _tensors_of(parts := _parts_of(modules))
+    slots = tuple(
+        _Slot(holder, name, x)
+        for part in parts.values()
+        for holder in (part._parameters, part._buffers)
+        for name, x in holder.items()
+        if x is not None
+    )
     constants += [(name, x, version(x)) for name, x in captured if not is_tracked(x)]
     opened = Opened(
         f,
@@ -267,6 +301,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         tuple(constants),
         args_are_leaves,
         _normal_if_needed(parts, reached),
+        slots,
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
 
@@ -391,6 +426,20 @@ class _Host(nn.Module):
 def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
     """That of a function of which graphs are kept, for its next calls."""
     return _Host(modules)
+
+
+_hooks_of = operator.attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _exact(x: Any) -> Hashable:
+    """What tells `x` also from what is equal to it but does not compute the same: 2, 2.0 and True, and zeros of
+    other signs; by itself, or in dataclasses."""
+    if isinstance(x, float | complex):
+        return type(x), x, repr(x)
+    if not is_dataclass(x) or type(x).__eq__ is object.__eq__:
+        return type(x), x
+    compared = (f for f in fields(x) if (f.compare if f.hash is None else f.hash))
+    return type(x), x, *(_exact(getattr(x, f.name)) for f in compared)
 
 
 class Key:
