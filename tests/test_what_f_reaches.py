@@ -12,6 +12,7 @@ from torch import nn
 import implicitly as im
 from tests.problems import draw
 
+D = torch.float64
 X = draw(3, 4, seed=1)
 NET = nn.Linear(4, 4).double()
 with torch.no_grad():
@@ -147,3 +148,46 @@ def test_the_derivative_is_of_the_tensors_that_modules_held(entry, tracked):
     other.cell.net.weight, other.cell.scale = nn.Parameter(torch.randn(4, 4).double()), X[0]
     torch.testing.assert_close(torch.autograd.grad(value.square().sum(), [x, *chosen]), right)
     assert other.cell.scale.data_ptr() == X[0].data_ptr()
+
+
+class Energy(nn.Module):
+    """The gradient of a learnt energy by its own input, as autograd or as torch.func takes it."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.functional = functional
+
+    def forward(self, t, y):
+        if self.functional:
+            return torch.func.vmap(torch.func.grad(lambda y: self.net(y)[0]))(y)
+        with torch.enable_grad():
+            y = y.requires_grad_()
+            return torch.autograd.grad(self.net(y).sum(), y, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("adjoint", [im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint(), im.UnrolledAdjoint()])
+def test_f_may_differentiate_by_its_own_input(adjoint):
+    torch.manual_seed(0)
+    f, peer = Energy(False), Energy(True)
+    peer.load_state_dict(f.state_dict())
+    results = []
+    for field in (f, peer):
+        y0 = torch.linspace(-1, 1, 6, dtype=D).reshape(3, 2).requires_grad_()
+        end = im.odeint(field, y0, (0.0, 1.0), adjoint=adjoint, batch_dims=1).value[-1]
+        results.append((end, *torch.autograd.grad(end.square().sum(), [y0, field.net[0].weight])))
+        with torch.no_grad():
+            torch.testing.assert_close(im.odeint(field, y0, (0.0, 1.0), batch_dims=1).value[-1], end)
+    torch.testing.assert_close(*results)
+
+
+def test_what_f_differentiates_by_does_not_hide_what_it_reaches_besides():
+    scale = torch.ones(2, dtype=D, requires_grad=True)
+
+    def f(t, y):
+        with torch.enable_grad():
+            y = y.requires_grad_()
+            return torch.autograd.grad((scale * y**2).sum(), y, create_graph=True)[0]
+
+    with pytest.raises(ValueError, match="'scale' of shape"):
+        im.odeint(f, torch.ones(3, 2, dtype=D), (0.0, 1.0), batch_dims=1)

@@ -19,7 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from implicitly.transforms import casts, full_precision, has_tangent, is_tracked, levels, under_transform, version
+from implicitly.transforms import (
+    casts,
+    full_precision,
+    has_tangent,
+    is_tracked,
+    is_wrapped,
+    levels,
+    under_transform,
+    version,
+)
 from implicitly.tree import Layout
 
 # In place of a tensor among the leaves of args.
@@ -461,14 +470,16 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
 
     `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
-    tensor that f reached by itself.
+    tensor that f reached by itself. An f that takes derivatives may have made its own input a tracked one.
     """
-    tracked = outputs.requires_grad or has_tangent(outputs)
+    leaves = [] if is_wrapped(outputs) else _leaves(outputs)
+    own = bool(leaves) and all(any(_share_memory(x, k) for k in known) for x in leaves)
+    tracked = (outputs.requires_grad and not own) or has_tangent(outputs)
     if not tracked and levels(outputs) <= set().union(*map(levels, known)):
         return
     named, unseen = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)], ""
     if not named:
-        named = [f"a tensor of shape {shape}" for shape in _leaf_shapes(outputs)] or ["a tensor"]
+        named = [f"a tensor of shape {tuple(x.shape)}" for x in leaves] or ["a tensor"]
         unseen = (
             " (of f's globals only modules, tensors and functions are looked at, not lists or other objects that "
             "hold them)"
@@ -480,18 +491,22 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     )
 
 
-def _leaf_shapes(x: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of the leaves of the autograd graph behind `x`."""
-    shapes, seen, stack = [], set(), [x.grad_fn]
+def _leaves(x: Tensor) -> list[Tensor]:
+    """The leaves of the autograd graph behind `x`."""
+    found, seen, stack = [], set(), [x.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if (variable := getattr(node, "variable", None)) is not None:
-            shapes.append(tuple(variable.shape))
+            found.append(variable)
         stack += [parent for parent, _ in node.next_functions]
-    return shapes
+    return found
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return not is_wrapped(y) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:
