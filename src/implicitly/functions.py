@@ -470,10 +470,11 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
 
     `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
-    tensor that f reached by itself. An f that takes derivatives may have made its own input a tracked one.
+    tensor that f reached by itself. An f that takes derivatives may have made the first of them, its state, a
+    tracked one.
     """
     leaves = [] if is_wrapped(outputs) else _leaves(outputs)
-    own = bool(leaves) and all(any(_share_memory(x, k) for k in known) for x in leaves)
+    own = bool(leaves) and all(_share_memory(x, known[0]) for x in leaves)
     tracked = (outputs.requires_grad and not own) or has_tangent(outputs)
     if not tracked and levels(outputs) <= set().union(*map(levels, known)):
         return
