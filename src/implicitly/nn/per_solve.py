@@ -228,7 +228,7 @@ class _Reparametrised(PerSolve):
             )
         del layer.weight
         # A place for the computed weight, which is never stored.
-        layer.register_buffer("weight", torch.empty_like(weight), persistent=False)
+        layer.register_buffer("weight", torch.zeros_like(weight), persistent=False)
         self.layer = layer
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
