@@ -159,7 +159,10 @@ def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[
         outer = private._C._vmapmode_decrement_nesting()  # set aside, as f may have operations it refuses
         try:
             if outer:
-                raise NotImplementedError("several cotangents at once, of several at once; use torch.func.jacrev")
+                raise NotImplementedError(
+                    "is_grads_batched=True, itself mapped over a batch, asks a solve for cotangents of cotangents "
+                    "at once; use torch.func.jacrev or torch.func.vmap, which may be nested"
+                )
             known = [g if g is None else private._remove_batch_dim(g, 1, 1, 0) for g in cotangents]
             size = max(len(g) for g in known if g is not None)
             each = [

@@ -107,9 +107,9 @@ def least_squares(
 
     `residuals` returns a tensor `(B, ...)` or a pytree of them, of the dtype of z0. `solver` is
     `LevenbergMarquardt`, `GaussNewton` or one for any objective, such as `LBFGS`. The derivative is that of the
-    minimum, with the whole Hessian, not that of the linearised residuals. Where that is ill-conditioned, as in
-    bundle adjustment, `ImplicitAdjoint(im.DenseLU())` finds what `GMRES` and `CG` do not, for up to some hundred
-    unknowns a sample. All else is as in `argmin`.
+    minimum, with the whole Hessian, not that of the linearised residuals. Beyond 256 unknowns a sample, and where
+    that is ill-conditioned, as in bundle adjustment, `ImplicitAdjoint(im.DenseLU())` finds what `GMRES` does not.
+    All else is as in `argmin`.
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
     return _minimum(LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)

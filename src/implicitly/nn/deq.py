@@ -200,9 +200,7 @@ class DEQ(nn.Module):
                 "DEQ: index says which samples these are, for a warm start, and this layer has none: leave it "
                 "out, or build the layer with warm_start=LastEpoch(size)"
             )
-        if not torch.compiler.is_dynamo_compiling() and self.training and not self._looked_for_changes:
-            self._looked_for_changes = True
-            warn_of_changing("DEQ", self.cell, per_sample=self.batch_dims == 1)
+        warn_of_changing(self, self.cell)
         deciding = decides(self.cell)
         if isinstance(self.cell, StartingCell) and (deciding or z0 is None):
             # What is decided has a gradient; the start has one where autograd is to see the whole solve, only.

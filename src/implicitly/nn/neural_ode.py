@@ -72,7 +72,8 @@ class NeuralODE(nn.Module):
     Args:
         f: `f(t, y, *args)` returns dy/dt, of y's shape; y is a tensor or, without `augment` and `regularisers`, a
             pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` make one of networks of y. Derivatives
-            within f, such as forces, are taken by `torch.func` (`grad`, `vjp`); `y.requires_grad_()` is refused.
+            within f, such as forces, are taken by `torch.func` (`grad`, `vjp`), or by autograd under
+            `torch.enable_grad()`, with `create_graph=True`.
         t: the times, increasing or decreasing; x is the state at the first.
         solver, adjoint, on_failure: as in `implicitly.odeint`. The solver may be exchanged at any time, as in
             `layer.solver = dataclasses.replace(layer.solver, rtol=1e-2)`.
@@ -169,9 +170,7 @@ class NeuralODE(nn.Module):
         """
         if t is not None and not torch.compiler.is_dynamo_compiling():  # it has been looked at
             _check_times(t, self.batch_dims)
-        if not torch.compiler.is_dynamo_compiling() and self.training and not self._looked_for_changes:
-            self._looked_for_changes = True
-            warn_of_changing("NeuralODE", self.f, per_sample=self.batch_dims == 1)
+        warn_of_changing(self, self.f)
         times = _like(self.t if t is None else t, x)
         y = self._start(x)
         self._calls = calls = _Calls(looks_for_kinks=self._may_have_kinks)

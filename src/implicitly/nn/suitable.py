@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Protocol
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -32,15 +34,27 @@ def check_takes_two(module: nn.Module, takes: str, remedy: str) -> None:
         raise TypeError(f"{takes}, but {forward} does not take two. {remedy}") from None
 
 
-def warn_of_changing(layer: str, module: nn.Module, *, per_sample: bool) -> None:
-    """Tell of modules that drop out anew in every call or, where samples are solved one by one, couple them."""
+class Layer(Protocol):
+    """A layer that solves, and has looked, or not yet, at what it calls in training."""
+
+    batch_dims: int
+    training: bool
+    _looked_for_changes: bool
+
+
+def warn_of_changing(layer: Layer, module: nn.Module) -> None:
+    """Tell, when a layer first trains, of modules in what it calls that drop out anew in every call or, where
+    samples are solved one by one, couple them."""
+    if torch.compiler.is_dynamo_compiling() or not layer.training or layer._looked_for_changes:
+        return
+    layer._looked_for_changes, per_sample = True, layer.batch_dims == 1
     named = [(name, m) for name, m in module.named_modules() if m.training]
     changing = [(name, m) for name, m in named if _drops_out(m) or (per_sample and isinstance(m, _BatchNorm))]
     if changing:
         listed = ", ".join(f"{type(m).__name__} ({name})" if name else type(m).__name__ for name, m in changing)
         warnings.warn(
-            f"{layer}: in training, {listed} makes another function of what is solved in every call, so that the "
-            "solver may not get to an end and gradients may be wrong. Use Dropout and BatchNorm of implicitly.nn, "
+            f"{type(layer).__name__}: in training, {listed} makes another function of what is solved in every "
+            "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout and BatchNorm of implicitly.nn, "
             "which decide once a solve (and dropout=0 of attention and recurrent layers), or .eval()",
             PerCallWarning,
             stacklevel=users_line(),

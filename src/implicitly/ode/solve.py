@@ -104,7 +104,7 @@ def odeint(
 
     Args:
         f: `f(t, y, *args)` returns dy/dt, like y. Gradients reach tensors of `args` and parameters of all modules
-            that f is, is bound to or closes over. Within f, `torch.func` differentiates, not `y.requires_grad_()`.
+            that f is, is bound to or closes over. Within f, `torch.func` or autograd may differentiate by y.
         y0: the start: a tensor or a pytree of tensors.
         t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, or a tuple
             of numbers; with `batch_dims=1` also `(B, T)`. `t[0]` is where y0 is.
