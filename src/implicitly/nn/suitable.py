@@ -55,7 +55,8 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
         warnings.warn(
             f"{type(layer).__name__}: in training, {listed} makes another function of what is solved in every "
             "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout and BatchNorm "
-            "of implicitly.nn, which decide once a solve (and dropout=0 of attention and recurrent layers), or .eval()",
+            "of implicitly.nn, which decide once a solve (and dropout=0 of attention and recurrent layers), or "
+            ".eval()",
             PerCallWarning,
             stacklevel=users_line(),
         )
