@@ -13,8 +13,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From low to high; a module imports from layers below its own only. Within a layer of several files (a family)
 # they import each other as they like, without cycles; what shares a line does not import each other.
 LAYERS = (
-    ("leaf_names", "transforms", "checks"),
-    ("tree", "unrolled", "jet", "graph_break"),
+    ("leaf_names", "transforms", "checks", "solution", "reached", "keys"),
+    ("tree", "unrolled", "jet", "graph_break", "inference"),
     ("functions", "pullback"),
     ("host", "independence"),
     ("history",),

@@ -24,7 +24,6 @@ from implicitly.fixed_point.newton import Newton, NewtonKrylov
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
-from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.jet import jet, trajectory_derivatives
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
@@ -39,6 +38,7 @@ from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, Midpoint, Ralston, Tsit5
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
+from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [

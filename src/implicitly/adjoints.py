@@ -27,9 +27,10 @@ from implicitly.implicit import (
     users_line,
     without_failed,
 )
-from implicitly.iterate import ConvergenceWarning, Found, Solver, Status, where_rows
+from implicitly.iterate import Found, Solver, where_rows
 from implicitly.linear import GMRES, DenseLU, check_linear_solver
 from implicitly.problem import Problem
+from implicitly.solution import ConvergenceWarning, Status
 from implicitly.transforms import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 

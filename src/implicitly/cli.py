@@ -17,9 +17,9 @@ from pathlib import Path
 
 import implicitly.recipes
 from implicitly.data import DataError
-from implicitly.iterate import SolverError
 from implicitly.recipes._checkpoints import CheckpointError
 from implicitly.recipes._options import OptionError, check_folder
+from implicitly.solution import SolverError
 
 USAGE = """\
 usage: implicitly COMMAND ...

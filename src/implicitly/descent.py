@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.iterate import Residual, Status, is_running, repeat
+from implicitly.iterate import Residual, repeat
 from implicitly.pullback import pullback
+from implicitly.solution import Status, is_running
 from implicitly.transforms import is_plain
 from implicitly.tree import row_norm
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
+from implicitly.inference import Normal, copied, normal_if_needed
+from implicitly.keys import Key, exact, hooks_of
+from implicitly.reached import modules_and_tensors, parts_of
 from implicitly.transforms import (
     casts,
     full_precision,
@@ -69,7 +68,7 @@ class Opened:
     parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
     constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
     args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
-    normal: _Normal | None = None  # where f reaches tensors that were made in inference mode
+    normal: Normal | None = None  # where f reaches tensors that were made in inference mode
     slots: tuple[_Slot, ...] = ()  # of all the parts
 
     def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
@@ -97,14 +96,14 @@ class Opened:
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
         """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
         self.__dict__["host"] = _host_of(self.modules)  # made now: a trace cannot
-        static = tuple(map(_exact, self.static))
+        static = tuple(map(exact, self.static))
         # By numbers that no two have; the compiler would not see one that is added, nor one that is removed.
-        hooks = tuple(number for part in self.parts for of in _hooks_of(part) for number in of)
+        hooks = tuple(number for part in self.parts for of in hooks_of(part) for number in of)
         # Of the batch only the size varies, which the tensors' shapes tell.
         of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
         try:
             args = (str(self.args_spec), static)
-            return Key(_exact(f), of_layout, *args, self.modules, self.places, hooks, self.autocast)
+            return Key(exact(f), of_layout, *args, self.modules, self.places, hooks, self.autocast)
         except TypeError as error:
             raise TypeError(
                 "compile=True keeps the graph for calls with the same non-tensor args, so these must be hashable "
@@ -184,46 +183,6 @@ def _uncached() -> Iterator[None]:
         parametrize._cache_enabled = depth
 
 
-class _Normal(TorchFunctionMode):
-    """Gives operations copies in place of tensors that were made in inference mode, which no graph can hold."""
-
-    def __init__(self):
-        super().__init__()
-        self._copies = WeakIdKeyDictionary()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self._copy, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _copy(self, x: Tensor) -> Tensor:
-        if not x.is_inference():
-            return x
-        if x not in self._copies:
-            self._copies[x] = copied(x)
-        return self._copies[x]
-
-
-def copied(x: Tensor) -> Tensor:
-    """`x`, or a copy that autograd can hold where `x` was made in inference mode."""
-    if torch.compiler.is_dynamo_compiling() or not x.is_inference():
-        return x
-    # Outside of every transform of torch.func: it must not end with the first that meets it.
-    with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
-        return x.detach().clone()
-
-
-def normal(f: Callable[..., Any], args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """A context in which autograd can record f(..., *args), also where that reaches tensors of inference mode."""
-    modules, tensors = _modules_and_tensors(f, args)
-    return _normal_if_needed(_parts_of(modules), tensors) or nullcontext()
-
-
-def _normal_if_needed(parts: dict[str, nn.Module], tensors: list[tuple[str, Tensor]]) -> _Normal | None:
-    own = (x for part in parts.values() for x in (*part._parameters.values(), *part._buffers.values()))
-    reached = itertools.chain(own, (x for _, x in tensors))
-    return _Normal() if any(x is not None and x.is_inference() for x in reached) else None
-
-
 @contextmanager
 def _as_then(
     parts: tuple[nn.Module, ...],
@@ -285,9 +244,9 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         )
         return Opening(opened, tensors, ())
     default = torch.get_default_device()
-    modules, reached = _modules_and_tensors(f, args)
+    modules, reached = modules_and_tensors(f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
-    parameters, places, constants = _tensors_of(parts := _parts_of(modules))
+    parameters, places, constants = _tensors_of(parts := parts_of(modules))
     slots = tuple(
         _Slot(holder, name, x)
         for part in parts.values()
@@ -309,16 +268,10 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         tuple(parts.values()),
         tuple(constants),
         args_are_leaves,
-        _normal_if_needed(parts, reached),
+        normal_if_needed(parts, reached),
         slots,
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
-
-
-def _parts_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
-    """The `modules` and all that they consist of, each once, by the name that it has in their host."""
-    seen: set[nn.Module] = set()
-    return {n: m for i, top in enumerate(modules) for n, m in top.named_modules(seen, f"modules_of_f.{i}")}
 
 
 def _tensors_of(
@@ -351,75 +304,6 @@ def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
     return f(pytree.tree_map_only(Tensor, torch.clone, state), *args)
 
 
-def _modules_and_tensors(
-    f: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[tuple[nn.Module, ...], list[tuple[str, Tensor]]]:
-    """The modules that f reaches, each once, and the tensors that it reaches otherwise."""
-    modules: dict[int, nn.Module] = {}
-    tensors: list[tuple[str, Tensor]] = []
-    for name, value in _reached(f, args):
-        if isinstance(value, nn.Module):
-            modules.setdefault(id(value), value)
-        else:
-            tensors.append((name, value))
-    return tuple(modules.values()), tensors
-
-
-def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
-    """Every module and tensor that `f` reaches: itself, bound, partial, closed over, global or an attribute."""
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("f", f)]
-    stack += [("args", a) for a in pytree.tree_leaves(args) if isinstance(a, nn.Module)]
-    while stack:
-        name, value = stack.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module | Tensor):
-            yield name, value
-        elif isinstance(value, functools.partial):
-            stack += [(name, value.func), (name, value.args), (name, value.keywords)]
-        elif isinstance(value, types.MethodType):
-            stack += [(name, value.__self__), (name, value.__func__)]
-            if not callable(value.__self__):  # its own attributes are what a method works with
-                stack += [(f"{name}.{k}", v) for k, v in getattr(value.__self__, "__dict__", {}).items()]
-        elif isinstance(value, types.FunctionType):
-            stack += _function_scope(value)
-        elif isinstance(value, dict):
-            stack += [(f"{name}[{k!r}]", v) for k, v in value.items()]
-        elif isinstance(value, list | tuple | set):
-            stack += [(f"{name}[{i}]", v) for i, v in enumerate(value)]
-        elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
-            stack += [(f"{name}.{k}", v) for k, v in vars(value).items()]
-
-
-def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
-    scope: list[tuple[str, Any]] = []
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        try:
-            scope.append((name, cell.cell_contents))
-        except ValueError:  # a variable that is assigned only later
-            continue
-    # Of the globals only modules, tensors and plain functions: other packages' objects are none of f's state.
-    kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
-    for name in dict.fromkeys(_names_in(function.__code__)):
-        value = function.__globals__.get(name)
-        foreign = isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] == "torch"
-        if isinstance(value, kinds) and not foreign:
-            scope.append((name, value))
-    scope += [("a default", value) for value in function.__defaults__ or ()]
-    scope += list((function.__kwdefaults__ or {}).items())
-    return scope
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    """The global names and attributes in `code`, also in lambdas, comprehensions and generators within."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names_in(inner)
-
-
 class _Host(nn.Module):
     """Holds the modules that f uses, so that one `functional_call` exchanges all their parameters."""
 
@@ -435,35 +319,6 @@ class _Host(nn.Module):
 def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
     """That of a function of which graphs are kept, for its next calls."""
     return _Host(modules)
-
-
-_hooks_of = operator.attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _exact(x: Any) -> Hashable:
-    """What tells `x` also from what is equal to it but does not compute the same: 2, 2.0 and True, and zeros of
-    other signs; by itself, or in dataclasses."""
-    if isinstance(x, float | complex):
-        return type(x), x, repr(x)
-    if not is_dataclass(x) or type(x).__eq__ is object.__eq__:
-        return type(x), x
-    compared = (f for f in fields(x) if (f.compare if f.hash is None else f.hash))
-    return type(x), x, *(_exact(getattr(x, f.name)) for f in compared)
-
-
-class Key:
-    """A tuple that is hashed once; raises TypeError where it cannot be."""
-
-    __slots__ = ("_hash", "parts")
-
-    def __init__(self, *parts: Any):
-        self.parts, self._hash = parts, hash(parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Key) and self.parts == other.parts)
 
 
 def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:

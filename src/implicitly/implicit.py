@@ -35,19 +35,10 @@ from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
 from implicitly.host import maybe_any
-from implicitly.iterate import (
-    ConvergenceWarning,
-    Found,
-    Solution,
-    Solver,
-    SolverError,
-    Status,
-    is_success,
-    iterate,
-    last_step,
-)
+from implicitly.iterate import Found, Solver, iterate, last_step
 from implicitly.linear import Affine, LinearSolver
 from implicitly.pullback import of_places, pullback, recorded
+from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, one_by_one, unhooked, unwrapped
 from implicitly.tree import real_parts, row_norm
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import check_count
-from implicitly.functions import normal, open_function
+from implicitly.functions import open_function
+from implicitly.inference import normal
 from implicitly.transforms import out_of_inference_mode
 from implicitly.tree import Layout, row_norm
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from implicitly.graph_break import one_break
 from implicitly.implicit import Backward, Map, attach_usable, find
-from implicitly.iterate import Solution, Solver
+from implicitly.iterate import Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.pullback import pullback
+from implicitly.solution import Solution
 from implicitly.tree import Layout
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.functions import Opened, Opening, copied, like, open_function, refuse_captured, watched
+from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
 from implicitly.implicit import Condition, Map, Report
-from implicitly.iterate import Found, Solution
+from implicitly.inference import copied
+from implicitly.iterate import Found
+from implicitly.solution import Solution
 from implicitly.transforms import loses
 from implicitly.tree import Layout
 

@@ -11,7 +11,7 @@ import implicitly as im
 from implicitly.argmin.convex.conic import Cones, Pattern
 from implicitly.argmin.convex.conic_solver import Numbers, Workers
 from implicitly.argmin.sets.power_cone import dual_power_cone, power_cone
-from implicitly.iterate import Status
+from implicitly.solution import Status
 
 pytestmark = pytest.mark.host  # as Clarabel is
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import implicitly as im
 from implicitly.argmin.programs.polish import System
 from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
-from implicitly.iterate import Status
+from implicitly.solution import Status
 from tests.argmin.programs import D, program, sample
 from tests.problems import seeded
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import implicitly as im
-from implicitly.iterate import Status
+from implicitly.solution import Status
 from tests.argmin.programs import D, program
 
 EYE = torch.eye(2, dtype=D)

@@ -8,7 +8,7 @@ from torch import Tensor, func
 
 import implicitly as im
 from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
-from implicitly.iterate import Status
+from implicitly.solution import Status
 from tests.argmin.programs import D, program
 from tests.problems import seeded
 

@@ -700,7 +700,7 @@ def test_what_only_x_shows_is_refused_at_the_call():
     solver = im.Dopri5(rtol=torch.full((WIDTH,), 1e-3))
     with pytest.raises(ValueError, match="rtol must be one number"):
         im.nn.NeuralODE(f, solver=solver, regularisers=both())(torch.randn(2, WIDTH))
-    with pytest.raises(TypeError, match="t must be a tensor or a sequence of times, got a float"):
+    with pytest.raises(TypeError, match="t must be a tensor, an array or a sequence of times, got a float"):
         im.nn.NeuralODE(f)(torch.randn(2, WIDTH), t=1.0)
     with pytest.raises(TypeError, match="y0 must hold tensors only, got a float"):
         im.nn.NeuralODE(f)([1.0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from implicitly.descent import TRIALS, bottom, inverse_norm, is_bottomless, noise_of
-from implicitly.iterate import PATIENCE, Proposal, Residual, Status, repeat, where_rows
+from implicitly.iterate import PATIENCE, Proposal, Residual, repeat, where_rows
+from implicitly.solution import Status
 from implicitly.tree import row_norm
 
 # How much longer the next step may be than the last, and how much where the last says nothing of the curvature.

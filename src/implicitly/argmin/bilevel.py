@@ -33,10 +33,11 @@ from implicitly.checks import check_listener
 from implicitly.functions import open_function
 from implicitly.graph_break import one_break
 from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
-from implicitly.iterate import Found, Proposal, Solver, Status
+from implicitly.iterate import Found, Proposal, Solver
 from implicitly.linear import CG, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.pullback import pullback
+from implicitly.solution import Status
 from implicitly.transforms import records, under_transform
 from implicitly.tree import Layout, row_norm
 

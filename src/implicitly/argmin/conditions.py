@@ -22,9 +22,10 @@ from implicitly.descent import Descent, inverse_norm, value_and_descent
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
 from implicitly.implicit import Condition, Map, Report, push
-from implicitly.iterate import Found, Solution, Status, where_rows
+from implicitly.iterate import Found, where_rows
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
+from implicitly.solution import Solution, Status
 from implicitly.transforms import casts
 from implicitly.tree import Layout, real_parts, row_norm
 

@@ -17,10 +17,11 @@ from implicitly.compiled import as_graphs
 from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
 from implicitly.functions import open_function
 from implicitly.implicit import Condition, Map, push
-from implicitly.iterate import Found, Proposal, Residual, Solution, Solver, Status, repeat, where_rows
+from implicitly.iterate import Found, Proposal, Residual, Solver, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
+from implicitly.solution import Solution, Status
 from implicitly.transforms import is_recorded
 from implicitly.tree import Layout, row_norm
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, stopped, wolfe
 from implicitly.implicit import Map
-from implicitly.iterate import Proposal, Solver, Status, where_rows
+from implicitly.iterate import Proposal, Solver, where_rows
 from implicitly.pullback import pullback
+from implicitly.solution import Status
 from implicitly.tree import row_norm
 
 

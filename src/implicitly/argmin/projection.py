@@ -14,9 +14,10 @@ from implicitly.argmin.conditions import Form, Function, check_values, descent_o
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
 from implicitly.implicit import Map, push
-from implicitly.iterate import Found, Proposal, Residual, Solver, Status
+from implicitly.iterate import Found, Proposal, Residual, Solver
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback
+from implicitly.solution import Status
 from implicitly.tree import Layout, row_norm
 
 

@@ -19,7 +19,8 @@ from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.compiled import as_graphs
 from implicitly.graph_break import one_break
 from implicitly.implicit import LINEAR_REMEDY, REMEDY, explain
-from implicitly.iterate import Found, Solution, Solver, Status
+from implicitly.iterate import Found, Solver
+from implicitly.solution import Solution, Status
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 

@@ -13,9 +13,10 @@ from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, bottom, stopped, wolfe
 from implicitly.fixed_point.line_search import backtrack
 from implicitly.host import maybe_any
-from implicitly.iterate import Proposal, Residual, Solver, Status, coded, iterate, where_rows
+from implicitly.iterate import Proposal, Residual, Solver, coded, iterate, where_rows
 from implicitly.linear import GMRES, Affine, check_linear_solver, dense
 from implicitly.pullback import pullback
+from implicitly.solution import Status
 from implicitly.tree import row_norm
 
 

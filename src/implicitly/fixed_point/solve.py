@@ -13,8 +13,9 @@ from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.graph_break import LONGEST, one_break_unless
-from implicitly.iterate import Solution, Solver
+from implicitly.iterate import Solver
 from implicitly.problem import Problem
+from implicitly.solution import Solution
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 

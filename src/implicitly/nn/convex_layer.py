@@ -14,7 +14,7 @@ from implicitly.argmin.programs.derivative import KKTAdjoint
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.implicit import Report
-from implicitly.iterate import Solution
+from implicitly.solution import Solution
 from implicitly.transforms import unwrapped
 
 

@@ -18,10 +18,11 @@ from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point, is_traceable
 from implicitly.graph_break import one_break, one_break_unless
 from implicitly.implicit import as_solution
-from implicitly.iterate import Found, Solution, Solver
+from implicitly.iterate import Found, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.nn.warm_start import LastBatch, WarmStart
+from implicitly.solution import Solution
 from implicitly.transforms import under_transform, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 

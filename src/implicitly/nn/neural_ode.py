@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,7 +17,6 @@ from torch.utils import _pytree as pytree
 from implicitly.checks import check_on_failure
 from implicitly.graph_break import one_break_unless
 from implicitly.implicit import users_line
-from implicitly.iterate import Solution
 from implicitly.nn.ode_regularisers import Regulariser
 from implicitly.nn.per_solve import PerSolve, decide_once, has_buffers
 from implicitly.nn.suitable import check_takes_two, warn_of_changing
@@ -26,6 +26,7 @@ from implicitly.ode.control import Norm
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.unroll import is_unrollable
+from implicitly.solution import Solution
 from implicitly.transforms import unwrapped
 from implicitly.tree import LOW_PRECISION, real_dtype
 from implicitly.unrolled import UnrolledAdjoint
@@ -81,7 +82,7 @@ class NeuralODE(nn.Module):
             The output keeps them; a readout takes all, or `y[:, :n]`. Dupont, Doucet and Teh, "Augmented Neural
             ODEs", NeurIPS 2019.
         batch_dims: 0: the whole batch is one system of common steps, and t reaches f 0-d. 1: samples have their
-            own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`.
+            own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`, as in `implicitly.odeint`.
         in_dims: which of `forward`'s `args` hold one entry a sample, as in `implicitly.odeint`. Finished samples
             are dropped from the calls of f where it is given, or where args hold no tensor and f no buffer (those
             of this package's modules that decide once a solve aside).
@@ -375,8 +376,8 @@ def _like(t: Times, x: Any) -> Times:
 
 def _check_times(t: Any, batch_dims: int) -> None:
     """Raise TypeError / ValueError for what cannot be times, whatever x will be."""
-    if not isinstance(t, Tensor | Sequence) or isinstance(t, str):
-        raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
+    if not isinstance(t, Tensor | np.ndarray | Sequence) or isinstance(t, str):
+        raise TypeError(f"t must be a tensor, an array or a sequence of times, got a {type(t).__name__}")
     if not isinstance(t, Tensor):  # as numbers: of a tensor among them, this is not what a derivative reaches
         t = torch.tensor(
             [x.tolist() if isinstance(x, Tensor) else x for x in t], dtype=torch.float64, device="cpu"
@@ -386,7 +387,8 @@ def _check_times(t: Any, batch_dims: int) -> None:
         allowed = "(T,) or (B, T)" if batch_dims else "(T,)"
         raise ValueError(f"t must have the shape {allowed} with T >= 2, got {tuple(times.shape)}")
     gaps = times.diff(dim=-1)
-    if not bool(times.isfinite().all() & ((gaps > 0).all(-1) | (gaps < 0).all(-1)).all()):
+    ends = (gaps == 0) if times.ndim == 2 else torch.zeros_like(gaps, dtype=torch.bool)  # where a series has ended
+    if not bool(times.isfinite().all() & ((ends | (gaps > 0)).all(-1) | (ends | (gaps < 0)).all(-1)).all()):
         raise ValueError(f"t must be finite, and increase throughout or decrease throughout, got {t}")
 
 

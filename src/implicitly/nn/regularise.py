@@ -12,7 +12,7 @@ from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicitly.checks import check_count
-from implicitly.functions import normal
+from implicitly.inference import normal
 from implicitly.transforms import out_of_inference_mode, under_transform
 from implicitly.tree import Layout, row_norm
 

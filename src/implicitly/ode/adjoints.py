@@ -20,7 +20,6 @@ from torch.func import vjp, vmap
 from implicitly.compiled import Check
 from implicitly.host import maybe_any, on_host, to_host
 from implicitly.implicit import constant, push, users_line
-from implicitly.iterate import ConvergenceWarning, Status, is_success
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph
@@ -45,6 +44,7 @@ from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
 from implicitly.pullback import of_places, pull_within
+from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import (
     full_precision,
     is_batched,

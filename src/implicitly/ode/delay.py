@@ -25,16 +25,16 @@ from implicitly.checks import NUMBERS
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
 from implicitly.implicit import Opaque
-from implicitly.iterate import Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method
 from implicitly.ode.piecewise import KnotRecorder, Piecewise, knots
-from implicitly.ode.problem import Problem, times_of
+from implicitly.ode.problem import Problem, series_of, times_of
 from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, tell
 from implicitly.ode.stiffness import Halt
+from implicitly.solution import Status, is_success
 from implicitly.transforms import is_cpu, unhooked
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
@@ -153,7 +153,7 @@ class Delayed:
         given = callable(history)
         y0 = history(_first(t), *args) if given else history
         layout = Layout.of(y0, batch_dims, "history")
-        rows = times_of(t, layout)
+        rows, _ = series_of(t, layout)
         if isinstance(t, Tensor) and t.ndim != 1:
             raise ValueError(f"t must have the shape (T,), as samples share the lags, got {tuple(t.shape)}")
         if _number(rows[0, 1] - rows[0, 0]) < 0:
@@ -439,7 +439,7 @@ class Chain:
     def interpolate(self, t: Any) -> Any:
         """As of `Trajectory`."""
         delayed = self.delayed
-        wanted = times_of(t, delayed.layout, ordered=False)
+        wanted = times_of(t, delayed.layout)
         seen, first, last = (_seen(x) for x in (wanted, delayed.times[0], delayed.times[-1]))
         if ((seen < first) | (seen > last)).any():
             raise ValueError("interpolate: times must lie between the first and the last one of the solve")

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from implicitly.compiled import Check, run_as_graph
 from implicitly.host import LOOPS, views
-from implicitly.iterate import Status, is_running, is_success, repeat
+from implicitly.iterate import repeat
 from implicitly.ode.integrate import Carry, Integrated, Stepper
 from implicitly.ode.method import Memory
 from implicitly.ode.record import Record, State, Taken
+from implicitly.solution import Status, is_running, is_success
 
 # Tried steps of one run of the graph, between whose ends no state is kept.
 CHUNK = 128

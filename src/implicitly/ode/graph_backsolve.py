@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.func import vjp
 
 from implicitly.host import views
-from implicitly.iterate import Status, is_running, repeat
+from implicitly.iterate import repeat
 from implicitly.ode.augmented import Augmented, Packed, QuadratureNodes, integrated
 from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Taken
 from implicitly.pullback import of_places
+from implicitly.solution import Status, is_running
 
 
 class Arrived(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.host import Array, library, to_host, to_tensor
 from implicitly.implicit import Backward, Condition, Map, Report, attach
-from implicitly.iterate import Status, is_running, where_rows
+from implicitly.iterate import where_rows
 from implicitly.linear import DenseLU
 from implicitly.ode.crossings import (
     ROUNDING,
@@ -38,6 +38,7 @@ from implicitly.ode.integrate import Carry, Stepper, step_length
 from implicitly.ode.method import Memory, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
+from implicitly.solution import Status, is_running
 
 # Weight of the state's relative change in arc length, that of time over the whole interval being 1. More suits
 # jumps, less suits solutions that settle.

@@ -33,7 +33,7 @@ from implicitly.host import (
     views,
 )
 from implicitly.implicit import Backward, Condition, Report, attach, find
-from implicitly.iterate import Solver, Status, repeat
+from implicitly.iterate import Solver, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus
 from implicitly.ode.combine import Length, advanced, as_length, stage_times, weighted
@@ -43,6 +43,7 @@ from implicitly.ode.problem import Field, Problem
 from implicitly.ode.runge_kutta import RungeKutta
 from implicitly.ode.tableaus import Tableau
 from implicitly.pullback import pullback
+from implicitly.solution import Status
 from implicitly.transforms import is_batched, is_plain, records
 
 # Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.

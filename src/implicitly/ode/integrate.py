@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.host import Array, clamped, finite_rows, library, maybe_any, to_host, to_tensor
-from implicitly.iterate import DROP_BELOW, Status, is_running, is_success, repeat, some_dropped, where_rows
+from implicitly.iterate import DROP_BELOW, repeat, some_dropped, where_rows
 from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
+from implicitly.solution import Status, is_running, is_success
 from implicitly.transforms import is_batched, is_cpu, is_tracked
 
 # A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.

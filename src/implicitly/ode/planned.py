@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from implicitly.host import all_now, finite_rows, on_host, remembered
-from implicitly.iterate import Status
 from implicitly.ode.combine import stage_times
 from implicitly.ode.control import stands_still
 from implicitly.ode.integrate import Integrated, step_length
 from implicitly.ode.method import Memory, Method
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
+from implicitly.solution import Status
 from implicitly.transforms import is_tracked
 
 # Of so many steps the times are made ready at once; and nobody looks for NaN or inf in between, which stay in a

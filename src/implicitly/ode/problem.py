@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from implicitly.functions import Opened, Opening, like, open_function, refuse_ca
 from implicitly.host import Array, all_now, captured, library, on_host, to_host, to_tensor
 from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
+from implicitly.ode.ragged import told_apart
 from implicitly.problem import sample_dims_of
 from implicitly.transforms import is_wrapped, loses, unwrapped
 from implicitly.tree import Layout
@@ -87,6 +89,7 @@ class Problem:
         check: evaluates k0, and raises TypeError / ValueError for what f may not return or depend on.
         key: for a solve that is to be one graph, all that decides about it besides tensors and the method.
         warns: whether to warn of samples that failed and make a gradient NaN.
+        places: `(B, T)` which of the times the user's are, where series repeat their last one; None: all in turn.
     """
 
     opened: Opened
@@ -101,6 +104,7 @@ class Problem:
     events: tuple[Event, ...] = ()
     key: Hashable | None = None
     warns: bool = False
+    places: Tensor | None = None
 
     @classmethod
     def of(
@@ -123,7 +127,7 @@ class Problem:
         if not callable(f):
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         layout = Layout.of(y0, batch_dims, "y0")
-        times = times_of(t, layout)
+        times, places = series_of(t, layout)
 
         # As one function, so that modules which only an event uses are found too.
         maps = (f, *(m for e in events for m in (e.g, e.restart)))
@@ -162,7 +166,9 @@ class Problem:
         if events:
             _check_events(events, opening, layout, known(), checking)
         key, check = opened.key(f, layout) if as_graph else None, Check(slope, checking)
-        return cls(opened, layout, start, k0, times, theta, sample_dims, check, int(not later), events, key)
+        calls = int(not later)
+        found = cls(opened, layout, start, k0, times, theta, sample_dims, check, calls, events, key)
+        return found if places is None else replace(found, places=places)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,6 +183,12 @@ class Problem:
     def rows(self, times: Tensor) -> Tensor:
         """`times` as `(B, T)`."""
         return times.expand(self.y0.shape[0], -1)
+
+    def asked(self, values: Tensor) -> Any:
+        """Outputs `(B, T, n)` at the times as those that the user asked for, see `stacked`."""
+        if self.places is not None:
+            values = values.gather(1, self.places.unsqueeze(2).expand_as(values))
+        return self.stacked(values)
 
     def stacked(self, values: Tensor) -> Any:
         """Outputs `(B, T, n)` as the user's pytree, each tensor `(T, *y0.shape)`."""
@@ -245,14 +257,45 @@ def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
     return lambda times: times.reshape(len(times), -1, *ones).unbind()
 
 
-def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
-    """`t` as `(B, T)` or `(1, T)`, a start and later times where `ordered`.
+def times_of(t: Any, layout: Layout) -> Tensor:
+    """`t` as `(B, T)` or `(1, T)`; raises TypeError / ValueError for what cannot be times."""
+    rows = _rows_of(t, layout)
+    seen = to_host(rows) if on_host(rows) else rows.detach()
+    if not captured() and not all_now(library(seen).isfinite(seen)):
+        raise ValueError("t holds NaN or inf")
+    return rows
 
-    Raises TypeError / ValueError for what cannot be times.
+
+def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """A start and later times as `(B, T)` or `(1, T)`, and, where some samples have fewer, `Problem.places`.
+
+    Raises TypeError / ValueError for what cannot be such times.
     """
+    rows = _rows_of(t, layout)
+    if rows.shape[1] < 2:
+        raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
+    if captured():  # of numbers, which `unroll.plan` has looked at
+        return rows, None
+    seen = to_host(rows) if on_host(rows) else rows.detach()
+    gaps = seen[:, 1:] - seen[:, :-1]
+    if all_now(gaps > 0) and all_now(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
+        return rows, None  # the usual case
+    if not all_now(library(seen).isfinite(seen)):
+        raise ValueError("t holds NaN or inf")
+    if all_now((gaps > 0).all(1) | (gaps < 0).all(1)):
+        return rows, None
+    of_samples = (isinstance(t, Tensor) and t.ndim == 2) or len(rows) > 1
+    told = told_apart(rows) if of_samples and not is_wrapped(rows) else None
+    if told is None:
+        raise ValueError(_disorder(unwrapped(rows.detach())))
+    return told
+
+
+def _rows_of(t: Any, layout: Layout) -> Tensor:
+    """`t` as `(B, T)` or `(1, T)`."""
     if not isinstance(t, Tensor):
-        if not isinstance(t, Sequence) or isinstance(t, str):
-            raise TypeError(f"t must be a tensor or a sequence of times, got a {type(t).__name__}")
+        if not isinstance(t, Sequence | np.ndarray) or isinstance(t, str):
+            raise TypeError(f"t must be a tensor, an array or a sequence of times, got a {type(t).__name__}")
         try:
             like = {"dtype": layout.work_dtype, "device": layout.device}
             if any(isinstance(x, Tensor) for x in t):  # each with its derivative
@@ -271,30 +314,22 @@ def times_of(t: Any, layout: Layout, ordered: bool = True) -> Tensor:
     allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
     if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):
         raise ValueError(f"t must have the shape {allowed} with B = {layout.batch}, got {tuple(t.shape)}")
-    if ordered and t.shape[-1] < 2:
-        raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
-    rows = t if t.ndim == 2 else t.unsqueeze(0)
-    if captured():  # of numbers, which `unroll.plan` has looked at
-        return rows
-    seen = to_host(rows) if on_host(rows) else rows.detach()
-    gaps = seen[:, 1:] - seen[:, :-1]
-    if ordered and all_now(gaps > 0) and all_now(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
-        return rows  # the usual case
-    if not all_now(library(seen).isfinite(seen)):
-        raise ValueError("t holds NaN or inf")
-    if ordered and not all_now((gaps > 0).all(1) | (gaps < 0).all(1)):
-        raise ValueError(_disorder(unwrapped(rows.detach())))
-    return rows
+    return t if t.ndim == 2 else t.unsqueeze(0)
 
 
 def _disorder(seen: Tensor) -> str:
     """What is wrong with times `(B, T)` that neither increase nor decrease throughout."""
-    same = (seen.diff() == 0).nonzero().tolist()
+    gaps = seen.diff()
+    row = int((~((gaps > 0).all(1) | (gaps < 0).all(1))).nonzero()[0])
+    of_sample = f" of sample {row}" if len(seen) > 1 else ""
+    same = (gaps[row] == 0).nonzero().flatten().tolist()
     if not same:
-        return "t must increase throughout, or decrease throughout"
-    row, i = same[0]
+        return f"t{of_sample} must increase throughout, or decrease throughout"
+    i = same[0]
     wider = "" if seen.dtype == torch.float64 else ", or pass y0, t and the arguments in float64"
+    shorter = " (a shorter series repeats its last time alone)" if of_sample else ""
     return (
-        f"t[{i}] and t[{i + 1}] are the same in {seen.dtype}, {float(seen[row, i]):.9g}, but times must increase "
-        f"throughout, or decrease throughout. If rounding made them so, measure times from the start{wider}"
+        f"t[{i}] and t[{i + 1}]{of_sample} are the same in {seen.dtype}, {float(seen[row, i]):.9g}, but times "
+        f"must increase throughout, or decrease throughout{shorter}. If rounding made them so, measure times from "
+        f"the start{wider}"
     )

@@ -18,7 +18,6 @@ from implicitly.compiled import CompileWarning
 from implicitly.graph_break import LONGEST, one_break, one_break_unless
 from implicitly.host import captured, maybe_any
 from implicitly.implicit import users_line
-from implicitly.iterate import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
 from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated
@@ -27,6 +26,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
+from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.transforms import is_tracked, unwrapped, version
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -106,8 +106,10 @@ def odeint(
         f: `f(t, y, *args)` returns dy/dt, like y. Gradients reach tensors of `args` and parameters of all modules
             that f is, is bound to or closes over. Within f, `torch.func` or autograd may differentiate by y.
         y0: the start: a tensor or a pytree of tensors.
-        t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, or a tuple
-            of numbers; with `batch_dims=1` also `(B, T)`. `t[0]` is where y0 is.
+        t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, an array, or
+            a tuple of numbers. `t[0]` is where y0 is. With `batch_dims=1` also `(B, T)`, where a series of fewer
+            times repeats its last one; outputs there are all the state at the first of these, which gets their
+            derivative.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
@@ -185,7 +187,7 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
         whole = found.status.detach() == int(Status.CONVERGED)
         reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached)
     return Trajectory(
-        problem.stacked(found.values),
+        problem.asked(found.values),
         each(found.status),
         each(found.error),
         each(found.steps),
@@ -212,7 +214,7 @@ def _interpolated(
 ) -> Any:
     """The solution at times t: the steps of the solve taken again, with outputs there."""
     _check_unchanged(used)
-    wanted = times_of(t, problem.layout, ordered=False)
+    wanted = times_of(t, problem.layout)
     begin, end = problem.times[:, :1], problem.times[:, -1:]
     sign = (end - begin).detach().sign()
     outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.iterate import Status
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.tableaus import Tableau
 from implicitly.pullback import recorded
+from implicitly.solution import Status
 from implicitly.transforms import records
 
 # No explicit method of these orders is stable for longer; and how finely its limit is found.

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicitly.graph_break import LONGEST
-from implicitly.iterate import Status
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint
 from implicitly.ode.integrate import Integrated
 from implicitly.ode.method import Memory, Method
@@ -24,6 +23,7 @@ from implicitly.ode.planned import Planned, arrived, plan, take
 from implicitly.ode.problem import Problem
 from implicitly.ode.reversible_heun import ReversibleHeun
 from implicitly.ode.runge_kutta import ExplicitRungeKutta
+from implicitly.solution import Status
 from implicitly.unrolled import UnrolledAdjoint
 
 

@@ -15,7 +15,8 @@ from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
 from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Map, Report, attach
-from implicitly.iterate import Found, Status, is_success
+from implicitly.iterate import Found
+from implicitly.solution import Status, is_success
 from implicitly.transforms import merge_rows
 from implicitly.tree import columns_of, row_norm
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitly.argmin.convex.conic import Cones, Pattern
 from implicitly.argmin.convex.optional import require
 from implicitly.checks import BELOW_ONE, POSITIVE_OR_INFINITE, check_count, check_number
-from implicitly.iterate import Status
+from implicitly.solution import Status
 
 # What solvers that are used again, with other numbers, need to be.
 _FIXED = {

@@ -26,7 +26,7 @@ from implicitly.argmin.programs.program import failed
 from implicitly.argmin.programs.qp import ProgramSolution, qp
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.host import maybe_any
-from implicitly.iterate import Solution, SolverError
+from implicitly.solution import Solution, SolverError
 from implicitly.tree import columns_of
 
 

@@ -23,7 +23,8 @@ from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.argmin.sets.rows import outside
 from implicitly.compiled import CompileWarning
 from implicitly.implicit import Report, users_line
-from implicitly.iterate import Found, Solution, SolverError
+from implicitly.iterate import Found
+from implicitly.solution import Solution, SolverError
 from implicitly.transforms import full_precision, is_wrapped
 from implicitly.tree import columns_of
 

@@ -28,7 +28,7 @@ from implicitly.argmin.programs.program import Point, QuadraticProgram, dot
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import run_as_graph
-from implicitly.iterate import Status, is_running
+from implicitly.solution import Status, is_running
 from implicitly.tree import row_norm
 
 # Steps between two looks at the residuals.

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.programs.program import Point, QuadraticProgram, dot, times, times_transposed
-from implicitly.iterate import Status, is_running, where_rows
+from implicitly.iterate import where_rows
+from implicitly.solution import Status, is_running
 from implicitly.tree import row_norm
 
 # The least pivot of Q, relative to its largest, with which its inverse is good enough.

@@ -16,7 +16,8 @@ from implicitly.argmin.programs.smoothing import central_point
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.host import maybe_any
 from implicitly.implicit import Opaque, Report
-from implicitly.iterate import Found, Status
+from implicitly.iterate import Found
+from implicitly.solution import Status
 from implicitly.transforms import merge_rows
 
 # How a report on a program is made, where what `vmap` maps has become a batch.

@@ -14,8 +14,9 @@ from implicitly.argmin.programs.kkt import jacobian_product
 from implicitly.compiled import Make, is_as_claimed, run_as_graph
 from implicitly.host import maybe_any
 from implicitly.implicit import Condition, search
-from implicitly.iterate import Found, Proposal, Solver, is_success
+from implicitly.iterate import Found, Proposal, Solver
 from implicitly.linear import Affine, LinearSolver
+from implicitly.solution import is_success
 
 # Of a graph, which takes all of them.
 STEPS = 2

@@ -45,7 +45,8 @@ from implicitly.argmin.programs.program import (
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.compiled import run_as_graph
 from implicitly.host import maybe_any, views
-from implicitly.iterate import DROP_BELOW, Status, is_running, repeat, where_rows
+from implicitly.iterate import DROP_BELOW, repeat, where_rows
+from implicitly.solution import Status, is_running
 from implicitly.transforms import is_cpu
 from implicitly.tree import row_norm
 

@@ -13,7 +13,8 @@ from implicitly.argmin.programs.condensed import Condensed, CondensedFactors
 from implicitly.argmin.programs.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.programs.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
 from implicitly.host import maybe_any
-from implicitly.iterate import Status, where_rows
+from implicitly.iterate import where_rows
+from implicitly.solution import Status
 from implicitly.tree import row_norm
 
 # With up to so many inequalities for each unknown they are better made the unknowns.

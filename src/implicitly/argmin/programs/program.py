@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitly.host import maybe_any
-from implicitly.iterate import Status
+from implicitly.solution import Status
 from implicitly.transforms import unwrapped
 from implicitly.tree import row_norm
 

@@ -18,7 +18,8 @@ from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.graph_break import one_break
 from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Report, explain
-from implicitly.iterate import Found, Solution, Solver, Status
+from implicitly.iterate import Found, Solver
+from implicitly.solution import Solution, Status
 from implicitly.transforms import full_precision, unwrapped
 
 NAMES = ("Q", "p", "G", "h", "A", "b")

@@ -22,8 +22,9 @@ from implicitly.argmin.sets.rows import (
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.host import maybe_any
 from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
-from implicitly.iterate import Found, Proposal, Solver, Status, coded
+from implicitly.iterate import Found, Proposal, Solver, coded
 from implicitly.linear import Affine, LinearSolver, dense
+from implicitly.solution import Status
 from implicitly.tree import row_norm
 
 # From a temperature of the size of the costs down to the one asked for, by halves.

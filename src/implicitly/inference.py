@@ -1,0 +1,57 @@
+"""Tensors that were made in inference mode, which no graph of autograd can hold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from implicitly.reached import modules_and_tensors, parts_of
+
+
+class Normal(TorchFunctionMode):
+    """Gives operations copies in place of tensors that were made in inference mode, which no graph can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self._copies = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, self._copy, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        if not x.is_inference():
+            return x
+        if x not in self._copies:
+            self._copies[x] = copied(x)
+        return self._copies[x]
+
+
+def copied(x: Tensor) -> Tensor:
+    """`x`, or a copy that autograd can hold where `x` was made in inference mode."""
+    if torch.compiler.is_dynamo_compiling() or not x.is_inference():
+        return x
+    # Outside of every transform of torch.func: it must not end with the first that meets it.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
+        return x.detach().clone()
+
+
+def normal(f: Callable[..., Any], args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """A context in which autograd can record f(..., *args), also where that reaches tensors of inference mode."""
+    modules, tensors = modules_and_tensors(f, args)
+    return normal_if_needed(parts_of(modules), tensors) or nullcontext()
+
+
+def normal_if_needed(parts: dict[str, nn.Module], tensors: list[tuple[str, Tensor]]) -> Normal | None:
+    """`Normal()` where `parts`, or `tensors` by name, hold any that were made in inference mode."""
+    own = (x for part in parts.values() for x in (*part._parameters.values(), *part._buffers.values()))
+    reached = itertools.chain(own, (x for _, x in tensors))
+    return Normal() if any(x is not None and x.is_inference() for x in reached) else None

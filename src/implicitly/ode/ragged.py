@@ -1,0 +1,50 @@
+"""Series of different lengths in one batch: a shorter one repeats its last time.
+
+Solvers know of times that increase or decrease throughout alone. So where a series is shorter than others, times
+that nobody asked for take the place of the repeated ones, within its longest gap, and outputs are picked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def told_apart(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of times `(B, T)`, where some samples repeat their last one: as many without repetition, and `(B, T)` which
+    of these each of `rows` is. None where they are no such times.
+
+    Derivatives go to the first of equal times. Raises ValueError where a row is one time only, or too fine for its
+    dtype to hold times between.
+    """
+    seen = rows.detach()
+    gaps = seen.diff()
+    moves = gaps != 0
+    length = 1 + moves.sum(1, keepdim=True)  # of each series
+    column = torch.arange(seen.shape[1], device=seen.device)
+    at_first = (moves == (column[1:] < length)).all(1)  # whether all that repeats is at the end
+    one_way = (gaps >= 0).all(1) | (gaps <= 0).all(1)
+    if not bool((at_first & one_way).all()):
+        return None
+    if bool((length == 1).any()):
+        i = int((length == 1).flatten().nonzero()[0])
+        raise ValueError(
+            f"t[{i}] holds one time only, {float(seen[i, 0]):.9g}, again and again; every sample needs its start "
+            "and at least one other time. Leave such samples out: they are where they start"
+        )
+    spare = seen.shape[1] - length
+    begin = gaps.abs().argmax(1, keepdim=True)  # of the longest gap
+    behind = column > begin + spare
+    source = torch.where(behind, column - spare, torch.minimum(column, begin))
+    part = torch.where(behind, 0.0, (column - begin).clamp(min=0) / (spare + 1).to(seen.dtype))
+    between = seen.gather(1, source) + part * gaps.gather(1, begin)
+    if not bool((between.diff() != 0).all()):
+        i = int((between.diff() == 0).any(1).nonzero()[0])
+        raise ValueError(
+            f"t[{i}] repeats its last time {int(spare[i])} times, but the others are so close together that "
+            f"{seen.dtype} has no times between; measure times from the start, or pass y0, t and the arguments in "
+            "float64"
+        )
+    times = torch.where(part == 0, rows.gather(1, source), between)
+    places = torch.where(column > begin, column + spare, column).clamp(max=seen.shape[1] - 1)
+    return times, places

@@ -1,0 +1,106 @@
+"""Series of different lengths in one batch: shorter ones repeat their last time."""
+
+import numpy as np
+import pytest
+import torch
+
+import implicitly as im
+
+# Of four samples: all times, fewer, two alone, and backwards.
+SERIES = [[0.0, 0.3, 0.5, 1.1, 2.0], [0.2, 0.9, 1.0], [0.0, 1.5], [1.0, 0.4, -0.5]]
+PADDED = torch.tensor([s + s[-1:] * (5 - len(s)) for s in SERIES], dtype=torch.float64)
+Y0 = torch.tensor([[1.0, 0.0], [0.5, -1.0], [2.0, 1.0], [0.1, 0.3]], dtype=torch.float64)
+RATES = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64)
+WEIGHTS = torch.randn(5, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+CHOICES = {
+    "checkpointed": {},
+    "unrolled": {"adjoint": im.UnrolledAdjoint()},
+    "backsolve": {"solver": im.Dopri5(rtol=1e-9, atol=1e-11), "adjoint": im.BacksolveAdjoint()},
+    "implicit": {"solver": im.Kvaerno3(rtol=1e-6, atol=1e-8)},
+    "constant": {"solver": im.RK4(dt=0.05)},
+}
+
+
+def swing(t, y, rate):
+    """A damped oscillator whose rate, one a sample, is driven by time."""
+    x, v = y.unbind(-1)
+    rate, t = rate.reshape(x.shape), t.reshape(x.shape)
+    return torch.stack([v, -rate * x - 0.1 * v + torch.sin(t)], -1)
+
+
+def solved(t, y0, rate, **options):
+    return im.odeint(swing, y0, t, rate, batch_dims=1, in_dims=0, **options)
+
+
+def loss(value, counts):
+    """Of the times that were asked for alone, as a mask would leave them."""
+    return sum((WEIGHTS[:n, i] * value[:n, i]).sum() for i, n in enumerate(counts))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_samples_of_fewer_times_have_the_values_and_gradients_of_solves_alone(name):
+    options, counts = CHOICES[name], [len(s) for s in SERIES]
+    leaves = [x.clone().requires_grad_() for x in (PADDED, Y0, RATES)]
+    value = solved(*leaves, **options).value
+    found = torch.autograd.grad(loss(value, counts), leaves)
+    for i, (n, weights) in enumerate(zip(counts, WEIGHTS.unbind(1))):
+        alone = [x[i : i + 1].detach().clone().requires_grad_() for x in leaves]
+        one = solved(alone[0][:, :n], *alone[1:], **options).value
+        wanted = torch.autograd.grad((weights[:n] * one[:, 0]).sum(), alone)
+        torch.testing.assert_close(value[:n, i], one[:, 0], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(value[n:, i], one[-1:, 0].expand(5 - n, -1), rtol=1e-8, atol=1e-10)
+        near = {"rtol": 1e-4, "atol": 1e-6} if name == "backsolve" else {"rtol": 1e-8, "atol": 1e-9}
+        for gradient, alike in zip(found, wanted):
+            torch.testing.assert_close(gradient[i], alike[0], **near)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_as_one_graph(traced):
+    torch.testing.assert_close(solved(PADDED, Y0, RATES, compile=True).value, solved(PADDED, Y0, RATES).value)
+
+
+def test_what_is_repeated_has_the_derivative_of_the_last_time():
+    t = PADDED.clone().requires_grad_()
+    value = solved(t, Y0, RATES).value
+    (moved,) = torch.autograd.grad(value[-1, 2, 0], t)
+    torch.testing.assert_close(moved[2, 1], value[-1, 2, 1], rtol=1e-5, atol=1e-6)  # its slope there
+    assert torch.equal(moved[2, 2:], torch.zeros(3, dtype=torch.float64))
+
+
+def test_interpolate_and_the_end_of_each_sample():
+    sol = solved(PADDED, Y0, RATES)
+    torch.testing.assert_close(sol.t, PADDED[:, -1])
+    torch.testing.assert_close(sol.interpolate(PADDED), sol.value)
+
+
+def test_many_repetitions_of_a_last_time_in_float32():
+    t = torch.cat([torch.linspace(0, 1, 3), torch.ones(300)]).expand(2, -1).clone()
+    t[1] = torch.linspace(0, 1, 303)
+    value = im.odeint(lambda t, y: -y, torch.ones(2, 1), t, batch_dims=1).value
+    torch.testing.assert_close(value[:3, 0, 0], torch.exp(-t[0, :3]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value[3:, 0], value[2:3, 0].expand(300, 1))
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        ([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]], r"t\[1\] holds one time only, 3"),
+        ([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]], r"t\[0\] and t\[1\] of sample 1 are the same .* repeats its last"),
+        ([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0]], "t of sample 1 must increase throughout"),
+        ([[1.0, 1.0 + 1e-7, 1.0 + 1e-7], [0.0, 1.0, 2.0]], r"t\[0\] repeats its last time 1 times, but .*float32"),
+    ],
+)
+def test_what_is_no_series_is_refused(t, message):
+    with pytest.raises(ValueError, match=message):
+        im.odeint(lambda t, y: -y, torch.ones(2, 1), torch.tensor(t), batch_dims=1)
+
+
+def test_times_that_all_samples_share_are_not_repeated():
+    with pytest.raises(ValueError, match=r"t\[1\] and t\[2\] are the same"):
+        im.odeint(lambda t, y: -y, torch.ones(1, 1), torch.tensor([0.0, 1.0, 1.0]), batch_dims=1)
+
+
+def test_times_may_be_an_array():
+    t = np.linspace(0, 1, 3)
+    value = im.odeint(lambda t, y: -y, torch.ones(1), t).value
+    torch.testing.assert_close(value, im.odeint(lambda t, y: -y, torch.ones(1), tuple(t)).value)
