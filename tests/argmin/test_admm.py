@@ -7,6 +7,8 @@ import torch
 
 import implicitly as im
 from implicitly.argmin.programs import admm
+from implicitly.argmin.programs.polish import System
+from implicitly.argmin.programs.program import QuadraticProgram, equilibrate
 from tests.argmin.programs import D, program
 from tests.problems import seeded
 
@@ -21,6 +23,39 @@ def test_it_finds_what_the_interior_point_finds(m, q, finish):
     for name in ("value", "dual_inequality", "dual_equality", "slack"):
         torch.testing.assert_close(getattr(ours, name), getattr(other, name), rtol=1e-9, atol=1e-10)
     assert ours.residual.max() < 1e-10
+
+
+def test_who_finishes_begins_where_it_ended(monkeypatch):
+    def solve_from(self, system, near):
+        found.append((self.solve(system), plain(self, system, near), near))
+        return found[-1][1]
+
+    found, plain = [], im.InteriorPoint.solve_from
+    monkeypatch.setattr(im.InteriorPoint, "solve_from", solve_from)
+    Q, p, G, _, A, b = program(batch=256, n=20, m=40, q=0, shared=SHARED, seed=5)
+    h = torch.randn(256, 20, generator=seeded(5), dtype=D) @ G.mT + torch.rand(
+        256, 40, generator=seeded(6), dtype=D
+    )
+    args = (Q, p, G, h, A, b)
+    sol = im.qp(*args, solver=im.ADMM())
+    ((cold, warm, near),) = found
+    assert len(near.w) >= 10
+    assert warm.steps.sum() < 0.8 * cold.steps.sum()
+    torch.testing.assert_close(warm.w, cold.w, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sol.value, im.qp(*args).value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e300, 0.0])
+@pytest.mark.parametrize("condensed", [True, False])
+def test_a_start_from_elsewhere_may_be_anything(number, condensed):
+    system = System.of(*equilibrate(QuadraticProgram(*program(batch=4, n=6, m=8, q=2, seed=3, dtype=D))))
+    system = system if condensed else system.plain()
+    exact = im.InteriorPoint().solve(system)
+    near = system.origin()
+    near = near._replace(w=torch.full_like(near.w, number), slack=torch.full_like(near.slack, number))
+    found = im.InteriorPoint().solve_from(system, near)
+    assert (found.status == 0).all()
+    torch.testing.assert_close(found.w, exact.w, rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_are_those_of_the_interior_point():

@@ -147,8 +147,8 @@ def test_the_tolerance_can_be_chosen():
 
 @pytest.mark.parametrize(("n", "m"), [(20, 40), (20, 24)])
 def test_steps_go_on_where_the_active_set_cannot_be_told_yet(n, m, monkeypatch):
-    def near(self, system, embedded, start=None):
-        calls.append((embedded, start, plain(self, system, embedded, start)))
+    def near(self, system, embedded, start=None, begin=None):
+        calls.append((embedded, start, plain(self, system, embedded, start, begin)))
         return calls[-1][2]
 
     calls, plain = [], im.InteriorPoint._near

@@ -138,8 +138,7 @@ class Problem:
             assert call_of is not None
             return call_of(*moment, *args)
 
-        opening = open_function(at_once, args, layout.device)
-        opened, theta, captured = opening
+        opened, theta, captured = opening = open_function(at_once, args, layout.device)
         sample_dims = sample_dims_of(opening, args, layout, in_dims)
         start, checking = layout.pack(y0), loses(recording)
 
@@ -166,8 +165,7 @@ class Problem:
         if events:
             _check_events(events, opening, layout, known(), checking)
         key, check = opened.key(f, layout) if as_graph else None, Check(slope, checking)
-        calls = int(not later)
-        found = cls(opened, layout, start, k0, times, theta, sample_dims, check, calls, events, key)
+        found = cls(opened, layout, start, k0, times, theta, sample_dims, check, int(not later), events, key)
         return found if places is None else replace(found, places=places)
 
     @property

@@ -107,9 +107,8 @@ def odeint(
             that f is, is bound to or closes over. Within f, `torch.func` or autograd may differentiate by y.
         y0: the start: a tensor or a pytree of tensors.
         t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, an array, or
-            a tuple of numbers. `t[0]` is where y0 is. With `batch_dims=1` also `(B, T)`, where a series of fewer
-            times repeats its last one; outputs there are all the state at the first of these, which gets their
-            derivative.
+            numbers; y0 is at `t[0]`. With `batch_dims=1` also `(B, T)`: shorter series repeat their last time, of
+            which the first gets the derivatives.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
@@ -137,10 +136,9 @@ def odeint(
     events = events_of(event)
     check_choices(solver, adjoint, on_failure, events, compile)
     inside = captured() and _fits(solver, adjoint, t, bool(events) or compile)
-    recording = inside or adjoint.recording
     as_graph = compile and _ungraphed(solver, events) is None
-    stated = partial(Problem.of, f, y0, t, args, events=events, as_graph=as_graph)
-    problem = stated(batch_dims=batch_dims, in_dims=in_dims, recording=recording)
+    how = {"batch_dims": batch_dims, "in_dims": in_dims, "recording": inside or adjoint.recording}
+    problem = Problem.of(f, y0, t, args, **how, events=events, as_graph=as_graph)
     solver.check(problem)
     problem = solver.checked(problem)
     if inside:

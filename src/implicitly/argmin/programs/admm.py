@@ -121,7 +121,7 @@ class ADMM(ProgramSolver):
             state = state._replace(goal=torch.where(ready, NEXT_TRY * state.goal, state.goal)).take_rows(left)
             rows, splitting = rows[left], splitting.take_rows(left)
         if self.finish is not None and (result is None or len(rows)):
-            part = self.finish.solve(system.take_rows(rows))
+            part = self.finish.solve_from(system.take_rows(rows), splitting.point(state))
             result = part if result is None else result.with_rows(rows, part, system)
         return polish(system, splitting.point(state), tolerance) if result is None else result
 

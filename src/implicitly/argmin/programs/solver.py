@@ -51,3 +51,7 @@ class ProgramSolver(ABC):
         `start` is near the solution, if one is known. `compile`: as one graph of `torch.compile`; where none can
         be had, a `CompileWarning` says so.
         """
+
+    def solve_from(self, system: System, near: Point) -> Polished:
+        """As `solve`, from a point near the solution, though its active set is not that of the solution."""
+        return self.solve(system)
