@@ -21,7 +21,7 @@ LAYERS = (
     ("iterate",),
     ("linear", "descent"),
     ("implicit",),
-    ("linearised",),
+    ("linearised", "changing"),
     ("compiled",),
     ("problem",),
     ("linear_solve", "adjoints"),

@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import implicitly as im
 from implicitly import compiled
 from implicitly.host import LOOPS
+from implicitly.keys import exact
 
 # PyTorch's compiler imports and calls its own deprecated parts; nothing of ours is meant.
 pytestmark = [
@@ -147,6 +149,7 @@ def test_a_size_that_cannot_be_left_open_is_no_error_in_the_log(traced, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.slow
 def test_code_is_generated_for_a_size_that_is_open(monkeypatch):
     made = torch.compile
 
@@ -355,10 +358,14 @@ def test_another_module_in_the_same_function_has_a_graph_of_its_own(traced):
 
 @dataclass(frozen=True)
 class Setting:
-    number: float
+    number: float | tuple[float, ...]
 
     def __call__(self, z, x):
         return scaled(z, x, self.number)
+
+
+def steep(z, x, cell):
+    return cell.scale * z + x
 
 
 def of_setting(z, x, setting):
@@ -416,6 +423,50 @@ def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own(tr
         assert_right(scaled, x, power)
         assert_right(Setting(power), x)
         assert_right(of_setting, x, Setting(power))
+
+
+@pytest.mark.parametrize("hold", [lambda x: (x,), lambda x: frozenset({x}), lambda x: Setting(((x,),))])
+def test_what_holds_equal_numbers_that_are_not_the_same_is_told_apart(hold):
+    held = [exact(hold(number)) for number in (2, 2.0, 0.0, -0.0, 1, True)]
+    assert len(set(held)) == len(held)
+    assert exact(hold(2.0)) == held[1]
+
+
+def of_pair(z, x, pair):
+    return 0.3 * torch.tanh(z) + x + 2 * pair.first - pair.second
+
+
+def test_args_of_another_class_of_the_same_name_have_a_graph_of_their_own(traced):
+    x, one, two = torch.randn(3, 4), torch.ones(3, 4), torch.full((3, 4), 2.0)
+    for names in ("first second", "second first"):
+        assert_right(of_pair, x, namedtuple("Pair", names)(one, two))
+
+
+def test_a_backward_solve_that_once_had_no_solution_is_not_taken_to_have_none_ever_after(traced):
+    cell, adjoint, x = Cell(), im.ImplicitAdjoint(im.Neumann()), torch.randn(3, 4, requires_grad=True)
+    solver = im.FixedPointIteration(damping=0.3)
+
+    def gradient(compile):
+        how = {"solver": solver, "adjoint": adjoint, "on_failure": "ignore", "compile": compile}
+        value = im.fixed_point(steep, torch.zeros_like(x), x, cell, **how).value
+        return torch.autograd.grad(value.sum(), x)[0]
+
+    cell.scale = -3.0  # at which the series of Neumann diverges
+    assert_close(gradient(True), torch.zeros_like(x))
+    cell.scale = 0.5
+    with pytest.warns(im.CompileWarning, match="backward.*what f computes changes"):
+        assert_close(gradient(True), gradient(False))
+    assert gradient(True).amin() > 1
+
+
+def test_starts_and_cotangents_of_other_strides_have_the_same_graphs(traced):
+    x, other = torch.randn(3, 4, requires_grad=True), torch.randn(4, 3).T
+    ways = (other, other.contiguous(), torch.ones(1, 1).expand(3, 4))
+    for way in ways:
+        graph, eager = (im.fixed_point(scaled, way, x, 2, solver=PICARD, compile=c).value for c in (True, False))
+        assert_close(graph, eager, rtol=1e-4, atol=1e-4)
+        assert_close(*(torch.autograd.grad(value, x, way) for value in (graph, eager)), rtol=1e-4, atol=1e-4)
+    assert [kept.calls for kept in im.compile_statistics()] == [len(ways)] * 2
 
 
 def test_closures_of_the_same_code_and_functions_made_after_others_died(traced):

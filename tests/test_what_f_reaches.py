@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -96,6 +97,41 @@ def test_a_tensor_that_is_seen_is_named():
     with pytest.raises(ValueError, match=r"'w' of shape \(4,\)") as caught:
         im.fixed_point(lambda z, x: 0.1 * sum(w * y for y in (z,)) + x, torch.zeros_like(X), X)
     assert "globals" not in str(caught.value)
+
+
+def test_a_plain_attribute_of_a_module_is_named():
+    net = nn.Linear(4, 4).double()
+    net.shift = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"'Linear.shift' of shape \(4,\)"):
+        im.fixed_point(lambda z, x: 0.1 * net(z) + net.shift + x, torch.zeros_like(X), X)
+
+
+@pytest.mark.parametrize("w", ["a leaf", "a product"])
+def test_a_tensor_that_f_only_reaches_later_is_refused_then(w):
+    leaf = torch.full((4,), 0.1, dtype=torch.float64, requires_grad=True)
+    w = leaf if w == "a leaf" else 2 * leaf
+    cell = lambda z, x: 0.1 * z + x if z.abs().max() < 0.5 else w * z + x  # noqa: E731
+    field = lambda t, y, x: x if t < 0.5 else w * y + x  # noqa: E731
+    for solve in (
+        lambda x: im.fixed_point(cell, torch.zeros_like(x), x).value,
+        lambda x: im.odeint(field, torch.zeros_like(x), (0.0, 1.0), x).value,
+    ):
+        for x in (X, X.clone().requires_grad_()):
+            with pytest.raises(ValueError, match=r"f uses 'w' of shape \(4,\).*Pass it in args"):
+                solve(x)
+        with torch.no_grad():
+            solve(X)
+
+
+def test_what_f_reaches_but_never_uses_changes_nothing():
+    w, x = torch.ones(4, dtype=torch.float64, requires_grad=True), X.clone().requires_grad_()
+    unused = lambda z, x: 0.1 * z + x if x.numel() else w * z + x  # noqa: E731
+    value = im.fixed_point(unused, torch.zeros_like(x), x).value
+    torch.testing.assert_close(value, x / 0.9)
+    torch.testing.assert_close(*torch.autograd.grad(value.sum(), x), torch.full_like(x, 1 / 0.9))
+    y = im.odeint(lambda t, y, x: -y if t >= 0 else w * y, x, (0.0, 1.0), x).value[-1]
+    torch.testing.assert_close(y, x * math.exp(-1), rtol=1e-5, atol=1e-6)
+    assert y.requires_grad
 
 
 def test_the_derivative_is_of_the_module_as_it_was():

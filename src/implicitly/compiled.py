@@ -566,7 +566,8 @@ class _Solves:
             return search(solver, bare, z0, theta, r0)
 
         key = (own.name, self.key, solver)
-        found = run_as_graph(name, key, solve, z0, r0, *theta, varies=True, in_c=not solver.nests)
+        start = z0.contiguous(), r0.contiguous()  # a loop is to keep their strides
+        found = run_as_graph(name, key, solve, *start, *theta, varies=True, in_c=not solver.nests)
         self.eager = found is None
         return search(solver, own, z0, theta, r0) if found is None else Found(*found)
 
@@ -575,14 +576,28 @@ class _Solves:
     ) -> Found:
         """As `implicit.search`, for the linear `condition` that reverse mode solves, with `theta` (b, z, ...)."""
         found, name = None, f"{condition.name} with {type(solver).__name__}"
+        eager = partial(search, solver, condition, u0, theta, b)
+        told: list[Found] = []  # by the eager loop, of the last graph whose samples ended without a solution
+
+        def is_right(found: tuple[Any, ...]) -> bool:
+            told.clear()
+            if not is_as_claimed(solver, condition, theta, found):
+                return False
+            usable = is_usable(found[1])
+            if bool(usable.all()):
+                return True
+            # No product tells whether the system has none, or the graph is that of another one.
+            told.append(eager())
+            return torch.equal(usable, is_usable(told[0].status))
+
         small = not is_cpu(b) or b.nbytes <= LARGE
         if small and not self.eager:
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, theta[1:]))
-            right = partial(is_as_claimed, solver, condition, theta)
             key = (self.own.name, self.key, solver, "pullback")
-            found = run_as_graph(name, key, make, *theta, varies=True, in_c=not solver.nests, is_right=right)
-        if found is None:
-            return search(solver, condition, u0, theta, b)
+            tensors = (b.contiguous(), *theta[1:])  # a loop is to keep its strides
+            found = run_as_graph(name, key, make, *tensors, varies=True, in_c=not solver.nests, is_right=is_right)
+        if told or found is None:
+            return told[0] if told else eager()
         found = Found(*found)
         return found._replace(evaluations=found.evaluations + 1)  # with that of `is_as_claimed`
 

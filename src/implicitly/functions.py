@@ -25,6 +25,7 @@ from implicitly.transforms import (
     is_tracked,
     is_wrapped,
     levels,
+    records,
     under_transform,
     version,
 )
@@ -70,6 +71,7 @@ class Opened:
     args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
     normal: Normal | None = None  # where f reaches tensors that were made in inference mode
     slots: tuple[_Slot, ...] = ()  # of all the parts
+    suspects: tuple[tuple[str, Tensor], ...] = ()  # what f reaches whose gradient would be lost, if it is used
 
     def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
         """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
@@ -102,7 +104,8 @@ class Opened:
         # Of the batch only the size varies, which the tensors' shapes tell.
         of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
         try:
-            args = (str(self.args_spec), static)
+            # Equal structures may have keys 1 and True, and written ones may be of two classes of one name.
+            args = (self.args_spec, str(self.args_spec), static)
             return Key(exact(f), of_layout, *args, self.modules, self.places, hooks, self.autocast)
         except TypeError as error:
             raise TypeError(
@@ -125,7 +128,7 @@ class Opened:
         def call(state: Any) -> Any:
             caches = parametrize._cache_enabled
             usual = self.autocast is None and default is None and self.normal is None
-            if usual and not (caches or casts(self.device_type)):
+            if usual and not (caches or casts(self.device_type) or self.suspects):
                 return self._call(own, exchanged, state, args)
             # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
             # called from; an accelerator's is a thread of autograd's own, which has no default device.
@@ -135,9 +138,26 @@ class Opened:
                 self.normal or nullcontext(),
                 _uncached() if caches else nullcontext(),
             ):
+                if self.suspects and not (torch.is_grad_enabled() or under_transform()):
+                    return self._watched(own, exchanged, state, args)
                 return self._call(own, exchanged, state, args)
 
         return call
+
+    def _watched(self, own: bool, exchanged: dict[str, Tensor], state: Any, args: tuple[Any, ...]) -> Any:
+        """`_call` where nothing is recorded; raises ValueError where f uses a suspect, as it may only later on."""
+        with torch.enable_grad():
+            value = self._call(own, exchanged, state, args)
+        nodes = set().union(*(_graph_of(x) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)))
+        variables = [x for node in nodes if (x := getattr(node, "variable", None)) is not None]
+        used = [
+            f"'{name}' of shape {tuple(x.shape)}"
+            for name, x in self.suspects
+            if x.grad_fn in nodes or any(x is v for v in variables)
+        ]
+        if used:
+            _refuse(used)
+        return pytree.tree_map_only(Tensor, torch.detach, value)
 
     def _traced(self, theta: tuple[Tensor, ...], state: Any) -> Any:
         # In the loop that calls: where W.T is asked for inside of it, the tracer looks for W there.
@@ -255,6 +275,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         if x is not None
     )
     constants += [(name, x, version(x)) for name, x in captured if not is_tracked(x)]
+    suspects = tuple((name, x) for name, x in captured if is_tracked(x) and not is_wrapped(x)) if records() else ()
     opened = Opened(
         f,
         parameters,
@@ -270,6 +291,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         args_are_leaves,
         normal_if_needed(parts, reached),
         slots,
+        suspects,
     )
     return Opening(opened, (*tensors, *parameters), tuple(captured))
 
@@ -321,25 +343,31 @@ def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
     return _Host(modules)
 
 
-def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[tuple[str, Tensor], ...]) -> None:
+def refuse_captured(opening: Opening, outputs: Tensor, known: tuple[Tensor, ...], inputs: int = 1) -> None:
     """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
 
     `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
-    tensor that f reached by itself. An f that takes derivatives may have made the first of them, its state, a
-    tracked one.
+    tensor that f reached by itself. An f that takes derivatives may have made the first `inputs` of them, its
+    state or time, tracked ones.
     """
-    leaves = [] if is_wrapped(outputs) else _leaves(outputs)
-    own = bool(leaves) and all(_share_memory(x, known[0]) for x in leaves)
+    nodes = [] if is_wrapped(outputs) else _graph_of(outputs)
+    leaves = [x for node in nodes if (x := getattr(node, "variable", None)) is not None]
+    own = bool(leaves) and all(any(_share_memory(x, k) for k in known[:inputs]) for x in leaves)
     tracked = (outputs.requires_grad and not own) or has_tangent(outputs)
     if not tracked and levels(outputs) <= set().union(*map(levels, known)):
         return
-    named, unseen = [f"'{name}' of shape {tuple(t.shape)}" for name, t in captured if is_tracked(t)], ""
+    named = [f"'{name}' of shape {tuple(t.shape)}" for name, t in opening.captured if is_tracked(t)]
+    unseen = ""
     if not named:
-        named = [f"a tensor of shape {tuple(x.shape)}" for x in leaves] or ["a tensor"]
+        named = [_described(x, opening.opened.parts) for x in leaves] or ["a tensor"]
         unseen = (
             " (of f's globals only modules, tensors and functions are looked at, not lists or other objects that "
             "hold them)"
         )
+    _refuse(named, unseen)
+
+
+def _refuse(named: list[str], unseen: str = "") -> None:
     raise ValueError(
         f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
         "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
@@ -347,18 +375,23 @@ def refuse_captured(outputs: Tensor, known: tuple[Tensor, ...], captured: tuple[
     )
 
 
-def _leaves(x: Tensor) -> list[Tensor]:
-    """The leaves of the autograd graph behind `x`."""
-    found, seen, stack = [], set(), [x.grad_fn]
+def _described(x: Tensor, parts: tuple[nn.Module, ...]) -> str:
+    """A tensor that a module may hold as a plain attribute."""
+    names = (f"'{type(m).__name__}.{name}'" for m in parts for name, value in vars(m).items() if value is x)
+    return f"{next(names, 'a tensor')} of shape {tuple(x.shape)}"
+
+
+def _graph_of(x: Tensor) -> set[Any]:
+    """The nodes of the autograd graph behind `x`."""
+    seen: set[Any] = set()
+    stack = [x.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.append(variable)
         stack += [parent for parent, _ in node.next_functions]
-    return found
+    return seen
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

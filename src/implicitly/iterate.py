@@ -96,8 +96,8 @@ class Solver(ABC):
 
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
-            0.04 in bfloat16), or of autocast's where that is on. `rtol=0` asks for exactly `max_steps` steps and
-            no test of convergence.
+            0.04 in bfloat16), or of autocast's where that is on. `rtol=0` without `atol` asks for exactly
+            `max_steps` steps and no test of convergence.
         atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems. Where
             states or residuals are in units so small that this is not nothing, pass `atol=0`, or scale them.
         max_steps: steps after which a sample ends as `Status.MAX_STEPS`.

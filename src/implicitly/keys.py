@@ -12,9 +12,12 @@ hooks_of = operator.attrgetter("_forward_pre_hooks", "_forward_hooks", "_backwar
 
 def exact(x: Any) -> Hashable:
     """What tells `x` also from what is equal to it but does not compute the same: 2, 2.0 and True, and zeros of
-    other signs; by itself, or in dataclasses."""
+    other signs; by itself, or in dataclasses, tuples and frozensets."""
     if isinstance(x, float | complex):
         return type(x), x, repr(x)
+    if isinstance(x, tuple | frozenset):
+        parts = map(exact, x)
+        return type(x), x, frozenset(parts) if isinstance(x, frozenset) else tuple(parts)
     if not is_dataclass(x) or type(x).__eq__ is object.__eq__:
         return type(x), x
     compared = (f for f in fields(x) if (f.compare if f.hash is None else f.hash))

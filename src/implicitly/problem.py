@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.changing import told_of_draws
 from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
 from implicitly.implicit import Condition, Map, Report
 from implicitly.inference import copied
@@ -92,11 +93,14 @@ class Problem:
         start = start if recording else start.detach()
         theta = tuple(t.detach() for t in theta) if checking else theta
         # Where that is checked nothing requires a gradient, so neither may the result.
-        with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
+        with (
+            torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
+            told_of_draws(opening.opened.f, () if recording else opening.opened.parts, layout.device),
+        ):
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
-            refuse_captured(r0, (probe, *theta), opening.captured)
+            refuse_captured(opening, r0, (probe, *theta))
         return cls(opening.opened, layout, bind, start, r0, opening.theta, sample_dims)
 
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:

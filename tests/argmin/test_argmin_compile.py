@@ -24,6 +24,14 @@ def root(z, x):
     return z + 0.3 * torch.tanh(3 * z.roll(1, 1)) - x
 
 
+def steep(z, x):
+    return 10 * (z - x).square().sum(1)
+
+
+def below_one(z, x):
+    return z.clamp(max=1)
+
+
 CASES = {
     "LBFGS": lambda *given, **how: im.argmin(objective, *given, **how),
     "Newton": lambda *given, **how: im.argmin(objective, *given, solver=im.Newton(), **how),
@@ -66,6 +74,20 @@ def test_takes_the_steps_of_the_eager_loop(traced, name):
     assert any("backward" not in graph.name and graph.calls for graph in traced.values())
 
 
+def test_what_LBFGS_remembers_of_one_sample_keeps_its_strides(traced):
+    x = torch.randn(1, 4, dtype=D)
+    graph, eager = (im.argmin(steep, 0 * x, x, solver=im.LBFGS(history=2), compile=c) for c in (True, False))
+    torch.testing.assert_close(graph.value, eager.value)
+
+
+@pytest.mark.slow
+def test_a_start_of_other_strides_is_one_of_loops_in_loops_too(traced):
+    x = torch.randn(4, 3, dtype=D).T
+    graph, eager = (CASES["NewtonKrylov"](0 * x, x, compile=c) for c in (True, False))
+    torch.testing.assert_close(graph.value, eager.value)
+
+
+@pytest.mark.slow
 def test_code_of_loops_in_loops_is_right():
     # With C++ around it, the graph of PyTorch 2.13 was wrong wherever a line search took its first length.
     x = 3 * torch.randn(6, 4, dtype=D)
@@ -75,3 +97,16 @@ def test_code_of_loops_in_loops_is_right():
     (kept,) = (graph for graph in im.compile_statistics() if graph.name == "root with Newton")
     assert kept.fallback is None
     assert kept.calls == 1
+
+
+def test_another_step_of_a_projection_is_another_graph(traced):
+    x = torch.full((3, 2), 0.5, dtype=D)
+    solver = im.FixedPointIteration(max_steps=60)
+    for step in (1.0, 0.04):  # the curvature is 20, so that the first one leads nowhere
+        constraint = im.Projection(below_one, step=step)
+        graph, eager = (
+            im.argmin(steep, 0 * x, x, constraint=constraint, solver=solver, on_failure="ignore", compile=c)
+            for c in (True, False)
+        )
+        torch.testing.assert_close((graph.value, graph.status), (eager.value, eager.status))
+    assert bool((graph.status == im.Status.CONVERGED).all())

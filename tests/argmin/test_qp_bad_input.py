@@ -236,3 +236,11 @@ def test_a_start_of_an_empty_batch():
 def test_steps_that_run_out():
     with pytest.raises(im.SolverError, match=r"MAX_STEPS.*max_steps"):
         im.qp(*program(m=8, seed=3), solver=im.InteriorPoint(max_steps=1))
+
+
+@pytest.mark.parametrize("name", ["G", "A"])
+def test_an_empty_vector_in_place_of_a_matrix_is_refused_with_the_remedy(name):
+    Q, p, none = torch.eye(3), torch.ones(3), torch.Tensor()
+    args = (none, none) if name == "G" else (torch.eye(3), torch.ones(3), none, none)
+    with pytest.raises(ValueError, match=f"{name} is an empty vector, not a matrix: leave {name} .* pass None"):
+        im.qp(Q, p, *args)

@@ -92,6 +92,7 @@ def test_a_setting_of_f_that_changed_makes_another_graph(traced, x):
     assert (graph.calls, graph.fallback) == (2, None)
 
 
+@pytest.mark.slow
 def test_settings_that_change_from_solve_to_solve_are_told_of(traced, x):
     cell = Cell()
     assert_same(cell, x)

@@ -117,7 +117,10 @@ def test_the_second_derivative_refuses_changes_too():
 
 @pytest.mark.parametrize(
     ("name", "train"),
-    [*((name, train) for name in EAGER[1:] for train in (True, False)), ("compiled", True)],
+    [
+        *((name, train) for name in EAGER[1:] for train in (True, False)),
+        pytest.param("compiled", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_derivative_is_that_of_the_mode_of_the_solve(name, train, request):
     if name == "compiled":

@@ -53,6 +53,7 @@ def test_a_layer_is_one_graph_with_the_eager_answers(traced, solver):
     check_a_layer(solver)
 
 
+@pytest.mark.slow
 def test_code_is_generated_for_a_layer():
     check_a_layer(im.Broyden(rtol=1e-4))
 

@@ -263,7 +263,7 @@ def test_nothing_of_a_transform_leaks(transform):
     else:
         vmap(grad(loss))(torch.randn(2, 3, 4))
     assert_plain(layer.solution)
-    assert_plain(im.iterate.Solution(layer.warm_start.value, *(torch.zeros(1),) * 3, 0))
+    assert_plain(im.Solution(layer.warm_start.value, *(torch.zeros(1),) * 3, 0))
     if layer.backward_solution is not None:
         assert_plain(layer.backward_solution)
     assert_close(layer(x.detach()), im.nn.DEQ(layer.cell)(x.detach()), atol=1e-4, rtol=1e-4)

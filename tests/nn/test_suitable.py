@@ -115,3 +115,35 @@ def test_a_cell_that_is_not_written_in_python_has_no_signature_to_look_at():
 def test_what_is_no_solver_is_refused_at_construction(solver):
     with pytest.raises(TypeError, match=r"DEQ: solver must be a solver such as im\.Anderson\(\), got"):
         im.nn.DEQ(Around(nn.Tanh()), solver=solver)
+
+
+def equilibrium(f, **how):
+    return im.fixed_point(lambda z, x: 0.1 * f(z) + x, torch.zeros(3, 4), torch.ones(3, 4), **how)
+
+
+def trajectory(f, **how):
+    return im.odeint(lambda t, y: f(y), torch.ones(3, 4), (0.0, 0.1), **how)
+
+
+@pytest.mark.parametrize(
+    ("solve", "few"),
+    [
+        (equilibrium, {"solver": im.FixedPointIteration(rtol=0, max_steps=3)}),
+        (trajectory, {"solver": im.RK4(dt=0.05)}),
+    ],
+)
+@pytest.mark.parametrize("drop", [nn.Dropout(0.2), im.nn.Dropout(0.2)], ids=["torch", "ours"])
+def test_dropout_in_a_bare_solve_is_told_of(solve, few, drop):
+    f = nn.Sequential(nn.Linear(4, 4), drop)
+    with pytest.warns(im.nn.PerCallWarning, match=r"f draws random numbers \(Dropout\).*UnrolledAdjoint") as seen:
+        solve(f, **few)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(f, **few, adjoint=im.UnrolledAdjoint())  # whose derivative is of what was drawn
+        solve(f.eval(), **few)
+        solve(nn.Sequential(nn.Linear(4, 4), type(drop)(0.0)), **few)
+        layer = im.nn.NeuralODE(im.nn.Autonomous(f.train()), (0.0, 0.1), im.RK4(dt=0.05))
+        if type(drop) is im.nn.Dropout:
+            layer(torch.ones(3, 4))
+        solve(lambda y: f[0](y), **few)  # what it does not call, it may reach

@@ -339,3 +339,22 @@ def test_a_rejected_step_into_nan_leaves_the_gradient_exact(adjoint):
     # sqrt(y) = 1 - r t / 2, so dy/dy0 = 1 - r t / 2.
     (gradient,) = torch.autograd.grad(solution.value[-1].sum(), y0)
     torch.testing.assert_close(gradient, 1 - rate * 1.9 / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"event": im.Event(lambda t, y: y.sum() - 1.5)}, {"solver": im.RK4(dt=0.3, tstops=(0.5,))}],
+    ids=["event", "tstops"],
+)
+def test_parameters_of_an_unrolled_solve_may_want_gradients_under_transforms(options):
+    linear = nn.Linear(2, 2).double()
+    y0 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def loss(y0, adjoint):
+        f = lambda t, y: -y + 0.1 * linear(y)  # noqa: E731
+        return im.odeint(f, y0, (0.0, 1.0), adjoint=adjoint, **options).value[-1].square().sum()
+
+    wanted = func.grad(loss)(y0, im.RecursiveCheckpointAdjoint())
+    torch.testing.assert_close(func.grad(loss)(y0, im.UnrolledAdjoint()), wanted, rtol=1e-8, atol=1e-10)
+    _, pushed = func.jvp(lambda y: loss(y, im.UnrolledAdjoint()), (y0,), (torch.ones_like(y0),))
+    torch.testing.assert_close(pushed, wanted.sum(), rtol=1e-8, atol=1e-10)

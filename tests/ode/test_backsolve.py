@@ -217,6 +217,20 @@ def test_the_accuracy_is_that_of_the_backward_solver_whatever_the_scale_of_the_l
     torch.testing.assert_close(gradient(TIGHT, loose, 2.0**-30), gradient(TIGHT, loose), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+@pytest.mark.parametrize("solver", [im.Kvaerno3(rtol=1e-7, atol=1e-9), im.Dopri5(rtol=1e-8, atol=1e-10)])
+def test_an_odd_number_of_gradients_beside_complex_states(shape, solver):
+    """Where those take part in the control of the error, they lie beside the states in one row."""
+    y0 = torch.tensor([0.5 + 1.0j, -1.0 + 0.2j], dtype=torch.complex128).reshape(shape).requires_grad_()
+    rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    options = {"solver": solver, "adjoint": im.BacksolveAdjoint(seminorm=False), "batch_dims": len(shape) - 1}
+    end = im.odeint(lambda t, y, rate: (0.3j - rate) * y, y0, (0.0, 1.0), rate, **options).value[-1]
+    found = torch.autograd.grad(end.real.sum(), (y0, rate))
+    wanted = torch.autograd.grad((y0 * torch.exp(0.3j - rate)).real.sum(), (y0, rate))
+    for gradient, exact in zip(found, wanted):
+        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_tolerances_may_be_tensors_and_the_norm_any():
     given = (Y0.clone().requires_grad_(), W.clone().requires_grad_())
     atol = torch.tensor([1e-10, 1e-11, 1e-12], dtype=D)

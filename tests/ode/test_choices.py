@@ -25,7 +25,7 @@ def test_what_is_no_adjoint(adjoint):
         ({"dt_min": None}, TypeError, "dt_min must be a number, got a NoneType"),
         ({"controller": 3}, TypeError, "controller must be an im.Controller"),
         ({"controller": im.Controller}, TypeError, "controller must be an im.Controller"),
-        ({"tstops": 0.5}, TypeError, "tstops must be a tuple of times, got 0.5"),
+        ({"tstops": 0.5}, TypeError, "tstops must be a tuple of numbers, got a float"),
         ({"tstops": ("a",)}, ValueError, "tstops must hold finite numbers"),
         ({"rtol": "a"}, TypeError, "rtol must be a number or a tensor, got 'a'"),
         ({"atol": True}, TypeError, "atol must be a number or a tensor, got True"),

@@ -159,6 +159,7 @@ def driven(t, y, w):
     return y**2 + w * torch.cos(w * t)
 
 
+@pytest.mark.slow
 def test_ends_of_samples_are_those_of_the_eager_loop_and_what_failed_has_no_derivatives(traced, monkeypatch):
     monkeypatch.setattr(graph, "CHUNK", 512)  # in one run
     # The third blows up, the fourth takes a great many steps.
@@ -452,6 +453,7 @@ def test_calls_of_an_implicit_backward_pass_are_counted_with_those_of_its_iterat
     assert steps * 4 + 1 <= sum(told) <= steps * (3 + method.stage_steps) + 1
 
 
+@pytest.mark.slow
 def test_a_layer_counts_the_calls_of_a_backward_pass_that_is_a_graph(traced):
     told = []
     layer = im.nn.NeuralODE(

@@ -69,6 +69,7 @@ def test_samples_that_failed_have_no_part_in_it(traced):
     assert names(traced) == ["odeint", "the"]
 
 
+@pytest.mark.slow
 def test_an_unstable_way_back_is_told_of_and_checkpointed(traced):
     y0, w, t = torch.ones(1, 1, dtype=D), torch.tensor(30.0, dtype=D), torch.tensor([0.0, 2.0], dtype=D)
     with pytest.warns(im.ConvergenceWarning, match="BacksolveAdjoint stopped"):

@@ -265,6 +265,23 @@ def test_samples_have_steps_of_their_own(in_dims):
     assert torch.equal(whole.interpolate(each)[2, 1], whole.interpolate(each[1, 2:3])[0, 1])
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS[:2], ids=lambda a: type(a).__name__)
+def test_samples_of_fewer_steps_know_the_slope_where_a_lag_ends(adjoint):
+    """The last stage of a step asks for the past right at the end of an earlier stretch."""
+    rate = torch.tensor([[1.0], [8.0]], dtype=torch.float64)
+    lags = torch.tensor([0.3, 1.1], dtype=torch.float64, requires_grad=True)
+    history = torch.tensor([[0.2], [1.0]], dtype=torch.float64)
+    f = lambda t, y, d, rate: d[0].tanh() + rate * (d[1].sin() - y)  # noqa: E731
+    options = {"lags": lags, "solver": im.Dopri5(rtol=1e-7, atol=1e-9), "adjoint": adjoint, "batch_dims": 1}
+    whole = im.ddeint(f, history, (0.0, 2.0), rate, in_dims=0, **options)
+    assert whole.steps[0] != whole.steps[1]
+    for i in range(2):
+        alone = im.ddeint(f, history[i : i + 1], (0.0, 2.0), rate[i : i + 1], in_dims=0, **options)
+        (found,) = torch.autograd.grad(whole.value[1, i].sum(), lags, retain_graph=True)
+        (wanted,) = torch.autograd.grad(alone.value[1].sum(), lags)
+        assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+
+
 def test_a_history_that_moves_in_a_batch():
     phase = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     sol = im.ddeint(

@@ -738,3 +738,21 @@ def test_a_slope_that_is_infinite_at_the_start_ends_in_a_status_however_short_th
     y0, t = torch.ones(1, 3, dtype=torch.float64), (0.0, length)
     solution = im.odeint(lambda t, y: y / 0, y0, t, batch_dims=batch_dims, on_failure="ignore")
     assert solution.status.flatten().tolist() == [im.Status.NON_FINITE]
+
+
+def test_f_may_make_its_time_a_tracked_one():
+    def f(t, y):
+        with torch.enable_grad():
+            t.requires_grad_(True)
+            (slope,) = torch.autograd.grad(t**3, t)
+        return slope.detach() + 0 * y
+
+    for adjoint in (im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint(), im.UnrolledAdjoint()):
+        y0 = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        value = im.odeint(f, y0, (0.0, 2.0), adjoint=adjoint).value[-1]
+        torch.testing.assert_close(value, torch.full_like(value, 8.0))
+        torch.testing.assert_close(*torch.autograd.grad(value.sum(), y0), torch.ones_like(y0))
+
+
+def test_a_trajectory_is_written_without_the_function_it_holds():
+    assert "interpolate" not in repr(im.odeint(decay, Y, (0.0, 1.0)))

@@ -103,6 +103,7 @@ def test_known_rates_are_found_again_within_their_errors(fitted):
     assert 0.87 < squares < 16.81  # all but 1 % of a chi-square variable of 6 degrees on either side
 
 
+@pytest.mark.slow
 def test_the_guess_does_not_decide(simulated):
     guesses = (CONFIG.guess, (0.2, 0.01, 2.0, 0.05))
     one, other = (fit_rates(simulated[:8], Config(guess=guess, rtol=1e-4)).theta for guess in guesses)

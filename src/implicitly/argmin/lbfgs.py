@@ -60,8 +60,9 @@ class LBFGS(Solver):
         """S and Y `(B, m, n)`, T and Y Y' `(B, m, m)`, D `(B, m)`, g `(B, 1)`, the objective and its `bottom`."""
         slots = min(self.history, self.max_steps)
         T = z.new_zeros(z.shape[0], slots, slots)
+        D = z.new_zeros(z.shape[0], slots)  # a copy of T[:, 0] would have the strides of T where B is 1
         value, _ = F.evaluate(z)
-        return *empty_slots(z, slots), T, T.clone(), T[:, 0].clone(), inverse_norm(r), value, bottom(value, z, r)
+        return *empty_slots(z, slots), T, T.clone(), D, inverse_norm(r), value, bottom(value, z, r)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
         """The point that the line search finds along H r."""

@@ -20,6 +20,7 @@ from implicitly.compiled import as_graphs
 from implicitly.graph_break import one_break
 from implicitly.implicit import LINEAR_REMEDY, REMEDY, explain
 from implicitly.iterate import Found, Solver
+from implicitly.keys import exact
 from implicitly.solution import Solution, Status
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
@@ -54,8 +55,8 @@ def argmin(
             twice differentiable near the answer. A module, a method or a function, as in `fixed_point`.
         z0: where to start: a tensor or a pytree of tensors `(B, ...)` of one floating (or complex) dtype.
         args: what else the objective and the constraint take.
-        constraint: a projection `P(z, *args)` that gives the nearest feasible z, or `Projection(P, step)`;
-            `Equality(h)` for h(z, *args) = 0; None: every z is feasible.
+        constraint: a projection `P(z, *args)` to the nearest feasible z, or `Projection(P, step)` (a bare
+            `im.project.simplex` gets args, too: for its radius); `Equality(h)` for h(z, *args) = 0; None: any z.
         solver: without a constraint `LBFGS`, `GradientDescent`, `Newton` or `NewtonKrylov`; with a projection
             `ProjectedGradient()` (the default there), or any solver of fixed points; with equations `NewtonKKT()`
             (the default there), or any solver of roots. `NewtonKrylov` may find saddles: prefer `LBFGS`.
@@ -155,7 +156,8 @@ def _minimum(
     rounding, solver = (rounding, replace(solver, atol=0.0)) if solver.atol is None else (0.0, solver)
     condition = form.condition(problem, on_failure, convex, rounding, rtol)
     condition = replace(condition, report=replace(condition.report, message=partial(_explained, form)))
-    condition = as_graphs(condition, (problem.key, rounding)) if compile else condition
+    # With what the form has besides functions, such as the step of a projection.
+    condition = as_graphs(condition, (problem.key, rounding, exact(form))) if compile else condition
     found = how.find(solver, condition, problem)
     return form.solution(problem, found, form.attach(how, found, condition, problem))
 

@@ -56,8 +56,8 @@ def fixed_point(
             No gradient flows to it, since the solution does not depend on it.
         args: what else f takes: tensors, pytrees of them, or anything else.
         solver: `FixedPointIteration`, `Anderson`, `Broyden`, `Newton` or `NewtonKrylov`, with its tolerances: of
-            all solvers `rtol` (None: eps^(2/3) of the dtype, 2e-5 in float32; 0: exactly `max_steps` steps and no
-            test of convergence), `atol` and `max_steps`.
+            all solvers `rtol`, relative to |z| of a sample (None: eps^(2/3) of the dtype, 2e-5 in float32; 0
+            without `atol`: exactly `max_steps` steps, no test of convergence), `atol` and `max_steps`.
         adjoint: `ImplicitAdjoint`, `PhantomAdjoint`, `JacobianFreeAdjoint` or `UnrolledAdjoint`.
         batch_dims: 1: dimension 0 holds independent samples, each with its own convergence. 0: the whole state
             is one system.

@@ -1,5 +1,6 @@
 """Implicit layers as `torch.nn.Module`. They add parameters and nothing else."""
 
+from implicitly.changing import PerCallWarning
 from implicitly.nn.convex_layer import ConvexLayer
 from implicitly.nn.deq import DEQ
 from implicitly.nn.neural_ode import NeuralODE, SmoothnessWarning
@@ -7,7 +8,6 @@ from implicitly.nn.ode_regularisers import Divergence, JacobianFrobenius, Kineti
 from implicitly.nn.per_solve import BatchNorm, Dropout, PerSolve, SpectralNorm, WeightNorm
 from implicitly.nn.physics import HamiltonianField, LagrangianField
 from implicitly.nn.regularise import jacobian_norm, spectral_radius
-from implicitly.nn.suitable import PerCallWarning
 from implicitly.nn.taylor_penalty import TaylorPenalty
 from implicitly.nn.theorems import as_deq, compose
 from implicitly.nn.vector_fields import Autonomous, ConcatTime, GatedTime, TimeSequential

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint
+from implicitly.changing import any_drops_out
 from implicitly.fixed_point.adjoints import PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point, is_traceable
@@ -180,7 +181,7 @@ class DEQ(nn.Module):
         tensors, dims = held
         of_samples = _of_samples(x, z0) if self.batch_dims else None
         f, args, in_dims = self.cell, (x,), (of_samples,)
-        if tensors:
+        if tensors or any_drops_out(self.cell.modules()):  # which has been told of
             f, args, in_dims = _Held(self.cell), (x, tensors), (of_samples, dims)
         return fixed_point(
             f,
@@ -262,6 +263,8 @@ class _Held:
     """The cell as a function of what it holds through a solve."""
 
     cell: nn.Module
+
+    looked_at: ClassVar[bool] = True  # by `warn_of_changing`
 
     def __call__(self, z: Any, x: Any, held: dict[str, Tensor]) -> Any:
         # Each name is of one module: nothing is tied, and torch would leave behind what it exchanged for a module

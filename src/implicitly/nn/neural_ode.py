@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -306,6 +306,8 @@ class _Field:
     f: nn.Module
     regularisers: tuple[Regulariser, ...]
     calls: _Calls = field(compare=False)  # a graph made for one forward pass serves the next
+
+    looked_at: ClassVar[bool] = True  # by `warn_of_changing`
 
     def __call__(self, t: Tensor, state: Any, held: dict[str, Tensor], drawn: tuple[Any, ...], *args: Any) -> Any:
         def call(t: Tensor, y: Any) -> Any:

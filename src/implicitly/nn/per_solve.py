@@ -116,6 +116,8 @@ def _buffer(name: str) -> str:
 class Dropout(PerSolve):
     """Dropout with one mask through a whole solve. Where a cell uses it at several places, they share the mask.
 
+    Outside of a `DEQ` or a `NeuralODE` it draws a mask in every call.
+
     Args:
         p: probability that an entry is zeroed; the others are scaled by 1 / (1 - p).
         shared_dims: dimensions along which the mask is constant: `(1,)` gives variational dropout of sequences
@@ -135,6 +137,11 @@ class Dropout(PerSolve):
             )
         self.p = p
         self.shared_dims = shared_dims
+
+    @property
+    def draws(self) -> bool:
+        """Whether calls in training draw a mask, unless one is held."""
+        return self.p > 0
 
     def decide(self, x: Tensor) -> Tensor | None:
         """The mask for `x`, scaled."""
@@ -169,7 +176,8 @@ class BatchNorm(PerSolve):
     """Batch normalisation whose batch statistic is taken once a solve, at the start of the solve.
 
     With the statistic held, samples are independent through the solve, as the solvers require. Running statistics
-    are updated once a solve and used in evaluation, and for an empty batch, which has no statistic.
+    are updated once a solve and used in evaluation, and for an empty batch, which has no statistic. Outside of a
+    `DEQ` or a `NeuralODE` it takes a statistic in every call.
 
     Args:
         features: size of dimension 1 of the input.

@@ -12,13 +12,10 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from implicitly.changing import PerCallWarning, drops_out
 from implicitly.implicit import users_line
-
-
-class PerCallWarning(UserWarning):
-    """A cell or a vector field holds a module of `torch.nn` that makes it another function in each call."""
+from implicitly.nn.per_solve import PerSolve
 
 
 def check_takes_two(module: nn.Module, takes: str, remedy: str) -> None:
@@ -49,7 +46,7 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
         return
     layer._looked_for_changes, per_sample = True, layer.batch_dims == 1
     named = [(name, m) for name, m in module.named_modules() if m.training]
-    changing = [(name, m) for name, m in named if _drops_out(m) or (per_sample and isinstance(m, _BatchNorm))]
+    changing = [(name, m) for name, m in named if _changes(m, per_sample)]
     if changing:
         listed = ", ".join(f"{type(m).__name__} ({name})" if name else type(m).__name__ for name, m in changing)
         warnings.warn(
@@ -62,7 +59,8 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
         )
 
 
-def _drops_out(module: nn.Module) -> bool:
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
-    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+def _changes(module: nn.Module, per_sample: bool) -> bool:
+    """Whether it does; what decides once a solve is made to by the layer."""
+    if isinstance(module, PerSolve):
+        return False
+    return drops_out(module) or (per_sample and isinstance(module, _BatchNorm))

@@ -606,6 +606,8 @@ def _listened(x: Tensor, tell: Callable[[Sequence[Tensor]], None]) -> Tensor:
     """`x`, whose gradient `tell` is told of."""
     if not x.requires_grad or is_wrapped(x):
         return x
-    x = x.view_as(x)
-    x.register_hook(lambda gradient: tell([gradient]))
-    return x
+    seen = x.view_as(x)
+    if not seen.requires_grad:  # a transform of torch.func takes x for a constant
+        return x
+    seen.register_hook(lambda gradient: tell([gradient]))
+    return seen

@@ -32,7 +32,7 @@ class Packed:
     Attributes:
         batch, n: of y.
         columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
-            all of y, all of a, and P = `columns` further numbers, the gradients by theta.
+            all of y, all of a, and P = `columns` further numbers, the gradients by theta; then a 0 if P is odd.
         pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
             p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
         kept: of how many of the latest slopes of z the gradients by theta are kept, which no column holds then.
@@ -51,7 +51,9 @@ class Packed:
             return torch.cat([q, v, p, u], dim=1)
         if self.columns is None:
             return torch.cat([y, a], dim=1)
-        return torch.cat([real_parts(x).flatten() for x in (y, a, *others)]).unsqueeze(0)
+        # With rows of odd length, cotangents of complex slopes would begin where no complex number can.
+        even = [a.new_zeros(self.columns % 2)]
+        return torch.cat([real_parts(x).flatten() for x in (y, a, *others, *even)]).unsqueeze(0)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """y, a, and the further columns, None where there are none."""
@@ -62,7 +64,7 @@ class Packed:
             y, a = z.chunk(2, dim=1)
             return y, a, None
         size = self.batch * self.n
-        y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size :]
+        y, a, others = z[:, :size], z[:, size : 2 * size], z[:, 2 * size : 2 * size + self.columns]
         return y.reshape(-1, self.n), a.reshape(-1, self.n), others
 
     def method(self, method: Method, **options: Any) -> Method:
@@ -84,7 +86,8 @@ class Packed:
         if self.pairs:
             return self.pack(one[None], one[None])[0]
         rows = 1 if self.columns is None else self.batch
-        return torch.cat([one.repeat(2 * rows), one.amin().expand(self.columns or 0)])
+        columns = self.columns or 0
+        return torch.cat([one.repeat(2 * rows), one.amin().expand(columns + columns % 2)])
 
 
 @dataclass

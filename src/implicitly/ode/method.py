@@ -92,7 +92,7 @@ class Method(ABC):
                 f"{name}: progress must be a function of a number, got a {type(self.progress).__name__}"
             )
         if not isinstance(self.tstops, tuple | list):
-            raise TypeError(f"{name}: tstops must be a tuple of times, got {self.tstops!r}")
+            raise TypeError(f"{name}: tstops must be a tuple of numbers, got a {type(self.tstops).__name__}")
         if not all(isinstance(s, NUMBERS) and abs(s) < float("inf") for s in self.tstops):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for which in ("rtol", "atol"):

@@ -41,10 +41,14 @@ class Piecewise(NamedTuple):
 
     def _weighed(self, t: Tensor, degree: int) -> tuple[Tensor, Tensor]:
         """Which values are around t and what they weigh, `(W, p + 1)` or `(W, p + 1, B)`, differentiable."""
-        begins = self.times[:-1:degree].detach()
-        piece = (begins <= t.detach().unsqueeze(1)).sum(1) - 1
-        first = piece.clamp(0, len(begins) - 1).unsqueeze(1) * degree
-        place = first + _range(degree + 1, t.device).view(-1, *(1,) * (t.ndim - 1))
+        begins, ends = self.times[:-1:degree].detach(), self.times[degree::degree].detach()
+        ones = (1,) * (t.ndim - 1)
+        # Those of no length, which samples of fewer steps have, know of no slope, also where it is their turn.
+        long = begins != ends
+        number = _range(len(begins), t.device).view(-1, *ones)
+        behind = torch.where(long & (begins <= t.detach().unsqueeze(1)), number, -1).amax(1)
+        piece = torch.where(behind < 0, long.int().argmax(0), behind)
+        place = piece.unsqueeze(1) * degree + _range(degree + 1, t.device).view(-1, *ones)
         begin, *_, end = _rows(self.times, place).unbind(1)
         part = (t - begin) / torch.where(end == begin, 1.0, end - begin)
         x, same, scale = _lagrange(degree, part.dtype, part.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.changing import told_of_draws
 from implicitly.compiled import Check
 from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
 from implicitly.host import Array, all_now, captured, library, on_host, to_host, to_tensor
@@ -128,17 +129,7 @@ class Problem:
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         layout = Layout.of(y0, batch_dims, "y0")
         times, places = series_of(t, layout)
-
-        # As one function, so that modules which only an event uses are found too.
-        maps = (f, *(m for e in events for m in (e.g, e.restart)))
-
-        def at_once(call: tuple[int, Tensor, Any], *args: Any) -> Any:
-            which, *moment = call
-            call_of = maps[which]
-            assert call_of is not None
-            return call_of(*moment, *args)
-
-        opened, theta, captured = opening = open_function(at_once, args, layout.device)
+        opened, theta, _ = opening = open_function(_at_once(f, events), args, layout.device)
         sample_dims = sample_dims_of(opening, args, layout, in_dims)
         start, checking = layout.pack(y0), loses(recording)
 
@@ -152,12 +143,15 @@ class Problem:
             probe, moment, *given = inputs = known()
             show = _shown(layout)
             # Where that is checked nothing requires a gradient, so neither may the result.
-            with torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())):
+            with (
+                torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
+                told_of_draws(f, () if recording else opened.parts, layout.device),
+            ):
                 value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *given), probe)
             layout.check(value, "y0")
             k0 = layout.pack(value)
             if checking:
-                refuse_captured(k0, inputs, captured)
+                refuse_captured(opening, k0, inputs, inputs=2)
             return k0
 
         later = as_graph and not any(is_wrapped(x) for x in (start, times, *theta))
@@ -203,6 +197,20 @@ class Problem:
         return partial(field_of, self.opened, self.layout, bool(self.events))
 
 
+def _at_once(f: Callable[..., Any], events: tuple[Event, ...]) -> Callable[..., Any]:
+    """f, and what events watch and lead to, as one function, so that modules which only an event uses are found,
+    too; the first entry of its state says which."""
+    maps = (f, *(m for e in events for m in (e.g, e.restart)))
+
+    def at_once(call: tuple[int, Tensor, Any], *args: Any) -> Any:
+        which, *moment = call
+        call_of = maps[which]
+        assert call_of is not None
+        return call_of(*moment, *args)
+
+    return at_once
+
+
 def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -> Field:
     """f, and with events what they watch and lead to, at `theta`."""
     call, show = opened.at(*theta), _shown(layout)
@@ -242,7 +250,7 @@ def _check_events(
                     layout.check(value, "y0")
                     rows = layout.pack(value)
                 if checking:
-                    refuse_captured(rows, known, opening.captured)
+                    refuse_captured(opening, rows, known, inputs=2)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name} of event {i}, in place of f: {error}") from error
 
@@ -271,7 +279,7 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """
     rows = _rows_of(t, layout)
     if rows.shape[1] < 2:
-        raise ValueError(f"t must hold the start and at least one other time, got the shape {tuple(t.shape)}")
+        raise ValueError(f"t must hold the start and at least one other time, got {rows.shape[1]} in all")
     if captured():  # of numbers, which `unroll.plan` has looked at
         return rows, None
     seen = to_host(rows) if on_host(rows) else rows.detach()
@@ -307,11 +315,12 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
     if t.dtype != layout.work_dtype or t.device != layout.device:
         raise ValueError(
             f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "
-            f"pass t.to(y0) or a tuple of numbers"
+            "pass t.to(y0), or what is converted: an array or a tuple of numbers"
         )
     allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
     if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):
-        raise ValueError(f"t must have the shape {allowed} with B = {layout.batch}, got {tuple(t.shape)}")
+        size = f" with B = {layout.batch}" if layout.batch_dims else " (times of each sample need batch_dims=1)"
+        raise ValueError(f"t must have the shape {allowed}{size}, got {tuple(t.shape)}")
     return t if t.ndim == 2 else t.unsqueeze(0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,7 @@ class Trajectory(Solution):
 
     t: Tensor
     rejected: Tensor
-    interpolate: Callable[[Any], Any]
+    interpolate: Callable[[Any], Any] = field(repr=False)
     event: Tensor
     event_count: Tensor
 

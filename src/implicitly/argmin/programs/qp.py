@@ -150,6 +150,11 @@ def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
     for first, second, x, y in (("G", "h", G, h), ("A", "b", A, b)):
         if (x is None) != (y is None):
             raise ValueError(f"{first} and {second} come together: got {second if x is None else first} alone")
+        if isinstance(x, Tensor) and x.shape == (0,):  # as qpth wants it
+            raise ValueError(
+                f"{first} is an empty vector, not a matrix: leave {first} and {second} out, or pass None, where "
+                f"there are no {'inequalities' if first == 'G' else 'equalities'}"
+            )
     given: dict[str, Any] = {
         name: t for name, t in zip(NAMES, (Q, p, G, h, A, b)) if t is not None or name in ("Q", "p")
     }

@@ -1,0 +1,55 @@
+"""Modules that make f another function in each call, while a solver takes all calls for one function."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from implicitly.implicit import users_line
+
+
+class PerCallWarning(UserWarning):
+    """What is solved holds a module that makes it another function in each call."""
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether `module` draws what it drops in a call, in training."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    return getattr(module, "draws", False)
+
+
+def any_drops_out(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of them does, in training."""
+    return any(module.training and drops_out(module) for module in modules)
+
+
+@contextmanager
+def told_of_draws(f: Callable[..., Any], parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Warn where a call of f in this context draws random numbers, and modules that it may use, its `parts`, drop
+    out. Layers, which know more, look for themselves."""
+    if torch.compiler.is_dynamo_compiling() or getattr(f, "looked_at", False) or not any_drops_out(parts):
+        yield
+        return
+    state = torch.cuda.get_rng_state if device.type == "cuda" else lambda device: torch.get_rng_state()
+    before = state(device)
+    yield
+    if torch.equal(before, state(device)):
+        return
+    found = dict.fromkeys(type(part).__name__ for part in parts if part.training and drops_out(part))
+    warnings.warn(
+        f"in training, f draws random numbers ({', '.join(found)}), and so is another function in every call: the "
+        "solver may not get to an end, and gradients are wrong. Use implicitly.nn.Dropout in an implicitly.nn.DEQ "
+        "or NeuralODE, which draws once a solve; or f.eval(); or UnrolledAdjoint with a fixed number of steps, "
+        "which differentiates by what was drawn",
+        PerCallWarning,
+        stacklevel=users_line(),
+    )
