@@ -130,7 +130,7 @@ def test_options_that_do_not_fit_the_data_are_refused(tmp_path, capsys):
 def test_what_fails_on_the_way_is_told_in_one_line(error, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tyro", reason="needs the extra: implicitly[recipes]")
     (tmp_path / "failing.py").write_text(
-        "from dataclasses import dataclass\nfrom implicitly.iterate import SolverError\n"
+        "from dataclasses import dataclass\nfrom implicitly.solution import SolverError\n"
         f'@dataclass\nclass Config:\n    """Fails."""\n\ndef main(config):\n    raise {error}\n'
     )
     monkeypatch.setattr(implicitly.recipes, "__path__", [*implicitly.recipes.__path__, str(tmp_path)])

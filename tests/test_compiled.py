@@ -376,7 +376,9 @@ def scaled(z, x, power):
     return 0.3 * torch.tanh(z) + x + (1 if isinstance(power, float) else 2)
 
 
-@pytest.mark.parametrize("writes", [True, False], ids=["in place", "carried"])
+@pytest.mark.parametrize(
+    "writes", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "carried"]
+)
 @pytest.mark.parametrize("solver", [im.Anderson, im.Broyden])
 def test_a_history_that_lies_outside_of_the_loop_is_that_of_the_eager_one(traced, monkeypatch, solver, writes):
     monkeypatch.setattr(LOOPS, "writes", writes)

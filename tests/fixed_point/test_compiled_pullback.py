@@ -274,6 +274,7 @@ def test_what_varies_must_be_the_batch():
         split_pullback(lambda z, x: z * x.sum(), torch.ones(3, 2, dtype=D), (x,), varying=[(1, 0)])
 
 
+@pytest.mark.slow
 def test_a_function_that_looks_at_the_size_of_the_batch_has_a_graph_for_each(traced):
     cell = Cell()
 

@@ -64,7 +64,7 @@ def number(x):
     return torch.tensor(x, dtype=D)
 
 
-@pytest.fixture(params=[True, False], ids=["in place", "carried"])
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "carried"])
 def buffers(request, monkeypatch):
     """Buffers of loops are written in place, and, as before PyTorch 2.13, carried."""
     monkeypatch.setattr(LOOPS, "writes", request.param)
