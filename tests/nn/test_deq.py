@@ -603,3 +603,26 @@ def test_other_shared_tensors_in_x_are_refused_by_their_shape():
     layer = im.nn.DEQ(Scaled(), init=start_of_first)
     with pytest.raises(ValueError, match=r"x has a tensor of shape \(4,\), but z0 holds 3 samples"):
         layer((torch.randn(3, 4), torch.ones(4)))
+
+
+class Wider(nn.Module):
+    """z of 8 numbers for x of 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(3, 8)
+
+    def forward(self, z, x):
+        return 0.1 * torch.tanh(self.inner(z)) + self.outer(x)
+
+
+def test_a_state_unlike_x_is_told_how_to_start():
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        im.nn.DEQ(Wider())(x)
+    assert "init=lambda x: x.new_zeros(len(x), size), or z0" in caught.value.__notes__[-1]
+    assert im.nn.DEQ(Wider(), init=lambda x: x.new_zeros(len(x), 8))(x).shape == (2, 8)
+    assert im.nn.DEQ(Wider())(x, torch.zeros(2, 8)).shape == (2, 8)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        im.nn.DEQ(Wider())(x, torch.zeros(2, 7))
+    assert not hasattr(caught.value, "__notes__")

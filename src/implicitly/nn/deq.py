@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from implicitly.iterate import Found, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.nn.warm_start import LastBatch, WarmStart
-from implicitly.solution import Solution
+from implicitly.solution import Solution, SolverError
 from implicitly.transforms import under_transform, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -143,8 +144,9 @@ class DEQ(nn.Module):
             index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`. Without a warm start it
                 is refused.
         """
-        z0, held = self._begin(x, z0, index)
-        solution = self._solve(x, z0, held, self.solver, self._listening(), self.on_failure)
+        with self._hinting(z0):
+            z0, held = self._begin(x, z0, index)
+            solution = self._solve(x, z0, held, self.solver, self._listening(), self.on_failure)
         self._remember(solution, index)
         return self.readout(solution.value)
 
@@ -194,6 +196,11 @@ class DEQ(nn.Module):
             on_failure=on_failure,
             compile=self.compile_solve,
         )
+
+    def _hinting(self, z0: Any) -> AbstractContextManager[None]:
+        """Where the cell raises, say what the start was, if nobody chose it."""
+        chosen = z0 is not None or self.init is not _zeros_like
+        return nullcontext() if chosen or torch.compiler.is_dynamo_compiling() else _start_unlike_z()
 
     def _begin(self, x: Any, z0: Any, index: Tensor | None) -> tuple[Any, tuple[dict, dict]]:
         """Where the solve starts, and what the cell holds through it."""
@@ -256,6 +263,21 @@ def _of_samples(x: Any, z0: Any) -> Any:
                 "parameter or buffer of the cell"
             )
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, x)
+
+
+@contextmanager
+def _start_unlike_z() -> Iterator[None]:
+    """Where shapes do not fit, in which words whatever the cell calls may say so, tell what the start was."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        of_shapes = any(word in str(error) for word in ("shape", "size", "dimension"))
+        if of_shapes and not isinstance(error, SolverError):
+            error.add_note(
+                "DEQ: the start was zeros like x. Where z has another shape than x, pass "
+                "init=lambda x: x.new_zeros(len(x), size), or z0"
+            )
+        raise
 
 
 @dataclass(frozen=True)
