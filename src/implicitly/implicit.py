@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
 from implicitly.host import maybe_any
-from implicitly.iterate import Found, Solver, iterate, last_step
+from implicitly.iterate import Coarse, Found, Residual, Solver, iterate, last_step
 from implicitly.linear import Affine, LinearSolver
 from implicitly.pullback import of_places, pullback, recorded
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
@@ -273,16 +273,18 @@ def search(
     else:
         r0 = condition.residual(z0, *theta) if r0 is None else r0
         scale = row_norm(r0) if condition.scale is None else condition.scale(condition.at(*theta), z0, r0)
+    eps = torch.finfo(condition.dtype).eps
+    coarse = eps > torch.finfo(z0.dtype).eps and not condition.linear and solver.needs is None
     with full_precision(z0.device.type):  # f itself keeps the autocast it was called under
         found = iterate(
             solver,
-            condition.at,
+            partial(_coarse, condition.at, eps) if coarse else condition.at,
             theta,
             z0,
             r0,
             rtol=rtol,
             atol=atol,
-            floor=min(rtol, 4 * torch.finfo(condition.dtype).eps),
+            floor=min(rtol, 4 * eps),
             scale=scale,
             sample_dims=condition.sample_dims,
             verify=verify and solver.recurrent,
@@ -290,6 +292,10 @@ def search(
             unrolled=unrolled,
         )
     return found._replace(estimate=()) if leave_last else found
+
+
+def _coarse(bind: Callable[..., Residual], eps: float, *theta: Tensor) -> Coarse:
+    return Coarse(bind(*theta), eps)
 
 
 def _without_entries(z: Tensor, unrolled: bool) -> Found:

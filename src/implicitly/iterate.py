@@ -44,6 +44,18 @@ class Affine:
         return self.b - self.operator(u)
 
 
+@dataclass(frozen=True)
+class Coarse:
+    """A residual that f computes in a narrower dtype than that of the state, with the `eps` of that dtype."""
+
+    residual: Residual
+    eps: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The residual at `z` `(B, n)`."""
+        return self.residual(z)
+
+
 # A residual this many times its first value is never coming back.
 BLOW_UP = 1e8
 # Steps without a new best residual after which a sample has stagnated.

@@ -81,7 +81,7 @@ class Anderson(Solver):
         if isinstance(slot, int) and on_host(gram, row) and not records():
             weights = to_tensor(_weights_on_host(to_host(gram), to_host(row), slot, ridge))
         else:
-            gram = write_cross(gram, slot, _with_ridge(row, slot, ridge, square_of_rounding(z)))
+            gram = write_cross(gram, slot, _with_ridge(row, slot, ridge, square_of_rounding(F, z)))
             weights = _weights(filled(filled(gram, count).mT, count), slot, count)
         return Proposal(combine(weights, filled(mixed, count)), (residuals, mixed, gram))
 

@@ -87,7 +87,7 @@ class Broyden(Solver):
             to_host(T)[:, slot, :count] = newest
             scale, weights = to_tensor(scale), to_tensor(weights)
         else:
-            rounding = square_of_rounding(z)
+            rounding = square_of_rounding(F, z)
             least = 0.0 if rounding is None else rounding.unsqueeze(1)
             newest, scale, weights = _learned(filled(filled(T, count).mT, count).mT, slot, *small, least=least)
             T = write(T, slot, torch.nn.functional.pad(newest, (0, slots - newest.shape[1])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicitly.iterate import Coarse, Residual
 from implicitly.transforms import records
 from implicitly.tree import row_norm
 
@@ -17,7 +18,10 @@ from implicitly.tree import row_norm
 ROUNDED = 10
 
 
-def square_of_rounding(z: Tensor) -> Tensor | None:
-    """The square `(B,)` of what length is mere rounding at `z` `(B, n)`; None where autograd does not record."""
+def square_of_rounding(F: Residual, z: Tensor) -> Tensor | None:
+    """The square `(B,)` of what length is mere rounding of F at `z` `(B, n)`; None where nothing is recorded."""
     recorded = torch.is_grad_enabled() if torch.compiler.is_dynamo_compiling() else records()
-    return (ROUNDED * torch.finfo(z.dtype).eps * row_norm(z.detach())).square() if recorded else None
+    if not recorded:
+        return None
+    eps = F.eps if isinstance(F, Coarse) else torch.finfo(z.dtype).eps
+    return (ROUNDED * eps * row_norm(z.detach())).square()
