@@ -10,6 +10,7 @@ import warnings
 import weakref
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +93,20 @@ def test_times_a_sample_and_learned_times():
     assert_close(value[:, 0], torch.tensor([-1.0, -1.5], dtype=D).exp())
     value.sum().backward()
     assert_close(t.grad[:, 1], -value.detach()[:, 0])
+
+
+@pytest.mark.parametrize("kind", [np.array, list, lambda rows: [torch.tensor(row, dtype=D) for row in rows]])
+@pytest.mark.parametrize("regularisers", [[], [im.nn.KineticEnergy()]], ids=["", "regularised"])
+def test_series_of_different_lengths_in_one_batch(kind, regularisers):
+    rows = [[0.0, 0.5, 1.0, 2.0], [0.2, 0.3, 0.9, 0.9]]  # the second one is shorter
+    t = kind(rows)
+    layer = im.nn.NeuralODE(Linear(-torch.eye(2, dtype=D)), t, TIGHT, batch_dims=1, regularisers=regularisers)
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=D)
+    value, integrals = layer(x) if regularisers else (layer(x), ())
+    times = torch.tensor(rows, dtype=D)
+    assert_close(value, x * torch.exp(times[:, 0] - times.T).unsqueeze(2))
+    for energy in integrals:
+        assert_close(energy, x.square().sum(1) * (1 - torch.exp(2 * (times[:, 0] - times[:, -1]))) / 2)
 
 
 def test_times_follow_the_dtype_of_x():

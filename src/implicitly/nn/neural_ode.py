@@ -31,7 +31,7 @@ from implicitly.transforms import unwrapped
 from implicitly.tree import LOW_PRECISION, real_dtype
 from implicitly.unrolled import UnrolledAdjoint
 
-Times = Sequence[float] | Tensor
+Times = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
 
 _KINKED = (
     nn.ReLU,
@@ -369,8 +369,14 @@ def _time_dtype(x: Tensor) -> torch.dtype:
 
 
 def _like(t: Times, x: Any) -> Times:
-    """`t`, where it is a tensor, in the dtype and on the device that x needs."""
+    """`t` in the dtype and on the device that x needs, but where it is a tuple of times that all samples share."""
     first = pytree.tree_leaves(x)[0]
+    if isinstance(t, np.ndarray):
+        t = torch.from_numpy(t)
+    elif isinstance(t[0], Sequence):
+        t = torch.tensor(t, dtype=torch.float64, device="cpu")
+    elif not isinstance(t, Tensor) and isinstance(t[0], Tensor) and t[0].ndim:
+        t = torch.stack(tuple(t))  # pyright: ignore[reportCallIssue, reportArgumentType]
     if not isinstance(t, Tensor) or not isinstance(first, Tensor):
         return t
     return t.to(device=first.device, dtype=_time_dtype(first))
@@ -382,7 +388,7 @@ def _check_times(t: Any, batch_dims: int) -> None:
         raise TypeError(f"t must be a tensor, an array or a sequence of times, got a {type(t).__name__}")
     if not isinstance(t, Tensor):  # as numbers: of a tensor among them, this is not what a derivative reaches
         t = torch.tensor(
-            [x.tolist() if isinstance(x, Tensor) else x for x in t], dtype=torch.float64, device="cpu"
+            [x.tolist() if isinstance(x, Tensor | np.ndarray) else x for x in t], dtype=torch.float64, device="cpu"
         )
     times = t.detach().to(torch.float64)
     if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < 2:
