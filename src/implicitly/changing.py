@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from implicitly.host import captured
 from implicitly.implicit import users_line
 
 
@@ -36,7 +37,7 @@ def any_drops_out(modules: Iterable[nn.Module]) -> bool:
 def told_of_draws(f: Callable[..., Any], parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Warn where a call of f in this context draws random numbers, and modules that it may use, its `parts`, drop
     out. Layers, which know more, look for themselves."""
-    if torch.compiler.is_dynamo_compiling() or getattr(f, "looked_at", False) or not any_drops_out(parts):
+    if captured() or getattr(f, "looked_at", False) or not any_drops_out(parts):
         yield
         return
     state = torch.cuda.get_rng_state if device.type == "cuda" else lambda device: torch.get_rng_state()

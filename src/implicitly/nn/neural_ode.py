@@ -373,10 +373,11 @@ def _like(t: Times, x: Any) -> Times:
     first = pytree.tree_leaves(x)[0]
     if isinstance(t, np.ndarray):
         t = torch.from_numpy(t)
-    elif isinstance(t[0], Sequence):
-        t = torch.tensor(t, dtype=torch.float64, device="cpu")
-    elif not isinstance(t, Tensor) and isinstance(t[0], Tensor) and t[0].ndim:
-        t = torch.stack(tuple(t))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    elif not isinstance(t, Tensor):  # of each sample, rows of numbers or tensors
+        if isinstance(t[0], Sequence):
+            t = torch.tensor(t, dtype=torch.float64, device="cpu")
+        elif isinstance(t[0], Tensor) and t[0].ndim:
+            t = torch.stack(tuple(t))  # pyright: ignore[reportCallIssue, reportArgumentType]
     if not isinstance(t, Tensor) or not isinstance(first, Tensor):
         return t
     return t.to(device=first.device, dtype=_time_dtype(first))
