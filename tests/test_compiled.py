@@ -141,6 +141,7 @@ def test_the_second_batch_size_leaves_the_size_open_backwards_too(traced, run):
     assert all(graph.fallback is None for graph in im.compile_statistics())
 
 
+@pytest.mark.slow
 def test_a_size_that_cannot_be_left_open_is_no_error_in_the_log(traced, caplog):
     constant = torch.ones(7, 1)
     f = lambda z, x: 0.3 * torch.tanh(z) * (constant if len(z) == 7 else 1) + x  # noqa: E731
@@ -212,6 +213,7 @@ def test_functions_made_for_one_call_each_are_told_of(monkeypatch):
         solve(lambda z, x: 0.3 * z + x, x)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=3)
 def test_a_number_of_f_that_keeps_changing_is_told_of_and_never_stale(traced, monkeypatch):
     monkeypatch.setattr(compiled, "MANY", 3)
@@ -273,6 +275,7 @@ def test_a_backward_pass_through_numpy_runs_eagerly_and_says_so(traced):
     assert any("backward" in str(w.message) and "RuntimeError" in str(w.message) for w in told)
 
 
+@pytest.mark.slow
 def test_what_is_interrupted_is_compiled_again(monkeypatch):
     from torch._inductor.graph import GraphLowering
 
@@ -319,6 +322,7 @@ def with_names_of_ours(z, x, given):
     return method * torch.tanh(z) + spec * x + args_scale + given.method * x + given.leaves[0] + given(z, x)
 
 
+@pytest.mark.slow
 def test_what_the_user_calls_as_we_call_our_own_is_not_stale(traced, monkeypatch):
     given, x = Cell(), torch.randn(3, 4)
     given.method, given.leaves = 0.3, [0.1]
@@ -335,6 +339,7 @@ def test_what_the_user_calls_as_we_call_our_own_is_not_stale(traced, monkeypatch
     assert_right(scope["f"], x)
 
 
+@pytest.mark.slow
 def test_hooks_that_are_added_and_removed_are_seen(traced):
     cell, x = Cell(), torch.randn(3, 4)
     assert_right(cell, x)
@@ -348,6 +353,7 @@ def test_hooks_that_are_added_and_removed_are_seen(traced):
     assert len(traced) == 3
 
 
+@pytest.mark.slow
 def test_another_module_in_the_same_function_has_a_graph_of_its_own(traced):
     cell, x = Cell(), torch.randn(3, 4)
     f = lambda z, x: cell(z, x)  # noqa: E731
@@ -419,6 +425,7 @@ def test_loops_of_what_differentiates_carry_what_they_remember():
         torch.ones(2, requires_grad=True).exp().sum().backward()
 
 
+@pytest.mark.slow
 def test_static_args_that_are_equal_but_not_the_same_have_graphs_of_their_own(traced):
     x = torch.randn(3, 4)
     for power in (2, 2.0):
@@ -471,6 +478,7 @@ def test_starts_and_cotangents_of_other_strides_have_the_same_graphs(traced):
     assert [kept.calls for kept in im.compile_statistics()] == [len(ways)] * 2
 
 
+@pytest.mark.slow
 def test_closures_of_the_same_code_and_functions_made_after_others_died(traced):
     x = torch.randn(3, 4)
     for shift in (1.0, 2.0, 3.0):
@@ -602,6 +610,7 @@ def in_threads(*work):
     return results
 
 
+@pytest.mark.slow
 def test_threads_share_graphs_of_the_same_key_and_make_those_of_others(traced):
     def tanh(z, x, W):
         return torch.tanh(z @ W) + x

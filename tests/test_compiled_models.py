@@ -423,7 +423,15 @@ def graphs() -> int:
 BY_INDUCTOR = ["DEQ, free", "NeuralODE"]
 
 
-LONG = {"Dopri8", "DEQ, warm", "backwards in time"}
+LONG = {
+    "Dopri8",
+    "DEQ, warm",
+    "backwards in time",
+    "Anderson, unrolled",
+    "root, implicit",
+    "DEQ, few",
+    "plain, Neumann",
+}
 
 
 @pytest.mark.parametrize(
@@ -446,6 +454,7 @@ def test_known_numbers_of_steps_are_no_break(name):
     assert graphs() == (2 if name == "DEQ, warm" else 1)  # the first time it is cold
 
 
+@pytest.mark.slow
 def test_a_batch_without_samples_is_traced_too():
     model = Around(WHOLE["DEQ, implicit"]()).double()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -460,6 +469,7 @@ def test_known_numbers_of_steps_by_inductor(name):
     assert (breaks(), graphs()) == (0, 1)
 
 
+@pytest.mark.slow
 def test_what_is_logged_of_a_solve_in_a_graph():
     for layer in (
         im.nn.DEQ(Plain(), replace(ANDERSON, max_steps=2), FREE),
@@ -622,6 +632,17 @@ def test_fullgraph_says_what_to_do():
     compiled = torch.compile(Around(im.nn.DEQ(Plain())), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile=True or a compiled f"):
         compiled(torch.randn(3, SIZE))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # what a layer remembers
+def test_export_says_what_can_be_exported():
+    x = torch.randn(3, SIZE)
+    with pytest.raises(RuntimeError, match=r"DEQ\.forward: torch\.export cannot hold .* strict=True"):
+        torch.export.export(im.nn.DEQ(Plain()), (x,), strict=False)
+    model = im.nn.DEQ(Plain(), im.FixedPointIteration(max_steps=3, rtol=0), FREE)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), strict=True).module()
+        torch.testing.assert_close(exported(2 * x), model(2 * x))
 
 
 def test_functions_called_in_it_are_not_traced_either():

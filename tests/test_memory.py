@@ -197,7 +197,9 @@ GRAPHS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("solve", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize(
+    "solve", [pytest.param(GRAPHS[n], id=n, marks=[pytest.mark.slow] * (n == "backsolve")) for n in GRAPHS]
+)
 def test_graphs_keep_nothing_of_what_their_first_input_was_computed_from(traced, solve):
     class Kept:
         """Lives as long as the tensor that it is an attribute of."""

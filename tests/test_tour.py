@@ -47,6 +47,7 @@ def test_tour_leaves_what_its_summary_names(tmp_path, capsys):
     assert implicit < 5
 
 
+@pytest.mark.slow
 def test_tour_fails_where_a_promise_is_broken(tmp_path, capsys, monkeypatch):
     from rich.console import Console
 

@@ -68,7 +68,11 @@ def assert_same(solve, differentiated):
     return steps[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+# Left to the slow tests: what their graphs are made of is in others, too.
+LONG = {"LevenbergMarquardt", "NewtonKrylov", "GradientDescent"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES])
 def test_takes_the_steps_of_the_eager_loop(traced, name):
     assert assert_same(CASES[name], name in DIFFERENTIATED).min() > 0
     assert any("backward" not in graph.name and graph.calls for graph in traced.values())

@@ -57,6 +57,7 @@ def test_projection_onto_the_power_cone_and_its_dual(exponents):
     assert not bool((kinds[0] | kinds[1]).all())
 
 
+@pytest.mark.slow
 def test_projection_onto_the_power_cone_has_every_derivative():
     z = torch.randn(8, 3, dtype=D, requires_grad=True)
     assert gradcheck(lambda z: power_cone(z, (0.3, 0.7)), z)

@@ -172,6 +172,7 @@ def test_a_start(traced):
     assert_same(*moved, start=start)
 
 
+@pytest.mark.slow
 def test_transforms_of_torch_func(traced):
     args = program(batch=2, n=4, m=5, q=1, seed=15)
     p = torch.randn(3, 2, 4, dtype=D)

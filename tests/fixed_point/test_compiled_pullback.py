@@ -82,6 +82,7 @@ def test_counts_products_and_tells_who_listens(traced, x):
     assert all(bool((f.status == im.Status.CONVERGED).all()) for f in found)
 
 
+@pytest.mark.slow
 def test_a_setting_of_f_that_changed_makes_another_graph(traced, x):
     cell = Cell()
     for scale in (0.6, 0.2):
@@ -189,7 +190,9 @@ def test_samples_that_failed_have_no_part_in_it(traced):
     assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("entry", [im.root, im.argmin], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "entry", [im.root, pytest.param(im.argmin, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
 def test_roots_and_minima(traced, entry):
     W, x = torch.randn(4, 4, dtype=D), torch.randn(3, 4, dtype=D, requires_grad=True)
 

@@ -78,6 +78,7 @@ def check_a_layer(solver):
     assert_one_graph(backward=1)
 
 
+@pytest.mark.slow
 def test_what_is_decided_once_a_solve_is_an_input_of_the_graph():
     layer = im.nn.DEQ(Around(im.nn.Dropout(0.5)), im.FixedPointIteration(rtol=1e-5), compile=True)
     twin = im.nn.DEQ(layer.cell, layer.solver)

@@ -81,7 +81,7 @@ METHODS = [
     (im.ReversibleHeun(rtol=1e-3), 1, 4),
     (im.Adams(order=4, rtol=1e-4), 2, 4),
 ]
-SLOW = (im.Dopri8, im.ReversibleHeun, im.Adams)
+SLOW = (im.Dopri8, im.ReversibleHeun, im.Adams, im.Heun, im.RK4)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_a_failure_names_the_component_that_is_to_blame(traced):
         im.odeint(lambda t, y, w: w * y, torch.ones(3), (0.0, 10.0), torch.tensor([0.0, 0.0, -50.0]), **options)
 
 
+@pytest.mark.slow
 def test_a_symplectic_method(traced):
     def swinging(t, state, w):
         q, p = state
@@ -176,6 +177,7 @@ def test_ends_of_samples_are_those_of_the_eager_loop_and_what_failed_has_no_deri
     assert len(traced) == 2
 
 
+@pytest.mark.slow
 def test_samples_that_failed_have_no_part_in_derivatives_by_what_they_share(traced):
     def squared(t, y, w):
         return y**2 * w[:4] * w[4]
@@ -290,6 +292,7 @@ def test_derivatives_are_those_of_finite_differences(traced):
     assert len(traced) == 2
 
 
+@pytest.mark.slow
 def test_a_backward_pass_of_several_blocks_from_states_far_apart(traced, buffers, monkeypatch):
     for module, name, value in ((record, "CHECKPOINTS", 2), (graph, "CHUNK", 8), (graph_adjoint, "BLOCK", 4)):
         monkeypatch.setattr(module, name, value)
@@ -334,6 +337,7 @@ def test_derivatives_by_some_inputs_only(traced):
     torch.testing.assert_close(found, right)
 
 
+@pytest.mark.slow
 def test_a_derivative_of_the_backward_pass(traced):
     y0, t = torch.randn(2, dtype=D, requires_grad=True), (0.0, 0.5, 1.0)
     w, found = torch.tensor(0.7, dtype=D, requires_grad=True), []
@@ -520,6 +524,7 @@ def test_code_is_generated_for_a_method_of_several_steps():
     assert torch.equal(graph.steps, eager.steps)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_f_makes_of_numbers_is_named():
     with pytest.warns(im.CompileWarning, match="make it outside of f"):
         value = im.odeint(turning, torch.ones(1, 2), (0.0, 0.1), 0.8, solver=im.Euler(dt=0.1), compile=True).value

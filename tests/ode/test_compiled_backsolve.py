@@ -58,6 +58,7 @@ def test_a_solver_of_its_own_and_args_of_each_sample(traced):
     assert len(traced) == 3  # of two backward graphs the first looks for the length of its first step
 
 
+@pytest.mark.slow
 def test_samples_that_failed_have_no_part_in_it(traced):
     def squared(t, y, w):
         return y**2 * w

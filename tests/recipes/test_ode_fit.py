@@ -144,6 +144,7 @@ def test_search_that_ends_too_early_has_no_errors(simulated, fitted):
         covariance_at_optimum(loss, fitted.theta + off, steps=7)
 
 
+@pytest.mark.slow
 def test_correction_learns_what_the_rates_cannot_say_and_foretells_with_it(simulated):
     noise = simulated - simulate(Growth(), TRUE, YEARS, CONFIG.rtol)
     logs = (simulate(Crowded(), TRUE, YEARS, CONFIG.rtol) + 0.1 * noise)[:13]
@@ -175,6 +176,7 @@ def test_scores_are_those_of_the_definition(simulated, fitted):
         assert found.log_likelihood == pytest.approx(likelihood[rows].mean().item())
 
 
+@pytest.mark.slow
 def test_band_widens_with_what_is_not_known(fitted):
     years = torch.linspace(0, 30, 31, dtype=torch.float64)
     lower, upper = prediction_band(fitted, years, CONFIG)
