@@ -32,6 +32,13 @@ LONGEST = 100
 
 REASON = "implicitly: a solve is one break; compile what is inside with compile=True or a compiled f"
 
+# Where torch.export calls the model itself, with tensors that have no numbers.
+NOT_EXPORTED = (
+    "torch.export cannot hold a solve whose number of steps depends on numbers. What has a known one, such as "
+    "FixedPointIteration(rtol=0) with JacobianFreeAdjoint, or an explicit method with dt= and times that are "
+    "numbers, is exported with strict=True, under torch.no_grad()"
+)
+
 
 def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes of a solve one that the tracer of `torch.compile` enters only for arguments that are `traceable`.
@@ -50,6 +57,8 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
                 if traceable(*args, **kwargs):
                     return solve(*args, **kwargs)
                 torch._dynamo.skip_frame(msg=reason)  # inside of another frame this is a break of that one
+            if torch.compiler.is_exporting():
+                raise RuntimeError(f"{solve.__qualname__}: {NOT_EXPORTED}")
             nonlocal untraced
             if untraced is None:
                 if "torch._dynamo" not in sys.modules:

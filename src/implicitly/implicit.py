@@ -39,7 +39,16 @@ from implicitly.iterate import Coarse, Found, Residual, Solver, iterate, last_st
 from implicitly.linear import Affine, LinearSolver
 from implicitly.pullback import of_places, pullback, recorded
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
-from implicitly.transforms import full_precision, is_plain, is_wrapped, merge_rows, one_by_one, unhooked, unwrapped
+from implicitly.transforms import (
+    Differentiated,
+    full_precision,
+    is_plain,
+    is_wrapped,
+    merge_rows,
+    one_by_one,
+    unhooked,
+    unwrapped,
+)
 from implicitly.tree import real_parts, row_norm
 
 Map = Callable[[Tensor], Tensor]
@@ -305,7 +314,7 @@ def _without_entries(z: Tensor, unrolled: bool) -> Found:
     return Found(z, status, residual, zeros, 0 if unrolled else zeros.new_zeros(()))
 
 
-class Opaque(torch.autograd.Function):
+class Opaque(Differentiated):
     """What has no derivative: subclasses have `forward`, and the `vmap` that hands it the whole batch."""
 
     @staticmethod
@@ -466,8 +475,15 @@ def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...],
 
 def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
     """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
-    real = (real_parts(t) for t in theta if t.is_floating_point() or t.is_complex())
+    real = (real_parts(_reshapable(t)) for t in theta if t.is_floating_point() or t.is_complex())
     return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
+
+
+def _reshapable(t: Tensor) -> Tensor:
+    """`t`, dense where it is sparse and has a derivative; without it, what is as good."""
+    if t.layout is torch.strided:
+        return t
+    return t.to_dense() if t.requires_grad else torch.zeros((), dtype=t.dtype, device=t.device)
 
 
 def without_failed(
@@ -490,6 +506,8 @@ def without_failed(
 
 
 def _finite(t: Tensor, condition: Condition) -> Tensor:
+    if t.layout not in (torch.strided, torch.sparse_coo):  # others know no such operation
+        return t
     if t.is_complex():
         t = torch.complex(*torch.nan_to_num(real_parts(t), 0.0, 0.0, 0.0).unbind(-1))
     elif t.is_floating_point():
@@ -523,7 +541,7 @@ def _preconditioned(condition: Condition, inverse: Map) -> Condition:
     return replace(condition, bind=bind, sample_dims=None, graphs=None)
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(Differentiated):
     @staticmethod
     def forward(condition, backward, z, *theta):
         return z.clone()
@@ -584,7 +602,7 @@ def _cotangents(
     return pullback(of_needed, *(theta[i] for i in needed))[1](u)
 
 
-class _Answered(torch.autograd.Function):
+class _Answered(Differentiated):
     """z with the derivative of the theorem in a traced graph: the cotangent g of z is that u of its residual.
 
     What else the condition depends on is reached from the residual, by plain operations.
@@ -610,8 +628,9 @@ def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[
         # A dual number is written to, so it cannot be an expanded tensor.
         dense = tuple(t.contiguous() for t in primals), tuple(t.contiguous() for t in tangents)
         return jvp(f, *dense)[1]
-    value, pull = vjp(f, *primals)[:2]
-    return vjp(pull, torch.zeros_like(value))[1](tangents)[0]
+    with nullcontext() if torch.compiler.is_dynamo_compiling() else unhooked():
+        value, pull = vjp(f, *primals)[:2]
+        return vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
 def transposed(

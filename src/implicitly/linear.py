@@ -21,6 +21,7 @@ from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_count, check
 from implicitly.history import add_combined, empty_slots, filled, products, with_room, write, write_result
 from implicitly.host import maybe_any, on_host
 from implicitly.iterate import Affine, Proposal, Solver, where_rows
+from implicitly.pullback import at_once
 from implicitly.tree import row_norm
 
 
@@ -265,5 +266,5 @@ def dense(operator: Callable[[Tensor], Tensor], like: Tensor, limit_gib: float) 
             "solver: NewtonKrylov, Anderson or Broyden to solve, GMRES or BiCGStab for linear systems"
         )
     eye = torch.eye(n, dtype=like.dtype, device=like.device)
-    columns = torch.func.vmap(operator)(eye.unsqueeze(1).expand(n, batch, n))
+    columns = at_once(operator, eye.unsqueeze(1).expand(n, batch, n))
     return columns.permute(1, 2, 0)

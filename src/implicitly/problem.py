@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from implicitly.implicit import Condition, Map, Report
 from implicitly.inference import copied
 from implicitly.iterate import Found
 from implicitly.solution import Solution
-from implicitly.transforms import loses
+from implicitly.transforms import loses, unhooked
 from implicitly.tree import Layout
 
 
@@ -96,6 +97,7 @@ class Problem:
         with (
             torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
             told_of_draws(opening.opened.f, () if recording else opening.opened.parts, layout.device),
+            nullcontext() if recording or torch.compiler.is_dynamo_compiling() else unhooked(),
         ):
             probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
             r0 = watched(lambda z: first(z, *theta), probe)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import grad, vjp, vmap
 
-from implicitly.transforms import is_plain, is_wrapped, under_transform
+from implicitly.transforms import is_plain, is_wrapped, under_transform, unhooked
 from implicitly.tree import real_parts
 
 
@@ -20,7 +21,9 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
         value, pull = _recorded(f, primals, places)
         return value, lambda cotangent: pull(cotangent, places)
     if not any(is_wrapped(p) for p in primals):
-        value, pull = vjp(f, *primals)[:2]
+        # Where autograd records the solve itself, the hooks that it has for what is saved are refused here.
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else unhooked():
+            value, pull = vjp(f, *primals)[:2]
         return value, pull
 
     return f(*primals), functools.partial(pull_within, f, primals)
@@ -39,6 +42,17 @@ def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent
         return (f(*inputs) * cotangent).sum() + unused
 
     return grad(paired, argnums=tuple(range(len(primals))))(*primals)
+
+
+def at_once(call: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """`call` of each of the `rows`, stacked: of all in one, or one after the other where it has an operation that
+    `vmap` does not know, such as the derivative of a product with a sparse matrix."""
+    if torch.compiler.is_dynamo_compiling():
+        return vmap(call)(rows)
+    try:
+        return vmap(call)(rows)
+    except RuntimeError:  # as all kinds of what it does not know are; what else is wrong is so for each row
+        return torch.stack([call(row) for row in rows])
 
 
 def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[int]) -> Callable[..., Tensor]:

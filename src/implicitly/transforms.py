@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -142,6 +143,14 @@ def unhooked() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+class Differentiated(torch.autograd.Function):
+    """An autograd function with its signature at hand, for which every `apply` would look anew."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -97,6 +97,12 @@ class Layout:
                     f"{of} has dtype {leaf.dtype}: a solution is a real or complex number; "
                     f"pass {of}.float() or {of}.double()"
                 )
+            if leaf.is_nested or leaf.layout is not torch.strided:
+                of = leaf_names(spec, name)[i]
+                kind, remedy = f"a tensor of {leaf.layout}", "to_dense()"
+                if leaf.is_nested:
+                    kind, remedy = "a nested tensor", "to_padded_tensor(0.0)"
+                raise TypeError(f"{of} is {kind}, but solvers need all numbers of a state: pass {of}.{remedy}")
             if leaf.ndim < batch_dims:
                 place = placed(spec, i, "as", name)
                 raise ValueError(

@@ -79,6 +79,21 @@ def test_derivatives_do_not_depend_on_the_units_of_objective_and_equations(of_f,
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1e6])
+def test_a_straight_objective_on_a_small_sphere_has_its_minimum(unit, dtype):
+    """No curvature tells how far a step along the sphere may lead: in another unit of z it led far off."""
+    slopes = draw(4, 3, seed=5).to(dtype)
+    length = torch.tensor(unit, dtype=dtype, requires_grad=True)
+    sphere = im.Equality(lambda z, length: z.square().sum(1) - length**2)
+    start = torch.full_like(slopes, 0.5 * unit)
+    z = im.argmin(lambda z, length: (slopes * z).sum(1), start, length, constraint=sphere).value
+    expected = -slopes / slopes.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(z / unit, expected, rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad(z.sum(), length)
+    torch.testing.assert_close(slope, expected.sum(), rtol=1e-3, atol=1e-3)
+
+
 def curved_pair(z, unit):
     return unit * torch.stack([z.square().sum(1) - 8, z[:, 0] - 2 * z[:, 1] + z[:, 2] - 0.1], 1)
 

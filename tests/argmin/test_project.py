@@ -534,6 +534,18 @@ def test_maps_that_need_no_search_compile_into_one_graph(f):
     torch.testing.assert_close(torch.autograd.grad(x.sin().sum(), z), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler
+def test_rows_that_a_compiled_model_makes_have_code_for_their_units():
+    """Arithmetic on integer exponents had none, where the compiler fused it with what the rows are made of."""
+
+    def onto(z):
+        rows = torch.arange(10.0, dtype=z.dtype).reshape(2, 5)
+        return project.affine(z, rows, torch.ones(2, dtype=z.dtype))
+
+    z = torch.randn(4, 5, dtype=D, generator=seeded(0))
+    torch.testing.assert_close(torch.compile(onto)(z), onto(z))
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 Z = torch.zeros(3, 4)

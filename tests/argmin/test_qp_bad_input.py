@@ -191,6 +191,8 @@ def test_what_is_no_program():
         im.qp(EYE, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(TypeError, match="bfloat16"):
         im.qp(EYE.bfloat16(), torch.zeros(2, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"Q is a tensor of torch\.sparse_coo.*pass Q\.to_dense\(\)"):
+        im.qp(EYE.to_sparse(), of(0.0, 0.0))
     with pytest.raises(TypeError, match="solver must be InteriorPoint"):
         im.qp(EYE, of(0.0, 0.0), solver=im.Newton())
     with pytest.raises(TypeError, match="adjoint must be a KKTAdjoint"):

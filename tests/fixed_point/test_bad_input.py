@@ -88,6 +88,12 @@ def test_an_integer_state_is_refused_with_what_to_pass(dtype):
     refused(TypeError, f"z0 has dtype {dtype}", "z0.float()", z0=Z0.to(dtype))
 
 
+def test_a_state_that_is_sparse_or_nested_is_refused_with_what_to_pass():
+    refused(TypeError, "z0 is a tensor of torch.sparse_coo", "z0.to_dense()", z0=Z0.to_sparse())
+    nested = torch.nested.nested_tensor([Z0[0], Z0[1, :1]], layout=torch.jagged)
+    refused(TypeError, "z0 is a nested tensor", "z0.to_padded_tensor(0.0)", z0=nested)
+
+
 def test_what_is_no_state_is_refused():
     refused(ValueError, "z0 holds no tensor", z0={})
     refused(TypeError, "z0 must hold tensors only, got a float", z0=0.0)

@@ -180,6 +180,98 @@ def test_checkpointing_around_a_trajectory(solver):
     torch.testing.assert_close(torch.autograd.grad(around.sum(), x)[0], expected)
 
 
+def distance(z, x):
+    return (z - x).square().sum(1) / 2
+
+
+def minimum(x, **options):
+    return im.argmin(distance, Z0, x, **options).value
+
+
+def until_an_event(x):
+    event = im.Event(lambda t, y: torch.func.grad(lambda y: y.square().sum())(y)[:, 0] - 0.1)
+    return im.odeint(lambda t, y: -y, x, (0.0, 1.0), batch_dims=1, event=event).value[-1]
+
+
+# What differentiates within the solve, or before it.
+DIFFERENTIATING = {
+    "argmin": minimum,
+    "argmin, unrolled": lambda x: minimum(x, solver=im.GradientDescent(), adjoint=im.UnrolledAdjoint()),
+    "argmin in a set": lambda x: minimum(x, constraint=lambda z, x: im.project.simplex(z)),
+    "argmin under equations": lambda x: minimum(x, constraint=im.Equality(lambda z, x: z.sum(1, keepdim=True))),
+    "least_squares": lambda x: im.least_squares(lambda z, x: z - x, Z0, x).value,
+    "events": until_an_event,
+    "forces": lambda x: im.nn.NeuralODE(im.nn.HamiltonianField(nn.Linear(4, 1, dtype=D)))(x),
+    "backsolve": lambda x: trajectory(lambda y, x: torch.tanh(y) + x, x, im.BacksolveAdjoint()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATING)
+def test_hooks_for_saved_tensors_around_what_differentiates(name):
+    def gradient(solve):
+        torch.manual_seed(0)
+        x = x_with_gradient()
+        return torch.autograd.grad(solve(x).square().sum(), x)[0]
+
+    expected, solve = gradient(DIFFERENTIATING[name]), DIFFERENTIATING[name]
+    found = gradient(lambda x: torch.utils.checkpoint.checkpoint(solve, x, use_reentrant=False))
+    torch.testing.assert_close(found, expected)
+    with torch.autograd.graph.save_on_cpu():
+        torch.testing.assert_close(gradient(solve), expected)
+
+
+# ----------------------------------------------------------------------------------------- sparse tensors
+
+
+KNOWN = draw(6, 6, seed=12).relu()  # with many zeros
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
+@pytest.mark.parametrize("solver", [im.Anderson(), im.Newton()], ids=lambda s: type(s).__name__)
+def test_a_sparse_tensor_among_args(layout, solver):
+    def f(z, A, x):
+        return torch.tanh(0.1 * torch.mm(A, z) + x)
+
+    def gradients(A):
+        x, A = x_with_gradient(), A.clone().requires_grad_()
+        z = im.fixed_point(f, Z0, A, x, solver=solver, batch_dims=0).value
+        by_A, by_x = torch.autograd.grad(z.sum(), (A, x))
+        return torch.where(KNOWN > 0, by_A.to_dense(), 0.0), by_x
+
+    torch.testing.assert_close(gradients(KNOWN.to_sparse(layout=layout)), gradients(KNOWN))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
+def test_a_failure_beside_a_sparse_arg(layout):
+    def f(z, A, x):
+        return torch.tanh(0.1 * (A @ z.T).T + x) / (x[:, :1] < 5)
+
+    sparse = KNOWN.to_sparse(layout=layout).requires_grad_()
+    for failed in ([0, 1, 2], [1]):
+        x = draw(3, 6, seed=13)
+        x[failed] = 9.0
+        x.requires_grad_()
+        found = im.fixed_point(f, torch.zeros_like(x), sparse, x, in_dims=(None, 0), on_failure="ignore")
+        assert (~found.converged).nonzero().flatten().tolist() == failed
+        by_A, by_x = torch.autograd.grad(found.value.sum(), (sparse, x))
+        assert by_A.to_dense().isfinite().all()
+        assert not by_x[failed].any()
+
+
+def test_sparse_data_of_a_minimum():
+    x = x_with_gradient()
+
+    def ridge(z, A, x):
+        return (torch.mm(A, z) - x).square().sum() / 2 + z.square().sum() / 2
+
+    z = im.argmin(ridge, Z0, KNOWN.to_sparse_coo(), x, batch_dims=0).value
+    exact = torch.linalg.solve(KNOWN.T @ KNOWN + torch.eye(6, dtype=D), KNOWN.T @ x)
+    torch.testing.assert_close(z, exact)
+    torch.testing.assert_close(*(torch.autograd.grad(z.sum(), x)[0] for z in (z, exact)))
+
+
 # ------------------------------------------------------------------------------- the cache of parametrisations
 
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
@@ -205,6 +206,22 @@ def test_transforms_of_torch_func():
     tangent = normal(3, 3, 3)
     moved = torch.func.jvp(lambda A: f(c, A), (A,), (tangent,))[1]
     torch.testing.assert_close(moved, torch.einsum("boij,bij->bo", exact, tangent))
+
+
+def test_a_first_call_under_a_transform_leaves_a_layer_that_can_be_copied():
+    problem, parameters, variables, _ = robust()
+    layer = ConvexLayer(problem, parameters, variables)
+    c, A, r = normal(3), normal(3, 3) + 3 * torch.eye(3, dtype=D), torch.tensor(1.3, dtype=D)
+    torch.func.grad(lambda c: layer(c, A, r)[0].sum())(c)
+    torch.testing.assert_close(copy.deepcopy(layer)(c, A, r), layer(c, A, r))
+
+
+def test_checkpointing_around_it():
+    problem, parameters, variables, _ = robust()
+    layer = ConvexLayer(problem, parameters, variables)
+    c, A, r = normal(3).requires_grad_(), normal(3, 3) + 3 * torch.eye(3, dtype=D), torch.tensor(1.3, dtype=D)
+    plain, (again,) = layer(c, A, r)[0], torch.utils.checkpoint.checkpoint(layer, c, A, r, use_reentrant=False)
+    torch.testing.assert_close(*(torch.autograd.grad(z.sum(), c)[0] for z in (again, plain)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")

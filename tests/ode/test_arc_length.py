@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_it_comes_closer_as_tolerances_tighten(method):
     off = [float((gradients(tolerance, MOVING) - exact).norm() / exact.norm()) for tolerance in (loose, tight)]
     assert off[0] < 5e-2
     assert off[1] < max(off[0] / 3, 1e-6)
+
+
+@pytest.mark.parametrize("order", [3, 5, 8])
+def test_the_lengths_that_adams_method_remembers_move_too(order):
+    """Else it is off by some 1e-4, whatever the tolerances."""
+    a = tensor(1.3).requires_grad_()
+    solver = im.Adams(order=order, rtol=1e-8, atol=1e-10)
+    value = im.odeint(lambda t, y, a: -a * y, tensor(1.0), (0.0, 2.0), a, solver=solver, adjoint=MOVING).value[-1]
+    (found,) = torch.autograd.grad(value, a)
+    assert float(found) == pytest.approx(-2 * math.exp(-2.6), abs=1e-6)
 
 
 def test_forward_mode_transforms_and_second_derivatives_agree():

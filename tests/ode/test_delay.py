@@ -7,6 +7,7 @@ import math
 import warnings
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -309,6 +310,47 @@ def test_the_dtype_that_comes_in_goes_out(dtype):
     assert off < (0.02 if dtype is torch.bfloat16 else 1e-4)
 
 
+def test_autocast_is_for_f_alone():
+    """Where links begin and end is a sum of lags, which bfloat16 does not resolve."""
+
+    def found(cast: bool):
+        history = torch.tensor([0.7, 1.3], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            solver = im.Dopri5(rtol=2e-2, atol=1e-2)
+            solution = im.ddeint(fall, history, (0.0, 0.53, 1.0), lags=(0.3, 0.71), solver=solver)
+            between = solution.interpolate((0.21,)).detach()
+            (gradient,) = torch.autograd.grad(solution.value[1].sum(), history)
+        return solution.value.detach(), between, gradient
+
+    for a, b in zip(found(True), found(False)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_reaches_f():
+    seen = []
+
+    def f(t, y, delayed):
+        seen.append((delayed[0] @ torch.eye(2)).dtype)
+        return -delayed[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        value = im.ddeint(f, torch.ones(2), (0.0, 1.0), lags=(0.3,), solver=im.RK4(dt=0.1)).value
+    assert set(seen) == {torch.bfloat16}
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("t", [(0.1, 1.0), np.array([0.1, 1.0])], ids=["numbers", "array"])
+def test_a_history_that_moves_is_asked_for_the_first_time_in_the_dtype_of_y(t):
+    """The start of a float64 solve is not where float32 has it."""
+    a = torch.ones(1, dtype=torch.float64)
+    options = {"lags": (0.3,), "solver": FINE}
+    value = im.ddeint(lambda t, y, d, a: -a * d[0], lambda t, a: a * t.sin(), t, a, **options).value
+    torch.testing.assert_close(value[0], torch.tensor([math.sin(0.1)], dtype=torch.float64), rtol=0, atol=1e-16)
+    t = torch.tensor(t, dtype=torch.float64)
+    same = im.ddeint(lambda t, y, d, a: -a * d[0], lambda t, a: a * t.sin(), t, a, **options).value
+    torch.testing.assert_close(value, same, rtol=0, atol=1e-15)
+
+
 def test_without_samples_nothing_is_solved():
     sol = im.ddeint(fall, torch.ones(0, 2), (0.0, 2.5), lags=(1.0,), batch_dims=1)
     assert sol.value.shape == (2, 0, 2)
@@ -385,6 +427,7 @@ def test_progress_goes_from_the_start_to_the_end_once():
         ({"history": torch.ones(2, dtype=torch.int64)}, TypeError, "history has dtype"),
         ({"history": lambda t: torch.ones(2) if t >= 0 else torch.ones(3)}, ValueError, "history must return"),
         ({"f": lambda t, y, d: d[0][:1]}, ValueError, "shape"),
+        ({"t": (1e5, 1e5 + 2), "lags": (0.4,)}, ValueError, "beside times up to 100002, .* Measure times from"),
         ({"in_dims": 0}, ValueError, "batch_dims=0"),
         ({"in_dims": (0, None), "batch_dims": 1}, ValueError, "2 entries, but f gets 0 args"),
         ({"solver": "dopri5"}, TypeError, "solver must be"),

@@ -122,6 +122,28 @@ def test_dtypes_are_kept_and_the_last_time_is_reached(dtype):
     )
 
 
+@pytest.mark.parametrize("adjoint", [im.RecursiveCheckpointAdjoint(), im.BacksolveAdjoint(), im.UnrolledAdjoint()])
+@pytest.mark.parametrize(
+    "solver",
+    [im.Dopri5(rtol=2e-2, atol=1e-2), im.Tsit5(dt=0.1), im.Kvaerno3(rtol=2e-2, atol=1e-2), im.Adams(dt=0.1)],
+)
+def test_autocast_is_for_f_alone(solver, adjoint):
+    """What a solver adds to f is computed as without: outputs between steps are sums of products, too."""
+
+    def found(cast: bool):
+        y0 = torch.tensor([0.7, 1.3], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            solution = im.odeint(relax, y0, (0.0, 0.53, 1.0), solver=solver, adjoint=adjoint)
+            between = solution.interpolate((0.21,)).detach()
+        own = not isinstance(adjoint, im.UnrolledAdjoint)  # whose backward pass is autograd's
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast and own):
+            (gradient,) = torch.autograd.grad(solution.value[1].sum(), y0)
+        return solution.value.detach(), between, gradient
+
+    for a, b in zip(found(True), found(False)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_is_computed_in_float32():
     y0 = torch.ones(4, dtype=torch.bfloat16)
     solution = im.odeint(lambda t, y: -y, y0, (0.0, 1.0), solver=im.Dopri5(rtol=3e-2, atol=1e-2))

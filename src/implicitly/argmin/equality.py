@@ -353,7 +353,7 @@ class NewtonKKT(Solver):
         rtol, atol = self.tolerances(z.dtype)
         lowest = bottom(value, z[:, : z.shape[1] - h.shape[1]], r)
         limit = rtol * row_norm(r) + atol
-        return _Memory(value, h, 0 * one, one, 0 * one, torch.zeros_like(h), limit, lowest)
+        return _Memory(value, h, 0 * one, one, 0 * one, one, torch.zeros_like(h), limit, lowest)
 
     def propose(self, F: Lagrangian, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The step, halved until it leads on."""
@@ -363,7 +363,7 @@ class NewtonKKT(Solver):
         _, pull = pullback(F.residual, z)
         hessian, jacobian = _blocks(dense(lambda u: -pull(u)[0], z, self.limit_gib), h.shape[1])
         split = _Split.of(jacobian)
-        d, slope, unchanged = _step(hessian, jacobian, split, z, r, last)
+        d, slope, unchanged, led_astray = _step(hessian, jacobian, split, z, r, last)
         # Large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36.
         # Where equations depend on each other, |h| falls by less than all of it. The weight that a step needed
         # is forgotten, or where the equations were nearly flat it would keep all others short.
@@ -386,7 +386,10 @@ class NewtonKKT(Solver):
             where_rows(moves, trial.h, h),
             nu,
             torch.where(trial.good, 1.0, trial.length / 2),  # the next search goes on where this one stopped
-            split.next_damping(last.damping, trial.length),
+            torch.where(led_astray, LASTING * last.damping, split.next_damping(last.damping, trial.length)),
+            torch.where(led_astray & (trial.length < SHORT), trial.length, 2.0)
+            .mul(last.within)
+            .clamp(torch.finfo(z.dtype).eps ** 2, 1.0),
             steep,
             last.limit,
             last.lowest,
@@ -397,15 +400,16 @@ class NewtonKKT(Solver):
 
 
 class _Memory(NamedTuple):
-    """f `(B,)` and h `(B, m)`; the weight nu of |h| in the merit function, what share of a step to try first, and
-    the damping of the step onto the constraints, `(B,)` each; the largest gradients of h so far `(B, m)`; the
-    tolerance of |h| `(B,)`; the `bottom` of f."""
+    """f `(B,)` and h `(B, m)`; the weight nu of |h| in the merit function, what share of a step to try first, the
+    damping of the step onto the constraints, and within what share of the scale of z a step along them stays,
+    `(B,)` each; the largest gradients of h so far `(B, m)`; the tolerance of |h| `(B,)`; the `bottom` of f."""
 
     value: Tensor
     h: Tensor
     nu: Tensor
     length: Tensor
     damping: Tensor
+    within: Tensor
     steep: Tensor
     limit: Tensor
     lowest: Tensor
@@ -413,8 +417,9 @@ class _Memory(NamedTuple):
 
 def _step(
     hessian: Tensor, jacobian: Tensor, split: _Split, z: Tensor, r: Tensor, last: _Memory
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of (z, y), the slope of f along it, and where neither it nor the model needed a change."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The step of (z, y), the slope of f along it, where neither it nor the model needed a change, and where most
+    of it is along the constraints, as far as the scale of z allowed, for lack of curvature."""
     n = hessian.shape[1]
     y, finite = z[:, n:], r.isfinite().all(1, keepdim=True)
     r, h = torch.where(finite, r, 0.0), torch.where(finite, last.h, 0.0)
@@ -426,7 +431,7 @@ def _step(
     reduced = split.tangent @ hessian @ split.tangent
     right = -_times(split.tangent, gradient + _times(hessian, normal))
     # Curvature that would not keep the step within the scale of z is none.
-    reach = row_norm(right) / (1 + row_norm(z[:, :n]))
+    reach = row_norm(right) / (last.within * (1 + row_norm(z[:, :n])))
     scale = torch.linalg.matrix_norm(reduced)
     scale = torch.where(scale > 0, scale, torch.where(reach > 0, reach, 1.0))
     values, vectors = torch.linalg.eigh(reduced + scale[:, None, None] * normal_space)
@@ -437,8 +442,9 @@ def _step(
     tangential = _times(split.tangent, _times(vectors, _times(vectors.mT, right) / values))
     d = normal + tangential
     y_new = -split.solve_transposed(gradient + _times(hessian, d))
+    led_astray = ~unchanged & (row_norm(tangential) > row_norm(normal))
     unchanged = unchanged & ~split.is_damped(last.damping)
-    return torch.cat([d, y_new - y], 1), torch.linalg.vecdot(gradient, d), unchanged
+    return torch.cat([d, y_new - y], 1), torch.linalg.vecdot(gradient, d), unchanged, led_astray
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_number
 from implicitly.descent import Descent, stopped, wolfe
 from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Solver, where_rows
-from implicitly.pullback import pullback
+from implicitly.pullback import at_once, pullback
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
@@ -26,11 +26,11 @@ def jacobian_of(residuals: Map, z: Tensor) -> tuple[Tensor, Tensor, int]:
     (batch, m), n = value.shape, z.shape[1]
     if m <= n:
         eye = torch.eye(m, dtype=z.dtype, device=z.device).unsqueeze(1).expand(m, batch, m)
-        return value, torch.func.vmap(lambda u: pull(u)[0])(eye).movedim(0, 1), m
+        return value, at_once(lambda u: pull(u)[0], eye).movedim(0, 1), m
     # Jacobian-vector products from two reverse passes: forward mode cannot be nested under dual numbers.
     _, push = pullback(lambda u: pull(u)[0], torch.zeros_like(value))
     eye = torch.eye(n, dtype=z.dtype, device=z.device).unsqueeze(1).expand(n, batch, n)
-    return value, torch.func.vmap(lambda v: push(v)[0])(eye).movedim(0, 2), n
+    return value, at_once(lambda v: push(v)[0], eye).movedim(0, 2), n
 
 
 def _check_size(solver: Solver, limit_gib: float, z: Tensor, m: int) -> None:

@@ -162,7 +162,7 @@ def _shares(fresh: Array, dt: Array) -> tuple[Array | None, Array | None]:
 def _past(lengths: Tensor, dt: Array) -> Array:
     """How long before the state each slope was `(B, k)`, with the sign of dt; an array of the kind of `dt`."""
     xp = library(dt)
-    before = lengths.detach() if isinstance(dt, Tensor) else to_host(lengths)
+    before = lengths if isinstance(dt, Tensor) else to_host(lengths)  # they move with what makes dt move
     return xp.concatenate((xp.zeros_like(dt)[:, None], xp.cumsum(before, 1)), 1)
 
 

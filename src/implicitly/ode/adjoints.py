@@ -46,6 +46,7 @@ from implicitly.ode.stiffness import Halt
 from implicitly.pullback import of_places, pull_within
 from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import (
+    Differentiated,
     full_precision,
     is_batched,
     is_cpu,
@@ -370,7 +371,7 @@ def _cotangents(
     return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
 
 
-class _Trajectory(torch.autograd.Function):
+class _Trajectory(Differentiated):
     """A solve and its derivative as one operation, so that `vmap` hands it the whole batch.
 
     The steps are outputs too: each level of nested transforms then has those of its own samples.

@@ -23,7 +23,7 @@ from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
 from implicitly.solution import ConvergenceWarning, Status
-from implicitly.transforms import is_wrapped, one_by_one, unhooked
+from implicitly.transforms import Differentiated, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
@@ -128,7 +128,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-class _Backsolve(torch.autograd.Function):
+class _Backsolve(Differentiated):
     """A solve that keeps its outputs, and its derivative."""
 
     @staticmethod
@@ -157,10 +157,11 @@ class _Backsolve(torch.autograd.Function):
         g = cotangents[0]
         if g is not None:
             count = len(Integrated._fields)
-            found, inputs = Integrated(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+            saved = ctx.saved_tensors  # once: checkpointing lets them be had a single time
+            found, inputs = Integrated(*saved[:count]), list(saved[count:])
             if any(is_wrapped(x) for x in (g, *inputs)):
                 _refuse("a transform of torch.func")
-            with torch.no_grad(), ctx.restored():
+            with torch.no_grad(), ctx.restored(), full_precision(g.device.type):
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
             ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
             if torch.is_grad_enabled():
@@ -179,7 +180,7 @@ class _Backsolve(torch.autograd.Function):
         _refuse("a transform of torch.func")
 
 
-class _FirstOrder(torch.autograd.Function):
+class _FirstOrder(Differentiated):
     """The first `count` tensors, tied to the others so that nobody differentiates them unnoticed."""
 
     @staticmethod

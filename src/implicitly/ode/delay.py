@@ -35,7 +35,7 @@ from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, tell
 from implicitly.ode.stiffness import Halt
 from implicitly.solution import Status, is_success
-from implicitly.transforms import is_cpu, unhooked
+from implicitly.transforms import full_precision, is_cpu, unhooked
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -70,7 +70,7 @@ def ddeint(
             that f or history is, is bound to or closes over.
         history: what y was up to `t[0]`: a tensor or pytree of tensors that it was all the time, or
             `history(t, *args)`. With `batch_dims=1` t comes 0-d for the start, else in the shape `(B, 1, ..., 1)`.
-        t: the output times `(T,)`, increasing: a tensor, or a tuple of numbers. `t[0]` is where history ends.
+        t: the output times `(T,)`, increasing: a tensor, an array or numbers. `t[0]` is where history ends.
         lags: a tuple of positive numbers or of 0-d tensors, or a tensor `(m,)`; gradients reach tensors.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps, but for those that
             reach the end of a lag. `max_steps` counts for each stretch of one lag.
@@ -151,9 +151,13 @@ class Delayed:
         if not callable(f):
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         given = callable(history)
-        y0 = history(_first(t), *args) if given else history
+        first = _first(t) if given else None
+        y0 = history if first is None else history(first, *args)
         layout = Layout.of(y0, batch_dims, "history")
         rows, _ = series_of(t, layout)
+        if first is not None and first.dtype != rows.dtype:  # not where its rounding is
+            y0 = history(rows[0, 0], *args)
+            layout = Layout.of(y0, batch_dims, "history")
         if isinstance(t, Tensor) and t.ndim != 1:
             raise ValueError(f"t must have the shape (T,), as samples share the lags, got {tuple(t.shape)}")
         if _number(rows[0, 1] - rows[0, 0]) < 0:
@@ -196,11 +200,18 @@ class Delayed:
         span = _number(self.times[-1] - self.times[0])
         lags = np.array([_number(x) for x in self.lags])
         shortest, unit = lags.min(), np.eye(len(lags), dtype=int)[lags.argmin()]
-        if shortest <= self.same or span / shortest > solver.max_steps:
+        if shortest <= self.same:
+            far = max(abs(_number(x)) for x in (self.times[0], self.times[-1]))
+            raise ValueError(
+                f"a lag of {shortest:g} is too short: beside times up to {far:g}, {self.times.dtype} tells only "
+                f"those apart well that differ by more than {self.same:.2g}. Measure times from the start, or "
+                "pass history, t, lags and the arguments in float64"
+            )
+        if span / shortest > solver.max_steps:
             raise ValueError(
                 f"a lag of {shortest:g} is too short for a solve over {span:g}: no step is longer, which makes "
-                f"more than max_steps={solver.max_steps} of them, or is less than {self.times.dtype} resolves. "
-                "Leave lags out that are as short as a step, or raise max_steps"
+                f"more than max_steps={solver.max_steps} of them. Leave lags out that are as short as a step, or "
+                "raise max_steps"
             )
         counts = [0 * unit]
         for jump in (*_jumps(lags, span - self.same, solver.order), None):
@@ -209,7 +220,8 @@ class Delayed:
                 counts.append(counts[-1] + unit)
             if jump is not None and until - counts[-1] @ lags > self.same:
                 counts.append(jump)
-        sums = [self.times[0] + torch.as_tensor(count).to(self.lags) @ self.lags for count in counts[1:]]
+        # Sums of products, as autocast would round what `@` gives.
+        sums = [self.times[0] + (torch.as_tensor(count).to(self.lags) * self.lags).sum() for count in counts[1:]]
         return [self.times[0], *sums, self.times[-1]]
 
 
@@ -217,7 +229,7 @@ def _first(t: Any) -> Tensor:
     """The time `t[0]`, 0-d, before it is known what y is like; raises TypeError for what holds no times."""
     if isinstance(t, Tensor) and t.ndim and t.numel():
         return t.flatten()[0]
-    if isinstance(t, Sequence) and t and isinstance(t[0], NUMBERS):
+    if isinstance(t, Sequence | np.ndarray) and len(t) and isinstance(t[0], NUMBERS):
         return torch.tensor(float(t[0]), dtype=torch.get_default_dtype())
     if isinstance(t, Sequence) and t and isinstance(t[0], Tensor) and t[0].ndim == 0:
         return t[0]
@@ -240,7 +252,7 @@ def _lags_of(lags: Any, layout: Layout) -> Tensor:
     if not isinstance(lags, Tensor | tuple | list):
         raise TypeError(f"lags must be a tuple of numbers or a tensor (m,), got a {type(lags).__name__}")
     if not isinstance(lags, Tensor):
-        wrong = [x for x in lags if not isinstance(x, float | int | Tensor)]
+        wrong = [x for x in lags if not isinstance(x, (*NUMBERS, Tensor))]
         if wrong:
             raise TypeError(f"lags must hold numbers or 0-d tensors, got a {type(wrong[0]).__name__}")
         like = {"dtype": layout.work_dtype, "device": layout.device}
@@ -330,6 +342,11 @@ class Chain:
         y = delayed.y0 if self.found is None else self.y
         problem = delayed.stated(y, begin, end, self.links, recording)
         problem = replace(problem, warns=self.on_failure == "warn")
+        with full_precision(delayed.layout.device.type):  # f itself keeps the autocast it was called under
+            self._solve(problem, begin, end)
+
+    def _solve(self, problem: Problem, begin: Tensor, end: Tensor) -> None:
+        """Solve the `problem` of the link from `begin` to the `end`, and note what is found."""
         solver = self._method(begin, end)
         solver.check(problem)
         problem = solver.checked(problem)

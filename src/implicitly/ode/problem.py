@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.ode.ragged import told_apart
 from implicitly.problem import sample_dims_of
-from implicitly.transforms import is_wrapped, loses, unwrapped
+from implicitly.transforms import is_wrapped, loses, unhooked, unwrapped
 from implicitly.tree import Layout
 
 
@@ -146,9 +147,12 @@ class Problem:
             with (
                 torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
                 told_of_draws(f, () if recording else opened.parts, layout.device),
+                nullcontext() if recording else unhooked(),
             ):
                 value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *given), probe)
-            layout.check(value, "y0")
+            cast = opened.autocast
+            with nullcontext() if cast is None else torch.autocast(layout.device.type, cast):  # a solve is outside
+                layout.check(value, "y0")
             k0 = layout.pack(value)
             if checking:
                 refuse_captured(opening, k0, inputs, inputs=2)
@@ -239,7 +243,7 @@ def _check_events(
     (probe, moment, *theta), opened = known, opening.opened
     for i, event in enumerate(events):
         for which, name in ((1 + 2 * i, "g"), (2 + 2 * i, "restart"))[: 1 if event.restart is None else 2]:
-            with torch.enable_grad():
+            with torch.enable_grad(), unhooked():
                 call = (which, _shown(layout)(moment[None])[0])
                 value = watched(lambda y, call=call: opened((*call, layout.unpack(y)), *theta), probe)
             try:

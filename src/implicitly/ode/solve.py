@@ -27,7 +27,7 @@ from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
-from implicitly.transforms import is_tracked, unwrapped, version
+from implicitly.transforms import full_precision, is_tracked, unwrapped, version
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -141,12 +141,12 @@ def odeint(
     problem = Problem.of(f, y0, t, args, **how, events=events, as_graph=as_graph)
     solver.check(problem)
     problem = solver.checked(problem)
-    if inside:
-        # To do them again, operations need the state of the random numbers, at which a CUDA graph does not look.
-        forget = torch.compiler.is_dynamo_compiling() and not isinstance(adjoint, UnrolledAdjoint)
-        return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
-    problem = replace(problem, warns=True) if on_failure == "warn" else problem
-    return _solved(solver, adjoint, problem, on_failure)
+    with full_precision(problem.layout.device.type):  # f itself keeps the autocast it was called under
+        if inside:
+            # To do them again, operations need the state of random numbers, at which a CUDA graph does not look.
+            forget = torch.compiler.is_dynamo_compiling() and not isinstance(adjoint, UnrolledAdjoint)
+            return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
+        return _solved(solver, adjoint, problem, on_failure)
 
 
 def _fits(solver: Method, adjoint: object, t: Any, more: bool) -> bool:
@@ -163,6 +163,7 @@ def _fits(solver: Method, adjoint: object, t: Any, more: bool) -> bool:
 def _solved(
     solver: Method, adjoint: TrajectoryAdjoint | UnrolledAdjoint, problem: Problem, on_failure: str
 ) -> Trajectory:
+    problem = replace(problem, warns=True) if on_failure == "warn" else problem
     solve = solve_unrolled if isinstance(adjoint, UnrolledAdjoint) else adjoint.solve
     again = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
 
@@ -225,7 +226,7 @@ def _interpolated(
     at_start, behind = times == begin, torch.where(times == begin, _behind(begin, end), 0.0)
     asked = torch.cat([begin.expand(rows, 1), (times + behind).expand(rows, -1), end.expand(rows, 1)], dim=1)
     # Eagerly: a graph would be made for each number of times.
-    with as_then():
+    with as_then(), full_precision(problem.layout.device.type):
         values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
     if maybe_any(at_start):
         values = torch.where(at_start.unsqueeze(2), _moved_to(problem.y0.unsqueeze(1), values), values)

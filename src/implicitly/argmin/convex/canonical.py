@@ -169,7 +169,9 @@ class Assembly:
             for wanted in (False, True):
                 members = [i for i, o in enumerate(own) if o == wanted]
                 stacked = [self.matrices[i] for i in members] or [self.matrices[0][:0]]
-                plan.append((members, AffineMap.of(require("scipy.sparse").vstack(stacked), like)))
+                # They outlive the transform of torch.func that may be active now.
+                with torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
+                    plan.append((members, AffineMap.of(require("scipy.sparse").vstack(stacked), like)))
             self._plans[key] = plan
         return self._plans[key]
 

@@ -17,7 +17,7 @@ from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import Found
 from implicitly.solution import Status, is_success
-from implicitly.transforms import merge_rows
+from implicitly.transforms import merge_rows, unhooked
 from implicitly.tree import columns_of, row_norm
 
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
@@ -327,6 +327,7 @@ class _Find(torch.autograd.Function):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod
+    @unhooked()
     def forward(run, *theta):
         return run(*(t.detach() for t in theta))
 

@@ -163,6 +163,8 @@ def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
             raise TypeError(f"{name} must be a tensor, got a {type(t).__name__}")
         if t.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} has dtype {t.dtype}: a program is solved in float32 or float64; convert it")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{name} is a tensor of {t.layout}, but programs are dense: pass {name}.to_dense()")
     for what in ("dtype", "device"):
         if len({getattr(t, what) for t in given.values()}) > 1:
             kinds = ", ".join(f"{name} {getattr(t, what)}" for name, t in given.items())

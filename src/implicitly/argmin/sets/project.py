@@ -220,8 +220,9 @@ def _power_of_two(rows: Tensor) -> Tensor:
     """The size `(..., 1)` of the largest entry of each row, as a power of two, by which division does not round; 1
     of rows of zeros."""
     size = rows.detach().abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(torch.where(size > 0, size, 1.0)).exponent
-    return torch.ldexp(torch.ones_like(size), exponent - 1)
+    size = torch.where(size > 0, size, 1.0)
+    # By the mantissa: arithmetic on integer exponents is what `torch.compile` may fail to make code of.
+    return size / (2 * torch.frexp(size).mantissa)
 
 
 @in_full_precision
