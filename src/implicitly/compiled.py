@@ -215,10 +215,7 @@ def _outcome(
     """What `graph` gives; None where there is none; or `_TRY_AGAIN`."""
     begin, done = time.perf_counter(), False
     refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
-    # Imported on first use: the compiler takes as long to import as all of torch.
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-    from torch._inductor.exc import InductorError
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
         graph.mark(tensors)
@@ -245,9 +242,7 @@ def _outcome(
         if not graph.calls:  # the user allows none
             raise
         return _TRY_AGAIN
-    except (TorchDynamoException, InductorError, AssertionError, ConstraintViolationError) as error:
-        # Loops that it cannot nest end in a bare AssertionError of the compiler. If f is wrong, the eager loop
-        # says so.
+    except _failures() as error:  # if f is wrong, the eager loop says so
         _allow_hooks(refusal)
         made = _problems.setdefault(graph.index[0], _Made())
         if not graph.varying and not made.carried and "TransformType::Functionalize" in str(error):
@@ -263,6 +258,18 @@ def _outcome(
         if not done:  # perhaps interrupted amid compilation: it is not used again
             _abandon(graph)
     return _TRY_AGAIN
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the compiler raises where it cannot make a graph."""
+    # Imported on first use: the compiler takes as long to import as all of torch.
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+    # Loops that it cannot nest end in a bare AssertionError.
+    known = TorchDynamoException, InductorError, AssertionError
+    return *known, ConstraintViolationError, GuardOnDataDependentSymNode
 
 
 @contextmanager
@@ -479,6 +486,8 @@ def _reason(error: BaseException) -> str:
     next one where that only announces it."""
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
+    if "data-dependent expression" in str(error):
+        return "f decides by a number of its tensors, or by a size that depends on their numbers"
     if "Expected FakeTensor, got" in str(error):
         return (
             "f takes .T, or the like, of a tensor that it closes over; pass it in args, or write transpose(-2, -1)"

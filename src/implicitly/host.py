@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.transforms import is_cpu, is_wrapped, under_transform, unwrapped
+from implicitly.transforms import is_cpu, is_wrapped, under_transform, unwrapped, written_down
 
 # A NumPy array or a tensor, `(B,)` or `(B, T)`.
 Array = Any
@@ -119,12 +119,12 @@ def library(x: Array) -> Any:
 
 def on_host(*tensors: Tensor) -> bool:
     """Whether the numbers of all `tensors` can be looked at without waiting."""
-    return not torch.compiler.is_dynamo_compiling() and all(is_cpu(x) and not is_wrapped(x) for x in tensors)
+    return not written_down() and all(is_cpu(x) and not is_wrapped(x) for x in tensors)
 
 
 def to_host(x: Tensor) -> Array:
     """`x`, detached, as an array of the kind to be used where it lies."""
-    if torch.compiler.is_dynamo_compiling() or not is_cpu(x):
+    if written_down() or not is_cpu(x):
         return x.detach()
     if not under_transform():
         return x.detach().numpy()
@@ -171,7 +171,7 @@ def maybe_any(mask: Array) -> bool:
     """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
     if not isinstance(mask, Tensor):
         return bool(mask.any())
-    if torch.compiler.is_dynamo_compiling():
+    if written_down():
         return True
     mask = unwrapped(mask)
     return mask.numel() > 0 and (not is_cpu(mask) or bool(mask.any()))

@@ -11,7 +11,8 @@ import torch
 from torch import SymFloat, SymInt, Tensor, fx
 from torch.func import functionalize, vjp
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from implicitly.transforms import Writing
 
 
 class CannotSplitError(ValueError):
@@ -88,8 +89,8 @@ class _Sizes:
         return len(self._env.guards) > self._unseen or self.opened[1].shape[0].node.expr.is_number
 
 
-class _Tape(TorchDispatchMode):
-    """Writes operations down as a graph. What PyTorch has for that is not for several threads."""
+class _Tape(Writing):
+    """As a graph. What PyTorch has for that is not for several threads."""
 
     def __init__(self, inputs: Sequence[Tensor], sizes: _Sizes | None):
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 
 def is_cpu(x: Tensor) -> bool:
@@ -69,6 +70,19 @@ def has_tangent(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return forward_ad.unpack_dual(x).tangent is not None
+
+
+class Writing(TorchDispatchMode):
+    """A mode that writes operations down, to be done again with other numbers."""
+
+
+def written_down() -> bool:
+    """Whether operations are done again with other numbers, so that none may be looked at: by a tracer, or a mode
+    that is `Writing`."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    private: Any = torch
+    return private._C._len_torch_dispatch_stack() > 0 and isinstance(_get_current_dispatch_mode(), Writing)
 
 
 def under_transform() -> bool:

@@ -114,3 +114,25 @@ def test_another_step_of_a_projection_is_another_graph(traced):
         )
         torch.testing.assert_close((graph.value, graph.status), (eager.value, eager.status))
     assert bool((graph.status == im.Status.CONVERGED).all())
+
+
+BOUNDED = {
+    "box": lambda z, x, u: im.project.box(z, -0.5 * u, 0.7 * u),
+    "simplex": lambda z, x, u: im.project.simplex(z, u),
+    "isotonic": lambda z, x, u: im.project.isotonic(z),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "box")) for n in BOUNDED])
+def test_projections_have_a_graph_of_the_backward_solve(traced, name):
+    x, found = torch.randn(4, 5, dtype=D, requires_grad=True), []
+    u = torch.tensor(1.0, dtype=D, requires_grad=True)
+    for c in (True, False):
+        value = im.argmin(centred, torch.zeros_like(x), x, u, constraint=BOUNDED[name], compile=c).value
+        found.append(torch.autograd.grad(value.square().sum() + 0 * u, [x, u]))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert [graph.fallback for graph in im.compile_statistics()] == [None, None]
+
+
+def centred(z, x, u):
+    return (z - x).square().sum(1)

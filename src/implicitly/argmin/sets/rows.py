@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitly.checks import NUMBERS, Must, check_kind
 from implicitly.host import maybe_any
 from implicitly.implicit import Opaque
-from implicitly.transforms import full_precision, unwrapped
+from implicitly.transforms import full_precision, unwrapped, written_down
 
 Number = float | Tensor
 
@@ -120,9 +120,9 @@ def check_broadcast(name: str, parameter: str, came: Any, wanted: Any, meaning: 
 def check_values(fine: Tensor, value: Tensor, message: str) -> None:
     """Raise ValueError with `message`, the first of `value` where `fine`, of its shape, is false, and its place.
 
-    Values are not looked at while a graph is traced.
+    Values are not looked at while a graph is made.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if written_down():
         return
     fine = unwrapped(fine.detach())
     if bool(fine.all()):
@@ -134,7 +134,7 @@ def check_values(fine: Tensor, value: Tensor, message: str) -> None:
 
 def check_all(name: str, parameter: str, given: Any, value: Tensor, must: Must | None) -> None:
     """Raise ValueError where an entry of `value`, made of what was `given`, is not what it `must` be."""
-    if must is not None and not torch.compiler.is_dynamo_compiling():
+    if must is not None and not written_down():
         value = in_view(given, value)
         check_values(must.holds(value), value, f"{name}: {parameter} must be {must.words}")
 
@@ -168,7 +168,7 @@ def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
     All `tensors` must have the same leading dimensions; f returns tensors, or a tuple of them, that have them too.
     """
     detached = [t.detach() for t in tensors]
-    if torch.compiler.is_dynamo_compiling():  # a graph has no transforms to step out of
+    if written_down():  # a graph has no transforms to step out of
         return f(*detached)
     return _Outside.apply(f, *detached)
 

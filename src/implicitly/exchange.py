@@ -1,0 +1,62 @@
+"""Other tensors in place of those that modules hold, for the length of a call, by one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+# Where a module holds a parameter or a buffer: its dictionary of them, and the name.
+Home = tuple[dict[str, Any], str]
+# Seconds after which nobody else is waited for any longer.
+PATIENCE = 60.0
+
+# By the id of a module's dictionary, the thread that has other tensors there, or relies on those that are there.
+_owners: dict[int, int] = {}
+_released = threading.Condition()
+
+
+@contextmanager
+def claimed(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Where no other thread has other tensors in any of the `holders`, dictionaries of modules: what is read there
+    would be its own, what is put back what it had put there.
+
+    Raises RuntimeError where that takes too long.
+    """
+    if threading.active_count() == 1:
+        yield
+        return
+    me, ids = threading.get_ident(), {id(holder) for holder in holders}
+    with _released:
+        if not _released.wait_for(lambda: all(_owners.get(i, me) == me for i in ids), PATIENCE):
+            raise RuntimeError(
+                f"f uses a module with which another thread has been calling its f for {PATIENCE:g} seconds, and "
+                "solves that record derivatives exchange parameters meanwhile. Give each thread a copy of the "
+                "module, by copy.deepcopy; or solve under torch.no_grad() where no gradients are wanted"
+            )
+        new = [i for i in ids if i not in _owners]
+        _owners.update(dict.fromkeys(new, me))
+    try:
+        yield
+    finally:
+        with _released:
+            for i in new:
+                del _owners[i]
+            _released.notify_all()
+
+
+@contextmanager
+def exchanged(placed: Sequence[tuple[Home, Tensor]]) -> Iterator[None]:
+    """With these tensors at those places: what `torch.func.functional_call` does, in a tenth of the time."""
+    with claimed([held for (held, _), _ in placed]):
+        before = [held[name] for (held, name), _ in placed]
+        try:
+            for (held, name), x in placed:
+                held[name] = x
+            yield
+        finally:
+            for ((held, name), _), x in zip(placed, before):
+                held[name] = x
