@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.func import grad, vjp, vmap
 
 from implicitly.transforms import is_plain, is_wrapped, under_transform, unhooked
@@ -86,11 +87,26 @@ def _recorded(
         value = f(*leaves)
 
     def pull(cotangent: Tensor, places: list[int]) -> tuple[Tensor, ...]:
-        asked = [leaves[i] for i in places]
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(x) for x in asked)
         # Where this is differentiated in turn, it is recorded, too.
-        create = torch.is_grad_enabled()
-        return torch.autograd.grad(value, asked, cotangent, True, create, materialize_grads=True)
+        again = torch.is_grad_enabled()
+        return pulled([value], [cotangent], [leaves[i] for i in places], retain=True, recorded=again)
 
     return value.detach(), pull
+
+
+def pulled(
+    outputs: Sequence[Tensor],
+    bars: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    retain: bool = False,
+    recorded: bool = False,
+) -> tuple[Tensor, ...]:
+    """The cotangents of `inputs` for those `bars` of `outputs`, 0 where no output depends on them; `retain` keeps
+    the graph, and where `recorded` they have one of their own."""
+    pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    # What `torch.autograd.grad` does once it has looked at its arguments, which for a small f takes as long.
+    what, by = (tuple(x) for x in zip(*pairs))
+    found = _engine_run_backward(what, by, retain, recorded, tuple(inputs), True, accumulate_grad=False)
+    return tuple(torch.zeros_like(x, requires_grad=recorded) if g is None else g for x, g in zip(inputs, found))

@@ -715,6 +715,8 @@ def test_input_that_cannot_be_meant_is_refused(f, y0, t, options, error, message
         (lambda: im.Dopri5(dt0=0.0), "dt0 must be"),
         (lambda: im.Dopri5(dt=0.1, dt0=0.1), "pass one"),
         (lambda: im.Dopri5(dt_min=1.0, dt_max=0.5), "dt_min <= dt_max"),
+        (lambda: im.Dopri5(dt=0.1, dt_min=0.2), "dt_min would count for nothing"),
+        (lambda: im.Dopri5(dt=0.1, dt0=0.2), "dt0 would count for nothing"),
         (lambda: im.Dopri5(max_steps=0), "max_steps"),
         (lambda: im.Dopri5(rtol=-1.0), "rtol"),
         (lambda: im.Controller(shrink=2.0), "shrink"),

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import _engine_run_backward
 from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
@@ -43,7 +42,7 @@ from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.stiffness import Halt
-from implicitly.pullback import of_places, pull_within
+from implicitly.pullback import of_places, pull_within, pulled
 from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import (
     Differentiated,
@@ -560,17 +559,6 @@ def _at_once(y0: Tensor) -> int:
 def stays(x: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether `x`, one of the `inputs`, may be differentiated by as it is."""
     return x.is_leaf and not x._backward_hooks and sum(x is other for other in inputs) == 1
-
-
-def pulled(outputs: list[Tensor], bars: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """The cotangents of `inputs` for those `bars` of `outputs`; 0 where no output depends on them."""
-    pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(x) for x in inputs)
-    # What `torch.autograd.grad` does once it has looked at its arguments, which for a small f takes as long.
-    what, by = (tuple(x) for x in zip(*pairs))
-    found = _engine_run_backward(what, by, False, False, tuple(inputs), True, accumulate_grad=False)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
 
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from implicitly.host import gauss, library, maybe_any, to_tensor
 from implicitly.iterate import where_rows
-from implicitly.ode.adjoints import pulled
 from implicitly.ode.combine import nonzero, stage_times
 from implicitly.ode.control import rms_norm
 from implicitly.ode.integrate import Stepper
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Taken
-from implicitly.pullback import of_places, pullback
+from implicitly.pullback import of_places, pullback, pulled
 from implicitly.transforms import is_plain
 from implicitly.tree import real_parts
 

@@ -15,13 +15,14 @@ from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.implicit import users_line
-from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, pulled, silent, stays
+from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
 from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate, stand_ins
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
+from implicitly.pullback import pulled
 from implicitly.solution import ConvergenceWarning, Status
 from implicitly.transforms import Differentiated, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts

@@ -121,8 +121,11 @@ class Method(ABC):
                 raise ValueError(
                     f"{name}: {which} must be a finite number > 0 (t says the direction), got {value}"
                 )
-        if self.dt is not None and self.dt0 is not None:
-            raise ValueError(f"{name}: dt makes all steps equally long, so dt0 would count for nothing; pass one")
+        if self.dt is not None and (self.dt0 is not None or self.dt_min > 0):
+            idle = "dt_min" if self.dt0 is None else "dt0"
+            raise ValueError(
+                f"{name}: dt makes all steps equally long, so {idle} would count for nothing; pass one of them"
+            )
         if not 0 <= self.dt_min <= self.dt_max:
             raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
