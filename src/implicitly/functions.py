@@ -187,7 +187,9 @@ class Opened:
     def _call(self, own: bool, given: tuple[Tensor, ...], state: Any, args: tuple[Any, ...]) -> Any:
         transformed = under_transform()
         if own and not transformed:
-            with claimed([held for held, _ in self.homes]) if torch.is_grad_enabled() else nullcontext():
+            if not torch.is_grad_enabled():
+                return self.f(state, *args)
+            with claimed([held for held, _ in self.homes]):
                 return self.f(state, *args)
         placed = [(home, given[i]) for home, (_, i) in zip(self.homes, self.places)]
         if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
@@ -271,7 +273,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
             own, (), (), (), (), spec, static, device.type, autocast, None, args_are_leaves=args_are_leaves
         )
         return Opening(opened, tensors, ())
-    default = torch.get_default_device()
+    default = _default_device()
     modules, reached = modules_and_tensors(f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
     parts = parts_of(modules)
@@ -289,7 +291,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         static,
         device.type,
         autocast,
-        None if default.type == "cpu" else default,
+        default,
         tuple(parts.values()),
         constants,
         args_are_leaves,
@@ -298,6 +300,17 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         suspects,
     )
     return Opening(opened, (*tensors, *held.parameters), tuple(captured))
+
+
+def _default_device() -> torch.device | None:
+    """That of new tensors, where it is not the CPU."""
+    private: Any = torch
+    if (
+        not private._C._len_torch_function_stack()
+    ):  # there it is set; to ask torch for it takes a hundredth of a solve
+        return None
+    default = torch.get_default_device()
+    return None if default.type == "cpu" else default
 
 
 class _Held(NamedTuple):
