@@ -30,7 +30,7 @@ CAPTION = """\
 A network of 2, 64, 64 and 2 units with tanh, batch 128, t from 0 to 1, Dopri5 with relative and absolute tolerance
 1e-5, float32, eager where nothing else is said. Errors: of the state, and relative of the gradient by the
 parameters, against Dopri8 at 1e-12 in float64. Peak: most of tensors alive at once, forward and backward. Medians
-of {rounds} rounds in alternation (least to greatest)."""
+of 3 x {rounds} rounds in alternation (least to greatest)."""
 
 
 class VectorField(nn.Module):
