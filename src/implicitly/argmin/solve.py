@@ -111,6 +111,7 @@ def least_squares(
     `LevenbergMarquardt`, `GaussNewton` or one for any objective, such as `LBFGS`. The derivative is that of the
     minimum, with the whole Hessian, not that of the linearised residuals. Beyond 256 unknowns a sample, and where
     that is ill-conditioned, as in bundle adjustment, `ImplicitAdjoint(im.DenseLU())` finds what `GMRES` does not.
+    Unknowns in units that differ by a million or more are to be scaled: a gradient counts as one vector.
     All else is as in `argmin`.
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}

@@ -4,7 +4,7 @@ An equilibrium exists only if every iteration applies the same function, and a t
 therefore decide what would change from call to call in one call of the cell before the solve (`decide_once`), and
 hold it through the solve. The decision is an explicit argument of the solve, so its gradient is exact and finished
 samples can be dropped. Outside of a `DEQ` or a `NeuralODE` they decide anew in every call, like their counterparts
-in `torch.nn`.
+in `torch.nn`. A cell that holds such modules is for one thread at a time.
 """
 
 from __future__ import annotations
