@@ -277,7 +277,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     modules, reached = modules_and_tensors(f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
     parts = parts_of(modules)
-    with claimed([part._parameters for part in parts.values()]):
+    with claimed([holder for part in parts.values() for holder in (part._parameters, part._buffers)]):
         held = _held_by(parts)
     constants = (*held.constants, *((name, x, version(x)) for name, x in captured if not is_tracked(x)))
     suspects = tuple((name, x) for name, x in captured if is_tracked(x) and not is_wrapped(x)) if records() else ()
@@ -305,9 +305,8 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
 def _default_device() -> torch.device | None:
     """That of new tensors, where it is not the CPU."""
     private: Any = torch
-    if (
-        not private._C._len_torch_function_stack()
-    ):  # there it is set; to ask torch for it takes a hundredth of a solve
+    # Setting one puts a mode on that stack. To ask torch for it takes a hundredth of a short solve.
+    if not private._C._len_torch_function_stack():
         return None
     default = torch.get_default_device()
     return None if default.type == "cpu" else default

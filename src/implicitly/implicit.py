@@ -40,7 +40,7 @@ from implicitly.linear import Affine, LinearSolver
 from implicitly.pullback import of_places, pullback, recorded
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.transforms import (
-    Differentiated,
+    Operation,
     full_precision,
     is_plain,
     is_wrapped,
@@ -314,7 +314,7 @@ def _without_entries(z: Tensor, unrolled: bool) -> Found:
     return Found(z, status, residual, zeros, 0 if unrolled else zeros.new_zeros(()))
 
 
-class Opaque(Differentiated):
+class Opaque(Operation):
     """What has no derivative: subclasses have `forward`, and the `vmap` that hands it the whole batch."""
 
     @staticmethod
@@ -541,7 +541,7 @@ def _preconditioned(condition: Condition, inverse: Map) -> Condition:
     return replace(condition, bind=bind, sample_dims=None, graphs=None)
 
 
-class _Attach(Differentiated):
+class _Attach(Operation):
     @staticmethod
     def forward(condition, backward, z, *theta):
         return z.clone()
@@ -602,7 +602,7 @@ def _cotangents(
     return pullback(of_needed, *(theta[i] for i in needed))[1](u)
 
 
-class _Answered(Differentiated):
+class _Answered(Operation):
     """z with the derivative of the theorem in a traced graph: the cotangent g of z is that u of its residual.
 
     What else the condition depends on is reached from the residual, by plain operations.

@@ -90,7 +90,7 @@ class _Sizes:
 
 
 class _Tape(Writing):
-    """As a graph. What PyTorch has for that is not for several threads."""
+    """Writes operations down as a graph. What PyTorch has for that is not for several threads."""
 
     def __init__(self, inputs: Sequence[Tensor], sizes: _Sizes | None):
         super().__init__()

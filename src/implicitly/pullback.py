@@ -46,9 +46,10 @@ def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent
 
 
 def at_once(call: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`call` of each of the `rows`, stacked: of all in one, or one after the other where it has an operation that
-    `vmap` does not know, such as the derivative of a product with a sparse matrix."""
-    if torch.compiler.is_dynamo_compiling():
+    """The linear map `call` of each of the `rows`, stacked: of all in one, or one after the other where it has an
+    operation that `vmap` does not know, such as the derivative of a product with a sparse matrix."""
+    # Under a transform each product may call f anew, which is not to draw other random numbers for each row.
+    if torch.compiler.is_dynamo_compiling() or under_transform():
         return vmap(call)(rows)
     try:
         return vmap(call)(rows)

@@ -159,8 +159,8 @@ def unhooked() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-class Differentiated(torch.autograd.Function):
-    """An autograd function with its signature at hand, for which every `apply` would look anew."""
+class Operation(torch.autograd.Function):
+    """One operation to autograd, with its signature at hand, for which every `apply` would look anew."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

@@ -45,7 +45,7 @@ from implicitly.ode.stiffness import Halt
 from implicitly.pullback import of_places, pull_within, pulled
 from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import (
-    Differentiated,
+    Operation,
     full_precision,
     is_batched,
     is_cpu,
@@ -370,7 +370,7 @@ def _cotangents(
     return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
 
 
-class _Trajectory(Differentiated):
+class _Trajectory(Operation):
     """A solve and its derivative as one operation, so that `vmap` hands it the whole batch.
 
     The steps are outputs too: each level of nested transforms then has those of its own samples.

@@ -24,7 +24,7 @@ from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
 from implicitly.pullback import pulled
 from implicitly.solution import ConvergenceWarning, Status
-from implicitly.transforms import Differentiated, full_precision, is_wrapped, one_by_one, unhooked
+from implicitly.transforms import Operation, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
@@ -129,7 +129,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-class _Backsolve(Differentiated):
+class _Backsolve(Operation):
     """A solve that keeps its outputs, and its derivative."""
 
     @staticmethod
@@ -181,7 +181,7 @@ class _Backsolve(Differentiated):
         _refuse("a transform of torch.func")
 
 
-class _FirstOrder(Differentiated):
+class _FirstOrder(Operation):
     """The first `count` tensors, tied to the others so that nobody differentiates them unnoticed."""
 
     @staticmethod
