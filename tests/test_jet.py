@@ -110,6 +110,13 @@ ELEMENTWISE = {
     "erf": torch.erf,
     "atan": torch.atan,
     "where": lambda x: torch.where(x > 0, x * x, 1.0) + torch.where(MASK, W, x),
+    "where of itself": lambda x: (x * x).where(x > 0, x) + W.where(MASK, x),
+    "keywords": lambda x: (
+        torch.mul(input=x, other=x)
+        + F.linear(input=x, weight=W[:3])
+        + torch.where(condition=MASK, input=W, other=x)
+        + x.where(condition=MASK, other=W)
+    ),
 }
 POSITIVE = {
     "div": lambda x: W / x + x / 3 + x / (1 + x) + 1 / x,
@@ -137,6 +144,10 @@ LINEAR = {
     "stack": lambda x: torch.stack((W, x)),
     "pad": lambda x: F.pad(x, (1, 2)),
     "to": lambda x: x.float().double() + x.to(torch.float32).to(x),
+    "constants like it": lambda x: (
+        x * W.expand_as(x) * W.to(x) * W.float().type_as(x) * W.view_as(x) * MASK.expand_as(x)
+    ),
+    "diff": lambda x: (x.diff(dim=0, prepend=W[:1]), W.diff(dim=0, append=x)),
     "flip": lambda x: x.flip(0) + x.roll(1, 0) + x.tril() + x.contiguous().clone(),
 }
 DENSE = {
@@ -211,6 +222,20 @@ def test_chains_of_rules_agree_with_nested_forward_mode(order, seed, names):
         return x
 
     assert_same(jet(f, primals, series), nested(f, primals, series), rtol=1e-6, atol=1e-6)
+
+
+def test_the_size_of_complex_numbers_is_real():
+    primals, series = random_inputs([(4, 3)], dtype=torch.complex128, order=3)
+
+    def f(z):
+        return z.abs(), torch.linalg.vector_norm(z, dim=1)
+
+    def of_parts(x, y):
+        square = x * x + y * y
+        return square.sqrt(), square.sum(1).sqrt()
+
+    parts = [[c.real for c in series[0]], [c.imag for c in series[0]]]
+    assert_same(jet(f, primals, series), nested(of_parts, (primals[0].real, primals[0].imag), parts))
 
 
 def test_layer_norm_agrees_with_its_formula():
@@ -512,6 +537,7 @@ def test_memory_is_freed_without_waiting_for_cycles_to_be_found():
         (lambda x: F.pad(x, (1, 1), value=2.0), "pad has a rule for the value 0, got 2.0"),
         (lambda x: torch.einsum("i,i,i", x, x, x), "one or two operands"),
         (lambda x: x.to(torch.int64), "torch.int64 has no derivatives"),
+        (lambda x: torch.div(x, 2, rounding_mode="floor"), "div has no rule for rounding_mode='floor'"),
     ],
 )
 def test_what_has_no_rule_is_named(f, message):

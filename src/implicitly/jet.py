@@ -230,7 +230,9 @@ def _multiply(a: Any, b: Any) -> _Series:
     return _Series(a[0] * b[0], lambda _, k: _cauchy(a, b, k))
 
 
-def _divide(a: Any, b: Any) -> _Series:
+def _divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> _Series:
+    if rounding_mode is not None:
+        raise NotImplementedError(f"jet: div has no rule for rounding_mode={rounding_mode!r}, as the result jumps")
     a, b = _lifted(a, b)
 
     def rule(v: _Series, k: int) -> Coefficient:  # of v b = a
@@ -356,7 +358,9 @@ def _sine(which: int, u: _Series, hyperbolic: bool = False) -> _Series:
     return _Series(pair[0][which], lambda _, k: None if pair[k] is None else pair[k][which])
 
 
-def _where(condition: Tensor, a: Any, b: Any) -> _Series:
+def _where(condition: Any, a: Any, b: Any) -> _Series:
+    if isinstance(condition, _Series) or condition.dtype not in (torch.bool, torch.uint8):  # a.where(condition, b)
+        condition, a = a, condition
     a, b = _lifted(a, b)
 
     def rule(_: _Series, k: int) -> Coefficient:
@@ -460,7 +464,15 @@ def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dt
         raise NotImplementedError(f"jet: norm has a rule for the 2-norm, got ord={ord!r}")
     x = x if dtype is None else x.to(dtype)
     dims = tuple(range(x.ndim)) if dim is None else dim
-    return x.square().sum(dims, keepdim=keepdim).sqrt()
+    return _squared_size(x).sum(dims, keepdim=keepdim).sqrt()
+
+
+def _squared_size(x: Tensor) -> Tensor:
+    return (x * x.conj()).real if x.is_complex() else x.square()
+
+
+def _abs(x: Tensor) -> Tensor:
+    return _squared_size(x).sqrt() if x.is_complex() else x * x.sign()
 
 
 def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
@@ -552,7 +564,7 @@ _COMPOSED: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "pad": _pad,
     "relu": lambda x: torch.where(x > 0, x, 0.0),
-    "abs": lambda x: x * x.sign(),
+    "abs": _abs,
     "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, x, negative_slope * x),
     "elu": _elu,
     "celu": lambda x, alpha=1.0: _elu(x, alpha, input_scale=1 / alpha),
@@ -568,10 +580,10 @@ def _names(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Linear, so that they act on each coefficient alone.
+# Linear in their first tensor, so that they act on each coefficient alone.
 _LINEAR = _names(
     """
-    neg positive sum mean cumsum diff trace real imag conj
+    neg positive sum mean cumsum trace real imag conj
     getitem select narrow index_select gather take_along_dim diagonal unbind split chunk tensor_split
     view reshape flatten unflatten ravel squeeze unsqueeze expand broadcast_to expand_as view_as reshape_as
     transpose swapaxes permute movedim t T mT adjoint flip roll repeat tile repeat_interleave tril triu
@@ -580,7 +592,7 @@ _LINEAR = _names(
     """
 )
 # Linear in several tensors at once; those without a series are constants.
-_JOINTLY_LINEAR = _names("cat stack hstack vstack broadcast_tensors")
+_JOINTLY_LINEAR = _names("cat stack hstack vstack broadcast_tensors diff")
 # Of the value alone: what does not change with s, or jumps.
 _OF_VALUE = _names(
     """
@@ -652,6 +664,7 @@ class _Jet(Tensor):
             k: v for k, v in (kwargs or {}).items() if k not in ("out", "inplace") or not (v is None or v is False)
         }
         name = _name_of(func)
+        args = (*args, *(kwargs.pop(which) for which in ("condition", "input", "other") if which in kwargs))
         if not kwargs.keys() & {"out", "inplace"}:
             if name in _COMPOSED:
                 return _COMPOSED[name](*args, **kwargs)
@@ -720,23 +733,23 @@ def _apply(rule: Callable[..., _Series], *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _coefficientwise(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], jointly: bool = False) -> Any:
-    """A linear operation, of each coefficient."""
+    """A linear operation, of each coefficient of its first tensor, or `jointly` of all."""
     run = _run_of((args, kwargs))
     flat, spec = pytree.tree_flatten((args, kwargs))
-    chosen = {
-        i: _series_of(x, run)
-        for i, x in enumerate(flat)
-        if (isinstance(x, _Jet) and x.run is run) or (jointly and isinstance(x, Tensor))
-    }
+    tensors = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+    chosen = {i: _series_of(flat[i], run) for i in (tensors if jointly else tensors[:1])}
+    values = [_value(x, run) for x in flat]  # of others, as that of `expand_as`, these are all that counts
 
     def at(k: int) -> Any:
         if k and all(x[k] is None for x in chosen.values()):
             return None
-        filled = [_dense(chosen[i], k) if i in chosen else x for i, x in enumerate(flat)]
+        filled = [_dense(chosen[i], k) if i in chosen else x for i, x in enumerate(values)]
         args, kwargs = pytree.tree_unflatten(filled, spec)
         return func(*args, **kwargs)
 
     first = at(0)
+    if all(flat[i] is values[i] for i in chosen):  # of constants
+        return first
     if isinstance(first, Tensor):
         return _Jet(_Series(first, lambda _, k: at(k)), run)
     several = functools.cache(at)
