@@ -230,7 +230,7 @@ def test_a_sample_that_a_quick_solver_fails_at_is_solved_with_care():
         return solver if len(made) > 1 else SimpleNamespace(update=solver.update, solve=failing)
 
     def failing():
-        return SimpleNamespace(status="NumericalError")
+        return SimpleNamespace(status="NumericalError", x=[0.0], z=[0.0], s=[0.0])
 
     workers._make = counted
     numbers = Numbers(*(np.array([[v]]) for v in (2.0, -2.0, -1.0, -3.0)))  # x^2 - 2x where x >= 3

@@ -588,6 +588,15 @@ def test_values_that_are_no_numbers_are_found_where_equations_fix_everything(sol
         assert found[1].isnan().all()
 
 
+def test_equations_that_contradict_each_other_are_infeasible():
+    x, b = cp.Variable(2), cp.Parameter(3)
+    constraints = [cp.norm(x) <= 3, x[1] == b[0], -x[1] == b[1], x[1] == b[2]]
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), constraints), [b], [x], on_failure="ignore")
+    layer(torch.tensor([[1.0, -1, 4], [1, -4, -2], [1, -1, 1]], dtype=D))
+    assert layer.solution.status.tolist()[:2] == [im.Status.INFEASIBLE] * 2
+    assert layer.solution.status[2] in (im.Status.CONVERGED, im.Status.DEGENERATE)
+
+
 def test_failures_are_raised_with_the_variables_or_warned_of():
     problem, parameters, variables, (c, A, _) = robust()
     radius = torch.tensor([1.3, 0.0], dtype=D)
@@ -620,6 +629,9 @@ def test_unbounded_and_broken_samples():
     torch.testing.assert_close(found[0], torch.ones(3, dtype=D))
     assert found[1:].isnan().all()
     assert torch.autograd.grad(found[0].sum(), value)[0].isfinite().all()
+    layer.on_failure = "raise"
+    with pytest.raises(im.SolverError, match=r"sample 0: NON_FINITE.*NaN or inf is in a parameter's value"):
+        layer(value[2:])
 
 
 def test_too_few_steps_are_reported():
@@ -629,6 +641,13 @@ def test_too_few_steps_are_reported():
     layer(*values)
     assert (layer.solution.status == im.Status.MAX_STEPS).all()
     assert (layer.solution.steps == 2).all()
+
+
+def test_too_little_time_says_what_to_try():
+    problem, parameters, variables, values = entropy()
+    layer = ConvexLayer(problem, parameters, variables, solver=im.Clarabel(time_limit_s=1e-9))
+    with pytest.raises(im.SolverError, match=r"MAX_STEPS.*raise max_steps and time_limit_s"):
+        layer(*values)
 
 
 # -------------------------------------------------------------------------------------------- the module
@@ -671,7 +690,7 @@ def small():
 def test_problems_that_are_refused():
     problem, A, b, x = small()
     p, q = cp.Parameter(name="p", nonneg=True), cp.Parameter(name="q", nonneg=True)
-    i = cp.Variable(integer=True)
+    i, constrained = cp.Variable(integer=True), cp.Problem(problem.objective, [x >= 0])
     cases = [
         (cp.Problem(cp.Minimize(p * q * cp.norm(x)), []), [p, q], [x], "DPP"),
         (cp.Problem(cp.Minimize(-cp.norm(x) * p)), [p], [x], "rules of convex programming"),
@@ -680,6 +699,7 @@ def test_problems_that_are_refused():
         (problem, [A, b, p], [x], r"parameters\[2\], p of shape \(\), is no Parameter"),
         (problem, [A, b, A], [x], "twice"),
         (problem, [A, b], [i], r"variables\[0\].*is no Variable"),
+        (constrained, [A, b], [i], rf"has: {x} of shape \(3,\); and the dual_variables"),
         (problem, [A, b], [], "variables is empty"),
         (cp.Problem(cp.Minimize(cp.norm(x))), [], [x], "no parameters"),
     ]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from implicitly.argmin.convex.conic import Cones, Pattern
 from implicitly.argmin.convex.optional import require
-from implicitly.transforms import merge_rows
+from implicitly.transforms import Operation, merge_rows
 from implicitly.tree import columns_of
 
 # ------------------------------------------------------------------------------- from parameters to numbers
@@ -75,7 +75,7 @@ class SparseMap:
         return product.index_add_(1, rows, columns_of(x, columns).mul_(coefficients)) if len(rows) else product
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Operation):
     """A product with a sparse matrix, whose derivative is one with the transpose: quicker than picking entries, as
     autograd does it."""
 
@@ -404,14 +404,17 @@ def _check(cp: Any, problem: Any, parameters: Sequence[Any], variables: Sequence
         raise ValueError(
             "variables is empty: name the variables of the problem whose values the layer is to return"
         )
-    _check_members("variables", variables, [*problem.variables(), *_multipliers(problem)], "Variable")
+    _check_members("variables", variables, problem.variables(), "Variable", _multipliers(problem))
 
 
-def _check_members(name: str, given: Sequence[Any], own: Sequence[Any], kind: str) -> None:
+def _check_members(
+    name: str, given: Sequence[Any], own: Sequence[Any], kind: str, multipliers: Sequence[Any] = ()
+) -> None:
     for i, x in enumerate(given):
-        if not any(x is y for y in own):
+        if not any(x is y for y in (*own, *multipliers)):
             known = ", ".join(_named(y) for y in own[:20]) or "none"
-            raise ValueError(f"{name}[{i}], {_named(x)}, is no {kind} of the problem, which has: {known}")
+            duals = "; and the dual_variables of its constraints" if multipliers else ""
+            raise ValueError(f"{name}[{i}], {_named(x)}, is no {kind} of the problem, which has: {known}{duals}")
         if any(x is y for y in given[:i]):
             raise ValueError(f"{name} holds {_named(x)} twice")
 

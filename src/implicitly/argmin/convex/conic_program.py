@@ -14,12 +14,20 @@ from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
 from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
 from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver
 from implicitly.host import maybe_any
-from implicitly.implicit import Backward, Condition, Map, Report, attach
+from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain
 from implicitly.iterate import Found
 from implicitly.solution import Status, is_success
-from implicitly.transforms import merge_rows, unhooked
+from implicitly.transforms import Operation, merge_rows, unhooked
 from implicitly.tree import columns_of, row_norm
 
+# What to try where programs have no solution.
+OF_NUMBERS = {
+    **REMEDY,
+    Status.MAX_STEPS: "raise max_steps and time_limit_s, or loosen rtol, of Clarabel",
+    Status.STAGNATED: "Clarabel gets no further: loosen its rtol, or state the problem in numbers of like sizes",
+    Status.NON_FINITE: "NaN or inf is in a parameter's value, or in what the problem makes of it; see where that "
+    "comes from",
+}
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
 POLISHED = 1e-14
 TINY = torch.finfo(torch.float64).tiny
@@ -202,7 +210,8 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     residual = torch.hypot(row_norm(stationarity) * units.dual, row_norm(feasibility) * units.primal)
     ends = (status, residual.masked_fill(none, float("nan")), tried.steps, tried.steps.sum())
     unpack = report.unpack and (lambda f: report.unpack(f._replace(z=units.taken_off(family, f.z))))  # pyright: ignore
-    replace(report, unpack=unpack)("ConvexLayer", family.solver, Found(z, *ends))  # pyright: ignore
+    said = replace(report, unpack=unpack, message=partial(explain, remedy=OF_NUMBERS))
+    said("ConvexLayer", family.solver, Found(z, *ends))  # pyright: ignore
     return z, units.primal, units.dual, *ends
 
 
@@ -323,7 +332,7 @@ def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: T
     return z, r
 
 
-class _Find(torch.autograd.Function):
+class _Find(Operation):
     """A solve as one opaque step, so that `vmap` hands it the whole batch."""
 
     @staticmethod

@@ -187,20 +187,22 @@ class Workers:
             out.put(i, solution, self._judged(own, solution))
 
     def _judged(self, numbers: tuple[Any, ...], solution: Any) -> Status:
-        """The status of a solution, where no certificate counts that is none."""
+        """The status of a solution, where certificates count that are some, whatever Clarabel calls them."""
         status = _status(str(solution.status))
-        if status == Status.INFEASIBLE and not self._no_point(numbers, np.asarray(solution.z)):
-            return Status.STAGNATED
-        if status == Status.UNBOUNDED and not self._no_limit(numbers, *map(np.asarray, (solution.x, solution.s))):
-            return Status.STAGNATED
-        return status
+        if status in (Status.CONVERGED, Status.MAX_STEPS):
+            return status
+        x, y, s = (np.asarray(t) for t in (solution.x, solution.z, solution.s))
+        with np.errstate(over="ignore", invalid="ignore"):  # of what broke down
+            if self._no_point(numbers, y):
+                return Status.INFEASIBLE
+            return Status.UNBOUNDED if self._no_limit(numbers, x, s) else Status.STAGNATED
 
     def _no_point(self, numbers: tuple[Any, ...], y: Any) -> bool:
         """Whether y, in the dual cone, is a certificate of infeasibility: A'y = 0 and b'y < 0."""
         _, _, A, b = numbers
         p = self._pattern
         pulled = np.bincount(p.A_columns.numpy(), A * y[p.A_rows.numpy()], minlength=p.n)
-        return bool(np.linalg.norm(pulled) <= -CERTAIN * (b @ y) and b @ y < 0)
+        return bool(np.linalg.norm(pulled) <= -CERTAIN * (b @ y) and -np.inf < b @ y < 0)
 
     def _no_limit(self, numbers: tuple[Any, ...], x: Any, s: Any) -> bool:
         """Whether x is a ray of falling objective: Ax + s = 0 with s in the cone, Px = 0 and q'x < 0."""
@@ -209,7 +211,8 @@ class Workers:
         moved = np.bincount(p.A_rows.numpy(), A * x[p.A_columns.numpy()], minlength=p.m) + s
         index, rows, columns = (t.numpy() for t in p.full)
         curved = np.bincount(rows, P[index] * x[columns], minlength=p.n)
-        return bool(np.hypot(np.linalg.norm(moved), np.linalg.norm(curved)) <= -CERTAIN * (q @ x) and q @ x < 0)
+        off = np.hypot(np.linalg.norm(moved), np.linalg.norm(curved))
+        return bool(off <= -CERTAIN * (q @ x) and -np.inf < q @ x < 0)
 
     def _make(self, numbers: tuple[Any, ...], settings: Any) -> Any:
         clarabel, sparse = require("clarabel"), require("scipy.sparse")
