@@ -149,3 +149,39 @@ def test_smoothing_with_failed_samples():
     assert bool((gradient[1] != 0).all())
     with pytest.raises(ValueError, match="smoothing must be"):
         im.KKTAdjoint(smoothing=-1.0)
+
+
+@pytest.mark.parametrize("bound", [5.0, 1e20, float("inf")])
+def test_smoothing_beside_rows_that_bound_nothing(bound):
+    Q, p, G, h, *_ = program(batch=2, n=3, m=4, q=0, seed=1)
+    p, h = 100 * p, 100 * h  # whose size is scaled to one
+    adjoint = im.KKTAdjoint(smoothing=30.0)
+
+    def gradients(G: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        args = [t.clone().requires_grad_() for t in (Q, p, G, h)]
+        sol = im.qp(*args, adjoint=adjoint)
+        loss = sol.value.sin().sum() + sol.dual_inequality.sin().sum()
+        return torch.autograd.grad(loss, args)
+
+    expected = gradients(G, h)
+    padding = torch.full_like(G[..., :1, :], 0.0 if bound == 5.0 else 1.0)
+    got = gradients(torch.cat([G, padding], -2), torch.cat([h, torch.full_like(h[..., :1], bound)], -1))
+    for x, y in zip((got[0], got[1], got[2][..., :4, :], got[3][..., :4]), expected):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+
+
+def test_smoothing_in_small_units():
+    Q, p, G, h, *_ = (t.float() for t in program(batch=2, n=3, m=4, q=0, seed=1))
+
+    def gradient(unit: float) -> Tensor:
+        x = (unit * p).requires_grad_()
+        value = im.qp(Q, x, G, unit * h, adjoint=im.KKTAdjoint(smoothing=100 * unit**2)).value
+        return torch.autograd.grad((value / unit).sin().sum(), x)[0] * unit
+
+    torch.testing.assert_close(gradient(1e-6), gradient(1.0), rtol=1e-3, atol=1e-4)
+
+
+def test_smoothing_where_inequalities_leave_no_room_says_what_to_try():
+    G, h = torch.tensor([[1.0], [-1.0]], dtype=D), torch.tensor([1.0, -1.0], dtype=D)  # z = 1
+    with pytest.raises(im.SolverError, match=r"1 of 1 samples.*less smoothing, and A z = b in place of"):
+        im.qp(torch.eye(1, dtype=D), G[0], G, h, adjoint=im.KKTAdjoint(smoothing=0.1))

@@ -77,7 +77,7 @@ class ADMM(ProgramSolver):
             )
         for name in ("rho", "sigma", "relaxation"):
             value = getattr(self, name)
-            check_kind("ADMM", name, value, NUMBERS, f"a number, got a {type(value).__name__}")
+            check_kind("ADMM", name, value, NUMBERS, "a number, got a {type}")
         if not (self.rho > 0 and self.sigma > 0 and 0 < self.relaxation < 2):
             raise ValueError(
                 "ADMM: rho and sigma must be positive and relaxation between 0 and 2, got "

@@ -16,7 +16,7 @@ from implicitly.argmin.programs.smoothing import central_point
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.host import maybe_any
 from implicitly.implicit import Opaque, Report
-from implicitly.iterate import Found
+from implicitly.iterate import Found, Solver
 from implicitly.solution import Status
 from implicitly.transforms import merge_rows
 
@@ -76,17 +76,26 @@ def _run(
     near, factors, degenerate = w, polished.factors, polished.degenerate
     alpha, beta = polished.alpha, (1 - polished.alpha) * scaling.F**2
     if smoothing and program.sizes[2]:
-        system = system.with_vectors_as_given()
+        system = system.with_vectors_of(program)  # where 0'z <= h has its own slack
         near, slack, factors, done = central_point(system, polished.w * scaling.U, smoothing, none)
         near = near * system.scaling.w
         short = Found(
             near, torch.where(done, 0, int(Status.MAX_STEPS)), residual, polished.steps, polished.evaluations
         )
-        replace(report, unpack=None)("the relaxed qp", solver, short)  # pyright: ignore[reportArgumentType]
+        replace(report, unpack=None, message=_off_the_path)("the relaxed qp", solver, short)  # pyright: ignore[reportArgumentType]
         alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack * scaling.F, torch.zeros_like(degenerate)
     known.append(Jacobian(factors, system.program, alpha, beta, degenerate))
     scale = scaling.of_matrices.expand_as(w).clone()
     return w, polished.alpha, near.clone(), scale, status, residual, polished.steps, polished.evaluations
+
+
+def _off_the_path(name: str, solver: Solver, found: Found, lost: Tensor) -> str:
+    """What is said of the samples `lost`, for whose derivative there is no point."""
+    return (
+        f"{name}: no point where λ (h - Gz) is smoothing was found for {len(lost)} of {len(found.status)} samples "
+        f"(first number {int(lost[0])}); their derivative may be wrong. Try: less smoothing, and A z = b in place "
+        "of inequalities that leave no room between them"
+    )
 
 
 def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
@@ -135,7 +144,8 @@ def refuse_indefinite(Q: Tensor) -> None:
         raise ValueError(
             f"Q must be positive semidefinite, or the program is not convex; the smallest eigenvalue{sample} is "
             f"{float(least[worst]):.3g} (the largest in size {float(largest[worst]):.3g}); {int(wrong.sum())} of "
-            f"{len(Q)} samples have a negative one. Add a multiple of the identity, or write Q as L L'"
+            f"{len(Q)} samples have a negative one. Add a multiple of the identity, or write Q as L L', "
+            "multiplied outside of torch.autocast, which would round it"
         )
 
 

@@ -71,10 +71,11 @@ class System:
         away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.8)
         return self.factorise(alpha, beta - away * alpha), beta
 
-    def with_vectors_as_given(self) -> System:
-        """The same, of which the matrices alone are scaled; with the same factors."""
+    def with_vectors_of(self, given: QuadraticProgram) -> System:
+        """The same of the `given` program, of which the matrices alone are scaled; with the same factors."""
         program, scaling = self.program, self.scaling
-        p, h, b = (t * scaling.U for t in (program.p, program.h, program.b))
+        scaled = (given.p * scaling.E, given.h * scaling.F, given.b * scaling.K)
+        p, h, b = (t.expand(program.batch, -1) for t in scaled)
         return System(replace(program, p=p, h=h, b=b), replace(scaling, U=torch.ones_like(scaling.U)), self.fixed)
 
     def reach(self) -> tuple[Tensor, Tensor]:

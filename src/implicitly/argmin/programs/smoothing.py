@@ -40,8 +40,12 @@ def central_point(
         aim = (kappa - lam * s) / lam
         lower = torch.cat([times(program.A, z) - program.b, times(program.G, z) + s - program.h], 1)
         r = -torch.cat([Qz + dual + program.p, lower], 1)
-        size = 1 + row_norm(Qz) + row_norm(dual) + row_norm(program.h) + row_norm(program.b)
-        off = torch.maximum(row_norm(r) / size, (aim * lam / kappa).abs().amax(1) if m else row_norm(r) / size)
+        # `root` says in what units; each bound by itself, as one far away says nothing about the others.
+        sizes = root + row_norm(z).unsqueeze(1) + torch.cat([program.b, program.h], 1).abs()
+        size = root + row_norm(Qz) + row_norm(dual)
+        off = torch.maximum(row_norm(r[:, :n]) / size, row_norm(r[:, n:] / sizes))
+        if m:
+            off = torch.maximum(off, (aim * lam / kappa).abs().amax(1))
         done = none | (off <= tolerance)
         if not maybe_any(~done):
             break
