@@ -150,3 +150,24 @@ def test_the_residual_reported_is_that_of_the_value():
     b = torch.randn(1, 5, dtype=torch.float64)
     solution = im.linear_solve(lambda u, A: u @ A.T, b, A, on_failure="ignore")
     assert solution.residual[0].item() == pytest.approx((b - solution.value @ A.T).norm().item(), rel=1e-6)
+
+
+REMEDIES = [
+    (3 * EYE, im.Neumann(), "DIVERGED", "lower damping, or use GMRES"),
+    (-EYE, im.CG(), "SINGULAR", "not positive definite: use GMRES"),
+    (float("nan") * EYE, im.GMRES(), "NON_FINITE", "what the operator returns, holds NaN or inf"),
+    (M, im.GMRES(max_steps=1), "MAX_STEPS", "raise max_steps, loosen rtol"),
+]
+
+
+@pytest.mark.parametrize(("A", "solver", "status", "remedy"), REMEDIES, ids=[r[2] for r in REMEDIES])
+def test_what_to_try_is_said_of_linear_systems(A, solver, status, remedy):
+    with pytest.raises(im.SolverError, match=f"{status}.*Try: .*{remedy}"):
+        im.linear_solve(apply, B, A, solver=solver)
+
+
+def test_what_to_try_is_said_of_their_derivatives():
+    b = B.clone().requires_grad_()
+    value = im.linear_solve(apply, b, M, on_failure="warn").value
+    with pytest.warns(im.ConvergenceWarning, match="backward solve.*the gradient that comes in"):
+        (value * float("nan")).sum().backward()

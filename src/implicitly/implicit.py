@@ -140,8 +140,10 @@ class Report:
         if self.on_failure == "ignore":
             return
         short = ~is_success(found.status)
-        if solver.fixed_steps or self.patient:  # steps were asked for, not convergence
+        if solver.fixed_steps:  # steps were asked for, not convergence
             short = short & (found.status != Status.MAX_STEPS) & (found.status != Status.STAGNATED)
+        if self.patient:
+            short = short & ~_is_for_another(found.status)
         failed = short.nonzero()[:, 0]
         if len(failed) == 0:
             return
@@ -187,6 +189,9 @@ REMEDY = {
 LINEAR_REMEDY = {
     **REMEDY,
     Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one",
+    Status.DIVERGED: "lower damping, or use GMRES, which needs no contraction",
+    Status.SINGULAR: "the Jacobian is singular there (or, for CG, not positive definite: use GMRES): the solution "
+    "is not locally unique, or does not exist",
     Status.NON_FINITE: "the gradient that comes in, or the derivative of f at the solution, holds NaN or inf",
 }
 
@@ -443,11 +448,17 @@ class Backward:
             return find(self.solver, condition, torch.zeros_like(b), theta, b)
         patient = replace(condition, report=replace(condition.report, patient=True))
         found = find(self.solver, patient, torch.zeros_like(b), theta, b)
-        if not any_ended(found, (found.status == int(Status.MAX_STEPS)) | (found.status == int(Status.STAGNATED))):
+        if not any_ended(found, _is_for_another(found.status)):
             return found
         count = found.evaluations
         found = find(second, replace(condition, graphs=None), torch.zeros_like(b), theta, b)
         return found._replace(evaluations=count + found.evaluations)
+
+
+def _is_for_another(status: Tensor) -> Tensor:
+    """Which systems, of `(B,)` codes, another solver may solve; those that seemed singular may only have had
+    products whose squares are beyond all numbers."""
+    return (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED)) | (status == int(Status.SINGULAR))
 
 
 def any_ended(found: Found, mask: Tensor) -> bool:

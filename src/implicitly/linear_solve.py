@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from implicitly.graph_break import one_break
-from implicitly.implicit import Backward, Map, attach_usable, find
-from implicitly.iterate import Solver
+from implicitly.implicit import LINEAR_REMEDY, REMEDY, Backward, Map, attach_usable, explain, find
+from implicitly.iterate import Found, Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.pullback import pullback
-from implicitly.solution import Solution
+from implicitly.solution import Solution, Status
 from implicitly.tree import Layout
 
 
@@ -61,7 +61,21 @@ def linear_solve(
 
     sample_dims = None if problem.sample_dims is None else (0, 0, *problem.sample_dims)
     plain = problem.condition("linear_solve", on_failure)
-    condition = replace(plain, bind=bind, linear=True, sample_dims=sample_dims)
+    report = replace(plain.report, message=_explained)
+    condition = replace(plain, bind=bind, linear=True, sample_dims=sample_dims, report=report)
     theta = (layout.pack(b), zero, *problem.theta)
     found = find(solver, condition, zero, theta)
     return problem.solution(found, attach_usable(found, condition, theta, Backward(solver)))
+
+
+_REMEDY = {
+    **LINEAR_REMEDY,
+    Status.MAX_STEPS: REMEDY[Status.MAX_STEPS],
+    Status.SINGULAR: "the operator is singular, or, for CG, not positive definite: use GMRES there",
+    Status.NON_FINITE: "b (of a derivative, the gradient that comes in), or what the operator returns, holds NaN "
+    "or inf",
+}
+
+
+def _explained(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
+    return explain(name, solver, found, failed, _REMEDY)

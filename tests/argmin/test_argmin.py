@@ -240,3 +240,14 @@ def test_a_start_at_zero_that_is_the_minimum_but_for_rounding_is_one_in_any_unit
     assert slope.abs().max() > 0
     solution = im.argmin(logistic, torch.zeros(16, 4, dtype=dtype), X, solver=solver.kind())
     assert solution.steps.max() == 0
+
+
+def test_the_gradient_in_units_whose_curvature_has_no_square():
+    c, unit = torch.randn(4, 3, requires_grad=True), 1e-11  # curvatures are 1e22, in float32
+
+    def objective(z, c):
+        return (z / unit - c).square().sum(1)
+
+    value = im.argmin(objective, torch.zeros(4, 3), c).value / unit
+    torch.testing.assert_close(value, c)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), c)[0], torch.ones(4, 3))

@@ -485,6 +485,13 @@ def test_plans_that_fail_are_told_and_harm_no_other():
     torch.testing.assert_close(gradient[[0, 2]], torch.autograd.grad(expected.sin().sum(), cost)[0][[0, 2]])
 
 
+def test_a_plan_whose_gradient_is_nan_says_where_that_comes_from():
+    cost, row = torch.rand(1, 3, 3, requires_grad=True), torch.ones(3)
+    X = project.sinkhorn(cost, row, row)
+    with pytest.raises(im.SolverError, match=r"backward solve of sinkhorn.*the gradient that comes in"):
+        (X * float("nan")).sum().backward()
+
+
 def test_only_the_proportions_of_the_rows_matter():
     cost, row, column = _problem()
     X = project.sinkhorn(cost, row.bfloat16(), column.bfloat16())  # whose sums differ by roundings

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from implicitly.argmin.sets.rows import check_state, in_full_precision, mapped_first, outside, without_bad_rows
+from implicitly.transforms import Operation
 
 
 @in_full_precision
@@ -85,7 +86,7 @@ def _symmetric(Z: Tensor) -> Tensor:
     return (Z + Z.mT) / 2
 
 
-class _PositivePart(torch.autograd.Function):
+class _PositivePart(Operation):
     @staticmethod
     def forward(Z):
         values, vectors = torch.linalg.eigh(Z)
@@ -116,7 +117,7 @@ class _PositivePart(torch.autograd.Function):
         return _PositivePart.apply(*mapped_first(info.batch_size, in_dims, args)), (0, 0, 0)
 
 
-class _Lyapunov(torch.autograd.Function):
+class _Lyapunov(Operation):
     """Y with S Y + Y S = C, for symmetric C and S >= 0, whose eigenvectors and eigenvalues are known."""
 
     @staticmethod

@@ -52,7 +52,7 @@ def _check(name: str, z: Tensor, exponents: tuple[float, ...]) -> None:
     if not isinstance(exponents, Sequence) or not exponents:
         raise TypeError(f"{name}: exponents must be a tuple of numbers, one at least, got {exponents!r}")
     for exponent in exponents:
-        check_kind(name, "exponents", exponent, NUMBERS, f"numbers, got {exponent!r}")
+        check_kind(name, "exponents", exponent, NUMBERS, "numbers, got {value!r}")
     if not (min(exponents) > 0 and abs(sum(exponents) - 1) <= 1e-9):
         raise ValueError(f"{name}: exponents must be positive and sum to one, got {exponents}")
     if z.shape[-1] != len(exponents) + 1:

@@ -36,8 +36,8 @@ def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
 
     Args:
         z: `(..., n)`, n >= 1.
-        strength: > 0, in the unit of z; a number or a tensor that broadcasts with `(...)`. As it falls to 0 the
-            result becomes the sorted z (at a positive strength already, where gaps are larger than it).
+        strength: > 0, in one over the unit of z; a number or a tensor that broadcasts with `(...)`. As it falls to
+            0 the result becomes the sorted z (at a positive strength already, where gaps are below 1 / strength).
         descending: largest first.
 
     Raises:
@@ -58,8 +58,8 @@ def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     """The rank, 1 of the smallest to n of the largest, of each entry of `z` `(..., n)`, as a piecewise linear map.
 
     The projection of z / strength onto the hull of the permutations of (1, ..., n). Args and errors as of
-    `soft_sort`; `descending`: rank 1 is that of the largest. Ranks are exact where gaps are larger than
-    `strength`.
+    `soft_sort`, but that `strength` is in the unit of z: ranks are exact where gaps are larger than it.
+    `descending`: rank 1 is that of the largest.
     """
     check_state("soft_rank", z)
     strength = _strength("soft_rank", strength, z)

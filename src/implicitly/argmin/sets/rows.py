@@ -52,7 +52,7 @@ def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
 def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
     """`value`, a number or a tensor, as a tensor of z's dtype; raises TypeError / ValueError where it is none."""
     if not isinstance(value, Tensor):
-        check_kind(name, parameter, value, NUMBERS, f"a number or a tensor, got {type(value).__name__}")
+        check_kind(name, parameter, value, NUMBERS, "a number or a tensor, got {type}")
         return torch.full((), float(value), dtype=z.dtype, device=z.device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: {parameter} must hold real numbers, got {value.dtype}")

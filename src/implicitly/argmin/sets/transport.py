@@ -21,12 +21,24 @@ from implicitly.argmin.sets.rows import (
 )
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.host import maybe_any
-from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
+from implicitly.implicit import (
+    LINEAR_REMEDY,
+    REMEDY,
+    Backward,
+    Condition,
+    Map,
+    Report,
+    attach,
+    explain,
+    find,
+    is_usable,
+)
 from implicitly.iterate import Found, Proposal, Solver, coded
 from implicitly.linear import Affine, LinearSolver, dense
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
+NAME = "sinkhorn"  # of the condition, in messages
 # From a temperature of the size of the costs down to the one asked for, by halves.
 HALVINGS = 60
 NEWTON_STEPS = 50
@@ -165,7 +177,7 @@ def _condition(dtype: torch.dtype, on_failure: str, K: Tensor, p: Tensor, q: Ten
     """That of the potentials of the rows."""
     report = Report(on_failure, message=partial(_explained, K, p, q))
     how = {"relative_to_iterate": True, "sample_dims": (0, 0, 0), "examine": _examined}
-    return Condition(_sweep, "sinkhorn", dtype, report, **how)
+    return Condition(_sweep, NAME, dtype, report, **how)
 
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +235,9 @@ def _examined(F: Map, found: Found) -> Found:
 
 
 def _explained(K: Tensor, p: Tensor, q: Tensor, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    """What is said of plans that `failed`."""
+    """What is said of plans that `failed`, or of their derivative."""
+    if name != NAME:
+        return explain(name, solver, found, failed, LINEAR_REMEDY)
     remedy = REMEDY | {Status.STAGNATED: TOO_COLD}
     if len(K) == len(found.z):  # not so under `vmap`
         count = int(_is_impossible(found.z[failed], *(t[failed] for t in (K, p, q))).sum())
