@@ -478,6 +478,37 @@ def test_starts_and_cotangents_of_other_strides_have_the_same_graphs(traced):
     assert [kept.calls for kept in im.compile_statistics()] == [len(ways)] * 2
 
 
+def coupled(z, a, b):
+    return 0.3 * torch.tanh(z * a) * b + a
+
+
+def test_what_is_passed_twice_or_in_parts_of_one_tensor_is_no_hindrance(traced):
+    whole = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    (a, b), z0 = whole.unbind(), torch.zeros(3, 4, dtype=torch.float64)
+    solver, adjoint = im.FixedPointIteration(rtol=1e-10), im.ImplicitAdjoint(im.Neumann(rtol=1e-10))
+    for args in ((a, a), (a, b), (b, a)):
+        made, eager = (
+            im.fixed_point(coupled, z0, *args, solver=solver, adjoint=adjoint, compile=c).value
+            for c in (True, False)
+        )
+        found, right = (torch.autograd.grad(v.square().sum(), whole, retain_graph=True) for v in (made, eager))
+        assert_close(made, eager, rtol=1e-8, atol=1e-8)
+        assert_close(found, right, rtol=1e-8, atol=1e-8)
+    assert [kept.calls for kept in im.compile_statistics() if kept.name.startswith("the backward")] == [3]
+
+
+def test_tensors_out_of_sight_that_share_memory_are_told_of():
+    first, second = torch.randn(2, 4).unbind()
+    with pytest.warns(im.CompileWarning, match=r"two tensors that share memory.*clone"):
+        solve(lambda z, x: 0.3 * torch.tanh(z) * first + second + x, torch.randn(3, 4))
+
+
+def test_a_sparse_tensor_makes_the_solve_eager_and_is_named():
+    x, A = torch.randn(3, 4), (0.1 * torch.eye(4)).to_sparse()
+    with pytest.warns(im.CompileWarning, match="fixed_point .*sparse"):
+        assert_right(lambda z, x, A: (A @ z.T).T + x, x, A)
+
+
 @pytest.mark.slow
 def test_closures_of_the_same_code_and_functions_made_after_others_died(traced):
     x = torch.randn(3, 4)

@@ -174,9 +174,10 @@ def run_as_graph(
     Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
     this one gave no more than one right answer: then none can be had. What `check` raises, this raises.
     """
-    # Detached: whether a gradient is wanted is no reason to compile again.
-    tensors = tuple(t.detach() for t in tensors)
-    tensors = tuple(t.resolve_conj().resolve_neg() if t.is_conj() or t.is_neg() else t for t in tensors)
+    if any(t.layout is not torch.strided for t in tensors):
+        _tell_of_no_graph(name, "f uses a sparse tensor, and the compiler knows none")
+        return None
+    tensors = _plain(tensors)
     shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     kinds = tuple(type(t) for t in tensors if type(t) is not Tensor)
     graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
@@ -200,6 +201,17 @@ def run_as_graph(
             check.of()
         graph.checked.add(check.mode)
     return outcome
+
+
+def _plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`tensors` detached, as whether a gradient is wanted is no reason to compile again; and each with memory of
+    its own, as a loop refuses what is passed twice, or parts of one tensor."""
+    tensors = tuple(t.detach() for t in tensors)
+    tensors = tuple(t.resolve_conj().resolve_neg() if t.is_conj() or t.is_neg() else t for t in tensors)
+    memory = [t.untyped_storage()._cdata for t in tensors]
+    if len(set(memory)) == len(memory):  # the usual case
+        return tensors
+    return tuple(t.clone() if memory[i] in memory[:i] else t for i, t in enumerate(tensors))
 
 
 # What a call of a graph ends in that was dropped.
@@ -418,8 +430,12 @@ def _fall_back(graph: _Graph, reason: str, seconds: float, always: bool = False)
         graph.run = _released
     if told:  # by another thread
         return
+    _tell_of_no_graph(graph.name, reason)
+
+
+def _tell_of_no_graph(name: str, reason: str) -> None:
     warnings.warn(
-        f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
+        f"{name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
         CompileWarning,
         stacklevel=users_line(),
     )
@@ -486,6 +502,11 @@ def _reason(error: BaseException) -> str:
     next one where that only announces it."""
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
+    if "Encountered aliasing" in str(error):
+        return (
+            "f returns, or takes from outside of args and parameters, two tensors that share memory, which a loop "
+            "refuses; make one a copy by .clone()"
+        )
     if "data-dependent expression" in str(error):
         return "f decides by a number of its tensors, or by a size that depends on their numbers"
     if "Expected FakeTensor, got" in str(error):

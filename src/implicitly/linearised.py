@@ -35,7 +35,8 @@ def split_pullback(
     def pulled(u: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         return vjp(lambda z: f(z, *theta), z)[1](u)[0]
 
-    inputs = (torch.zeros_like(z), z, *theta)
+    # Each is a tensor of its own, also where one is passed twice: a later call may have two.
+    inputs = (torch.zeros_like(z), z, *(x.view_as(x) for x in theta))
     sizes = _Sizes(inputs, varying) if varying else None
     opened = inputs if sizes is None else sizes.opened
     with torch.no_grad(), nullcontext() if sizes is None else sizes.within, _Tape(opened, sizes) as tape:
