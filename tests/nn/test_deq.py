@@ -60,6 +60,15 @@ def test_it_is_fixed_point_of_its_cell(adjoint):
         assert torch.equal(a, b)
 
 
+def test_a_cell_that_was_traced_has_the_same_gradients():
+    cell, x = Dense(), torch.randn(3, 4, requires_grad=True)
+    with pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
+        traced = torch.jit.trace(cell, (x.detach(), x.detach()), check_trace=False)
+    for got, expected in zip(*(gradients(im.nn.DEQ(f)(x), x, *cell.parameters()) for f in (traced, cell))):
+        assert_close(got, expected)
+    assert_close(grad(lambda x: im.nn.DEQ(traced)(x).sum())(x), grad(lambda x: im.nn.DEQ(cell)(x).sum())(x))
+
+
 def test_gradcheck_of_input_and_parameters():
     layer = im.nn.DEQ(Dense(2).double(), TIGHT, im.ImplicitAdjoint(rtol=1e-12))
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
@@ -263,7 +272,10 @@ def test_nothing_of_a_transform_leaks(transform):
     else:
         vmap(grad(loss))(torch.randn(2, 3, 4))
     assert_plain(layer.solution)
-    assert_plain(im.Solution(layer.warm_start.value, *(torch.zeros(1),) * 3, 0))
+    if transform == "vmap_grad":
+        assert layer.warm_start.value is None  # as no single start is
+    else:
+        assert_plain(im.Solution(layer.warm_start.value, *(torch.zeros(1),) * 3, 0))
     if layer.backward_solution is not None:
         assert_plain(layer.backward_solution)
     assert_close(layer(x.detach()), im.nn.DEQ(layer.cell)(x.detach()), atol=1e-4, rtol=1e-4)
@@ -626,3 +638,37 @@ def test_a_state_unlike_x_is_told_how_to_start():
     with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
         im.nn.DEQ(Wider())(x, torch.zeros(2, 7))
     assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    "second", [torch.ones(2, 1), torch.ones(2, 1, dtype=torch.bool)], ids=["of numbers", "a mask"]
+)
+def test_a_state_of_another_structure_than_x_is_told_how_to_start(second):
+    x = torch.randn(2, 4), second
+    with pytest.raises(TypeError) as caught:
+        im.nn.DEQ(Scaled())(x)
+    assert "init=lambda x: torch.zeros_like(x[0]), or z0" in caught.value.__notes__[-1]
+    with pytest.raises(TypeError) as caught:
+        im.nn.DEQ(Scaled())({1: x[0], 0: second})
+    assert "init=lambda x: torch.zeros_like(x[1]), or z0" in caught.value.__notes__[-1]
+    assert im.nn.DEQ(Scaled(), init=start_of_first)(x).shape == (2, 4)
+
+
+class OfNeighbours(Dense):
+    """Of each node of a graph, from those that it has edges to."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.register_buffer("edges", 0.1 * torch.ones(count, count).triu())
+
+    def forward(self, z, x):
+        return self.edges @ super().forward(z, x)
+
+
+def test_a_cell_that_couples_samples_is_told_of_batch_dims():
+    layer, x = im.nn.DEQ(OfNeighbours(12)), torch.randn(12, 4)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        layer(x)
+    (note,) = caught.value.__notes__  # and none of the start, which fitted
+    assert "Where f couples samples, pass batch_dims=0" in note
+    assert im.nn.DEQ(OfNeighbours(12), batch_dims=0)(x).shape == x.shape

@@ -581,6 +581,20 @@ def test_penalties_of_states_without_features_and_of_complex_ones():
     assert_close(energy, torch.tensor([8.0], dtype=D))
 
 
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("shape", [(0, WIDTH), (3, 0), (0, 0)])
+def test_penalties_without_samples_or_features_are_zero(batch_dims, shape):
+    drawn = [im.nn.Divergence(seeded(0)), im.nn.JacobianFrobenius(seeded(0))]
+    regularisers = [im.nn.KineticEnergy(), im.nn.Divergence(), im.nn.TaylorPenalty(2), *drawn]
+    f = im.nn.Autonomous(nn.Tanh())
+    layer = im.nn.NeuralODE(f, batch_dims=batch_dims, regularisers=regularisers)
+    x = torch.zeros(shape, dtype=D, requires_grad=True)
+    value, integrals = layer(x)
+    (value.sum() + sum(integrals).sum()).backward()
+    assert x.grad.shape == value.shape == shape
+    assert all(torch.equal(p, torch.zeros(shape[0], dtype=D)) for p in integrals)
+
+
 # ------------------------------------------------------------------------------------------------ divergence
 
 
@@ -721,5 +735,11 @@ def test_what_only_x_shows_is_refused_at_the_call():
         im.nn.NeuralODE(f)([1.0])
     with pytest.raises(TypeError, match="solver must be a method"):
         im.nn.NeuralODE(f, solver=im.Anderson())(torch.randn(2, WIDTH))
+    with pytest.raises(TypeError, match="solver must be a method"):
+        im.nn.NeuralODE(f, solver=im.Anderson(), regularisers=both())(torch.randn(2, WIDTH))
+    with pytest.raises(ValueError, match=r"no pair \(q, p\) then, as Leapfrog needs it"):
+        im.nn.NeuralODE(f, solver=im.Leapfrog(dt=0.1), regularisers=both())(torch.randn(2, WIDTH))
+    with pytest.raises(ValueError, match=r"y of shape \(2,\) has no dimension 1 for time .*dim=-1"):
+        im.nn.NeuralODE(im.nn.ConcatTime(nn.Linear(3, 2)))(torch.randn(2))
     with pytest.raises(TypeError, match=r"torch\.Generator, got a int"):
         im.nn.JacobianFrobenius(0)

@@ -54,6 +54,13 @@ def test_hamiltonian_field_of_a_pendulum_with_gravity_as_an_argument(batch):
     torch.testing.assert_close(field.energy(y, g), p**2 / 2 - 9.81 * torch.cos(q))
 
 
+def test_lagrangian_field_in_bfloat16():
+    y, field = states(3).abs() + 0.5, LagrangianField(polar)
+    found = field(0.0, y.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.to(D), field(0.0, y.bfloat16().to(D)), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
 def test_lagrangian_field_in_polar_coordinates(batch):
     y = states(*batch).abs() + 0.5

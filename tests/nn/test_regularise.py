@@ -158,11 +158,20 @@ def test_the_radius_of_complex_pairs(angle):
     assert_close(got, torch.full((4,), 0.9, dtype=DOUBLE), rtol=5e-3, atol=0)
 
 
-def test_the_radius_of_each_sample():
-    slopes = torch.tensor([0.0, 0.3, 5.0, 1e-30, 1e30], dtype=DOUBLE)
-    z = torch.ones(5, 3, dtype=DOUBLE)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (DOUBLE, 1e-9)])
+def test_the_radius_of_each_sample(dtype, rtol):
+    """Also where squares of its size are beyond all numbers of the dtype."""
+    slopes = torch.tensor([0.0, 0.3, 5.0, 1e-30, 1e30, 2**-130], dtype=dtype)  # the last beyond normal ones
+    z = torch.ones(6, 3, dtype=dtype)
     got = im.nn.spectral_radius(lambda z, a: a[:, None] * z, z, slopes)
-    assert_close(got, slopes, rtol=1e-9, atol=0)
+    assert_close(got, slopes, rtol=rtol, atol=1e-3 * torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("estimate", [im.nn.jacobian_norm, im.nn.spectral_radius])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 2), (0, 0)])
+def test_of_states_without_entries(estimate, shape):
+    z = torch.zeros(shape)
+    assert_close(estimate(lambda z: 2 * z, z), z.new_zeros(shape[0]))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 
 import implicitly as im
@@ -46,9 +47,10 @@ class Attention(nn.MultiheadAttention):
         (lambda: nn.Dropout(0.1), r"Dropout \(inner\)"),
         (lambda: nn.Sequential(nn.Tanh(), nn.AlphaDropout(0.1)), r"AlphaDropout \(inner\.1\)"),
         (lambda: Attention(4, 2, dropout=0.1, batch_first=True), r"Attention \(inner\)"),
+        (lambda: spectral_norm(nn.Linear(4, 4)), r"_SpectralNorm \(inner\.parametrizations\.weight\.0\)"),
     ],
 )
-def test_dropout_that_draws_in_every_call_is_told_of_once(layer, module, inner, named):
+def test_what_draws_or_iterates_in_every_call_is_told_of_once(layer, module, inner, named):
     layer = layer(module(inner()))
     if isinstance(layer, im.nn.NeuralODE):  # adaptive steps would become ever smaller
         layer.solver = im.RK4(dt=0.5)
@@ -81,6 +83,7 @@ def test_batch_norm_in_training_is_told_of_where_samples_are_solved_one_by_one(l
         lambda: Attention(4, 2, batch_first=True),
         lambda: im.nn.Dropout(0.1),
         lambda: im.nn.BatchNorm(4),
+        lambda: im.nn.SpectralNorm(nn.Linear(4, 4)),
     ],
 )
 def test_what_is_one_function_through_a_solve_is_not(layer, module, inner):

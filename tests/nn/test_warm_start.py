@@ -190,3 +190,25 @@ def test_a_state_dict_brings_back_every_start(make):
 def test_equilibria_of_another_data_set_are_refused():
     with pytest.raises(ValueError, match=r"LastEpoch\(size=5\) cannot go on from equilibria of 6 samples"):
         im.nn.LastEpoch(5).load_state_dict(im.nn.LastEpoch(6).state_dict())
+
+
+@pytest.mark.parametrize("make", [im.nn.LastBatch, lambda: im.nn.LastEpoch(6)], ids=["LastBatch", "LastEpoch"])
+def test_what_vmap_maps_starts_cold_and_is_not_remembered(make):
+    layer, x, index = layer_with(make()), batch(6, 4), torch.arange(6)
+    layer.warm_start = None
+    expected, parameters = layer(x), dict(layer.named_parameters())
+    layer.warm_start = make()
+    index = index if isinstance(layer.warm_start, im.nn.LastEpoch) else None
+
+    def loss(parameters, x, *index):  # of one sample
+        options = {"index": index[0][None]} if index else {}
+        return torch.func.functional_call(layer, parameters, (x[None],), options).sum()
+
+    args = (x,) if index is None else (x, index)
+    of_samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *(0 for _ in args)))
+    total = {name: g.sum(0) for name, g in of_samples(parameters, *args).items()}
+    assert_close(tuple(total.values()), torch.autograd.grad(expected.sum(), tuple(parameters.values())))
+    models = {name: torch.stack([p, p]) for name, p in parameters.items()}
+    values = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,), {"index": index}))(models)
+    assert_close(values, torch.stack([expected, expected]))
+    assert layer.warm_start.start(x, torch.arange(6)) is None

@@ -25,7 +25,7 @@ from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.nn.warm_start import LastBatch, WarmStart
 from implicitly.solution import Solution, SolverError
-from implicitly.transforms import under_transform, unwrapped
+from implicitly.transforms import is_batched, under_transform, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -76,8 +76,9 @@ class DEQ(nn.Module):
         solver, adjoint, on_failure, compile: as in `implicitly.fixed_point`.
         batch_dims: 1: samples are independent, and finished ones are dropped from the calls of the cell. 0: the
             whole batch is one system, for cells that couple samples.
-        init: gives the start z0 for x where no other is known; the zeros of x's shape unless given.
-        warm_start: `LastBatch()` or `LastEpoch(size)`, where to start from in training instead.
+        init: gives the start z0 for x where no other is known; zeros like x, all tensors of it, unless given.
+        warm_start: `LastBatch()` or `LastEpoch(size)`, where to start from in training instead. What
+            `torch.func.vmap` maps starts cold, and is not remembered.
         readout: what of the equilibrium `forward` returns; all of it unless given.
 
     Attributes:
@@ -144,7 +145,7 @@ class DEQ(nn.Module):
             index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`. Without a warm start it
                 is refused.
         """
-        with self._hinting(z0):
+        with self._hinting(x, z0):
             z0, held = self._begin(x, z0, index)
             solution = self._solve(x, z0, held, self.solver, self._listening(), self.on_failure)
         self._remember(solution, index)
@@ -197,10 +198,10 @@ class DEQ(nn.Module):
             compile=self.compile_solve,
         )
 
-    def _hinting(self, z0: Any) -> AbstractContextManager[None]:
+    def _hinting(self, x: Any, z0: Any) -> AbstractContextManager[None]:
         """Where the cell raises, say what the start was, if nobody chose it."""
         chosen = z0 is not None or self.init is not _zeros_like
-        return nullcontext() if chosen or torch.compiler.is_dynamo_compiling() else _start_unlike_z()
+        return nullcontext() if chosen or torch.compiler.is_dynamo_compiling() else _start_unlike_z(x)
 
     def _begin(self, x: Any, z0: Any, index: Tensor | None) -> tuple[Any, tuple[dict, dict]]:
         """Where the solve starts, and what the cell holds through it."""
@@ -222,7 +223,7 @@ class DEQ(nn.Module):
         return z0, decide_once(self.cell, pytree.tree_map(torch.detach, z0), x)
 
     def _warmed(self, cold: Any, index: Tensor | None) -> Any:
-        if self.warm_start is None or not self.training:
+        if self.warm_start is None or not self.training or _is_mapped(cold, index):
             return cold
         warm = self.warm_start.start(cold, index)
         return cold if warm is None else warm
@@ -231,7 +232,7 @@ class DEQ(nn.Module):
         tensors = (solution.value, solution.status, solution.residual, solution.steps)
         value, status, residual, steps = pytree.tree_map(lambda t: unwrapped(t.detach()), tensors)
         self.solution = Solution(value, status, residual, steps, solution.evaluations)
-        if self.warm_start is None or not self.training:
+        if self.warm_start is None or not self.training or _is_mapped(solution.value, index):
             return
         if torch.compiler.is_dynamo_compiling() or not under_transform():
             self.warm_start.store(value, index)
@@ -252,30 +253,44 @@ class DEQ(nn.Module):
         return replace(self.adjoint, listen=listen)
 
 
+def _is_mapped(*trees: Any) -> bool:
+    """Whether `torch.func.vmap` maps tensors of pytrees: no state that is remembered has its dimension."""
+    if torch.compiler.is_dynamo_compiling() or not under_transform():
+        return False
+    return any(isinstance(leaf, Tensor) and is_batched(leaf) for leaf in pytree.tree_leaves(trees))
+
+
 def _of_samples(x: Any, z0: Any) -> Any:
     """For each tensor of x the dimension that holds the samples: 0, but None for a number."""
-    samples = {len(leaf) for leaf in pytree.tree_leaves(z0) if isinstance(leaf, Tensor) and leaf.ndim}
+    # Not as sets, nor by `len`: both would fix a size that a tracer leaves open.
+    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(z0) if isinstance(leaf, Tensor) and leaf.ndim]
     for leaf in pytree.tree_leaves(x):
-        if isinstance(leaf, Tensor) and leaf.ndim and samples - {len(leaf)}:
+        if isinstance(leaf, Tensor) and leaf.ndim and any(size != leaf.shape[0] for size in sizes):
             raise ValueError(
-                f"DEQ: x has a tensor of shape {tuple(leaf.shape)}, but z0 holds {min(samples)} samples, and both "
+                f"DEQ: x has a tensor of shape {tuple(leaf.shape)}, but z0 holds {min(sizes)} samples, and both "
                 "hold one entry a sample in dimension 0. What all samples share can be a 0-d tensor of x, or a "
-                "parameter or buffer of the cell"
+                "parameter or buffer of the cell; with batch_dims=0, for a cell that couples samples, anything"
             )
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, x)
 
 
+# One of these is in what is raised where z is not as the cell has it, by the cell, what it calls, or the solve.
+_OF_ITS_FORM = ("shape", "size", "dimension", "structure", "tuple", "dict", " list", "unpack", "z0")
+
+
 @contextmanager
-def _start_unlike_z() -> Iterator[None]:
-    """Where shapes do not fit, in which words whatever the cell calls may say so, tell what the start was."""
+def _start_unlike_z(x: Any) -> Iterator[None]:
+    """Where the form of z may be what is wrong, tell that the start was zeros like `x`."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        of_shapes = any(word in str(error) for word in ("shape", "size", "dimension"))
-        if of_shapes and not isinstance(error, SolverError):
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        known = isinstance(error, SolverError) or hasattr(error, "__notes__")
+        if not known and any(word in str(error) for word in _OF_ITS_FORM):
+            first = repr(next(iter(x))) if isinstance(x, dict) else 0
+            start = "x.new_zeros(len(x), size)" if isinstance(x, Tensor) else f"torch.zeros_like(x[{first}])"
             error.add_note(
-                "DEQ: the start was zeros like x. Where z has another shape than x, pass "
-                "init=lambda x: x.new_zeros(len(x), size), or z0"
+                "DEQ: the start was zeros like x. Where z has another shape or structure than x, pass "
+                f"init=lambda x: {start}, or z0"
             )
         raise
 

@@ -23,6 +23,7 @@ from implicitly.nn.suitable import check_takes_two, warn_of_changing
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint
 from implicitly.ode.backsolve import BacksolveAdjoint
 from implicitly.ode.control import Norm
+from implicitly.ode.method import Method
 from implicitly.ode.runge_kutta import Dopri5, RungeKutta
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.unroll import is_unrollable
@@ -348,6 +349,13 @@ class _Leading:
 
 def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta:
     """The solver for a state of y and an integral for each sample, of which only y counts as an error."""
+    if not isinstance(solver, Method):  # `odeint` refuses it
+        return solver
+    if solver.splits:
+        raise ValueError(
+            "regularisers add a number a sample to the state, which is no pair (q, p) then, as "
+            f"{type(solver).__name__} needs it; use a solver for any state, such as im.Dopri5()"
+        )
     samples = len(y) if batch_dims else 1
     width = y.numel() // max(samples, 1) * (2 if y.is_complex() else 1)
     for name in ("rtol", "atol"):

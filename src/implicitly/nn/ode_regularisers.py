@@ -133,9 +133,11 @@ class Divergence(Regulariser):
         _, pull, *_ = vjp(lambda y: f(t, y), y)
         if drawn is not None:
             return (drawn * pull(drawn)[0]).unsqueeze(-1).flatten(1).sum(1)
-        unit = torch.eye(y[:1].numel(), dtype=y.dtype, device=y.device)
-        rows = (pull(e.view_as(y[:1]).expand_as(y))[0].unsqueeze(-1).flatten(1) for e in unit)
-        return torch.stack([row[:, i] for i, row in enumerate(rows)]).sum(0)
+        shape = y.shape[1:]
+        unit = torch.eye(shape.numel(), dtype=y.dtype, device=y.device)
+        rows = (pull(e.view(shape).expand_as(y))[0].unsqueeze(-1).flatten(1) for e in unit)
+        none = y.new_zeros(len(y))  # of states without entries
+        return torch.stack([none, *(row[:, i] for i, row in enumerate(rows))]).sum(0)
 
 
 def _signs(y: Tensor, generator: torch.Generator) -> Tensor:

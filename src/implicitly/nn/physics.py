@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
+from implicitly.tree import LOW_PRECISION
+
 
 class HamiltonianField(nn.Module):
     """dq/dt = dH/dp, dp/dt = -dH/dq: whatever H is, it stays constant along the motion.
@@ -82,9 +84,10 @@ class LagrangianField(nn.Module):
         mixed, mass = rows.movedim(0, -2).chunk(2, dim=-1)
         force = slope.chunk(2, dim=-1)[0]
         right = force - (mixed @ velocity.unsqueeze(-1)).squeeze(-1)
-        acceleration, singular = torch.linalg.solve_ex(mass, right.unsqueeze(-1))
+        wide = torch.float32 if mass.dtype in LOW_PRECISION else mass.dtype  # as a solve needs it
+        acceleration, singular = torch.linalg.solve_ex(mass.to(wide), right.unsqueeze(-1).to(wide))
         acceleration = torch.where(singular[..., None] != 0, float("nan"), acceleration.squeeze(-1))
-        return torch.cat([velocity, acceleration], dim=-1)
+        return torch.cat([velocity, acceleration.to(y.dtype)], dim=-1)
 
     def momentum(self, y: Tensor, *args: Any) -> Tensor:
         """The canonical momenta p = dL/dv `(..., n)` at `y` `(..., 2n)`."""

@@ -38,7 +38,7 @@ def jacobian_norm(
     check_count("jacobian_norm", "samples", samples)
     with out_of_inference_mode((z, args)) as (z, args), normal(f, args):
         layout, matrix, pull = _pullback(f, z, args, create_graph=True)
-        total = torch.zeros_like(matrix[:, 0])
+        total = matrix.new_zeros(len(matrix))
         for _ in range(samples):
             v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
             total = total + pull(v).square().sum(1)
@@ -65,12 +65,22 @@ def spectral_radius(
     with out_of_inference_mode((z, args)) as (z, args), normal(f, args):
         layout, matrix, pull = _pullback(f, z, args, create_graph=False)
         v = torch.randn(matrix.shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
-        log_growth = torch.zeros_like(matrix[:, 0])
+        log_growth, (direction, _) = matrix.new_zeros(len(matrix)), _direction(v)
         for k in range(steps):
-            v = pull(v / row_norm(v).clamp_min(torch.finfo(v.dtype).tiny)[:, None])
+            direction, log_length = _direction(pull(direction))
             if k >= steps // 2:
-                log_growth = log_growth + row_norm(v).log()
+                log_growth = log_growth + log_length
         return layout.per_sample((log_growth / (steps - steps // 2)).exp().detach())
+
+
+def _direction(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `v` `(B, n)` over their lengths, and the logarithms `(B,)` of these; zeros stay zeros."""
+    tiny = torch.finfo(v.dtype).tiny
+    size = torch.linalg.vector_norm(v, float("inf"), 1) if v.shape[1] else v.new_zeros(len(v))
+    size = size.clamp_min(tiny)
+    v = v / size[:, None]  # squares of large and small entries are beyond all numbers
+    length = row_norm(v)
+    return v / length.clamp_min(tiny)[:, None], size.log() + length.log()
 
 
 def _pullback(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from implicitly.changing import PerCallWarning, drops_out
 from implicitly.implicit import users_line
@@ -40,8 +41,8 @@ class Layer(Protocol):
 
 
 def warn_of_changing(layer: Layer, module: nn.Module) -> None:
-    """Tell, when a layer first trains, of modules in what it calls that drop out anew in every call or, where
-    samples are solved one by one, couple them."""
+    """Tell, when a layer first trains, of modules in what it calls that drop out or iterate anew in every call or,
+    where samples are solved one by one, couple them."""
     if torch.compiler.is_dynamo_compiling() or not layer.training or layer._looked_for_changes:
         return
     layer._looked_for_changes, per_sample = True, layer.batch_dims == 1
@@ -51,9 +52,9 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
         listed = ", ".join(f"{type(m).__name__} ({name})" if name else type(m).__name__ for name, m in changing)
         warnings.warn(
             f"{type(layer).__name__}: in training, {listed} makes another function of what is solved in every "
-            "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout and BatchNorm "
-            "of implicitly.nn, which decide once a solve (and dropout=0 of attention and recurrent layers), or "
-            ".eval()",
+            "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout, BatchNorm or "
+            "SpectralNorm of implicitly.nn, which decide once a solve (and dropout=0 of attention and recurrent "
+            "layers), or .eval()",
             PerCallWarning,
             stacklevel=users_line(),
         )
@@ -63,4 +64,5 @@ def _changes(module: nn.Module, per_sample: bool) -> bool:
     """Whether it does; what decides once a solve is made to by the layer."""
     if isinstance(module, PerSolve):
         return False
-    return drops_out(module) or (per_sample and isinstance(module, _BatchNorm))
+    couples = per_sample and isinstance(module, _BatchNorm)
+    return couples or isinstance(module, _SpectralNorm) or drops_out(module)

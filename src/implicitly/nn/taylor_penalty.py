@@ -37,4 +37,5 @@ class TaylorPenalty(Regulariser):
     def rate(self, f: Slopes, t: Tensor, y: Tensor, dy: Tensor, drawn: Tensor | None) -> Tensor:
         """The mean square `(B,)`."""
         highest = dy if self.order == 1 else trajectory_derivatives(f, t, y, self.order)[-1]
-        return highest.abs().square().reshape(len(y), -1).mean(1)
+        squares = highest.abs().square().unsqueeze(-1).flatten(1)
+        return squares.sum(1) / max(squares.shape[1], 1)
