@@ -26,11 +26,14 @@ D = torch.float64
 CAPTION = """\
 One system, float64, Kvaerno5. Robertson: three reactions to t = 1e5, relative tolerance 1e-6, absolute 1e-11;
 errors relative to 1, 1e-5 and 1. Van der Pol: mu = 1000 to t = 2000, both tolerances 1e-6. Against 1e-11; errors
-of gradients against central differences of that. The one implicit method of torchdiffeq's own, implicit_adams,
-has constant steps, here 1000, and iterates without derivatives of f, which diverges where f is stiff: nan. Medians
-of {rounds} rounds in alternation (least to greatest)."""
+of gradients against central differences of that. LSODA and Radau have the loosest tolerances, by powers of ten,
+at which they are as accurate as ours. The one implicit method of torchdiffeq's own, implicit_adams, has constant
+steps, here 1000, and iterates without derivatives of f, which diverges where f is stiff: nan. Medians of {rounds}
+rounds in alternation (least to greatest)."""
 # The steps of the method without step control.
 STEPS = 1000
+# What tolerances are multiplied by, in search of those at which a peer is as accurate.
+PARTS = tuple(10.0**k for k in range(2, -5, -1))
 
 
 class Robertson(nn.Module):
@@ -104,10 +107,14 @@ class Case:
         adjoint = im.RecursiveCheckpointAdjoint(arc_length=arc_length)
         return im.odeint(self.f, self.y0, self.t, solver=solver, adjoint=adjoint, compile=compile).value[-1]
 
-    def theirs(self, name: str, solve: Any = torchdiffeq.odeint) -> Tensor:
-        """The state at the end, by a solver of SciPy."""
+    def theirs(self, name: str, solve: Any = torchdiffeq.odeint, part: float = 1.0) -> Tensor:
+        """The state at the end, by a solver of SciPy, to `part` of the tolerances."""
         how = {"method": "scipy_solver", "options": {"solver": name}}
-        return solve(self.f, self.y0, self.t, rtol=self.rtol, atol=self.atol, **how)[-1]
+        return solve(self.f, self.y0, self.t, rtol=part * self.rtol, atol=part * self.atol, **how)[-1]
+
+    def as_accurate(self, name: str, error: float) -> float:
+        """The largest part of the tolerances, of powers of ten, to which a solver of SciPy has no larger error."""
+        return next((p for p in PARTS if self.error(self.theirs(name, part=p)) <= error), PARTS[-1])
 
     def by_adams(self) -> Tensor:
         """The state at the end, by torchdiffeq's own implicit method."""
@@ -124,16 +131,19 @@ class Case:
         start = time.perf_counter()
         self.ours(compile=True)
         cold = time.perf_counter() - start
+        accuracy = self.error(self.ours())
+        parts = {name: self.as_accurate(name, accuracy) for name in ("LSODA", "Radau")}
         runs = {
             "eager": self.ours,
             "compile=True": lambda: self.ours(compile=True),
-            "LSODA": lambda: self.theirs("LSODA"),
-            "Radau": lambda: self.theirs("Radau"),
+            **{name: partial(self.theirs, name, part=part) for name, part in parts.items()},
             "implicit_adams": self.by_adams,
         }
         errors = {who: self.error(solve()) for who, solve in runs.items()}
         times = alternate(runs, effort.rounds)
         shown = {who: f"{Spread.of(times[who]).show(1e3, 0)}, error {errors[who]:.0e}" for who in runs}
+        for name, part in parts.items():
+            shown[name] += f" at rtol {part * self.rtol:.0e}"
         peers = "; ".join(f"{who} {shown[who]}" for who in ("LSODA", "Radau", "implicit_adams"))
         rows = []
         for who in ("eager", "compile=True"):

@@ -483,6 +483,24 @@ def test_what_is_logged_of_a_solve_in_a_graph():
         assert layer.solution.evaluations == eager.solution.evaluations
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: im.nn.DEQ(Plain(), TWO, FREE),
+        lambda: Pair(solver=TWO, adjoint=FREE, in_dims=0),
+        lambda: im.nn.NeuralODE(Field(), solver=im.Euler(dt=1.0), batch_dims=1),
+    ],
+    ids=["DEQ", "fixed_point", "NeuralODE"],
+)
+def test_a_second_number_of_samples_leaves_it_open(model):
+    model = model()
+    pairs = [(x, model(x)) for x in (torch.randn(size, SIZE) for size in (3, 5, 6, 7))]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for x, eager in pairs:
+        torch.testing.assert_close(compiled(x), eager)
+    assert graphs() == 2
+
+
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=20)
 def test_other_lengths_times_and_batches_make_graphs_of_their_own():
@@ -639,10 +657,11 @@ def test_export_says_what_can_be_exported():
     x = torch.randn(3, SIZE)
     with pytest.raises(RuntimeError, match=r"DEQ\.forward: torch\.export cannot hold .* strict=True"):
         torch.export.export(im.nn.DEQ(Plain()), (x,), strict=False)
-    model = im.nn.DEQ(Plain(), im.FixedPointIteration(max_steps=3, rtol=0), FREE)
+    model, sizes = im.nn.DEQ(Plain(), TWO, FREE), {0: torch.export.Dim("B")}
     with torch.no_grad():
-        exported = torch.export.export(model, (x,), strict=True).module()
-        torch.testing.assert_close(exported(2 * x), model(2 * x))
+        exported = torch.export.export(model, (x,), strict=True, dynamic_shapes=(sizes,)).module()
+        for other in (2 * x, torch.randn(5, SIZE)):
+            torch.testing.assert_close(exported(other), model(other))
 
 
 def test_functions_called_in_it_are_not_traced_either():

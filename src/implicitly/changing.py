@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,13 +33,17 @@ def any_drops_out(modules: Iterable[nn.Module]) -> bool:
     return any(module.training and drops_out(module) for module in modules)
 
 
-@contextmanager
-def told_of_draws(f: Callable[..., Any], parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def told_of_draws(
+    f: Callable[..., Any], parts: Sequence[nn.Module], device: torch.device
+) -> AbstractContextManager[None]:
     """Warn where a call of f in this context draws random numbers, and modules that it may use, its `parts`, drop
     out. Layers, which know more, look for themselves."""
-    if captured() or getattr(f, "looked_at", False) or not any_drops_out(parts):
-        yield
-        return
+    idle = captured() or getattr(f, "looked_at", False) or not any_drops_out(parts)
+    return nullcontext() if idle else _told_of_draws(parts, device)
+
+
+@contextmanager
+def _told_of_draws(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     state = torch.cuda.get_rng_state if device.type == "cuda" else lambda device: torch.get_rng_state()
     before = state(device)
     yield

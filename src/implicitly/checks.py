@@ -29,21 +29,24 @@ BELOW_ONE = Must("between 0 and 1", lambda x: (x > 0) & (x < 1))
 
 
 def check_kind(owner: str, name: str, value: Any, kinds: tuple[type, ...], words: str) -> None:
-    """Raise TypeError unless `value` is of one of the `kinds` of numbers, which a bool is not."""
+    """Raise TypeError unless `value` is of one of the `kinds` of numbers, which a bool is not.
+
+    What it must be is said in `words`, with its {value} and {type} where they are asked for.
+    """
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{owner}: {name} must be {words}")
+        raise TypeError(f"{owner}: {name} must be {words.format(value=value, type=type(value).__name__)}")
 
 
 def check_number(owner: str, name: str, value: Any, must: Must) -> None:
     """Raise TypeError / ValueError unless `value` is a number that is what it `must` be."""
-    check_kind(owner, name, value, NUMBERS, f"a number, got a {type(value).__name__}")
+    check_kind(owner, name, value, NUMBERS, "a number, got a {type}")
     if not must.holds(value):
         raise ValueError(f"{owner}: {name} must be {must.words}, got {value}")
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 1, kind: str = "an int") -> None:
     """Raise TypeError / ValueError unless `value` is a whole number from `least` on."""
-    check_kind(owner, name, value, INTEGERS, f"{kind}, got {value!r}")
+    check_kind(owner, name, value, INTEGERS, kind + ", got {value!r}")
     if value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -17,18 +17,20 @@ PATIENCE = 60.0
 # By the id of a module's dictionary, the thread that has other tensors there, or relies on those that are there.
 _owners: dict[int, int] = {}
 _released = threading.Condition()
+_ALONE = nullcontext()
 
 
-@contextmanager
-def claimed(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
+def claimed(holders: Iterable[dict[str, Any]]) -> AbstractContextManager[None]:
     """Where no other thread has other tensors in any of the `holders`, dictionaries of modules: what is read there
     would be its own, what is put back what it had put there.
 
     Raises RuntimeError where that takes too long.
     """
-    if threading.active_count() == 1:
-        yield
-        return
+    return _ALONE if threading.active_count() == 1 else _claimed(holders)
+
+
+@contextmanager
+def _claimed(holders: Iterable[dict[str, Any]]) -> Iterator[None]:
     me, ids = threading.get_ident(), {id(holder) for holder in holders}
     with _released:
         if not _released.wait_for(lambda: all(_owners.get(i, me) == me for i in ids), PATIENCE):
@@ -51,7 +53,7 @@ def claimed(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
 @contextmanager
 def exchanged(placed: Sequence[tuple[Home, Tensor]]) -> Iterator[None]:
     """With these tensors at those places: what `torch.func.functional_call` does, in a tenth of the time."""
-    with claimed([held for (held, _), _ in placed]):
+    with claimed(held for (held, _), _ in placed):
         before = [held[name] for (held, name), _ in placed]
         try:
             for (held, name), x in placed:

@@ -34,6 +34,7 @@ from implicitly.tree import Layout
 
 # In place of a tensor among the leaves of args.
 _GAP = object()
+_NO_ARGS = pytree.tree_flatten(())
 
 
 class _Slot(NamedTuple):
@@ -46,7 +47,8 @@ class _Slot(NamedTuple):
     @property
     def now(self) -> Tensor | None:
         """What it holds there now."""
-        return self.holder.get(self.name)
+        # That of a module of TorchScript knows no `get`.
+        return self.holder[self.name] if self.name in self.holder else None  # noqa: SIM401
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Opened:
         """
         modes = tuple(part.training for part in self.parts)
         own = tuple((name, x, was) for name, x, was in self.constants if version(x) == was)
-        with claimed([slot.holder for slot in self.slots]):
+        with claimed(slot.holder for slot in self.slots):
             held = tuple(slot for slot in self.slots if slot.now is slot.tensor)
         return functools.partial(_as_then, self.parts, modes, own, held)
 
@@ -189,7 +191,7 @@ class Opened:
         if own and not transformed:
             if not torch.is_grad_enabled():
                 return self.f(state, *args)
-            with claimed([held for held, _ in self.homes]):
+            with claimed(held for held, _ in self.homes):
                 return self.f(state, *args)
         placed = [(home, given[i]) for home, (_, i) in zip(self.homes, self.places)]
         if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
@@ -229,7 +231,7 @@ def _as_then(
                 "derivative of the solve calls f again. Call backward before the change, or pass a copy in args"
             )
     moved = [(part, mode) for part, mode in zip(parts, modes) if part.training is not mode]
-    with claimed([slot.holder for slot in held]):
+    with claimed(slot.holder for slot in held):
         replaced = [slot for slot in held if slot.now is not slot.tensor and slot.now is not None]
     for part, mode in moved:
         part.training = mode
@@ -261,7 +263,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
-    flat, spec = pytree.tree_flatten(args)
+    flat, spec = pytree.tree_flatten(args) if args else _NO_ARGS
     args_are_leaves = len(flat) == len(args) and all(map(operator.is_, flat, args))
     given = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
     tensors = tuple(map(copied, given))
@@ -277,7 +279,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
     modules, reached = modules_and_tensors(f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
     parts = parts_of(modules)
-    with claimed([holder for part in parts.values() for holder in (part._parameters, part._buffers)]):
+    with claimed(holder for part in parts.values() for holder in (part._parameters, part._buffers)):
         held = _held_by(parts)
     constants = (*held.constants, *((name, x, version(x)) for name, x in captured if not is_tracked(x)))
     suspects = tuple((name, x) for name, x in captured if is_tracked(x) and not is_wrapped(x)) if records() else ()
@@ -295,7 +297,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         tuple(parts.values()),
         constants,
         args_are_leaves,
-        normal_if_needed(parts, reached),
+        normal_if_needed((*(slot.tensor for slot in held.slots), *(x for _, x in reached))),
         held.slots,
         suspects,
     )

@@ -143,6 +143,15 @@ def clamped(x: Array, least: float | None, most: float | None) -> Array:
     return x if most is None else xp.minimum(x, most)
 
 
+def filled(x: Array, value: float, dtype: str | None = None) -> Array:
+    """An array like `x`, of a `dtype` by its name where that is given, with `value` everywhere."""
+    if isinstance(x, Tensor):
+        return torch.full_like(x, value, dtype=None if dtype is None else getattr(torch, dtype))
+    whole = np.empty(x.shape, x.dtype if dtype is None else dtype)  # NumPy's full takes three times as long
+    whole.fill(value)
+    return whole
+
+
 def finite_rows(*matrices: Tensor) -> Array:
     """Which rows `(B,)` of all the `(B, n)` hold finite numbers only."""
     sums = to_host(functools.reduce(torch.add, (x.sum(1) for x in matrices)))

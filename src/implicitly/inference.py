@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from implicitly.reached import modules_and_tensors, parts_of
+from implicitly.reached import modules_and_tensors
 
 
 class Normal(TorchFunctionMode):
@@ -47,11 +46,10 @@ def copied(x: Tensor) -> Tensor:
 def normal(f: Callable[..., Any], args: tuple[Any, ...]) -> AbstractContextManager[Any]:
     """A context in which autograd can record f(..., *args), also where that reaches tensors of inference mode."""
     modules, tensors = modules_and_tensors(f, args)
-    return normal_if_needed(parts_of(modules), tensors) or nullcontext()
+    own = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+    return normal_if_needed((*own, *(x for _, x in tensors))) or nullcontext()
 
 
-def normal_if_needed(parts: dict[str, nn.Module], tensors: list[tuple[str, Tensor]]) -> Normal | None:
-    """`Normal()` where `parts`, or `tensors` by name, hold any that were made in inference mode."""
-    own = (x for part in parts.values() for x in (*part._parameters.values(), *part._buffers.values()))
-    reached = itertools.chain(own, (x for _, x in tensors))
-    return Normal() if any(x is not None and x.is_inference() for x in reached) else None
+def normal_if_needed(tensors: Iterable[Tensor]) -> Normal | None:
+    """`Normal()` where any of `tensors` was made in inference mode."""
+    return Normal() if any(map(Tensor.is_inference, tensors)) else None

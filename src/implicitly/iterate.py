@@ -331,8 +331,9 @@ def some_dropped() -> Iterator[None]:
         yield
     except RuntimeError as error:
         error.add_note(
-            "Samples that were done had been dropped from this call of f. A tensor that holds one entry a sample "
-            "has to be in args, with in_dims saying so: parameters and buffers of f are taken to be shared"
+            "Samples that were done had been dropped from this call of f. Where f couples samples, pass "
+            "batch_dims=0. Where a tensor holds one entry a sample, f has to be called with it, in args, with "
+            "in_dims saying so: parameters and buffers of f are taken to be shared"
         )
         raise
 

@@ -28,14 +28,24 @@ def modules_and_tensors(
 def parts_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
     """The `modules` and all that they consist of, each once, by the name that it has in their host."""
     seen: set[nn.Module] = set()
-    return {n: m for i, top in enumerate(modules) for n, m in top.named_modules(seen, f"modules_of_f.{i}")}
+    parts: dict[str, nn.Module] = {}
+    # As `named_modules` does, in half the time.
+    stack = [(f"modules_of_f.{i}", module) for i, module in enumerate(modules)][::-1]
+    while stack:
+        name, module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            parts[name] = module
+            stack += [(f"{name}.{k}", m) for k, m in reversed(module._modules.items()) if m is not None]
+    return parts
 
 
 def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
     """Every module and tensor that `f` reaches: itself, bound, partial, closed over, global or an attribute."""
     seen: set[int] = set()
     stack: list[tuple[str, Any]] = [("f", f)]
-    stack += [("args", a) for a in pytree.tree_leaves(args) if isinstance(a, nn.Module)]
+    if args:
+        stack += [("args", a) for a in pytree.tree_leaves(args) if isinstance(a, nn.Module)]
     while stack:
         name, value = stack.pop()
         if id(value) in seen:

@@ -113,13 +113,14 @@ class Layout:
         devices = {leaf.device for leaf in flat}
         if len(dtypes) > 1 or len(devices) > 1:
             raise ValueError(f"{name} mixes dtypes or devices: {described(state, name)}; convert them to one")
-        batches = {leaf.shape[0] for leaf in flat} if batch_dims else {1}
-        if len(batches) > 1:
+        batch = flat[0].shape[0] if batch_dims else 1
+        # Not as a set: a hash would fix a size that a tracer leaves open.
+        if batch_dims and any(leaf.shape[0] != batch for leaf in flat):
             raise ValueError(
                 f"the tensors of {name} disagree on the batch (dimension 0): {described(state, name)}"
             )
         leaves = tuple(_leaf(leaf, batch_dims) for leaf in flat)
-        return cls(spec, leaves, batches.pop(), batch_dims, dtypes.pop(), flat[0].device)
+        return cls(spec, leaves, batch, batch_dims, dtypes.pop(), flat[0].device)
 
     def pack(self, state: Any) -> Tensor:
         """A state of this layout as a matrix `(B, n)` of the work dtype."""
@@ -195,10 +196,11 @@ class Layout:
 
 def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
     shape, strides = tuple(x.shape[batch_dims:]), x.stride()[batch_dims:]
-    # Stable, and only strides of dimensions that have any extent say something about the memory order.
     order = tuple(range(len(shape)))
-    if all(shape):
-        thin = [d for d in order if shape[d] == 1]
-        order = (*thin, *sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d]))
+    if not x.is_contiguous() and all(shape):
+        # Stable, and only strides of dimensions that have any extent say something about the memory order.
+        thick = sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d])
+        if thick != sorted(thick):
+            order = (*(d for d in order if shape[d] == 1), *thick)
     width = math.prod(shape) * (2 if x.is_complex() else 1)
     return _Leaf(shape, order, x.dtype, width, order == tuple(range(len(shape))))

@@ -492,7 +492,7 @@ FAR = {
         im.Dopri5(max_steps=100),
         im.Dopri5(max_steps=100, dt0=1e-5),
         im.Dopri5(max_steps=100, tstops=(10000.5, -9999.5)),
-        im.Kvaerno5(max_steps=100),
+        im.Kvaerno5(max_steps=200),
         im.Adams(max_steps=100),
         im.ReversibleHeun(max_steps=100, rtol=1e-3, atol=1e-3),
     ],
@@ -583,6 +583,11 @@ def late_nan(t, y):
     ("f", "solver", "words"),
     [
         (lambda t, y: RATES * y, im.Dopri5(max_steps=20), r"MAX_STEPS .*, largest error in component 2\. Try"),
+        (
+            lambda t, y: RATES * y + torch.sin(99 * t),
+            im.Dopri5(max_steps=9, norm=lambda rows: rows[:, :2].norm(dim=1)),  # which looks at two of three
+            r"MAX_STEPS .*, largest error in component 0\. Try",
+        ),
         (lambda t, y: RATES * y, im.Adams(max_steps=20), r"MAX_STEPS .*, largest error in component 2\. Try"),
         (lambda t, y: RATES * y, im.Kvaerno5(max_steps=3), r"MAX_STEPS .*, largest error in component 2\. Try"),
         (lambda t, y: RATES * y, im.RK4(dt=0.01, max_steps=5), r"MAX_STEPS .*, next step 0\.01\. Try"),
@@ -598,6 +603,22 @@ def test_a_failure_names_the_component_that_is_to_blame_or_none(f, solver, words
         im.odeint(f, y0[0], (0.0, 10.0), solver=solver)
     with pytest.raises(im.SolverError, match=words):
         im.odeint(f, y0, (0.0, 10.0), solver=solver, batch_dims=1, in_dims=())
+
+
+@pytest.mark.parametrize("component", [0, 1])
+def test_a_failure_names_the_component_by_the_norm_of_its_sample(component):
+    counts = torch.eye(3, dtype=D)[[component, 1 - component]]
+    solver = im.Dopri5(max_steps=9, norm=lambda rows: (rows * counts).norm(dim=1))
+    with pytest.raises(im.SolverError, match=rf"Sample 0: .*, largest error in component {component}\. Try"):
+        im.odeint(lambda t, y: torch.sin(99 * t) - y, 0 * counts, (0, 9), solver=solver, batch_dims=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_a_step_that_dt_min_forbids_names_it(dtype):
+    words = r"STEP_UNDERFLOW .*, next step 0\.3, .*Try: a dt_min below 0\.3, as the tolerances need shorter steps"
+    y0, solver = torch.ones(2, dtype=dtype), im.Dopri5(dt_min=0.3)
+    with pytest.raises(im.SolverError, match=words):
+        im.odeint(lambda t, y: torch.sin(9 * t) * y, y0, (0.0, 10.0), solver=solver)
 
 
 @pytest.mark.parametrize("solver", [im.Dopri5(), im.RK4(dt=0.1), im.Kvaerno5()])

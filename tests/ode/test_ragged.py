@@ -104,3 +104,21 @@ def test_times_may_be_an_array():
     t = np.linspace(0, 1, 3)
     value = im.odeint(lambda t, y: -y, torch.ones(1), t).value
     torch.testing.assert_close(value, im.odeint(lambda t, y: -y, torch.ones(1), tuple(t)).value)
+
+
+def test_transforms_of_torch_func():
+    def ends(t):
+        return (solved(t, Y0, RATES).value * WEIGHTS).sum()
+
+    t = PADDED.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ends(t), t)
+    torch.testing.assert_close(torch.func.grad(ends)(PADDED), gradient)
+    _, moved = torch.func.jvp(ends, (PADDED,), (torch.ones_like(PADDED),))
+    torch.testing.assert_close(moved, gradient.sum())
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0, 1.0], [0.0, 1.0, 0.5]])
+def test_times_in_disorder_are_refused_under_vmap(times):
+    t = torch.tensor([[0.0, 0.5, 1.0], times])
+    with pytest.raises(ValueError, match=r"for each entry that torch\.vmap maps.*batch_dims=1"):
+        torch.vmap(lambda t: im.odeint(lambda t, y: -y, torch.ones(2), t).value)(t)

@@ -36,8 +36,8 @@ class PhantomAdjoint(Adjoint):
     damping: float = 1.0
 
     def __post_init__(self):
-        check_kind("PhantomAdjoint", "steps", self.steps, INTEGERS, f"an int, got {self.steps!r}")
-        check_kind("PhantomAdjoint", "damping", self.damping, NUMBERS, f"a number, got {self.damping!r}")
+        check_kind("PhantomAdjoint", "steps", self.steps, INTEGERS, "an int, got {value!r}")
+        check_kind("PhantomAdjoint", "damping", self.damping, NUMBERS, "a number, got {value!r}")
         if self.steps < 1 or not 0 < self.damping <= 1:
             raise ValueError(f"PhantomAdjoint: steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, gauss, library, remembered, to_host, to_tensor
+from implicitly.host import Array, filled, gauss, library, remembered, to_host, to_tensor
 from implicitly.iterate import where_rows
 from implicitly.ode.combine import Length, as_length, stage_times
 from implicitly.ode.control import Controller
@@ -141,7 +141,7 @@ class Adams(Method):
 def _fresh(lengths: Tensor, dt: Array) -> Array:
     """Which samples `(B,)` have too few steps behind them; of those that do not move, none."""
     if lengths.shape[1] == 0:
-        return library(dt).zeros_like(dt, dtype=library(dt).bool)
+        return filled(dt, 0, "bool")
     oldest = lengths[:, -1].detach() if isinstance(dt, Tensor) else to_host(lengths)[:, -1]
     return (oldest == 0) & (dt != 0)
 

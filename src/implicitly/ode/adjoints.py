@@ -65,7 +65,7 @@ REACHED = Integrated._fields.index("t")
 AT_ONCE = 4
 AT_ONCE_BYTES = 2**13
 
-# Announces how a solve ended: the method, what it found, the calls of f.
+# Announces how a solve ended whose samples did not all reach the end: the method, what it found, the calls of f.
 Report = Callable[[Method, Integrated, Halt, int], None]
 
 
@@ -211,9 +211,11 @@ class Work:
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
-        self.failed = bool(found.status.any()) and not bool(is_success(found.status).all())
-        halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
-        self.report(self.method, found, halt, self.calls)
+        usual = not bool(found.status.any())  # all CONVERGED, which is 0
+        self.failed = not usual and not bool(is_success(found.status).all())
+        if not usual:
+            halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))
+            self.report(self.method, found, halt, self.calls)
         return found
 
     def _tried(self, times: Tensor, theta: tuple[Tensor, ...], found: Integrated, y: Tensor) -> Step:

@@ -82,7 +82,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             )
         if not isinstance(self.seminorm, bool):
             raise TypeError(f"BacksolveAdjoint: seminorm must be True or False, got {self.seminorm!r}")
-        check_kind("BacksolveAdjoint", "check", self.check, NUMBERS, f"a number, got {self.check!r}")
+        check_kind("BacksolveAdjoint", "check", self.check, NUMBERS, "a number, got {value!r}")
         if self.listen is not None and not callable(self.listen):
             raise TypeError(f"BacksolveAdjoint: listen must be a function of a number, got {self.listen!r}")
         if not self.check > 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import NUMBERS, check_kind
-from implicitly.host import Array, clamped, library, maybe_any, to_host
+from implicitly.host import Array, clamped, filled, library, maybe_any, to_host
 from implicitly.ode.combine import advanced, as_length
 from implicitly.ode.problem import Field
 
@@ -48,7 +48,7 @@ class Controller:
     def __post_init__(self):
         for which in ("safety", "shrink", "grow", "integral", "proportional", "derivative"):
             value = getattr(self, which)
-            check_kind("Controller", which, value, NUMBERS, f"a number, got a {type(value).__name__}")
+            check_kind("Controller", which, value, NUMBERS, "a number, got a {type}")
             if which != "grow" and not abs(value) < math.inf:
                 raise ValueError(f"Controller: {which} must be finite, got {value}")
         if not self.integral > 0:
@@ -122,4 +122,4 @@ def first_step(
     rate = clamped(d2 / d1, 1e-15, 1e15)
     likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
     length = xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)
-    return np.full_like(t, length) if alone else length
+    return filled(t, length) if alone else length

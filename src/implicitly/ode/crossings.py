@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, library, to_host, to_tensor
+from implicitly.host import Array, filled, library, to_host, to_tensor
 from implicitly.implicit import push
 from implicitly.ode.events import Event
 from implicitly.ode.method import Method, Step
@@ -92,10 +92,10 @@ def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Ev
         slope = xp.where(leaving, to_host(slopes_of(F, t, dt, step.y, step.k, len(events))), slope)
         sign = xp.where(leaving, xp.sign(slope), sign)
     after = sign
-    hit = xp.zeros_like(sign, dtype=xp.int64)
+    hit = filled(sign, 0, "int64")
     wanted = [e.direction for e in events]
     direction = xp.asarray(wanted, dtype=sign.dtype) if xp is not torch else sign.new_tensor(wanted)
-    sick = xp.zeros_like(hit[:, 0], dtype=xp.bool_ if xp is not torch else torch.bool)
+    sick = filled(hit[:, 0], 0, "bool")
     for j in range(1, PARTS + 1):
         number = numbers[:, j]
         sick = sick | (~xp.isfinite(number) & ~(hit > 0).any(1)[:, None]).any(1)

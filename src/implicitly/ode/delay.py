@@ -355,7 +355,8 @@ class Chain:
         self.calls += calls + problem.calls
         told = self._noted(found)
         self._go_from(problem, found.values, begin, end)
-        tell("ddeint", self.on_failure, self.solver, told, heard.pop(), self.trajectory)
+        if heard:
+            tell("ddeint", self.on_failure, self.solver, told, heard.pop(), self.trajectory)
 
     @property
     def ended(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, library, to_host, to_tensor
+from implicitly.host import Array, filled, library, to_host, to_tensor
 from implicitly.implicit import Backward, Condition, Map, Report, attach
 from implicitly.iterate import where_rows
 from implicitly.linear import DenseLU
@@ -152,9 +152,9 @@ class HybridStepper(Stepper):
         with torch.no_grad():
             value = to_host(values(self.bound.F, to_tensor(c.t), y, len(self.events)))
         xp = library(value)
-        status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
+        status = filled(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         status = xp.where(xp.isfinite(value).all(1), status, int(Status.NON_FINITE))
-        fresh = xp.ones_like(value, dtype=bool if xp is np else torch.bool)
+        fresh = filled(value, 1, "bool")
         with np.errstate(invalid="ignore"):
             watch = Watch(value, xp.sign(value), fresh, c.steps - 1, c.steps, c.steps)
         return c._replace(watch=watch, status=status if any_now(~is_running(status)) else None)
@@ -183,7 +183,7 @@ class HybridStepper(Stepper):
         xp, found = library(error), scan(self.method, self.bound.F, step, old, self.events)
         error = xp.where(found.sick & taken.accepted, float("inf"), error)
         taken = taken._replace(accepted=taken.accepted & ~found.sick)
-        first, part, seen = xp.full_like(c.steps, -1), xp.full_like(error, float("inf")), found.numbers[:, -1]
+        first, part, seen = filled(c.steps, -1), filled(error, float("inf")), found.numbers[:, -1]
         hits = (found.hit > 0).any(1) & taken.accepted
         if any_now(hits):
             first, part, dt = self._first_event(step, c.memory, found, hits)
@@ -277,7 +277,7 @@ class HybridStepper(Stepper):
         for i, event in enumerate(self.events):
             if event.restart is None:
                 over = over | (ends == i + 1)
-        status = xp.full_like(c.steps, int(Status.RUNNING)) if new.status is None else new.status
+        status = filled(c.steps, int(Status.RUNNING)) if new.status is None else new.status
         status = xp.where(over, int(Status.EVENT), status)
         y, memory = self._begun(to_tensor(ends), to_tensor(t), new.y, new.memory)
         watch, restarted = new.watch, (ends > 0) & ~over

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, clamped, finite_rows, library, maybe_any, to_host, to_tensor
+from implicitly.host import Array, clamped, filled, finite_rows, library, maybe_any, to_host, to_tensor
 from implicitly.iterate import DROP_BELOW, repeat, some_dropped, where_rows
 from implicitly.ode.control import first_step, shortest_step
 from implicitly.ode.method import Memory, Method, Step
@@ -117,6 +117,8 @@ class Stepper:
         host: whether numbers of a sample are arrays of the host.
         moving: whether a derivative may reach the times; None: found out.
         seen: the times as numbers.
+        begin: the first time `(B,)`.
+        end: the last time `(B,)`.
         plain: `Taken.ends` of a step that nothing special ends.
     """
 
@@ -126,24 +128,16 @@ class Stepper:
     host: bool
     moving: bool | None = None
     seen: Array = given(init=False)
+    begin: Array = given(init=False)
+    end: Array = given(init=False)
     plain: Array = given(init=False)
 
     def __post_init__(self):
         self.seen = to_host(self.times) if self.host else self.times.detach()
         if self.moving is None:  # a trace cannot tell
             self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
-        xp = library(self.seen)
-        self.plain = xp.zeros_like(self.begin, dtype=xp.int8)
-
-    @property
-    def begin(self) -> Array:
-        """The first time `(B,)`."""
-        return self.seen[:, 0]
-
-    @property
-    def end(self) -> Array:
-        """The last time `(B,)`."""
-        return self.seen[:, -1]
+        self.begin, self.end = self.seen[:, 0], self.seen[:, -1]
+        self.plain = filled(self.begin, 0, "int8")
 
     def clock(self, t: Array) -> Memory:
         """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
@@ -169,17 +163,19 @@ class Stepper:
         if length is not None:
             pass
         elif given is not None:
-            length = xp.full_like(span, given)
+            length = filled(span, given)
         else:
             length = self.first_length(y.detach(), k.detach())
         length = clamped(length, None, method.dt_max)
-        zeros = xp.zeros_like(span, dtype=xp.int64)
+        zeros = filled(span, 0, "int64")
         finite = finite_rows(y.detach(), k.detach())
-        status = xp.where(finite, int(Status.RUNNING), xp.full_like(zeros, int(Status.NON_FINITE)))
-        status = status if maybe_any(~finite) or len(y) == 0 else None  # without samples, none is running
+        status = None
+        if maybe_any(~finite) or len(y) == 0:  # without samples, none is running
+            status = xp.where(finite, int(Status.RUNNING), filled(zeros, int(Status.NON_FINITE)))
         memory = method.start(self.bound.F, t, y, k)
-        before = (xp.ones_like(length),) if method.dt is None and method.controller.derivative else ()
-        return Carry(y, memory, t, length, xp.ones_like(length), status, zeros, zeros, before=before)
+        ones = filled(length, 1.0)
+        before = (ones,) if method.dt is None and method.controller.derivative else ()
+        return Carry(y, memory, t, length, ones, status, zeros, zeros, before=before)
 
     def first_length(self, y: Tensor, k: Tensor) -> Array:
         """The length `(B,)` of the first step from y `(B, n)`, whose slope is k."""
@@ -221,8 +217,7 @@ class Stepper:
 
     def happened(self, c: Carry) -> tuple[Array, Array]:
         """The event `(B,)` that happened last, -1 for none, and how many did."""
-        none = library(c.t).zeros_like(c.steps)
-        return none - 1, none
+        return filled(c.steps, -1), filled(c.steps, 0)
 
     def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
         """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
@@ -251,8 +246,7 @@ class Stepper:
         method, y1 = self.method, step.y1.detach()
         if method.dt is not None:
             finite = finite_rows(y1)
-            xp = library(finite)
-            return xp.where(finite, xp.zeros_like(self.begin), float("inf"))
+            return library(finite).where(finite, filled(self.begin, 0.0), float("inf"))
         error = to_host(method.error_ratio(step, method.tolerance(step.y.detach(), y1)))
         xp = library(error)
         bad = xp.isnan(error)
@@ -271,7 +265,7 @@ class Stepper:
             t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
             before = (c.error,) if c.before else ()
             return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.watch, before)
-        status = xp.full_like(c.steps, int(Status.RUNNING)) if c.status is None else c.status
+        status = filled(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
         if maybe_any(rejected := running & ~accepted):
@@ -288,7 +282,7 @@ class Stepper:
     def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
         """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
         xp = library(length)
-        reason = xp.full_like(c.steps, int(Status.NON_FINITE))
+        reason = filled(c.steps, int(Status.NON_FINITE))
         if self.method.dt is not None:  # of constant steps, nothing can be made shorter
             return rejected, length, reason
         shortest = clamped(self.resolved(c.t), self.method.dt_min, None)
@@ -470,10 +464,9 @@ def integrate(
         with some_dropped():
             count, carry = repeat(run.body, carry, partial(_worth_a_step, True), limit, count)
         ended = _with_rows(ended, run.rows, carry)
-    xp = library(ended.t)
-    status = xp.full_like(ended.steps, int(Status.MAX_STEPS))
+    status = filled(ended.steps, int(Status.MAX_STEPS))
     if ended.status is not None:
-        status = xp.where(is_running(ended.status), status, ended.status)
+        status = library(ended.t).where(is_running(ended.status), status, ended.status)
     numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     numbers += stepper.happened(ended)
     status, *others = (to_tensor(x) for x in numbers)
@@ -499,7 +492,7 @@ def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
     """`full` with `part` in its `rows`; what a method carries is of no use any more."""
     assert rows is not None
     if part.status is None:
-        part = part._replace(status=np.full_like(part.steps, int(Status.RUNNING)))
+        part = part._replace(status=filled(part.steps, int(Status.RUNNING)))
 
     def placed(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
         whole = np.array(whole)

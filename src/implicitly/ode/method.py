@@ -35,9 +35,13 @@ class Step(NamedTuple):
     error_low: Tensor | None = None  # a second estimate, of lower order
 
 
+_LENGTH = "a number, got a {type}; of a tensor pass float(...), as no derivative goes through the lengths of steps"
+_CONTROLLER = Controller()
+
+
 def _controller() -> Controller:
-    """The default, which the tracer of `torch.compile` can make, while it cannot take up an object."""
-    return Controller()
+    """The default; the tracer of `torch.compile` cannot take up an object, but can make one."""
+    return Controller() if torch.compiler.is_dynamo_compiling() else _CONTROLLER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class Method(ABC):
             raise ValueError(f"{name}: tstops must hold finite numbers, got {self.tstops}")
         for which in ("rtol", "atol"):
             value = getattr(self, which)
-            check_kind(name, which, value, (*NUMBERS, Tensor), f"a number or a tensor, got {value!r}")
+            check_kind(name, which, value, (*NUMBERS, Tensor), "a number or a tensor, got {value!r}")
             if isinstance(value, NUMBERS):  # the usual case; a tensor of it takes longer to make
                 right = 0 <= value < float("inf")
             else:
@@ -111,11 +115,7 @@ class Method(ABC):
             value = getattr(self, which)
             if value is None and which in ("dt", "dt0"):
                 continue
-            words = (
-                f"a number, got a {type(value).__name__}; of a tensor pass float(...), as no derivative goes "
-                "through the lengths of steps"
-            )
-            check_kind(name, which, value, NUMBERS, words)
+            check_kind(name, which, value, NUMBERS, _LENGTH)
             assert value is not None
             if which in ("dt", "dt0") and not 0 < value < float("inf"):
                 raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,8 +23,11 @@ from implicitly.ode.combine import stage_times
 from implicitly.ode.events import Event, check_number
 from implicitly.ode.ragged import told_apart
 from implicitly.problem import sample_dims_of
-from implicitly.transforms import is_wrapped, loses, unhooked, unwrapped
+from implicitly.transforms import is_batched, is_wrapped, loses, unhooked, unwrapped
 from implicitly.tree import Layout
+
+# Up to so many times are looked at one by one.
+FEW = 64
 
 
 @dataclass
@@ -287,18 +292,27 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
     if captured():  # of numbers, which `unroll.plan` has looked at
         return rows, None
     seen = to_host(rows) if on_host(rows) else rows.detach()
+    if not isinstance(seen, Tensor) and seen.size <= FEW and all(map(_in_order, seen.tolist())):
+        return rows, None  # the usual case
     gaps = seen[:, 1:] - seen[:, :-1]
     if all_now(gaps > 0) and all_now(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
-        return rows, None  # the usual case
+        return rows, None
     if not all_now(library(seen).isfinite(seen)):
         raise ValueError("t holds NaN or inf")
     if all_now((gaps > 0).all(1) | (gaps < 0).all(1)):
         return rows, None
     of_samples = (isinstance(t, Tensor) and t.ndim == 2) or len(rows) > 1
-    told = told_apart(rows) if of_samples and not is_wrapped(rows) else None
+    mapped = is_batched(rows)
+    told = told_apart(rows) if of_samples and not mapped else None
     if told is None:
-        raise ValueError(_disorder(unwrapped(rows.detach())))
+        raise ValueError(_MAPPED if mapped else _disorder(unwrapped(rows.detach())))
     return told
+
+
+def _in_order(row: list[float]) -> bool:
+    """Whether a few numbers, none of them inf, increase throughout, or decrease."""
+    which = operator.lt if row[0] < row[1] else operator.gt
+    return all(map(which, row, row[1:])) and math.isfinite(row[-1] - row[0])
 
 
 def _rows_of(t: Any, layout: Layout) -> Tensor:
@@ -326,6 +340,12 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
         size = f" with B = {layout.batch}" if layout.batch_dims else " (times of each sample need batch_dims=1)"
         raise ValueError(f"t must have the shape {allowed}{size}, got {tuple(t.shape)}")
     return t if t.ndim == 2 else t.unsqueeze(0)
+
+
+_MAPPED = (
+    "t must increase throughout, or decrease throughout, none of its times twice, for each entry that torch.vmap "
+    "maps: series of different lengths need batch_dims=1 in its place, with t of shape (B, T)"
+)
 
 
 def _disorder(seen: Tensor) -> str:

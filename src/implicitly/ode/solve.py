@@ -290,11 +290,15 @@ _REMEDY = {
 
 # From this part of what is stable on, it is stability that keeps steps short.
 NEAR = 0.5
+# By how much a length in float32 may be off.
+ROUNDING = 1e-6
 
 
 def _remedy(method: Method, status: Status, length: float, halt: Halt, row: int) -> str:
     """What to try where sample `row` ended."""
     remedy, limit = _REMEDY[status], method.stability
+    if status is Status.STEP_UNDERFLOW and length <= method.dt_min * (1 + ROUNDING):
+        return f"a dt_min below {method.dt_min:g}, as the tolerances need shorter steps there; or loosen them"
     constant = status is Status.NON_FINITE and method.dt is not None
     if constant:
         remedy = "a shorter dt, or none where the method adapts its steps; f may also be NaN or inf there"

@@ -19,6 +19,8 @@ from implicitly.pullback import recorded
 from implicitly.solution import Status
 from implicitly.transforms import records
 
+# Among so many of the largest errors is looked for the one that counts most.
+LARGEST = 64
 # No explicit method of these orders is stable for longer; and how finely its limit is found.
 FURTHEST, FINENESS = 100.0, 1e-3
 
@@ -72,8 +74,15 @@ class Halt:
                     return f"NaN or inf in component {places[0]}{others}"
             if status is Status.NON_FINITE or step.error is None or step.y.shape[1] == 0:
                 return None
-            over = (step.error / method.tolerance(step.y, step.y1))[row].abs()
-            return f"largest error in component {int(over.argmax())}"
+            over = (step.error / method.tolerance(step.y, step.y1)).abs()
+            sizes = {}
+            # Each by itself, as a norm may count some of them only.
+            for i in over[row].topk(min(LARGEST, over.shape[1])).indices.tolist():
+                alone = torch.zeros_like(over)
+                alone[row, i] = over[row, i]
+                sizes[i] = float(method.norm(alone)[row])
+            most = max(sizes, key=sizes.__getitem__)
+            return f"largest error in component {most}" if sizes[most] > 0 else None
 
     def rate(self, row: int, steps: int = 40) -> float | None:
         """The largest modulus of an eigenvalue of df/dy of a sample there, by power iteration with the transposed
