@@ -198,10 +198,14 @@ def resident_mib() -> float:
 
 
 def _cpu_name() -> str:
+    """As the system calls it, with family and model where it tells them: names of virtual machines say neither."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in known:
+        return platform.processor()
+    numbers = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+    return known["model name"] + numbers
 
 
 def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, Any], effort: Effort) -> None:
