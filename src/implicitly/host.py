@@ -154,13 +154,13 @@ def filled(x: Array, value: float, dtype: str | None = None) -> Array:
 
 def finite_rows(*matrices: Tensor) -> Array:
     """Which rows `(B,)` of all the `(B, n)` hold finite numbers only."""
-    sums = to_host(functools.reduce(torch.add, (x.sum(1) for x in matrices)))
-    if isinstance(sums, np.ndarray):
-        finite = np.isfinite(sums)
+    sizes = to_host(functools.reduce(torch.add, (torch.linalg.vector_norm(x, dim=1) for x in matrices)))
+    if isinstance(sizes, np.ndarray):
+        finite = np.isfinite(sizes)
         if finite.all():
             return finite
     rows = (x.isfinite().all(1) for x in matrices)
-    return to_host(functools.reduce(torch.logical_and, rows))  # finite numbers may add up to inf, too
+    return to_host(functools.reduce(torch.logical_and, rows))  # squares of finite numbers may be inf, too
 
 
 def to_tensor(x: Array) -> Tensor:

@@ -17,6 +17,8 @@ from implicitly.ode.problem import Field
 
 Norm = Callable[[Tensor], Tensor]
 
+# To ask NumPy takes longer than what it is needed for.
+_EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in (np.float32, np.float64)}
 # Within the range of float32.
 TINY, HUGE = 1e-30, 1e30
 
@@ -77,7 +79,8 @@ class Controller:
 
 def shortest_step(t: Array) -> Array:
     """A length `(B,)` as near to 0 as t tells apart from it, whichever way the step goes."""
-    return library(t).finfo(t.dtype).eps * abs(t)
+    eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) else _EPS[t.dtype]
+    return eps * abs(t)
 
 
 def stands_still(t: Array, length: float, end: Array) -> Array:

@@ -527,7 +527,8 @@ def assemble(outputs: Outputs, y1: Tensor, ended: Ended) -> Tensor:
     inner = None if times.shape[1] == 2 else outputs.found
     if inner is not None and maybe_any(late := ended.late(times)):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
-    if maybe_any(~is_success(to_host(ended.status))):
+    status = to_host(ended.status)
+    if maybe_any(status) and maybe_any(~is_success(status)):  # usually all are 0, CONVERGED
         y1 = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
     if inner is None:
         return torch.stack([y0, y1], dim=1)
