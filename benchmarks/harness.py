@@ -201,7 +201,7 @@ def _cpu_name() -> str:
     """As the system calls it, with family and model where it tells them: names of virtual machines say neither."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "model name" not in known:
         return platform.processor()
     numbers = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""

@@ -505,8 +505,15 @@ def test_tensors_out_of_sight_that_share_memory_are_told_of():
 
 def test_a_sparse_tensor_makes_the_solve_eager_and_is_named():
     x, A = torch.randn(3, 4), (0.1 * torch.eye(4)).to_sparse()
+
+    def f(z, x, A):
+        return (A @ z.T).T + x
+
     with pytest.warns(im.CompileWarning, match="fixed_point .*sparse"):
-        assert_right(lambda z, x, A: (A @ z.T).T + x, x, A)
+        assert_right(f, x, A)
+    with warnings.catch_warnings():  # which is said once
+        warnings.simplefilter("error")
+        assert_right(f, x, A)
 
 
 @pytest.mark.slow

@@ -174,11 +174,9 @@ def run_as_graph(
     Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
     this one gave no more than one right answer: then none can be had. What `check` raises, this raises.
     """
-    if any(t.layout is not torch.strided for t in tensors):
-        _tell_of_no_graph(name, "f uses a sparse tensor, and the compiler knows none")
-        return None
-    tensors = _plain(tensors)
-    shapes = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
+    sparse = any(t.layout is not torch.strided for t in tensors)
+    tensors = tensors if sparse else _plain(tensors)
+    shapes = tuple((tuple(t.shape), () if sparse else t.stride(), t.dtype, t.device) for t in tensors)
     kinds = tuple(type(t) for t in tensors if type(t) is not Tensor)
     graph = _kept(name, (key, kinds) if kinds else key, shapes, varies)
     again = partial(run_as_graph, name, key, function, *tensors, in_c=in_c, is_right=is_right, check=check)
@@ -188,6 +186,8 @@ def run_as_graph(
         run = graph.run  # read first: that there is a fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
+        if sparse:
+            return _fall_back(graph, "f uses a sparse tensor, and the compiler knows none", 0.0)
         new = check is not None and check.mode not in graph.checked
         if check is not None and new:
             check.of()
@@ -430,12 +430,8 @@ def _fall_back(graph: _Graph, reason: str, seconds: float, always: bool = False)
         graph.run = _released
     if told:  # by another thread
         return
-    _tell_of_no_graph(graph.name, reason)
-
-
-def _tell_of_no_graph(name: str, reason: str) -> None:
     warnings.warn(
-        f"{name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
+        f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
         CompileWarning,
         stacklevel=users_line(),
     )

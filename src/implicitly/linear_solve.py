@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from implicitly.graph_break import one_break
 from implicitly.implicit import LINEAR_REMEDY, REMEDY, Backward, Map, attach_usable, explain, find
-from implicitly.iterate import Found, Solver
+from implicitly.iterate import Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.pullback import pullback
@@ -61,7 +62,7 @@ def linear_solve(
 
     sample_dims = None if problem.sample_dims is None else (0, 0, *problem.sample_dims)
     plain = problem.condition("linear_solve", on_failure)
-    report = replace(plain.report, message=_explained)
+    report = replace(plain.report, message=partial(explain, remedy=_REMEDY))
     condition = replace(plain, bind=bind, linear=True, sample_dims=sample_dims, report=report)
     theta = (layout.pack(b), zero, *problem.theta)
     found = find(solver, condition, zero, theta)
@@ -75,7 +76,3 @@ _REMEDY = {
     Status.NON_FINITE: "b (of a derivative, the gradient that comes in), or what the operator returns, holds NaN "
     "or inf",
 }
-
-
-def _explained(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    return explain(name, solver, found, failed, _REMEDY)

@@ -318,13 +318,21 @@ def test_every_pair_of_repeated_rows_is_seen():
     assert jacobian.degenerate.all()
 
 
-def test_every_status_of_clarabel_has_one_of_ours():
-    from implicitly.argmin.convex.conic_solver import _status
-
-    assert _status("Solved") == Status.CONVERGED
-    assert _status("AlmostSolved") == Status.STAGNATED  # until its residual says otherwise
-    assert _status("PrimalInfeasible") == Status.INFEASIBLE
-    assert _status("DualInfeasible") == Status.UNBOUNDED
-    assert _status("AlmostPrimalInfeasible") == _status("AlmostDualInfeasible") == Status.STAGNATED  # no certainty
-    assert _status("MaxIterations") == _status("MaxTime") == Status.MAX_STEPS
-    assert _status("NumericalError") == _status("InsufficientProgress") == Status.STAGNATED
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ((2.0, -2.0, -1.0, -3.0), Status.STAGNATED),  # x^2 - 2x where x >= 3: no certificate
+        ((2.0, 0.0, 0.0, -1.0), Status.INFEASIBLE),  # 0 x <= -1
+        ((0.0, -2.0, -1.0, 0.0), Status.UNBOUNDED),  # -2x where x >= 0
+    ],
+)
+def test_clarabel_is_believed_where_it_has_solved_or_run_out_and_certificates_else(numbers, told):
+    pattern = Pattern.of(1, 1, (np.array([0]), np.array([0])), (np.array([0]), np.array([0])))
+    workers = Workers(pattern, Cones(0, 1, (), (), 0, ()), im.Clarabel())
+    believed = {"Solved": Status.CONVERGED, "MaxIterations": Status.MAX_STEPS, "MaxTime": Status.MAX_STEPS}
+    broken = "AlmostSolved", "NumericalError", "InsufficientProgress"
+    found = "PrimalInfeasible", "DualInfeasible", "AlmostPrimalInfeasible", "AlmostDualInfeasible"
+    for name in (*believed, *broken, *found):
+        solution = SimpleNamespace(status=name, x=[1.0], z=[1.0], s=[1.0])
+        own = tuple(np.array([v]) for v in numbers)
+        assert workers._judged(own, solution) == believed.get(name, told)

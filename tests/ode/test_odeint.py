@@ -492,7 +492,7 @@ FAR = {
         im.Dopri5(max_steps=100),
         im.Dopri5(max_steps=100, dt0=1e-5),
         im.Dopri5(max_steps=100, tstops=(10000.5, -9999.5)),
-        im.Kvaerno5(max_steps=200),
+        im.Kvaerno5(max_steps=100),
         im.Adams(max_steps=100),
         im.ReversibleHeun(max_steps=100, rtol=1e-3, atol=1e-3),
     ],

@@ -286,8 +286,8 @@ def _start_unlike_z(x: Any) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         known = isinstance(error, SolverError) or hasattr(error, "__notes__")
         if not known and any(word in str(error) for word in _OF_ITS_FORM):
-            first = repr(next(iter(x))) if isinstance(x, dict) else 0
-            start = "x.new_zeros(len(x), size)" if isinstance(x, Tensor) else f"torch.zeros_like(x[{first}])"
+            first = next(iter(x), 0) if isinstance(x, dict) else 0
+            start = "x.new_zeros(len(x), size)" if isinstance(x, Tensor) else f"torch.zeros_like(x[{first!r}])"
             error.add_note(
                 "DEQ: the start was zeros like x. Where z has another shape or structure than x, pass "
                 f"init=lambda x: {start}, or z0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,24 +21,12 @@ from implicitly.argmin.sets.rows import (
 )
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
 from implicitly.host import maybe_any
-from implicitly.implicit import (
-    LINEAR_REMEDY,
-    REMEDY,
-    Backward,
-    Condition,
-    Map,
-    Report,
-    attach,
-    explain,
-    find,
-    is_usable,
-)
+from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
 from implicitly.iterate import Found, Proposal, Solver, coded
 from implicitly.linear import Affine, LinearSolver, dense
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
-NAME = "sinkhorn"  # of the condition, in messages
 # From a temperature of the size of the costs down to the one asked for, by halves.
 HALVINGS = 60
 NEWTON_STEPS = 50
@@ -154,8 +142,10 @@ def sinkhorn(
     p = row.log() + (q.logsumexp(-1, keepdim=True) - row.log().logsumexp(-1, keepdim=True))
     p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
     theta = (K, p, q)
-    condition = _condition(cost.dtype, on_failure, *(t.detach() for t in theta))
-    found = find(solver, condition, outside(_potentials, *theta), theta)
+    condition = _condition(cost.dtype, on_failure)
+    # Of plans alone: what is solved for their derivative is linear.
+    said = replace(condition.report, message=partial(_explained, *(t.detach() for t in theta)))
+    found = find(solver, replace(condition, report=said), outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
     if not maybe_any(~usable):
         return _plan(attach(condition, found.z, theta, Backward(linear_solver)), *theta).reshape(*batch, n, m)
@@ -173,11 +163,10 @@ def _in_units_of(epsilon: Tensor, cost: Tensor) -> Tensor:
     return torch.where(finite, torch.where(finite, cost, 0.0) / epsilon, cost)
 
 
-def _condition(dtype: torch.dtype, on_failure: str, K: Tensor, p: Tensor, q: Tensor) -> Condition:
+def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
     """That of the potentials of the rows."""
-    report = Report(on_failure, message=partial(_explained, K, p, q))
     how = {"relative_to_iterate": True, "sample_dims": (0, 0, 0), "examine": _examined}
-    return Condition(_sweep, NAME, dtype, report, **how)
+    return Condition(_sweep, "sinkhorn", dtype, Report(on_failure), **how)
 
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,9 +224,7 @@ def _examined(F: Map, found: Found) -> Found:
 
 
 def _explained(K: Tensor, p: Tensor, q: Tensor, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    """What is said of plans that `failed`, or of their derivative."""
-    if name != NAME:
-        return explain(name, solver, found, failed, LINEAR_REMEDY)
+    """What is said of plans that `failed`."""
     remedy = REMEDY | {Status.STAGNATED: TOO_COLD}
     if len(K) == len(found.z):  # not so under `vmap`
         count = int(_is_impossible(found.z[failed], *(t[failed] for t in (K, p, q))).sum())
