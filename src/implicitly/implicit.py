@@ -37,10 +37,11 @@ from implicitly.checks import check_on_failure
 from implicitly.host import maybe_any
 from implicitly.iterate import Coarse, Found, Residual, Solver, iterate, last_step
 from implicitly.linear import Affine, LinearSolver
-from implicitly.pullback import of_places, pullback, recorded
+from implicitly.pullback import Pull, of_places, pullback, recorded
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.transforms import (
     Operation,
+    asked,
     full_precision,
     is_plain,
     is_wrapped,
@@ -82,6 +83,8 @@ class Condition:
         graphs: how it is solved otherwise than by `search`.
         snapshot: takes one of what f is besides theta (train/eval modes, constants); the result restores it
             while a derivative calls f. See `Opened.snapshot`.
+        pull: for (z, *theta) and places, the map that `pullback.recorded` gives of R, where its formula is known
+            and takes less than to record R does; None: that.
     """
 
     bind: Callable[..., Map]
@@ -96,6 +99,7 @@ class Condition:
     examine: Callable[[Any, Found], Found] | None = None
     graphs: Graphs | None = None
     snapshot: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
+    pull: Callable[[tuple[Tensor, ...], list[int]], Pull] | None = None
 
     def at(self, *theta: Tensor) -> Map:
         """The map z -> R(z) at `theta`."""
@@ -572,7 +576,7 @@ class _Attach(Operation):
     def backward(ctx, *cotangents):
         (g,) = cotangents
         z, *theta = ctx.saved_tensors
-        needed = [i for i, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
+        needed = [i for i, needs in enumerate(asked(ctx)[3:]) if needs]
         gradients: list[Tensor | None] = [None] * len(theta)
         with ctx.restored(), full_precision(z.device.type):  # f has the autocast of the forward pass
             for i, gradient in zip(needed, _cotangents(ctx.condition, ctx.how, g, z, theta, needed)):
@@ -605,7 +609,8 @@ def _cotangents(
 ) -> tuple[Tensor, ...]:
     """What the theorem gives those of theta that are `needed`, for the cotangent g of z."""
     if is_plain(g, z, *theta):
-        pull = recorded(condition.residual, (z, *theta), [0, *(i + 1 for i in needed)])
+        record = condition.pull or partial(recorded, condition.residual)
+        pull = record((z, *theta), [0, *(i + 1 for i in needed)])
         u = how.solve(transposed(condition, len(z), pull), (g, z, *theta), how.inverse)
         return pull(u, [i + 1 for i in needed])
     u = how.solve(transposed(condition), (g, z, *theta), how.inverse)
@@ -647,7 +652,7 @@ def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[
 def transposed(
     condition: Condition,
     rows: int = 0,
-    recorded_pull: Callable[[Tensor, list[int]], tuple[Tensor, ...]] | None = None,
+    recorded_pull: Pull | None = None,
 ) -> Condition:
     """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves.
 
@@ -709,4 +714,4 @@ def _mapped(
         return condition.kind(**{part.name: mapped(attrgetter(part.name)) for part in fields(condition.kind)})
 
     report = replace(condition.report, unpack=None)
-    return replace(condition, bind=bind, report=report, sample_dims=None, graphs=None), theta
+    return replace(condition, bind=bind, report=report, sample_dims=None, graphs=None, pull=None), theta

@@ -14,6 +14,9 @@ from torch.func import grad, vjp, vmap
 from implicitly.transforms import is_plain, is_wrapped, under_transform, unhooked
 from implicitly.tree import real_parts
 
+# The cotangents of some inputs, by their places, for that of a value.
+Pull = Callable[[Tensor, list[int]], tuple[Tensor, ...]]
+
 
 def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
@@ -69,9 +72,7 @@ def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[i
     return of
 
 
-def recorded(
-    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
-) -> Callable[[Tensor, list[int]], tuple[Tensor, ...]]:
+def recorded(f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]) -> Pull:
     """Call f at `primals` once and give the linear map from a cotangent of its value to those of some primals.
 
     For `is_plain` tensors; `wanted` says which primals any call of the map may ask for. A graph of autograd serves
@@ -80,9 +81,7 @@ def recorded(
     return _recorded(f, primals, wanted)[1]
 
 
-def _recorded(
-    f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]
-) -> tuple[Tensor, Callable[[Tensor, list[int]], tuple[Tensor, ...]]]:
+def _recorded(f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]) -> tuple[Tensor, Pull]:
     leaves = [p.detach().requires_grad_(i in wanted) for i, p in enumerate(primals)]
     with torch.enable_grad():
         value = f(*leaves)
@@ -105,7 +104,7 @@ def pulled(
     """The cotangents of `inputs` for those `bars` of `outputs`, 0 where no output depends on them; `retain` keeps
     the graph, and where `recorded` they have one of their own."""
     pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
-    if not pairs:
+    if not (pairs and inputs):
         return tuple(torch.zeros_like(x) for x in inputs)
     # What `torch.autograd.grad` does once it has looked at its arguments, which for a small f takes as long.
     what, by = (tuple(x) for x in zip(*pairs))

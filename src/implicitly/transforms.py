@@ -167,6 +167,38 @@ class Operation(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def asked(ctx: Any) -> tuple[bool, ...]:
+    """For each input of an autograd function, whether the backward pass under way has a use for its gradient.
+
+    `ctx.needs_input_grad` is true of all that a gradient was recorded for; `torch.autograd.grad` by some inputs
+    leaves the others out, as it does in autograd's own operations.
+    """
+    needs = ctx.needs_input_grad
+    if torch.compiler.is_dynamo_compiling() or under_transform():
+        return needs
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    if len(nodes) != sum(needs):  # autograd does not run this itself
+        return needs
+    used = iter(_used(nodes))
+    return tuple(needed and next(used) for needed in needs)
+
+
+def _used(nodes: list[Any]) -> list[bool]:
+    """Which of the `nodes` of a graph the backward pass under way reaches."""
+    private: Any = torch
+    used, asked_leaf = [], None
+    for node in reversed(nodes):  # parameters, which are last, are usually wanted all or not at all
+        if type(node) is asked_leaf:
+            used.append(True)
+            continue
+        try:
+            used.append(private._C._will_engine_execute_node(node))
+        except RuntimeError:  # what it has for a leaf that `torch.autograd.grad` was asked for, and takes long
+            used.append(True)
+            asked_leaf = type(node)
+    return used[::-1]
+
+
 def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """`backward` of an autograd function, for one cotangent at a time where autograd hands it several at once.
 

@@ -46,6 +46,7 @@ from implicitly.pullback import of_places, pull_within, pulled
 from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import (
     Operation,
+    asked,
     full_precision,
     is_batched,
     is_cpu,
@@ -400,9 +401,9 @@ class _Trajectory(Operation):
     @one_by_one
     @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[4:]
-        wanted = [i for i, needed in enumerate(needs) if needed]
-        gradients: list[Tensor | None] = [None] * len(needs)
+        _, times, y0, _, *theta = asked(ctx)
+        wanted = [i for i, needed in enumerate((times, y0, *theta)) if needed]
+        gradients: list[Tensor | None] = [None] * (2 + len(theta))
         bars, (ended, steps, inputs) = [cotangents[0], cotangents[REACHED]], _saved(ctx.saved_tensors)
         if any(g is not None for g in bars):
             batch, count, n = len(inputs[1]), inputs[0].shape[1], inputs[1].shape[1]

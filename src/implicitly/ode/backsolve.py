@@ -24,7 +24,7 @@ from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
 from implicitly.pullback import pulled
 from implicitly.solution import ConvergenceWarning, Status
-from implicitly.transforms import Operation, full_precision, is_wrapped, one_by_one, unhooked
+from implicitly.transforms import Operation, asked, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
 # A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
@@ -152,9 +152,9 @@ class _Backsolve(Operation):
     @one_by_one
     @unhooked()
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[5:]
-        wanted = [i for i, needed in enumerate(needs) if needed]
-        gradients: list[Tensor | None] = [None] * len(needs)
+        _, _, times, y0, _, *theta = asked(ctx)
+        wanted = [i for i, needed in enumerate((times, y0, *theta)) if needed]
+        gradients: list[Tensor | None] = [None] * (2 + len(theta))
         g = cotangents[0]
         if g is not None:
             count = len(Integrated._fields)
