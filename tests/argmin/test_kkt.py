@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
 from implicitly.argmin.programs.condensed import Condensed
-from implicitly.argmin.programs.kkt import Factors, active_set, base_matrix, jacobian_product, relaxed
+from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Factors, base_matrix, jacobian_product
 from implicitly.argmin.programs.program import QuadraticProgram, equilibrate, natural_residual
 from tests.argmin.programs import D, program
 from tests.problems import seeded
@@ -59,12 +59,28 @@ def test_the_jacobian_is_that_of_the_condition():
     w = torch.randn(3, 11, generator=seeded(1), dtype=D)
     alpha = (torch.rand(3, 4, generator=seeded(2), dtype=D) > 0.5).to(D)
     v = torch.randn(3, 11, generator=seeded(3), dtype=D)
-    moved = torch.func.jvp(active_set(alpha, *pr.tensors), (w,), (v,))[1]
+    moved = torch.func.jvp(ACTIVE_SET.bind(alpha, *pr.tensors), (w,), (v,))[1]
     torch.testing.assert_close(jacobian_product(pr, alpha, 1 - alpha, v.unsqueeze(1)).squeeze(1), moved)
     lam = w[:, 7:]
     gap = (pr.G @ w[:, :5].unsqueeze(2)).squeeze(2) - pr.h
-    moved = torch.func.jvp(relaxed(torch.tensor(0.1, dtype=D), *pr.tensors), (w,), (v,))[1]
+    moved = torch.func.jvp(RELAXED.bind(torch.tensor(0.1, dtype=D), *pr.tensors), (w,), (v,))[1]
     torch.testing.assert_close(jacobian_product(pr, lam, gap, v.unsqueeze(1)).squeeze(1), moved)
+
+
+@pytest.mark.parametrize("conditions", [ACTIVE_SET, RELAXED])
+@pytest.mark.parametrize("shared", [(), ("Q", "G", "A"), ("p", "h", "b"), ("Q", "h")])
+@pytest.mark.parametrize("q", [0, 2])
+def test_the_pullback_is_that_of_autograd(conditions, shared, q):
+    pr = QuadraticProgram(*program(n=5, m=4, q=q, shared=shared, seed=1))
+    w, u = torch.randn(2, 3, 9 + q, generator=seeded(1), dtype=D)
+    own = (torch.rand(3, 4, generator=seeded(2), dtype=D) > 0.5).to(D)
+    own = own if conditions is ACTIVE_SET else torch.tensor(0.1, dtype=D)
+    leaves = [t.clone().requires_grad_() for t in (w, *pr.tensors)]
+    value = conditions.bind(own, *leaves[1:])(leaves[0])
+    expected = torch.autograd.grad(value, leaves, u)
+    pull = conditions.pull(w, own, *pr.tensors)
+    for place, exact in enumerate(expected):
+        torch.testing.assert_close(pull(u, place), exact)
 
 
 def test_scaling_changes_no_solution():

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.programs.program import Point, QuadraticProgram, dot, times, times_transposed
-from implicitly.iterate import where_rows
 from implicitly.solution import Status, is_running
 from implicitly.tree import row_norm
 
@@ -62,7 +61,8 @@ class Condensed:
         L, info = torch.linalg.cholesky_ex(program.Q)
         if not bool(_safe(L, info)):
             return None
-        Y = torch.linalg.solve_triangular(L, torch.cat([program.A, program.G], dim=-2).mT, upper=False)
+        Y = torch.cat([program.A, program.G], dim=-2).mT
+        torch.linalg.solve_triangular(L, Y, upper=False, out=Y)
         Y_A, Y_G = Y[..., :q], Y[..., q:]
         S, info = torch.linalg.cholesky_ex(Y_A.mT @ Y_A)
         if not bool(_safe(S, info)):
@@ -105,12 +105,15 @@ class Condensed:
     def factorise(self, alpha: Tensor, beta: Tensor) -> CondensedFactors:
         """The factors of the Jacobian with those `(B, m)`."""
         on = alpha != 0
-        part = on.to(alpha.dtype)
-        N = (self.M * part.unsqueeze(1)).mul_(part.unsqueeze(2)).mT  # symmetric, but for LAPACK by columns
-        N.diagonal(dim1=1, dim2=2).add_(torch.where(on, -beta / torch.where(on, alpha, 1.0), 1.0))
-        info = torch.empty(len(N), dtype=torch.int32, device=N.device)
-        torch.linalg.cholesky_ex(N, out=(N, info))
-        return CondensedFactors(self, alpha, beta, N, info == 0)
+        diagonal = torch.where(on, -beta / alpha.masked_fill(~on, 1.0), 1.0)
+        N, usable = factor_active(self.M, on.to(alpha.dtype), diagonal)
+        return CondensedFactors(self, alpha, beta, N, usable)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """The terms of slacks that no multiplier is part of `(B, m)`, and the roots of the diagonal of M."""
+        reach = torch.maximum(self.program.h.abs(), self.c.abs())
+        return reach, self.M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,6 +125,23 @@ class Condensed:
         *matrices, y0, nu0, c = self.tensors
         L, S, X, Y_A, Y_G, M = (t[rows] if t.ndim == 3 else t for t in matrices)
         return Condensed(self.program.take_rows(rows), L, S, X, Y_A, Y_G, M, y0[rows], nu0[rows], c[rows])
+
+
+def factor_active(M: Tensor, on: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """The N of `CondensedFactors` with that `diagonal` besides M, and where it exists `(B,)`; `on` `(B, m)` is 1
+    in the rows and columns of M that count, else 0."""
+    N = (M * on.unsqueeze(1)).mul_(on.unsqueeze(2)).mT  # symmetric, but for LAPACK by columns
+    N.diagonal(dim1=1, dim2=2).add_(diagonal)
+    info = torch.empty(len(N), dtype=torch.int32, device=N.device)
+    torch.linalg.cholesky_ex(N, upper=True, out=(N, info))
+    return N, info == 0
+
+
+def solve_active(N: Tensor, r: Tensor) -> Tensor:
+    """x with N'N x = r, for `r` `(B, m)` or `(B, k, m)`."""
+    columns = r.unsqueeze(2) if r.ndim == 2 else r.mT
+    first = torch.linalg.solve_triangular(N.mT, columns, upper=False)
+    return torch.linalg.solve_triangular(N, first, upper=True).mT.reshape(r.shape)
 
 
 def _safe(L: Tensor, info: Tensor) -> Tensor:
@@ -148,8 +168,8 @@ def _solve(L: Tensor, r: Tensor) -> Tensor:
 class CondensedFactors:
     """The factorised Jacobian [Q A' G'; A 0 0; αG 0 β], where α is zero or of the sign of -β.
 
-    N `(B, m, m)` is the Cholesky factor of M - β/α in the rows and columns where α is not zero, and else of the
-    identity.
+    N `(B, m, m)` is the Cholesky factor, N'N, of M - β/α in the rows and columns where α is not zero, and else of
+    the identity. It is the upper one, which LAPACK finds a little faster.
     """
 
     condensed: Condensed
@@ -173,21 +193,12 @@ class CondensedFactors:
         fixed = torch.where(on, 0.0, r3 / torch.where(on, 1.0, beta))  # those that are no part of the system
         if not transposed:
             r1, r3 = r1 - times_transposed(G, fixed), r3 / safe
-        z, nu, v = self.condensed.solve(r1, r2, lambda Gz: _solve(self.N, torch.where(on, Gz - r3, 0.0)))
+        z, nu, v = self.condensed.solve(r1, r2, lambda Gz: solve_active(self.N, torch.where(on, Gz - r3, 0.0)))
         if transposed:
             lam = torch.where(on, v / safe, fixed - times(G, z) / torch.where(on, 1.0, beta))
         else:
             lam = torch.where(on, v, fixed)
         return torch.cat([z, nu, lam], dim=2)
-
-    def settled(self, w: Tensor) -> Tensor:
-        """The point `(B, n + q + m)` near `w` where the inequalities with α = 1 hold as equations, and the
-        multipliers of those with α = 0 are zero."""
-        on = self.alpha != 0
-        lam = torch.where(on, w[:, w.shape[1] - on.shape[1] :], 0.0)
-        slack = torch.where(on, self.condensed.c + times(self.condensed.M, lam), 0.0)
-        step = _solve(self.N, slack.unsqueeze(1)).squeeze(1)
-        return self.condensed.point(lam - step.nan_to_num(0.0, 0.0, 0.0))
 
     def is_singular(self, beta: Tensor) -> Tensor:
         """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
@@ -226,6 +237,7 @@ class State(NamedTuple):
     s: Tensor
     binding: Tensor  # bool, as the last step tells
     residual: Tensor  # s - M λ - c
+    off: Tensor  # its size, relative
     merit: Tensor  # the best so far
     stale: Tensor
     status: Tensor
@@ -262,13 +274,14 @@ class CondensedLoop:
         return self.c.new_empty(batch, m, m).mT, torch.empty(batch, dtype=torch.int32, device=self.c.device)
 
     def factor(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of M + diagonal `(B, m, m)`, and where it failed; valid until the next call."""
+        """The upper Cholesky factor of M + diagonal `(B, m, m)`, and where there is none; it lasts until the next
+        call."""
         if torch.compiler.is_dynamo_compiling():  # the graph plans its own memory
-            return torch.linalg.cholesky_ex(self.M + torch.diag_embed(diagonal))
+            return torch.linalg.cholesky_ex(self.M + torch.diag_embed(diagonal), upper=True)
         N, info = self.work
         N.copy_(self.M.mT)
         N.diagonal(dim1=1, dim2=2).add_(diagonal)
-        torch.linalg.cholesky_ex(N, out=(N, info))
+        torch.linalg.cholesky_ex(N, upper=True, out=(N, info))
         return N, info
 
     def start(self, near: Point | None = None) -> State:
@@ -287,50 +300,52 @@ class CondensedLoop:
 
     def begun(self, lam: Tensor, s: Tensor) -> State:
         """The state before the first step."""
-        zero = torch.zeros_like(lam[:, 0])
-        count = torch.zeros_like(zero, dtype=torch.int64)
         residual = s - times(self.M, lam) - self.c
-        return self.judged(0, State(lam, s, lam > s, residual, zero + float("inf"), count, count - 1, count))
+        off = row_norm(residual) / (1 + row_norm(self.c))
+        count = torch.zeros_like(off, dtype=torch.int64)
+        far = torch.full_like(off, float("inf"))
+        return self.judged(0, State(lam, s, lam > s, residual, off, far, count, count - 1, count))
 
     def judged(self, k: int | Tensor, at: State) -> State:
         """`at` with what its residuals say about every sample that still runs."""
         gap, slope = dot(at.lam, at.s), dot(at.lam, self.c)
         curvature = gap - slope - dot(at.lam, at.residual)  # λ'Mλ
-        off = row_norm(at.residual) / (1 + row_norm(self.c))
-        merit = torch.maximum(off, gap / (1 + curvature + slope.abs()))
-        stale = torch.where(merit < at.merit, 0, at.stale + 1)
-        status = torch.where(stale > self.patience, int(Status.STAGNATED), int(Status.RUNNING))
-        status = torch.where(merit <= self.tolerance, int(Status.CONVERGED), status)
+        merit = torch.maximum(at.off, gap / (1 + curvature + slope.abs()))
+        stale = (at.stale + 1).masked_fill(merit < at.merit, 0)
         running = is_running(at.status)
+        status = at.status.masked_fill(running & (stale > self.patience), int(Status.STAGNATED))
         return at._replace(
             merit=torch.minimum(merit, at.merit),
             stale=stale,
-            status=torch.where(running, status, at.status),
-            steps=torch.where(running, k, at.steps),
+            status=status.masked_fill(running & (merit <= self.tolerance), int(Status.CONVERGED)),
+            steps=at.steps.masked_fill(running, k),
         )
 
     def step(self, k: int | Tensor, at: State) -> State:
         """A predictor, and a corrector with the centring that it asks for."""
         lam, s, residual = at.lam, at.s, at.residual
-        ratio = s / lam
+        ratio, products = s / lam, s * lam
         N, info = self.factor(ratio)
-        products = s * lam
-        d = _solve(N, (residual - s).unsqueeze(1)).squeeze(1)
-        e = -s - ratio * d
-        length = step_length(lam, s, d, e).unsqueeze(1)
-        mu, after = products.mean(1), (torch.addcmul(lam, length, d) * torch.addcmul(s, length, e)).mean(1)
-        target = ((after / mu) ** 3 * mu).unsqueeze(1)
-        aim = (target - products - d * e) / lam
-        d = _solve(N, (residual + aim).unsqueeze(1)).squeeze(1)
-        e = aim - ratio * d
-        length = self.to_boundary * step_length(lam, s, d, e)
+        d = solve_active(N, residual - s)
+        # The slacks change by e = -s (1 + d / λ).
+        u = d / lam
+        v = -1 - u
+        length, gap, bent = _until(u, v), products.sum(1), d * s * v
+        left = 1 + length * (length * (bent.sum(1) / gap) - 1)  # of the gap
+        target = left**3 * gap / lam.shape[1]
+        aim = (target.unsqueeze(1) - products - bent) / lam
+        d = solve_active(N, residual + aim)
+        e = torch.addcmul(aim, ratio, d, value=-1)
+        u, v = d / lam, e / s
         going = is_running(at.status) & (info == 0)
-        length = torch.where(going, length, 0.0).unsqueeze(1)
+        length = self.to_boundary * _until(u, v) * going
+        column, going = length.unsqueeze(1), going.unsqueeze(1)
         moved = at._replace(
-            lam=where_rows(going, torch.addcmul(lam, length, d), lam),  # d may be NaN, and that times zero
-            s=where_rows(going, torch.addcmul(s, length, e), s),
-            binding=where_rows(going, seem_binding(lam, s, d, e), at.binding),
-            residual=residual - length * residual,  # both are linear
+            lam=torch.where(going, torch.addcmul(lam, column, d), lam),  # d may be NaN, and that times zero
+            s=torch.where(going, torch.addcmul(s, column, e), s),
+            binding=torch.where(going, u > v, at.binding),  # see `seem_binding`
+            residual=torch.addcmul(residual, column, residual, value=-1),  # both are linear
+            off=torch.addcmul(at.off, length, at.off, value=-1),
         )
         return self.judged(k + 1, moved)
 
@@ -338,7 +353,8 @@ class CondensedLoop:
         """The point of every sample, on the loop of all of them."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
         count = torch.as_tensor(k, dtype=torch.int64, device=status.device) + 1
-        return Point(self.whole.point(at.lam), at.s, at.binding, status, at.steps, count)
+        w = torch.cat([at.lam.new_zeros(len(at.lam), sum(self.whole.program.sizes[:2])), at.lam], 1)
+        return Point(w, at.s, at.binding, status, at.steps, count, in_duals=True)
 
 
 def inside(v: Tensor) -> Tensor:
@@ -360,5 +376,10 @@ def seem_binding(lam: Tensor, s: Tensor, d_lam: Tensor, d_s: Tensor) -> Tensor:
 
 def step_length(lam: Tensor, s: Tensor, d_lam: Tensor, d_s: Tensor) -> Tensor:
     """The longest step `(B,)`, at most 1, that keeps λ and s positive."""
-    steepest = torch.minimum(torch.amin(d_lam / lam, 1), torch.amin(d_s / s, 1))
-    return (-1 / steepest.clamp(max=-1.0)).nan_to_num(0.0)
+    return _until(d_lam / lam, d_s / s)
+
+
+def _until(u: Tensor, v: Tensor) -> Tensor:
+    """The longest step `(B,)`, at most 1, by which no relative change of those `u` and `v` `(B, m)` gets to -1."""
+    steepest = torch.minimum(u.amin(1), v.amin(1))
+    return steepest.neg().clamp(min=1.0).reciprocal().nan_to_num(0.0)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.programs.condensed import CondensedFactors
-from implicitly.argmin.programs.kkt import Factors, active_set, proximal, relaxed
+from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Conditions, Factors, proximal
 from implicitly.argmin.programs.program import QuadraticProgram
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
+from implicitly.pullback import Pull
 from implicitly.transforms import full_precision
 from implicitly.tree import row_norm
 
@@ -264,25 +265,45 @@ class KKTAdjoint:
         asks for."""
         graphs = None if pullback is None else Graphs(search, pullback)
         how, report, scale = Backward(self._solver(place.known)), Report(on_failure), place.scale
+        conditions = RELAXED if self.smoothing else ACTIVE_SET
+        condition = Condition(
+            partial(_bound, conditions),
+            "the relaxed qp" if self.smoothing else "qp",
+            w.dtype,
+            report,
+            graphs=graphs,
+            pull=partial(_pull, conditions),
+        )
         if not self.smoothing:
-            condition = Condition(partial(_scaled, active_set), "qp", w.dtype, report, graphs=graphs)
             return scale * attach(condition, w / scale, (scale, place.alpha, *program.tensors), how)
-        condition = Condition(partial(_scaled, relaxed), "the relaxed qp", w.dtype, report, graphs=graphs)
         kappa = torch.full((), self.smoothing, dtype=w.dtype, device=w.device)
         near = place.near.detach() / scale
         moved = attach(condition, near, (scale, kappa, *program.tensors), how)
         return w.detach() + scale * (moved - near)
 
 
-def _scaled(bind: Callable[..., Map], scale: Tensor, *theta: Tensor) -> Map:
-    """The residual of `bind` in equilibrated units, in which the norm of its linear systems means something.
+def _bound(conditions: Conditions, scale: Tensor, *theta: Tensor) -> Map:
+    """The residual of `conditions` in equilibrated units, in which the norm of its linear systems means something.
 
     The Jacobian D J D with D = diag(`scale`) is symmetric where J is. A backward pass may run under autocast.
     """
-    residual = bind(*theta)
+    residual = conditions.bind(*theta)
 
     def scaled(w: Tensor) -> Tensor:
         with full_precision(w.device.type):
             return scale * residual(scale * w)
 
     return scaled
+
+
+def _pull(conditions: Conditions, primals: tuple[Tensor, ...], wanted: list[int]) -> Pull:
+    """What `pullback.recorded` gives of the residual that is `_bound`, at `primals` (w, scale, own, ...)."""
+    w, scale, *theta = primals
+    pulled = conditions.pull(scale * w, *theta)
+
+    def pull(u: Tensor, places: list[int]) -> tuple[Tensor, ...]:
+        u = scale * u
+        # Behind w come its scale and what is the conditions' own, which are known without a derivative.
+        return tuple(pulled(u, i - 2) if i else scale * pulled(u, 0) for i in places)
+
+    return pull

@@ -5,7 +5,7 @@ for z, ν and λ,
 
     Qz + p + G'λ + A'ν = 0,     Az - b = 0,     α (Gz - h) + (1 - α) λ = 0
 
-with α = 1 where the inequality binds, else 0 (`active_set`). This condition has the derivative of the solution, of
+with α = 1 where the inequality binds, else 0 (`ACTIVE_SET`). This condition has the derivative of the solution, of
 every order, wherever that exists. Its Jacobian
 
     [ Q   A'  G' ]
@@ -13,11 +13,12 @@ every order, wherever that exists. Its Jacobian
     [ αG  0   β  ],     β = 1 - α,
 
 has a structure, which also the Newton steps of an interior point and the relaxed complementarity λ (h - Gz) = κ
-(`relaxed`, with α = λ and β = Gz - h) have, so one `Factors` solves all of them, and their transposes.
+(`RELAXED`, with α = λ and β = Gz - h) have, so one `Factors` solves all of them, and their transposes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,35 +33,74 @@ from implicitly.tree import row_norm
 SHARED_GRAM_LIMIT = 2**23
 
 
-def active_set(alpha: Tensor, *theta: Tensor) -> Map:
-    """The residual `(B, n + q + m)` at w = (z, ν, λ) of a program whose inequalities bind where `alpha` is 1."""
-    program = QuadraticProgram(*theta)
-    n, q, m = program.sizes
+@dataclass(frozen=True)
+class Conditions:
+    """Optimality conditions at w = (z, ν, λ), of which the last rows have the derivative [αG 0 β] by w.
 
-    def residual(w: Tensor) -> Tensor:
-        z, nu, lam = w.split([n, q, m], dim=1)
-        binding = alpha * (times(program.G, z) - program.h) + (1 - alpha) * lam
-        return torch.cat([*_upper(program, z, nu, lam), binding], dim=1)
+    Attributes:
+        last: `last(own, program, z, λ)` are those rows, `(B, m)`.
+        coefficients: `coefficients(own, program, z, λ)` are α and β there, `(B, m)`.
+    """
 
-    return residual
+    last: Callable[[Tensor, QuadraticProgram, Tensor, Tensor], Tensor]
+    coefficients: Callable[[Tensor, QuadraticProgram, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def bind(self, own: Tensor, *tensors: Tensor) -> Map:
+        """The residual `(B, n + q + m)` of a program as a function of w."""
+        program = QuadraticProgram(*tensors)
+
+        def residual(w: Tensor) -> Tensor:
+            z, nu, lam = w.split(program.sizes, dim=1)
+            slope = times(program.Q, z) + program.p + times_transposed(program.G, lam)
+            upper = [slope + times_transposed(program.A, nu), times(program.A, z) - program.b]
+            return torch.cat([*upper, self.last(own, program, z, lam)], dim=1)
+
+        return residual
+
+    def pull(self, w: Tensor, own: Tensor, *tensors: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The cotangent of w, place 0, or of a tensor of the program, 1 to 6, for that of the residual at w.
+
+        What autograd finds, too, with matrices that it transposes, and adds to others that it does not.
+        """
+        program = QuadraticProgram(*tensors)
+        z, nu, lam = w.split(program.sizes, dim=1)
+        alpha, beta = self.coefficients(own, program, z, lam)
+
+        def pulled(u: Tensor, place: int) -> Tensor:
+            if place == 0:
+                return jacobian_product(program, alpha, beta, u.unsqueeze(1), transposed=True).squeeze(1)
+            first, second, third = u.split(program.sizes, dim=1)
+            last = alpha * third
+            if place in (1, 3, 5):
+                pairs = {1: [(first, z)], 3: [(lam, first), (last, z)], 5: [(nu, first), (second, z)]}[place]
+                return _outer(pairs, shared=tensors[place - 1].ndim == 2)
+            each = {2: first, 4: -last, 6: -second}[place]
+            return each.sum(0) if tensors[place - 1].ndim == 1 else each
+
+        return pulled
 
 
-def relaxed(kappa: Tensor, *theta: Tensor) -> Map:
-    """The residual at w = (z, ν, λ) of a program with the complementarity λ (h - Gz) = `kappa`."""
-    program = QuadraticProgram(*theta)
-    n, q, m = program.sizes
+# Those whose inequalities bind where `own`, `(B, m)`, is 1, and do not where it is 0.
+ACTIVE_SET = Conditions(
+    lambda alpha, program, z, lam: alpha * (times(program.G, z) - program.h) + (1 - alpha) * lam,
+    lambda alpha, program, z, lam: (alpha, 1 - alpha),
+)
+# Those with the complementarity λ (h - Gz) = `own`, 0-d.
+RELAXED = Conditions(
+    lambda kappa, program, z, lam: lam * (times(program.G, z) - program.h) + kappa,
+    lambda kappa, program, z, lam: (lam, times(program.G, z) - program.h),
+)
 
-    def residual(w: Tensor) -> Tensor:
-        z, nu, lam = w.split([n, q, m], dim=1)
-        gap = lam * (times(program.G, z) - program.h) + kappa
-        return torch.cat([*_upper(program, z, nu, lam), gap], dim=1)
 
-    return residual
-
-
-def _upper(program: QuadraticProgram, z: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    stationarity = times(program.Q, z) + program.p + times_transposed(program.G, lam)
-    return stationarity + times_transposed(program.A, nu), times(program.A, z) - program.b
+def _outer(pairs: list[tuple[Tensor, Tensor]], shared: bool) -> Tensor:
+    """The sum of x y' for pairs of vectors `(B, ·)`, for each sample, or where `shared` over all of them."""
+    (x, y), *others = pairs
+    if shared:
+        return sum((x.mT @ y for x, y in others), start=x.mT @ y)
+    product = x.unsqueeze(2) * y.unsqueeze(1)
+    for x, y in others:
+        product.addcmul_(x.unsqueeze(2), y.unsqueeze(1))
+    return product
 
 
 # ------------------------------------------------------------------------------------------ linear systems

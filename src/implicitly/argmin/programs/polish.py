@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.argmin.programs.active_set import settle, signs
 from implicitly.argmin.programs.condensed import Condensed, CondensedFactors
 from implicitly.argmin.programs.kkt import Factors, base_matrix, jacobian_product
 from implicitly.argmin.programs.program import Point, QuadraticProgram, Scaling, largest, natural_residual, times
@@ -66,10 +67,18 @@ class System:
 
     def active(self, alpha: Tensor) -> tuple[Factors | CondensedFactors, Tensor]:
         """The factors of the Jacobian of an active set, and its exact `beta`."""
-        beta = (1 - alpha) * self.scaling.F**2
-        # So far from zero that rounding harms less than that; with the multipliers as unknowns it can be little.
-        away = torch.finfo(alpha.dtype).eps ** (0.44 if self.condensed is None else 0.8)
-        return self.factorise(alpha, beta - away * alpha), beta
+        beta = self.beta(alpha)
+        return self.factorise(alpha, beta - self.away * alpha), beta
+
+    def beta(self, alpha: Tensor) -> Tensor:
+        """That of the Jacobian of an active set `(B, m)`."""
+        return (1 - alpha) * self.scaling.F**2
+
+    @property
+    def away(self) -> float:
+        """How far from zero the `beta` of factors is: so far that rounding harms less than that; with the
+        multipliers as unknowns it can be little."""
+        return torch.finfo(self.program.Q.dtype).eps ** (0.44 if self.condensed is None else 0.8)
 
     def with_vectors_of(self, given: QuadraticProgram) -> System:
         """The same of the `given` program, of which the matrices alone are scaled; with the same factors."""
@@ -192,9 +201,13 @@ class _Active(NamedTuple):
         A multiplier is small beside the others, a slack beside the terms of its own row: a bound far away from
         the solution tells nothing about the rest.
         """
-        program = system.program
+        program, condensed = system.program, system.condensed
         n, q, _ = program.sizes
         z, lam = self.w[:, :n], self.w[:, n + q :]
+        if condensed is not None:
+            slack = condensed.c + times(condensed.M, lam)
+            signed, small = signs(condensed.sizes, self.alpha, lam, slack)
+            return signed, lam, small
         slack, binds = program.h - times(program.G, z), self.alpha > 0
         terms = torch.maximum(program.h.abs(), times(system.sizes_of_G, z.abs()))
         size = 1 + torch.where(binds, row_norm(lam).unsqueeze(1), terms)
@@ -209,12 +222,10 @@ def _settle(
     Samples of which as much is negative as `before` `(B,)`, or more, are given up: few of them get anywhere, for
     which only who is `patient` waits.
     """
-    program = system.program
+    if system.condensed is not None:
+        return _settle_condensed(system, system.condensed, alpha, w, patient)
     factors, beta = system.active(alpha)
-    if isinstance(factors, CondensedFactors):
-        w = factors.settled(w)
-    else:
-        w = newton_step(program, factors, beta, w)
+    w = newton_step(system.program, factors, beta, w)
     at = _Active(w, alpha, factors, beta, 1)
     signed, lam, small = at.signs(system)
     wrong = signed < -small
@@ -227,6 +238,15 @@ def _settle(
     flipped = torch.where(wrong, 1 - alpha, alpha)[rows]
     start = torch.cat([at.w[:, : at.w.shape[1] - lam.shape[1]], lam.clamp(min=0)], 1)[rows]
     return at.with_rows(rows, _settle(system.take_rows(rows), flipped, start, patient, rounds - 1, count[rows]))
+
+
+def _settle_condensed(system: System, condensed: Condensed, alpha: Tensor, w: Tensor, patient: bool) -> _Active:
+    """As `_settle`: in multipliers alone, from which the rest follows."""
+    lam, away = w[:, w.shape[1] - alpha.shape[1] :], system.away
+    sides, rounds = settle(condensed, alpha, lam, away, patient, ROUNDS)
+    beta = system.beta(sides.alpha)
+    factors = CondensedFactors(condensed, sides.alpha, beta - away * sides.alpha, sides.N, sides.usable)
+    return _Active(condensed.point(sides.lam), sides.alpha, factors, beta, rounds)
 
 
 def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
@@ -286,10 +306,13 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
     w = at.w
     good = error <= tolerance
     if maybe_any(~good):  # what the solver found may be better than what its active set leads to
-        before, remains = natural_residual(program, system.scaling, found.w)
+        given = found.w
+        if found.in_duals and system.condensed is not None:
+            given = system.condensed.point(found.w[:, n + q :])
+        before, remains = natural_residual(program, system.scaling, given)
         keep = ~good & ~(error <= before) & before.isfinite()
         residual = torch.where(keep, remains, residual)
-        w = torch.where(keep.unsqueeze(1), found.w, w)
+        w = torch.where(keep.unsqueeze(1), given, w)
         good = good | (keep & (before <= tolerance))
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
     status = torch.where(good, int(Status.CONVERGED), short)  # a solution refutes the proof that there is none

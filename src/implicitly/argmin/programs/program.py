@@ -89,12 +89,11 @@ class QuadraticProgram:
     def finite(self) -> Tensor:
         """`(B,)`, which samples hold neither NaN nor inf."""
         finite = torch.ones(self.batch, dtype=torch.bool, device=self.Q.device)
-        for t, d in zip(self.tensors, DIMS):
-            # A sum is finite only if all of its terms are; that of finite ones may overflow, then look at each.
-            total = t.sum(tuple(range(-d, 0)))
-            if not bool(total.isfinite().all()):
-                total = t.isfinite().all(-1) if d == 1 else t.isfinite().all(-1).all(-1)
-                finite = finite & total
+        # A sum is finite only if all of its terms are; that of finite ones may overflow, then look at each.
+        first, *others = (t.sum(tuple(range(-d, 0))) for t, d in zip(self.tensors, DIMS))
+        if not bool(sum(others, start=first).isfinite().all()):
+            for t, d in zip(self.tensors, DIMS):
+                finite = finite & t.isfinite().flatten(t.ndim - d).all(-1)
         return finite
 
     def without(self, bad: Tensor) -> QuadraticProgram:
@@ -119,7 +118,7 @@ class QuadraticProgram:
 class Point(NamedTuple):
     """What a solver found: `w` = (z, dual of Az = b, dual of Gz <= h) `(B, n + q + m)`, `slack` `(B, m)` and which
     inequalities seem to be `binding` `(B, m)` bool; `status` and `steps` `(B,)` int64, `evaluations` 0-d, of
-    factorisations."""
+    factorisations; whether only the last part of `w` is there, and the rest follows, see `Condensed.point`."""
 
     w: Tensor
     slack: Tensor
@@ -127,11 +126,12 @@ class Point(NamedTuple):
     status: Tensor
     steps: Tensor
     evaluations: Tensor
+    in_duals: bool = False
 
     def take_rows(self, rows: Tensor) -> Point:
         """That of some samples."""
-        w, slack, binding, status, steps = (t[rows] for t in self[:-1])
-        return Point(w, slack, binding, status, steps, self.evaluations)
+        w, slack, binding, status, steps = (t[rows] for t in self[:5])
+        return Point(w, slack, binding, status, steps, self.evaluations, self.in_duals)
 
 
 # ------------------------------------------------------------------------------------------- equilibration
@@ -202,12 +202,12 @@ def _ruiz(Q: Tensor, G: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor,
     if not E.shape[1]:
         return E, K, F, empty
     diagonal = Q.diagonal(dim1=1, dim2=2).clamp(min=0)  # the largest entries of a semidefinite matrix
-    for _ in range(rounds):
+    for k in range(rounds):
         column = diagonal * E**2
         norms = []
         for matrix, norm in ((G, F), (A, K)):
             if matrix.shape[1]:
-                size = (matrix * E.unsqueeze(1)).abs_()
+                size = (matrix * E.unsqueeze(1)).abs_() if k else matrix.abs()
                 norm = size.amax(2)
                 column = torch.maximum(column, size.mul_(_reciprocal(norm).unsqueeze(2)).amax(1))
             norms.append(norm)
@@ -257,7 +257,7 @@ def largest(x: Tensor) -> Tensor:
 
 def _reciprocal(norm: Tensor) -> Tensor:
     """1 / norm, kept within what is sane; 1 for empty rows."""
-    return 1 / torch.where(norm > 0, norm, 1.0).clamp(1e-12, 1e12)
+    return norm.masked_fill(~(norm > 0), 1.0).clamp_(1e-12, 1e12).reciprocal_()
 
 
 def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> tuple[Tensor, Tensor]:
