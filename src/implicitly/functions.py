@@ -128,12 +128,14 @@ class Opened:
             return functools.partial(self._traced, theta)
         args, given = self._placed(theta)
         own = all(map(operator.is_, given, self.parameters))
-        default = self.default_device
+        default, f = self.default_device, self.f
+        usual = self.autocast is None and default is None and self.normal is None and not self.suspects
 
         def call(state: Any) -> Any:
             caches = parametrize._cache_enabled
-            usual = self.autocast is None and default is None and self.normal is None
-            if usual and not (caches or casts(self.device_type) or self.suspects):
+            if usual and not (caches or casts(self.device_type)):
+                if own and not (torch.is_grad_enabled() or under_transform()):  # the shortest way to the same
+                    return f(state, *args)
                 return self._call(own, given, state, args)
             # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
             # called from; an accelerator's is a thread of autograd's own, which has no default device.

@@ -16,11 +16,13 @@ pass a compiled f (`nn.DEQ(torch.compile(cell))`), or `compile=True`.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch._C._dynamo.eval_frame import (  # pyright: ignore[reportMissingModuleSource]
+    get_eval_frame_callback,
+)
 
 from implicitly.transforms import out_of_inference_mode
 
@@ -45,7 +47,7 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
 
     Else it calls the solve, and what that calls in turn, from outside of the graph. This is
     `torch.compiler.disable`, except that the compiler, which takes as long to import as all of torch, is not
-    imported for it: as long as nobody has, there is nothing to be disabled.
+    imported for it, and where nobody traces the caller, there is nothing to be disabled.
     """
 
     def decorate(solve: Callable[P, R]) -> Callable[P, R]:
@@ -59,11 +61,10 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
                 torch._dynamo.skip_frame(msg=reason)  # inside of another frame this is a break of that one
             if torch.compiler.is_exporting():
                 raise RuntimeError(f"{solve.__qualname__}: {NOT_EXPORTED}")
+            if get_eval_frame_callback() is None:  # nobody traces the caller
+                return recordable(*args, **kwargs)
             nonlocal untraced
-            if untraced is None:
-                if "torch._dynamo" not in sys.modules:
-                    return recordable(*args, **kwargs)
-                untraced = torch.compiler.disable(recordable, reason=reason)
+            untraced = untraced or torch.compiler.disable(recordable, reason=reason)
             return untraced(*args, **kwargs)
 
         def recordable(*args: Any, **kwargs: Any) -> R:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
@@ -178,6 +178,8 @@ def asked(ctx: Any) -> tuple[bool, ...]:
         return needs
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     if len(nodes) != sum(needs):  # autograd does not run this itself
+        return needs
+    if all(type(getattr(node, "variable", None)) is nn.Parameter for node in nodes):  # wanted together as a rule
         return needs
     used = iter(_used(nodes))
     return tuple(needed and next(used) for needed in needs)

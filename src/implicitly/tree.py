@@ -67,6 +67,7 @@ class Layout:
     batch_dims: int
     dtype: torch.dtype  # real dtype of the leaves
     device: torch.device
+    plain: tuple[int, ...] | None = None  # the shape of a sample of one tensor that lies there as it is
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -119,12 +120,16 @@ class Layout:
             raise ValueError(
                 f"the tensors of {name} disagree on the batch (dimension 0): {described(state, name)}"
             )
-        leaves = tuple(_leaf(leaf, batch_dims) for leaf in flat)
-        return cls(spec, leaves, batch, batch_dims, dtypes.pop(), flat[0].device)
+        leaves, dtype = tuple(_leaf(leaf, batch_dims) for leaf in flat), dtypes.pop()
+        is_plain = spec.is_leaf() and leaves[0].in_order and leaves[0].dtype == dtype not in LOW_PRECISION
+        plain = leaves[0].shape if is_plain else None
+        return cls(spec, leaves, batch, batch_dims, dtype, flat[0].device, plain)
 
     def pack(self, state: Any) -> Tensor:
         """A state of this layout as a matrix `(B, n)` of the work dtype."""
-        if isinstance(state, Tensor):  # the usual case; flattening a pytree takes longer than a small f
+        if isinstance(state, Tensor):  # flattening a pytree takes longer than a small f
+            if self.plain is not None and state.dtype == self.dtype:  # the usual case
+                return state.reshape(state.shape[0] if self.batch_dims else 1, self.leaves[0].width)
             packed = self._pack_leaf(state, self.leaves[0])
         else:
             flat = pytree.tree_leaves(state)
@@ -134,6 +139,8 @@ class Layout:
 
     def unpack(self, matrix: Tensor) -> Any:
         """A matrix `(B, n)`, of any B, as a state of this layout."""
+        if self.plain is not None and matrix.dtype == self.dtype:  # the usual case
+            return matrix.reshape((matrix.shape[0], *self.plain) if self.batch_dims else self.plain)
         if self.spec.is_leaf():
             return self._unpack_leaf(matrix, self.leaves[0])
         columns = [matrix] if len(self.leaves) == 1 else matrix.split([x.width for x in self.leaves], dim=1)

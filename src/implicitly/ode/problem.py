@@ -209,6 +209,8 @@ class Problem:
 def _at_once(f: Callable[..., Any], events: tuple[Event, ...]) -> Callable[..., Any]:
     """f, and what events watch and lead to, as one function, so that modules which only an event uses are found,
     too; the first entry of its state says which."""
+    if not events:
+        return lambda call, *args: f(call[1], call[2], *args)
     maps = (f, *(m for e in events for m in (e.g, e.restart)))
 
     def at_once(call: tuple[int, Tensor, Any], *args: Any) -> Any:
