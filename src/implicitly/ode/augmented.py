@@ -35,6 +35,7 @@ class Packed:
         pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
             p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
         kept: of how many of the latest slopes of z the gradients by theta are kept, which no column holds then.
+        weights: where they are kept, of the slopes in the integral over a step, from that at its start on.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Packed:
     columns: int | None = None
     pairs: bool = False
     kept: int = 0
+    weights: tuple[float, ...] = ()
 
     def pack(self, y: Tensor, a: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
         """z, or its slope."""
@@ -95,11 +97,32 @@ class Augmented(Field):
 
     Attributes:
         base: f itself.
-        pulled: the cotangents of the wanted theta that belong to the latest slopes, as many as are `Packed.kept`.
+        pulled: the cotangents of the wanted theta that belong to the latest slopes, as many as are `Packed.kept`;
+            none of one that weighs nothing.
+        packed: how z is made up.
+        weighed: `slope`, told whether what it finds weighs anything.
     """
 
     base: Field = field(kw_only=True)
     pulled: deque[list[Tensor]] = field(kw_only=True)
+    packed: Packed = field(kw_only=True)
+    weighed: Callable[[Tensor, Tensor, bool], Tensor] = field(kw_only=True)
+
+    def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
+        """The slopes at a moment."""
+        self.calls += 1
+        return self.weighed(moment, y, self.weighs())
+
+    def weighs(self) -> bool:
+        """Whether the integral by theta has a part of the slope that is asked for now."""
+        call, weights = self.calls - self.before, self.packed.weights
+        if torch.compiler.is_dynamo_compiling():  # which leaves out by itself what nobody uses
+            return True
+        if self.last is None or not 0 < call <= self.packed.kept:  # of no step
+            return True
+        if call < len(weights) and weights[call]:
+            return True
+        return call == self.packed.kept and not bool(self.last.all())  # that at the end begins the next step
 
 
 def augmented(
@@ -121,13 +144,14 @@ def augmented(
     def show(times: Tensor) -> Sequence[Tensor]:
         return base.show(times.expand(-1, packed.batch) if joint else times)
 
-    def slope(moment: Tensor, z: Tensor) -> Tensor:
+    def weighed(moment: Tensor, z: Tensor, weighs: bool) -> Tensor:
         y, a, _ = packed.split(z)
         if is_plain(z) and not traced:
             y = y.detach().requires_grad_()
             with torch.enable_grad():
                 k = base(moment, y)
-            da, *others = pulled([k], [-a], [y, *(theta[i] for i in places)])
+            sought = places if weighs else []
+            da, *others = pulled([k], [-a], [y, *(theta[i] for i in sought)])
             k = k.detach()
         else:  # an implicit method asks for the derivative of this, and a graph has no other way
             of_chosen = of_places(lambda y, *th: plain(*th)(moment, y), (y, *theta), [0, *(i + 1 for i in places)])
@@ -139,7 +163,8 @@ def augmented(
         return packed.pack(k, da, others)
 
     bind = partial(augmented, plain, packed, wanted, finished)
-    return Augmented(show, slope, bind, theta, base=base, pulled=latest)
+    slope = partial(weighed, weighs=True)
+    return Augmented(show, slope, bind, theta, base=base, pulled=latest, packed=packed, weighed=weighed)
 
 
 def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) -> list[Tensor]:

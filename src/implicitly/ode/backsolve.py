@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -164,7 +164,8 @@ class _Backsolve(Operation):
                 _refuse("a transform of torch.func")
             with torch.no_grad(), ctx.restored(), full_precision(g.device.type):
                 computed = _of_finished(ctx.adjoint, ctx.work, found, inputs, wanted, g)
-            ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
+            if ctx.work.failed:
+                ctx.work.tell_of_nan(found.status == int(Status.CONVERGED), computed)
             if torch.is_grad_enabled():
                 computed = _FirstOrder.apply(len(computed), *computed, g, *inputs)
             for i, gradient in zip(wanted, computed):
@@ -216,18 +217,19 @@ def _of_finished(
     adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int], g: Tensor
 ) -> list[Tensor]:
     """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
+    if not work.failed:
+        return _gradients(adjoint, work, found, None, inputs, wanted, g)
     finished = found.status == int(Status.CONVERGED)
-    arrived = bool(finished.all())
-    if arrived or work.sample_dims is None:
-        g = g if arrived else torch.where(finished[:, None, None], g, 0.0)
-        return _gradients(adjoint, work, found, inputs, wanted, g)
+    if work.sample_dims is None:
+        g = torch.where(finished[:, None, None], g, 0.0)
+        return _gradients(adjoint, work, found, finished, inputs, wanted, g)
     # f may have no derivative where samples failed, and can be asked for the others alone.
     (rows,) = finished.nonzero(as_tuple=True)
     dims = (0, 0, *work.sample_dims)
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
     # Eagerly: a graph would be made for each number of samples that failed.
     eager = replace(work, key=None, as_graph=False)
-    alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found)), part, wanted, g[rows])
+    alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found)), None, part, wanted, g[rows])
     for place, i in enumerate(wanted):
         if (d := dims[i]) is not None:
             alone[place] = torch.zeros_like(inputs[i]).index_copy(d, rows, alone[place])
@@ -235,14 +237,22 @@ def _of_finished(
 
 
 def _gradients(
-    adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int], g: Tensor
+    adjoint: BacksolveAdjoint,
+    work: Work,
+    found: Integrated,
+    finished: Tensor | None,
+    inputs: list[Tensor],
+    wanted: list[int],
+    g: Tensor,
 ) -> list[Tensor]:
-    if not bool(g.any()):
+    """The same where the samples that count are `finished` `(B,)`, None: all."""
+    counts = g.any(2).any(0).tolist()  # which outputs the loss depends on
+    if not any(counts):
         return [torch.zeros_like(inputs[i]) for i in wanted]
     # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
     inputs = [x if i > 1 and stays(x, inputs) else x.detach() for i, x in enumerate(inputs)]
     try:
-        return Backwards(adjoint, work, found, inputs, wanted).gradients(g)
+        return Backwards(adjoint, work, found, finished, inputs, wanted).gradients(g, counts)
     except _Unstable as reason:
         message = (
             f"odeint: BacksolveAdjoint stopped, {reason}. The gradient is that of "
@@ -258,30 +268,35 @@ class Backwards:
     """A backward solve: from one output time to the one before, and so on to the first."""
 
     def __init__(
-        self, adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int]
+        self,
+        adjoint: BacksolveAdjoint,
+        work: Work,
+        found: Integrated,
+        finished: Tensor | None,
+        inputs: list[Tensor],
+        wanted: list[int],
     ):
         self.adjoint, self.work, self.inputs, self.wanted = adjoint, work, inputs, wanted
         self.times, y0, *theta = inputs
-        self.finished = found.status == int(Status.CONVERGED)
-        self.all_finished = bool(self.finished.all())
-        self.start, self.values = found.length, found.values.detach()
-        if not self.all_finished:
+        self.start, self.values, self.finished = found.length, found.values.detach(), finished
+        if self.finished is not None:
             self.start = torch.where(self.finished, self.start, 1.0)  # a failed sample's may be NaN
             # A failed sample takes steps of length 0 from where it began, which count for nothing; or from where
             # another began, if f has no slope there.
             rows = stand_ins(self.finished, self.finished | (found.steps > 0))
             values = torch.where(self.finished[:, None, None], self.values, y0[rows].unsqueeze(1))
             self.values, self.times = finite_start(values, self.finished), self.times[rows]
-        shared = [i - 2 for i in wanted if i > 1]
-        self.sums = {i: torch.zeros_like(theta[i]) for i in shared}
+        self.shared = shared = [i - 2 for i in wanted if i > 1]
+        self.sums: list[Tensor] = []  # the gradients by the shared theta, once there are some
         joint = bool(shared) and not adjoint.seminorm
-        columns = sum(real_parts(x, alone=True).numel() for x in self.sums.values()) if joint else None
+        self.widths = [real_parts(theta[i], alone=True).numel() for i in shared] if joint else []
+        columns = sum(self.widths) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
         # A slope of one system can find along the way what it weighs in the integral by theta; of many, each
         # weighs by a length of its own.
         own_weights = len(y0) == 1 and bool(shared) and not joint and self.method.weights is not None
-        kept = len(self.method.nodes or ()) if own_weights else 0
-        self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits, kept)
+        kept, weights = (len(self.method.nodes or ()), self.method.weights or ()) if own_weights else (0, ())
+        self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits, kept, weights)
         self.first: list[Tensor] = []  # what is kept of the slope that the next step begins with
         self.as_graph = work.as_graph and not joint and not self.method.differentiates
         if work.as_graph and not self.as_graph:
@@ -302,8 +317,9 @@ class Backwards:
         progress = None if adjoint.solver is None else adjoint.solver.progress
         self.method_of_z = self.packed.method(self.method, max_steps=self.limit, progress=progress)
 
-    def gradients(self, g: Tensor) -> list[Tensor]:
-        """Those of the wanted inputs, for cotangents `g` `(B, T, n)`; raises _Unstable."""
+    def gradients(self, g: Tensor, counts: list[bool]) -> list[Tensor]:
+        """Those of the wanted inputs, for cotangents `g` `(B, T, n)`, of which those of some outputs are not all
+        zero; raises _Unstable."""
         # What the forward solve would have gone on with is as good a guess for the way back.
         own, joint = self.adjoint.solver is None, self.packed.columns is not None
         length = self._host(self.start) if own and not joint else None
@@ -311,14 +327,24 @@ class Backwards:
         times_bar = torch.zeros_like(self.times)
         for i in reversed(range(1, self.times.shape[1])):
             a = a + g[:, i]
-            if bool(a.any()):
+            if any(counts[i:]):
                 a, slope, length = self._to_output_before(i, a, length)
                 if 0 in self.wanted:
                     times_bar[:, i] = (g[:, i] * slope).sum(1)
         if 0 in self.wanted:
             F: Any = self.bound.F
             times_bar[:, 0] = -(a * self._known(F.base.at(self.times[:, 0], self.values[:, 0]).detach())).sum(1)
-        return [(times_bar, a + g[:, 0])[i] if i < 2 else self.sums[i - 2] for i in self.wanted]
+        theta = self.inputs[2:]
+        sums = dict(zip(self.shared, self.sums or [torch.zeros_like(theta[i]) for i in self.shared]))
+        return [(times_bar, a + g[:, 0])[i] if i < 2 else sums[i - 2] for i in self.wanted]
+
+    def _add(self, parts: Sequence[Tensor]) -> None:
+        """Add `parts`, which are ours alone, to the gradients by theta."""
+        if self.sums:
+            for total, part in zip(self.sums, parts):
+                total += part
+        else:
+            self.sums = list(parts)
 
     def _host(self, length: Tensor) -> Array:
         """`length` `(B,)` where steps are decided."""
@@ -326,7 +352,7 @@ class Backwards:
 
     def _known(self, slope: Tensor) -> Tensor:
         """`slope` `(B, n)`, 0 for failed samples."""
-        return slope if self.all_finished else torch.where(self.finished.unsqueeze(1), slope, 0.0)
+        return slope if self.finished is None else torch.where(self.finished.unsqueeze(1), slope, 0.0)
 
     def _to_output_before(self, i: int, a: Tensor, length: Array | None) -> tuple[Tensor, Tensor, Array]:
         """From a at output i to that at the output before, the slope of y at output i, the length of a next step.
@@ -335,14 +361,14 @@ class Backwards:
         """
         joint = self.packed.columns is not None
         ends = torch.stack([self.times[:, i], self.times[:, i - 1]], dim=1)
-        if not self.all_finished:
+        if self.finished is not None:
             ends = torch.where(self.finished.unsqueeze(1), ends, self.times[:, :1])
         if joint:
-            ends = ends[self.finished][:1]
+            ends = (ends if self.finished is None else ends[self.finished])[:1]
         # What is solved for is a over its largest entry: tolerances are none of the scale of the loss.
         scale = a.abs().amax() if joint else a.abs().amax(1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)
-        others = [torch.zeros_like(x) for x in self.sums.values()] if joint else []
+        others = [a.new_zeros(sum(self.widths))] if joint else []
         z = self.packed.pack(self.values[:, i], a / scale, others)
         arrived = self._as_graph(ends, z, scale, length)
         if arrived is None:
@@ -361,7 +387,7 @@ class Backwards:
         slope, listen = F.at(stepper.begin, z), None
         if self.packed.kept:
             self.first, listen = F.pulled[-1], partial(self._add_kept, scale)
-        elif self.sums and self.packed.columns is None:
+        elif self.shared and self.packed.columns is None:
             listen = partial(self._integrate_theta, scale)
         found, z, calls = integrate(stepper, z, slope, listen=listen, length=length)
         return Arrived(z, slope, found.status, found.t, found.tries, found.length, (), calls)
@@ -371,7 +397,7 @@ class Backwards:
         if not self.as_graph:
             return None
         work, method = self.work, self.method
-        packed, places = self.packed, tuple(self.sums)
+        packed, places = self.packed, tuple(self.shared)
         of = partial(augmented, work.field, packed, places, None)
 
         def stepper(ends: Tensor, *theta: Tensor) -> Stepper:
@@ -387,17 +413,18 @@ class Backwards:
         if found is None:
             return None
         arrived = Arrived(*found)
-        for total, gradient in zip(self.sums.values(), arrived.sums):
-            total += gradient
+        self._add(arrived.sums)
         if self.adjoint.listen is not None:
             self.adjoint.listen(int(arrived.calls))
         return arrived
 
     def _add_columns(self, columns: Tensor) -> None:
-        parts = columns.split([real_parts(x, alone=True).numel() for x in self.sums.values()])
-        for total, part in zip(self.sums.values(), parts):
+        theta, parts = self.inputs[2:], columns.split(self.widths, dim=-1)
+        found = [torch.empty_like(theta[i]) for i in self.shared]
+        for total, part in zip(found, parts):
             numbers = real_parts(total, alone=True)
-            numbers.add_(part.view_as(numbers))
+            numbers.copy_(part.view_as(numbers))
+        self._add(found)
 
     def _integrate_theta(
         self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None
@@ -407,8 +434,9 @@ class Backwards:
         nodes = QuadratureNodes.of(self.packed, stepper, step, taken, scale if rows is None else scale[rows])
         with torch.enable_grad():
             slopes = [F.base(m, y) for m, y in zip(nodes.moments, nodes.states)]
-        found = pulled(slopes, list(nodes.bars), [F.theta[i] for i in self.sums])
-        for (i, total), gradient in zip(self.sums.items(), found):
+        found = pulled(slopes, list(nodes.bars), [F.theta[i] for i in self.shared])
+        self.sums = self.sums or [torch.zeros_like(self.inputs[2 + i]) for i in self.shared]
+        for i, total, gradient in zip(self.shared, self.sums, found):
             if rows is None or self.work.sample_dims is None or (d := self.work.sample_dims[i]) is None:
                 total += gradient
             else:
@@ -419,12 +447,12 @@ class Backwards:
         F: Any = stepper.bound.F
         added = integrated(self.method, (to_tensor(step.dt) * scale).reshape(()), [self.first, *F.pulled])
         self.first = F.pulled[-1]
-        for total, part in zip(self.sums.values(), added):
-            total += part
+        self._add(added)
 
     def _check_status(self, i: int, found: Arrived) -> None:
         failed = found.status != int(Status.CONVERGED)
-        failed = (failed & self.finished) if self.packed.columns is None else failed
+        if self.packed.columns is None and self.finished is not None:
+            failed = failed & self.finished
         if not bool(failed.any()):
             return
         j = int(failed.nonzero()[0, 0])
@@ -442,7 +470,8 @@ class Backwards:
         if self.method is not forward:
             tolerance = torch.maximum(self.method.tolerance(truth), tolerance)
         off = forward.norm((y - truth) / tolerance)
-        wrong = self.finished & ~(off <= self.adjoint.check)
+        wrong = ~(off <= self.adjoint.check)
+        wrong = wrong if self.finished is None else wrong & self.finished
         if not bool(wrong.any()):
             return
         j = int(torch.where(wrong, off.nan_to_num(nan=float("inf")), -1.0).argmax())

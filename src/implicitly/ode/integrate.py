@@ -190,6 +190,7 @@ class Stepper:
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
         """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
         last, dt = step_length(c.t, c.length, self.end)
+        self.bound.F.begin(last)
         step = self.method.step(self.bound.F, *self.located(c.t, dt, last), c.y, c.memory)
         with torch.no_grad():
             error = self._error(step)

@@ -45,6 +45,8 @@ class Field:
         once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
         again: whether steps are taken again that were accepted before, and cannot be made shorter.
         found: slopes `(B, n)` of all stages of the one step that is taken, which is only to be differentiated.
+        last: of the step that is taken, for which samples it reaches the end, if it is accepted.
+        before: the calls before that step.
         watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
         jump: the states `(B, n)` from which samples go on after an event.
     """
@@ -59,8 +61,14 @@ class Field:
     once: bool = False
     again: bool = False
     found: tuple[Tensor, ...] = ()
+    last: Array | None = None
+    before: int = 0
     watch: Callable[[int, Tensor, Tensor], Tensor] | None = None
     jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
+
+    def begin(self, last: Array) -> None:
+        """Note that a step begins, and which samples it is the `last` of."""
+        self.last, self.before = last, self.calls
 
     def f_times(self, times: Array) -> Sequence[Tensor]:
         """Times `(S, B)`, one row a call, as f sees them."""
