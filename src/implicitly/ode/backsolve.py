@@ -18,7 +18,7 @@ from implicitly.implicit import users_line
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
-from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, integrate, stand_ins
+from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, march, stand_ins
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
@@ -323,15 +323,16 @@ class Backwards:
         # What the forward solve would have gone on with is as good a guess for the way back.
         own, joint = self.adjoint.solver is None, self.packed.columns is not None
         length = self._host(self.start) if own and not joint else None
-        a = torch.zeros_like(g[:, 0])
-        times_bar = torch.zeros_like(self.times)
-        for i in reversed(range(1, self.times.shape[1])):
-            a = a + g[:, i]
+        of_times, count = 0 in self.wanted, self.times.shape[1]
+        a, times_bar = g[:, count - 1], torch.zeros_like(self.times)
+        for i in reversed(range(1, count)):
             if any(counts[i:]):
                 a, slope, length = self._to_output_before(i, a, length)
-                if 0 in self.wanted:
+                if of_times:
+                    slope = self._known(self.packed.split(slope)[0])
                     times_bar[:, i] = (g[:, i] * slope).sum(1)
-        if 0 in self.wanted:
+            a = a + g[:, i - 1] if i > 1 else a
+        if of_times:
             F: Any = self.bound.F
             times_bar[:, 0] = -(a * self._known(F.base.at(self.times[:, 0], self.values[:, 0]).detach())).sum(1)
         theta = self.inputs[2:]
@@ -355,7 +356,7 @@ class Backwards:
         return slope if self.finished is None else torch.where(self.finished.unsqueeze(1), slope, 0.0)
 
     def _to_output_before(self, i: int, a: Tensor, length: Array | None) -> tuple[Tensor, Tensor, Array]:
-        """From a at output i to that at the output before, the slope of y at output i, the length of a next step.
+        """From a at output i to that at the output before, the slope of z at output i, the length of a next step.
 
         The gradients by theta are added up on the way.
         """
@@ -367,7 +368,7 @@ class Backwards:
             ends = (ends if self.finished is None else ends[self.finished])[:1]
         # What is solved for is a over its largest entry: tolerances are none of the scale of the loss.
         scale = a.abs().amax() if joint else a.abs().amax(1, keepdim=True)
-        scale = torch.where(scale == 0, 1.0, scale)
+        scale = scale.masked_fill(scale == 0, 1.0)
         others = [a.new_zeros(sum(self.widths))] if joint else []
         z = self.packed.pack(self.values[:, i], a / scale, others)
         arrived = self._as_graph(ends, z, scale, length)
@@ -378,7 +379,7 @@ class Backwards:
         self._check_state(i - 1, y)
         if others is not None:
             self._add_columns(others[0] * scale)
-        return self._known(a * scale), self._known(self.packed.split(arrived.slope)[0]), self._host(arrived.length)
+        return self._known(a * scale), arrived.slope, self._host(arrived.length)
 
     def _eagerly(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived:
         """From `z` at the first of the `ends` `(B, 2)` to the last."""
@@ -389,8 +390,10 @@ class Backwards:
             self.first, listen = F.pulled[-1], partial(self._add_kept, scale)
         elif self.shared and self.packed.columns is None:
             listen = partial(self._integrate_theta, scale)
-        found, z, calls = integrate(stepper, z, slope, listen=listen, length=length)
-        return Arrived(z, slope, found.status, found.t, found.tries, found.length, (), calls)
+        run, ended = march(stepper, z, slope, listen=listen, length=length)
+        assert ended.status is not None
+        status, t, tries, length = map(to_tensor, (ended.status, ended.t, ended.tries, ended.length))
+        return Arrived(ended.y, slope, status, t, tries, length, (), run.called)
 
     def _as_graph(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived | None:
         """The same as one graph; None where none can be had, or where the solve was none."""

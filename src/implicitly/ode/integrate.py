@@ -410,6 +410,11 @@ class Run:
     rows: Tensor | None = None  # the samples that still take part; None: all
     calls: int = 0
 
+    @property
+    def called(self) -> int:
+        """How often f was called."""
+        return self.calls + self.stepper.bound.F.calls
+
     def body(self, i: int | Tensor, c: Carry) -> Carry:
         """One step of the loop."""
         step, taken, error, new = self.stepper.advance(c)
@@ -454,6 +459,23 @@ def integrate(
     The steps that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped
     from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
     """
+    run, ended = march(stepper, y0, k0, record, listen, length)
+    assert ended.status is not None
+    numbers = (ended.status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
+    status, *others = (to_tensor(x) for x in (*numbers, *stepper.happened(ended)))
+    values = assemble(run.outputs, ended.y, Ended(status, to_tensor(ended.t)))
+    return Integrated(values, status, *others), ended.y, run.called
+
+
+def march(
+    stepper: Stepper,
+    y0: Tensor,
+    k0: Tensor,
+    record: Record | None = None,
+    listen: Listen | None = None,
+    length: Array | None = None,
+) -> tuple[Run, Carry]:
+    """The steps of `integrate`: what they left, and where they ended, with a status for every sample."""
     carry = stepper.start(y0, k0, length)
     run = Run(stepper, record, len(y0), Outputs(stepper.times, y0), listen)
     droppable = stepper.bound.sample_dims is not None and isinstance(carry.t, np.ndarray)
@@ -468,11 +490,7 @@ def integrate(
     status = filled(ended.steps, int(Status.MAX_STEPS))
     if ended.status is not None:
         status = library(ended.t).where(is_running(ended.status), status, ended.status)
-    numbers = (status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
-    numbers += stepper.happened(ended)
-    status, *others = (to_tensor(x) for x in numbers)
-    values = assemble(run.outputs, ended.y, Ended(status, to_tensor(ended.t)))
-    return Integrated(values, status, *others), ended.y, run.calls + run.stepper.bound.F.calls
+    return run, ended._replace(status=status)
 
 
 def _unfinished(c: Carry) -> bool:
