@@ -91,8 +91,8 @@ def stands_still(t: Array, length: float, end: Array) -> Array:
 
 def first_step(
     F: Field, t: Array, y: Tensor, k: Tensor, span: Array, order: int, scale: Tensor, norm: Norm
-) -> Array:
-    """A length `(B,)` for the first step, for one more call of f.
+) -> tuple[Array, Array | float]:
+    """A length `(B,)` for the first step, for one more call of f; and d0 + d1.
 
     With d0, d1 and d2 the norms of the state, its slope and its second derivative over the tolerance, the slope
     changes at the rate r = d2 / d1, so the k-th derivative is about d1 r^(k-1), and the local error of a step
@@ -109,7 +109,7 @@ def first_step(
         return float(found[0]) if alone else found
 
     span = float(span[0]) if alone else span
-    d0, d1 = size(y), size(k)
+    d0, d1 = size(y), (first := size(k))
     xp, whole = library(d0), abs(span)
     short = 1e-6 * clamped(whole, None, 1.0)  # what is short, where nothing else says it
     h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), short, 0.01 * d0 / clamped(d1, TINY, None))
@@ -125,4 +125,4 @@ def first_step(
     rate = clamped(d2 / d1, 1e-15, 1e15)
     likely = (math.factorial(order) ** (1 / order)) * (rate / d1) ** (1 / order) / rate
     length = xp.minimum(xp.minimum(100 * h0, xp.maximum(least, likely)), whole)
-    return filled(t, length) if alone else length
+    return (filled(t, length) if alone else length), d0 + first

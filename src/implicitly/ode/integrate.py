@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitly.host import Array, clamped, filled, finite_rows, library, maybe_any, to_host, to_tensor
+from implicitly.host import Array, all_now, clamped, filled, finite_rows, library, maybe_any, to_host, to_tensor
 from implicitly.iterate import DROP_BELOW, repeat, some_dropped, where_rows
-from implicitly.ode.control import first_step, shortest_step
+from implicitly.ode.control import first_step, rms_norm, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken
@@ -159,33 +159,33 @@ class Stepper:
         """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
         method, t = self.method, self.begin
         xp, span = library(t), self.end - self.begin
-        given = method.dt if method.dt0 is None else method.dt0
-        if length is not None:
-            pass
-        elif given is not None:
+        given, seen_finite = method.dt if method.dt0 is None else method.dt0, False
+        if length is None and given is not None:
             length = filled(span, given)
-        else:
-            length = self.first_length(y.detach(), k.detach())
+        elif length is None:
+            length, seen_finite = self.first_length(y.detach(), k.detach())
         length = clamped(length, None, method.dt_max)
-        zeros = filled(span, 0, "int64")
-        finite = finite_rows(y.detach(), k.detach())
-        status = None
-        if maybe_any(~finite) or len(y) == 0:  # without samples, none is running
+        zeros, status = filled(span, 0, "int64"), None
+        finite = None if seen_finite else finite_rows(y.detach(), k.detach())
+        if finite is not None and (maybe_any(~finite) or len(y) == 0):  # without samples, none is running
             status = xp.where(finite, int(Status.RUNNING), filled(zeros, int(Status.NON_FINITE)))
         memory = method.start(self.bound.F, t, y, k)
         ones = filled(length, 1.0)
         before = (ones,) if method.dt is None and method.controller.derivative else ()
         return Carry(y, memory, t, length, ones, status, zeros, zeros, before=before)
 
-    def first_length(self, y: Tensor, k: Tensor) -> Array:
-        """The length `(B,)` of the first step from y `(B, n)`, whose slope is k."""
+    def first_length(self, y: Tensor, k: Tensor) -> tuple[Array, bool]:
+        """The length `(B,)` of the first step from y `(B, n)`, whose slope is k, and whether y and k are seen to
+        be finite on the way."""
         method, t = self.method, self.begin
         with torch.no_grad():
             given = (self.bound.F, t, y, k, self.end - t, method.order, method.tolerance(y), method.norm)
             if isinstance(t, Tensor):
-                return first_step(*given)
+                return first_step(*given)[0], False
             with np.errstate(all="ignore"):
-                return first_step(*given)
+                length, sizes = first_step(*given)
+        # Other norms may leave out what is not finite.
+        return length, method.norm is rms_norm and len(y) > 0 and all_now(np.isfinite(sizes))
 
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
         """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
@@ -262,10 +262,14 @@ class Stepper:
         if method.dt is None:
             factor = method.controller.factor(error, c.error, accepted, method.order, c.before)
             length = clamped(abs(taken.dt) * factor, None, method.dt_max)
-        if c.status is None and not maybe_any(~accepted | last):  # the usual step: all go on
-            t, steps, tries = c.t + taken.dt, c.steps + 1, c.tries + 1
-            before = (c.error,) if c.before else ()
-            return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.watch, before)
+        if c.status is None and not maybe_any(~accepted):  # the usual steps: all go on, or end
+            steps, tries, before = c.steps + 1, c.tries + 1, (c.error,) if c.before else ()
+            if not maybe_any(last):
+                t = c.t + taken.dt
+                return Carry(step.y1, step.memory, t, length, error, None, steps, tries, c.watch, before)
+            if all_now(last):
+                status = filled(steps, int(Status.CONVERGED))
+                return Carry(step.y1, step.memory, self.end, length, error, status, steps, tries, c.watch, before)
         status = filled(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
         length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
@@ -343,6 +347,8 @@ def step_length(t: Array, length: Array, end: Array) -> tuple[Array, Array]:
     xp, left = library(t), end - t
     length = xp.maximum(length, shortest_step(t))
     last = length * (1 + STRETCH) >= abs(left)
+    if not isinstance(last, Tensor) and last.all():
+        return last, left
     # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
     return last, xp.where(last, left, (t + length * xp.sign(left)) - t)
 
