@@ -105,6 +105,8 @@ def first_step(
     alone = isinstance(span, np.ndarray) and len(span) == 1
 
     def size(rows: Tensor) -> Array:
+        if alone and norm is rms_norm:
+            return float(torch.linalg.vector_norm(rows / scale)) / max(rows.shape[1], 1) ** 0.5
         found = to_host(norm(rows / scale))
         return float(found[0]) if alone else found
 
