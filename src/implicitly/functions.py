@@ -258,10 +258,13 @@ class Opening(NamedTuple):
     captured: tuple[tuple[str, Tensor], ...]
 
 
-def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Opening:
-    """Find what `f(z, *args)` depends on. `device` is the state's, whose autocast setting is kept.
+def open_function(
+    f: Callable[..., Any], args: tuple[Any, ...], device: torch.device, inner: Callable[..., Any] | None = None
+) -> Opening:
+    """Find what `f(z, *args)` depends on: all that it reaches, or what `inner` does, if that is all it calls.
 
-    In a traced graph that is `args` alone: there autograd reaches all the rest by itself.
+    `device` is the state's, whose autocast setting is kept. In a traced graph only `args` are looked at: there
+    autograd reaches all the rest by itself.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
@@ -278,7 +281,7 @@ def open_function(f: Callable[..., Any], args: tuple[Any, ...], device: torch.de
         )
         return Opening(opened, tensors, ())
     default = _default_device()
-    modules, reached = modules_and_tensors(f, args)
+    modules, reached = modules_and_tensors(inner or f, args)
     captured = [(name, x) for name, x in reached if not any(x is t for t in given)]
     parts = parts_of(modules)
     with claimed(holder for part in parts.values() for holder in (part._parameters, part._buffers)):

@@ -212,7 +212,7 @@ class Work:
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
-        usual = not bool(found.status.any())  # all CONVERGED, which is 0
+        usual = not bool(to_host(found.status).any())  # all CONVERGED, which is 0
         self.failed = not usual and not bool(is_success(found.status).all())
         if not usual:
             halt = Halt(self.field, theta, found.t, y, partial(self._tried, times, theta, found, y))

@@ -6,6 +6,7 @@ read off the dense output of the step that passes them; no step is shortened for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as given
@@ -137,7 +138,7 @@ class Stepper:
         if self.moving is None:  # a trace cannot tell
             self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
         self.begin, self.end = self.seen[:, 0], self.seen[:, -1]
-        self.plain = filled(self.begin, 0, "int8")
+        self.plain = filled(self.begin, 0, "int8") if isinstance(self.begin, Tensor) else _plain(len(self.begin))
 
     def clock(self, t: Array) -> Memory:
         """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
@@ -339,6 +340,11 @@ class Stepper:
         return (self.times.gather(1, columns) - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
 
 
+@functools.lru_cache(maxsize=16)
+def _plain(batch: int) -> np.ndarray:
+    return np.zeros(batch, dtype=np.int8)
+
+
 def step_length(t: Array, length: Array, end: Array) -> tuple[Array, Array]:
     """Which samples `(B,)` a step of `length` from t leads to the `end`, and how long it is, with its sign.
 
@@ -469,7 +475,8 @@ def integrate(
     assert ended.status is not None
     numbers = (ended.status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     status, *others = (to_tensor(x) for x in (*numbers, *stepper.happened(ended)))
-    values = assemble(run.outputs, ended.y, Ended(status, to_tensor(ended.t)))
+    usual = not maybe_any(ended.status)  # all are 0, CONVERGED
+    values = assemble(run.outputs, ended.y, None if usual else Ended(status, to_tensor(ended.t)))
     return Integrated(values, status, *others), ended.y, run.called
 
 
@@ -546,14 +553,14 @@ class Ended(NamedTuple):
         return after & (self.status == int(Status.EVENT)).unsqueeze(1)
 
 
-def assemble(outputs: Outputs, y1: Tensor, ended: Ended) -> Tensor:
-    """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`; NaN where a solve did not get to."""
+def assemble(outputs: Outputs, y1: Tensor, ended: Ended | None) -> Tensor:
+    """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`; NaN where a solve did not get to. None: it got to
+    all of them."""
     times, y0 = outputs.times, outputs.y0
     inner = None if times.shape[1] == 2 else outputs.found
-    if inner is not None and maybe_any(late := ended.late(times)):
+    if ended is not None and inner is not None and maybe_any(late := ended.late(times)):
         inner = torch.where(late.unsqueeze(2), y1.unsqueeze(1), inner)
-    status = to_host(ended.status)
-    if maybe_any(status) and maybe_any(~is_success(status)):  # usually all are 0, CONVERGED
+    if ended is not None and maybe_any(~is_success(to_host(ended.status))):
         y1 = torch.where(ended.finished.unsqueeze(1), y1, float("nan"))
     if inner is None:
         return torch.stack([y0, y1], dim=1)

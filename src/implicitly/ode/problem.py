@@ -143,7 +143,8 @@ class Problem:
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         layout = Layout.of(y0, batch_dims, "y0")
         times, places = series_of(t, layout)
-        opened, theta, _ = opening = open_function(_at_once(f, events), args, layout.device)
+        every = _at_once(f, events)
+        opened, theta, _ = opening = open_function(every, args, layout.device, every if events else f)
         sample_dims = sample_dims_of(opening, args, layout, in_dims)
         start, checking = layout.pack(y0), loses(recording)
 
@@ -202,8 +203,11 @@ class Problem:
     def stacked(self, values: Tensor) -> Any:
         """Outputs `(B, T, n)` as the user's pytree, each tensor `(T, *y0.shape)`."""
         batch, count, n = values.shape
+        plain, rows = self.layout.plain, values.transpose(0, 1)
+        if plain is not None:
+            return rows.reshape((count, batch, *plain) if self.layout.batch_dims else (count, *plain))
         layout = replace(self.layout, batch=batch * count, batch_dims=1)
-        value = layout.unpack(values.transpose(0, 1).reshape(count * batch, n))
+        value = layout.unpack(rows.reshape(count * batch, n))
         if self.layout.batch_dims == 0:
             return value
         return pytree.tree_map(lambda x: x.reshape(count, batch, *x.shape[1:]), value)
@@ -301,9 +305,10 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"t must hold the start and at least one other time, got {rows.shape[1]} in all")
     if captured():  # of numbers, which `unroll.plan` has looked at
         return rows, None
-    seen = to_host(rows) if on_host(rows) else rows.detach()
-    if not isinstance(seen, Tensor) and seen.size <= FEW and all(map(_in_order, seen.tolist())):
+    host = on_host(rows)
+    if host and rows.numel() <= FEW and all(map(_in_order, rows.tolist())):
         return rows, None  # the usual case
+    seen = to_host(rows) if host else rows.detach()
     gaps = seen[:, 1:] - seen[:, :-1]
     if all_now(gaps > 0) and all_now(library(seen).isfinite(seen[:, -1] - seen[:, 0])):
         return rows, None
