@@ -20,6 +20,7 @@ LAYERS = (
     ("history",),
     ("iterate",),
     ("linear", "descent"),
+    ("condition",),
     ("implicit",),
     ("linearised", "changing"),
     ("compiled",),

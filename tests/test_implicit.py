@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import implicitly as im
-from implicitly.implicit import Backward, Condition, Report, attach
+from implicitly.condition import Condition, Report
+from implicitly.implicit import Backward, attach
 from tests.problems import Cell, draw, matrix
 
 D = torch.float64

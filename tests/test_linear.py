@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicitly as im
-from implicitly.implicit import Condition, Report, find, transposed
+from implicitly.condition import Condition, Report
+from implicitly.implicit import find, transposed
 from implicitly.iterate import Found
 from tests.problems import draw, matrix
 

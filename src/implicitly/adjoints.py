@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import check_listener
+from implicitly.condition import Condition, is_usable, users_line
 from implicitly.history import add_combined, combine, products
 from implicitly.host import maybe_any
 from implicitly.implicit import (
     Backward,
-    Condition,
     any_ended,
     attach_usable,
     constant,
     find,
     has_waited,
-    is_usable,
     search,
-    users_line,
     without_failed,
 )
 from implicitly.iterate import Found, Solver, where_rows

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from implicitly.condition import users_line
 from implicitly.host import captured
-from implicitly.implicit import users_line
 
 
 class PerCallWarning(UserWarning):

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 
+from implicitly.condition import Condition, Graphs, Map, is_usable, users_line
 from implicitly.graph_break import REASON
 from implicitly.host import LOOPS, carrying
-from implicitly.implicit import Condition, Graphs, Map, is_usable, search, users_line
+from implicitly.implicit import search
 from implicitly.iterate import DRIFTED, Found, Solver
 from implicitly.keys import Key
 from implicitly.linearised import CannotSplitError, split_pullback

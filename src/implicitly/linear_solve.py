@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitly.condition import LINEAR_REMEDY, REMEDY, Map, explain
 from implicitly.graph_break import one_break
-from implicitly.implicit import LINEAR_REMEDY, REMEDY, Backward, Map, attach_usable, explain, find
+from implicitly.implicit import Backward, attach_usable, find
 from implicitly.iterate import Solver
 from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitly.changing import told_of_draws
+from implicitly.condition import Condition, Map, Report
 from implicitly.functions import Opened, Opening, like, open_function, refuse_captured, watched
-from implicitly.implicit import Condition, Map, Report
 from implicitly.inference import copied
 from implicitly.iterate import Found
 from implicitly.solution import Solution

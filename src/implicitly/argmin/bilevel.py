@@ -30,9 +30,10 @@ from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_listener
+from implicitly.condition import REMEDY, Condition, Map, explain
 from implicitly.functions import open_function
 from implicitly.graph_break import one_break
-from implicitly.implicit import REMEDY, Backward, Condition, Map, attach_usable, explain, find
+from implicitly.implicit import Backward, attach_usable, find
 from implicitly.iterate import Found, Proposal, Solver
 from implicitly.linear import CG, check_linear_solver
 from implicitly.problem import Problem

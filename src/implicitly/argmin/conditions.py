@@ -18,10 +18,11 @@ from torch.utils import _pytree as pytree
 
 from implicitly.adjoints import Adjoint
 from implicitly.argmin.curvature import smallest_curvature
+from implicitly.condition import Condition, Map, Report
 from implicitly.descent import Descent, inverse_norm, value_and_descent
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
-from implicitly.implicit import Condition, Map, Report, push
+from implicitly.implicit import push
 from implicitly.iterate import Found, where_rows
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback

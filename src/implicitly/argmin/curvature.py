@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicitly.condition import Map
 from implicitly.host import maybe_any
-from implicitly.implicit import Map
 from implicitly.linear import dense
 from implicitly.tree import row_norm
 

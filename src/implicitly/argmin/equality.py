@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from implicitly.adjoints import Adjoint
 from implicitly.argmin.conditions import Form, Function, check_values
 from implicitly.compiled import as_graphs
+from implicitly.condition import Condition, Map
 from implicitly.descent import TRIALS, bottom, is_bottomless, within_domain
 from implicitly.functions import open_function
-from implicitly.implicit import Condition, Map, push
+from implicitly.implicit import push
 from implicitly.iterate import Found, Proposal, Residual, Solver, repeat, where_rows
 from implicitly.linear import dense
 from implicitly.problem import Problem, sample_dims_of

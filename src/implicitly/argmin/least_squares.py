@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import POSITIVE, POSITIVE_OR_INFINITE, check_number
+from implicitly.condition import Map
 from implicitly.descent import Descent, stopped, wolfe
-from implicitly.implicit import Map
 from implicitly.iterate import Proposal, Solver, where_rows
 from implicitly.pullback import at_once, pullback
 from implicitly.solution import Status

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
 from implicitly.argmin.conditions import Form, Function, check_values, descent_of, rows_of
+from implicitly.condition import Map
 from implicitly.functions import open_function
 from implicitly.host import maybe_any
-from implicitly.implicit import Map, push
+from implicitly.implicit import push
 from implicitly.iterate import Found, Proposal, Residual, Solver
 from implicitly.problem import Problem, sample_dims_of
 from implicitly.pullback import pullback

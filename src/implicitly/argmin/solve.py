@@ -17,8 +17,8 @@ from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
 from implicitly.compiled import as_graphs
+from implicitly.condition import LINEAR_REMEDY, REMEDY, explain
 from implicitly.graph_break import one_break
-from implicitly.implicit import LINEAR_REMEDY, REMEDY, explain
 from implicitly.iterate import Found, Solver
 from implicitly.keys import exact
 from implicitly.solution import Solution, Status

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from implicitly.adjoints import Adjoint
 from implicitly.checks import INTEGERS, NUMBERS, check_kind
-from implicitly.implicit import Condition, any_ended, arrive, constant, find, is_usable, without_failed
+from implicitly.condition import Condition, is_usable
+from implicitly.implicit import any_ended, arrive, constant, find, without_failed
 from implicitly.iterate import Found, Solver, where_rows
 from implicitly.problem import Problem
 from implicitly.transforms import is_cpu, is_recorded, unwrapped

@@ -12,8 +12,8 @@ from implicitly.argmin.convex.conic_solver import Clarabel
 from implicitly.argmin.convex.solve import ConvexProgram
 from implicitly.argmin.programs.derivative import KKTAdjoint
 from implicitly.argmin.programs.solver import ProgramSolver
+from implicitly.condition import Report
 from implicitly.graph_break import one_break
-from implicitly.implicit import Report
 from implicitly.solution import Solution
 from implicitly.transforms import unwrapped
 

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint
 from implicitly.changing import any_drops_out
+from implicitly.condition import as_solution
 from implicitly.fixed_point.adjoints import PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.solve import fixed_point, is_traceable
 from implicitly.graph_break import one_break, one_break_unless
-from implicitly.implicit import as_solution
 from implicitly.iterate import Found, Solver
 from implicitly.nn.per_solve import decide_once, decided_in, decides
 from implicitly.nn.suitable import check_takes_two, warn_of_changing

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
+from implicitly.condition import users_line
 from implicitly.graph_break import one_break_unless
-from implicitly.implicit import users_line
 from implicitly.nn.ode_regularisers import Regulariser
 from implicitly.nn.per_solve import PerSolve, decide_once, has_buffers
 from implicitly.nn.suitable import check_takes_two, warn_of_changing

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from implicitly.changing import PerCallWarning, drops_out
-from implicitly.implicit import users_line
+from implicitly.condition import users_line
 from implicitly.nn.per_solve import PerSolve
 
 

@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
 from implicitly.compiled import Check
+from implicitly.condition import users_line
 from implicitly.host import maybe_any, on_host, to_host
-from implicitly.implicit import constant, push, users_line
+from implicitly.implicit import constant, push
 from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph

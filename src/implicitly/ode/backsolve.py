@@ -13,8 +13,8 @@ from torch import Tensor
 
 from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
+from implicitly.condition import users_line
 from implicitly.host import Array, on_host, to_host, to_tensor
-from implicitly.implicit import users_line
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back

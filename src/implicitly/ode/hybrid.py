@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicitly.condition import Condition, Map, Report
 from implicitly.host import Array, filled, library, to_host, to_tensor
-from implicitly.implicit import Backward, Condition, Map, Report, attach
+from implicitly.implicit import Backward, attach
 from implicitly.iterate import where_rows
 from implicitly.linear import DenseLU
 from implicitly.ode.crossings import (

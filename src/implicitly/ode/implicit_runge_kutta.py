@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import BELOW_ONE, check_number
+from implicitly.condition import Condition, Report
 from implicitly.host import (
     Array,
     all_now,
@@ -32,7 +33,7 @@ from implicitly.host import (
     to_tensor,
     views,
 )
-from implicitly.implicit import Backward, Condition, Report, attach, find
+from implicitly.implicit import Backward, attach, find
 from implicitly.iterate import Solver, repeat
 from implicitly.linear import GMRES, DenseLU, dense
 from implicitly.ode import tableaus

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
 from implicitly.compiled import CompileWarning
+from implicitly.condition import users_line
 from implicitly.graph_break import LONGEST, one_break, one_break_unless
 from implicitly.host import captured, maybe_any
-from implicitly.implicit import users_line
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
 from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated

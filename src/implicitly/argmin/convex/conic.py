@@ -30,8 +30,8 @@ from torch.func import vjp, vmap
 
 from implicitly.argmin.sets.cones import dual_exponential_cone, psd_cone, second_order_cone
 from implicitly.argmin.sets.power_cone import dual_power_cone
+from implicitly.condition import Map
 from implicitly.host import remembered
-from implicitly.implicit import Map
 from implicitly.tree import columns_of, row_norm
 
 

@@ -14,8 +14,8 @@ from torch.func import vjp
 from implicitly.argmin.convex.conic import Cones, Pattern
 from implicitly.argmin.convex.conic_solver import Clarabel, Workers
 from implicitly.argmin.convex.optional import require
+from implicitly.condition import Map
 from implicitly.host import maybe_any
-from implicitly.implicit import Map
 from implicitly.tree import row_norm
 
 # Up to so many unknowns the systems of a batch are solved as dense matrices; beyond, sparse ones sample by sample.

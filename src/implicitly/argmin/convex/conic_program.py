@@ -13,8 +13,9 @@ from implicitly.argmin.convex.conic import product
 from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
 from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
 from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver
+from implicitly.condition import REMEDY, Condition, Map, Report, explain
 from implicitly.host import maybe_any
-from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain
+from implicitly.implicit import Backward, attach
 from implicitly.iterate import Found
 from implicitly.solution import Status, is_success
 from implicitly.transforms import Operation, merge_rows, unhooked

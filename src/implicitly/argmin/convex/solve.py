@@ -22,7 +22,7 @@ from implicitly.argmin.programs.interior_point import InteriorPoint
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.argmin.sets.rows import outside
 from implicitly.compiled import CompileWarning
-from implicitly.implicit import Report, users_line
+from implicitly.condition import Report, users_line
 from implicitly.iterate import Found
 from implicitly.solution import Solution, SolverError
 from implicitly.transforms import full_precision, is_wrapped

@@ -15,8 +15,9 @@ from torch import Tensor
 from implicitly.argmin.programs.condensed import CondensedFactors
 from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Conditions, Factors, proximal
 from implicitly.argmin.programs.program import QuadraticProgram
+from implicitly.condition import Condition, Graphs, Map, Report
 from implicitly.host import maybe_any
-from implicitly.implicit import Backward, Condition, Graphs, Map, Report, attach, search
+from implicitly.implicit import Backward, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
 from implicitly.pullback import Pull

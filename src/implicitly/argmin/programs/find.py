@@ -14,8 +14,9 @@ from implicitly.argmin.programs.polish import Polished, System
 from implicitly.argmin.programs.program import DIMS, Point, QuadraticProgram, equilibrate, failed
 from implicitly.argmin.programs.smoothing import central_point
 from implicitly.argmin.programs.solver import ProgramSolver
+from implicitly.condition import Report
 from implicitly.host import maybe_any
-from implicitly.implicit import Opaque, Report
+from implicitly.implicit import Opaque
 from implicitly.iterate import Found, Solver
 from implicitly.solution import Status
 from implicitly.transforms import merge_rows

@@ -12,8 +12,9 @@ from torch import Tensor
 from implicitly.argmin.programs.derivative import Jacobian, StructuredSolver
 from implicitly.argmin.programs.kkt import jacobian_product
 from implicitly.compiled import Make, is_as_claimed, run_as_graph
+from implicitly.condition import Condition
 from implicitly.host import maybe_any
-from implicitly.implicit import Condition, search
+from implicitly.implicit import search
 from implicitly.iterate import Found, Proposal, Solver
 from implicitly.linear import Affine, LinearSolver
 from implicitly.solution import is_success

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from implicitly.argmin.programs.program import QuadraticProgram, times, times_transposed
+from implicitly.condition import Map
 from implicitly.host import maybe_any, on_host
-from implicitly.implicit import Map
 from implicitly.tree import row_norm
 
 # Of a matrix that all samples share, the products of its columns are made once if they fit in so many numbers.

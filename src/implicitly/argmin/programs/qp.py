@@ -15,9 +15,9 @@ from implicitly.argmin.programs.graph_derivative import solve_as_graph
 from implicitly.argmin.programs.interior_point import InteriorPoint
 from implicitly.argmin.programs.program import DIMS, QuadraticProgram, failed, times
 from implicitly.argmin.programs.solver import ProgramSolver
+from implicitly.condition import REMEDY, Report, explain
 from implicitly.graph_break import one_break
 from implicitly.host import maybe_any
-from implicitly.implicit import REMEDY, Report, explain
 from implicitly.iterate import Found, Solver
 from implicitly.solution import Solution, Status
 from implicitly.transforms import full_precision, unwrapped

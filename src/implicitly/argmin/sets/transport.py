@@ -20,8 +20,9 @@ from implicitly.argmin.sets.rows import (
     per_row,
 )
 from implicitly.checks import POSITIVE_OR_INFINITE, check_number
+from implicitly.condition import REMEDY, Condition, Map, Report, explain, is_usable
 from implicitly.host import maybe_any
-from implicitly.implicit import REMEDY, Backward, Condition, Map, Report, attach, explain, find, is_usable
+from implicitly.implicit import Backward, attach, find
 from implicitly.iterate import Found, Proposal, Solver, coded
 from implicitly.linear import Affine, LinearSolver, dense
 from implicitly.solution import Status

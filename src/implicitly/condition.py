@@ -1,0 +1,186 @@
+"""What is to hold at an answer, and what is said of samples for which no solver reached that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitly.checks import check_on_failure
+from implicitly.iterate import Found, Solver
+from implicitly.linear import Affine
+from implicitly.pullback import Pull
+from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """R(z, *theta) = 0 for z `(B, n)`, with R written so that z + R(z) is the plain iteration.
+
+    Attributes:
+        bind: gives, for `theta`, the map z -> R(z), sharing the work that does not depend on z. Of a linear
+            condition it gives, for `theta[1:]`, the operator M, and R(u) = b - M u with b = `theta[0]`.
+        name: what it is called in messages.
+        dtype: the user's, which decides what tolerances can be reached; solvers may compute in a wider one.
+        linear: whether it is M u = b.
+        relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
+        sample_dims: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
+        report: where to announce solves that fell short, see `Report`.
+        kind: the dataclass that `bind` returns when solvers need more than R (`Descent`, `Lagrangian`): calling
+            it gives R, its fields are further maps of tensors with one row a sample.
+        scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
+        examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
+        graphs: how it is solved otherwise than by `search`.
+        snapshot: takes one of what f is besides theta (train/eval modes, constants); the result restores it
+            while a derivative calls f. See `Opened.snapshot`.
+        pull: for (z, *theta) and places, the map that `pullback.recorded` gives of R, where its formula is known
+            and takes less than to record R does; None: that.
+    """
+
+    bind: Callable[..., Map]
+    name: str
+    dtype: torch.dtype
+    report: Report
+    linear: bool = False
+    relative_to_iterate: bool = False
+    sample_dims: tuple[int | None, ...] | None = None
+    kind: type | None = None
+    scale: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    examine: Callable[[Any, Found], Found] | None = None
+    graphs: Graphs | None = None
+    snapshot: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
+    pull: Callable[[tuple[Tensor, ...], list[int]], Pull] | None = None
+
+    def at(self, *theta: Tensor) -> Map:
+        """The map z -> R(z) at `theta`."""
+        return Affine(self.bind(*theta[1:]), theta[0]) if self.linear else self.bind(*theta)
+
+    def residual(self, z: Tensor, *theta: Tensor) -> Tensor:
+        """R(z, *theta) `(B, n)`."""
+        return self.at(*theta)(z)
+
+    def bare(self) -> Condition:
+        """What a compiled graph may hold on to: nothing that reports, examines, or keeps this call's tensors
+        alive."""
+        return replace(self, report=Report("ignore"), sample_dims=None, examine=None, graphs=None, snapshot=None)
+
+    def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
+        """`found` with the status that a closer look gives."""
+        return found if self.examine is None else self.examine(self.at(*theta), found)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What runs in place of `search`: for a condition, and for what reverse mode solves."""
+
+    search: Callable[..., Found]
+    pullback: Callable[..., Found] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"; and what it says."""
+
+    on_failure: str = "warn"
+    unpack: Callable[[Found], Solution] | None = None
+    message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
+    patient: bool = False  # whether another solver gets what this one did not reach
+
+    def __post_init__(self):
+        check_on_failure(self.on_failure)
+
+    def __call__(self, name: str, solver: Solver, found: Found) -> None:
+        """Announce the samples of `found` that did not converge."""
+        if self.on_failure == "ignore":
+            return
+        short = ~is_success(found.status)
+        if solver.fixed_steps:  # steps were asked for, not convergence
+            short = short & (found.status != Status.MAX_STEPS) & (found.status != Status.STAGNATED)
+        if self.patient:
+            short = short & ~is_for_another(found.status)
+        failed = short.nonzero()[:, 0]
+        if len(failed) == 0:
+            return
+        message = (self.message or explain)(name, solver, found, failed)
+        if self.on_failure == "raise":
+            solution = self.unpack(found) if self.unpack is not None else as_solution(found)
+            raise SolverError(message, solution)
+        warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+
+
+def users_line() -> int:
+    """The stacklevel, for a warning of the caller, of the nearest frame outside of this package and torch."""
+    inside = (
+        os.path.join(os.path.dirname(__file__), ""),
+        os.path.join(os.path.dirname(torch.__file__), ""),
+        contextlib.__file__,
+    )
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def as_solution(found: Found) -> Solution:
+    """`found` as users see it, the value still a detached matrix `(B, n)`."""
+    z, status, residual, steps = (t.detach() for t in found[:4])
+    return Solution(z, status, residual, steps, int(found.evaluations))
+
+
+REMEDY = {
+    Status.MAX_STEPS: "raise max_steps, loosen rtol, or try another solver",
+    Status.STAGNATED: "the residual no longer falls: loosen rtol, use a wider dtype, or try another solver",
+    Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
+    Status.SINGULAR: "the Jacobian is singular there: the solution is not locally unique, or does not exist",
+    Status.NON_FINITE: "f returned NaN or inf: check its inputs, or start closer (z0)",
+    Status.INFEASIBLE: "no point satisfies the constraints: check their signs, or relax them",
+    Status.UNBOUNDED: "the objective falls for ever along a feasible direction: constrain it",
+    Status.NOT_MINIMUM: "a stationary point that is no local minimum: start elsewhere (z0)",
+}
+
+
+# Of the linear solve of a derivative.
+LINEAR_REMEDY = {
+    **REMEDY,
+    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one",
+    Status.DIVERGED: "lower damping, or use GMRES, which needs no contraction",
+    Status.SINGULAR: "the Jacobian is singular there (or, for CG, not positive definite: use GMRES): the solution "
+    "is not locally unique, or does not exist",
+    Status.NON_FINITE: "the gradient that comes in, or the derivative of f at the solution, holds NaN or inf",
+}
+
+
+def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Mapping[Status, str] = REMEDY) -> str:
+    """One sentence on the samples that `failed`, and the `remedy` for the worst."""
+    counts = {s: int((found.status[failed] == s).sum()) for s in REMEDY}
+    summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
+    residual = found.residual[failed]
+    worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
+    status = Status(int(found.status[worst]))
+    return (
+        f"{name}: {type(solver).__name__} did not converge for {len(failed)} of {len(found.status)} samples "
+        f"({summary}). Worst is sample {int(worst)}: {status.name} after {int(found.steps[worst])} steps with "
+        f"residual norm {float(found.residual[worst]):.3g}. Try: {remedy[status]}"
+    )
+
+
+def is_for_another(status: Tensor) -> Tensor:
+    """Which systems, of `(B,)` codes, another solver may solve; those that seemed singular may only have had
+    products whose squares are beyond all numbers."""
+    return (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED)) | (status == int(Status.SINGULAR))
+
+
+def is_usable(status: Tensor) -> Tensor:
+    """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
+    # As numbers: to the tracer a tensor and a member of an enumeration are never equal.
+    return is_success(status) | (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED))
