@@ -9,28 +9,9 @@ import torch
 from torch import Tensor
 
 import implicitly as im
-from tests.problems import seeded
+from tests.problems import Watched, seeded
 
 D = torch.float64
-
-
-class Watched(torch.autograd.Function):
-    """A tensor, and a note of each time that the gradient by it is computed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, notes: list[int]) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.notes = inputs[1]
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        ctx.notes.append(1)
-        return g, None
 
 
 Solve = Callable[[list[int], Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ import implicitly as im
 from implicitly.ode.augmented import Packed, augmented
 from implicitly.ode.problem import Field
 from implicitly.viz import saved_bytes
-from tests.problems import draw, matrix
+from tests.problems import Watched, draw, matrix
 
 D = torch.float64
 TIGHT = im.Dopri5(rtol=1e-10, atol=1e-12)
@@ -543,3 +543,24 @@ def test_samples_that_end_early_begin_the_next_stretch_with_steps_of_their_own()
         value.sum().backward()
         counts.append(f.calls)
     assert counts[0] == counts[1]
+
+
+
+@pytest.mark.parametrize(("method", "weigh"), [(im.Dopri5, 5), (im.RK4, 4), (im.Bosh3, 3)])
+def test_of_slopes_that_weigh_nothing_no_gradients_by_theta_are_found(method, weigh):
+    notes: list[int] = []
+    calls: list[int] = []
+    own, y0 = W.clone().requires_grad_(), Y0[0]
+
+    def f(t, y, W):
+        calls.append(1)
+        return torch.tanh(Watched.apply(W, notes) @ y)
+
+    steps = 4
+    solver = method(dt=1 / steps)
+    value = im.odeint(f, y0, (0.0, 1.0), own, solver=solver, adjoint=im.BacksolveAdjoint(check=1e6)).value[-1]
+    calls.clear(), notes.clear()
+    (found,) = torch.autograd.grad(value.sum(), own)
+    assert len(notes) == weigh * steps < len(calls)
+    value = im.odeint(f, y0, (0.0, 1.0), own, solver=im.Dopri8(rtol=1e-12, atol=1e-12)).value[-1]
+    torch.testing.assert_close(found, torch.autograd.grad(value.sum(), own)[0], rtol=1e-2, atol=1e-3)
