@@ -545,7 +545,6 @@ def test_samples_that_end_early_begin_the_next_stretch_with_steps_of_their_own()
     assert counts[0] == counts[1]
 
 
-
 @pytest.mark.parametrize(("method", "weigh"), [(im.Dopri5, 5), (im.RK4, 4), (im.Bosh3, 3)])
 def test_of_slopes_that_weigh_nothing_no_gradients_by_theta_are_found(method, weigh):
     notes: list[int] = []

@@ -310,7 +310,7 @@ class Backwards:
             warnings.warn(message, CompileWarning, stacklevel=users_line())
         self.limit = self.method.max_steps
         if adjoint.solver is None:
-            self.limit = min(self.limit, LEAST_TRIES + TRIES * int(found.tries.max()))
+            self.limit = min(self.limit, LEAST_TRIES + TRIES * int(to_host(found.tries).max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
         self.bound = Bound(of, tuple(theta), None if joint else work.sample_dims)
         # What tells of the forward solve is not to begin anew.
@@ -453,6 +453,8 @@ class Backwards:
         self._add(added)
 
     def _check_status(self, i: int, found: Arrived) -> None:
+        if not bool(to_host(found.status).any()):  # all CONVERGED, which is 0
+            return
         failed = found.status != int(Status.CONVERGED)
         if self.packed.columns is None and self.finished is not None:
             failed = failed & self.finished
@@ -473,6 +475,8 @@ class Backwards:
         if self.method is not forward:
             tolerance = torch.maximum(self.method.tolerance(truth), tolerance)
         off = forward.norm((y - truth) / tolerance)
+        if bool((to_host(off) <= self.adjoint.check).all()):
+            return
         wrong = ~(off <= self.adjoint.check)
         wrong = wrong if self.finished is None else wrong & self.finished
         if not bool(wrong.any()):

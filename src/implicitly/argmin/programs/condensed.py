@@ -58,7 +58,9 @@ class Condensed:
     def of(cls, program: QuadraticProgram) -> Condensed | None:
         """That of a program; None where Q, or A Q^-1 A', of any sample is not safely positive definite."""
         q = program.sizes[1]
-        L, info = torch.linalg.cholesky_ex(program.Q)
+        L = program.Q.clone(memory_format=torch.contiguous_format).mT  # symmetric, but for LAPACK by columns
+        info = torch.empty(L.shape[:-2], dtype=torch.int32, device=L.device)
+        torch.linalg.cholesky_ex(L, out=(L, info))
         if not bool(_safe(L, info)):
             return None
         Y = torch.cat([program.A, program.G], dim=-2).mT

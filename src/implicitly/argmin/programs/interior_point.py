@@ -239,7 +239,7 @@ def _worth_a_step(state: _State | State) -> Any:
     running = is_running(state.status)
     if torch.compiler.is_dynamo_compiling() and not is_cpu(running):
         return running.any()
-    count = running.sum()
+    count = running.sum() if torch.compiler.is_dynamo_compiling() else int(running.sum())
     return (count == len(running)) | (count > DROP_BELOW * len(running))
 
 
