@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import check_on_failure
+from implicitly.host import maybe_any
 from implicitly.iterate import Found, Solver
 from implicitly.linear import Affine
 from implicitly.pullback import Pull
@@ -101,7 +102,7 @@ class Report:
 
     def __call__(self, name: str, solver: Solver, found: Found) -> None:
         """Announce the samples of `found` that did not converge."""
-        if self.on_failure == "ignore":
+        if self.on_failure == "ignore" or all_converged(found.status):
             return
         short = ~is_success(found.status)
         if solver.fixed_steps:  # steps were asked for, not convergence
@@ -116,6 +117,11 @@ class Report:
             solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
         warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+
+
+def all_converged(status: Tensor) -> bool:
+    """Whether all samples `(B,)` are seen to have converged, where looking is cheap."""
+    return not maybe_any(status)  # that is 0
 
 
 def users_line() -> int:

@@ -35,6 +35,7 @@ from implicitly.condition import (
     Condition,
     Graphs,
     Map,
+    all_converged,
     explain,
     is_for_another,
     is_usable,
@@ -53,6 +54,7 @@ from implicitly.transforms import (
     is_wrapped,
     merge_rows,
     one_by_one,
+    records,
     unhooked,
     unwrapped,
 )
@@ -91,8 +93,8 @@ def find(
     starts = (t.detach() for t in start)
     run = search if condition.graphs is None or z0.shape[1] == 0 else condition.graphs.search
     run = partial(search, leave_last=True) if leave_last else run
-    found = _Find.apply(solver, condition, run, len(start), *starts, *theta)
-    z, status, residual, steps, evaluations, *rest = found
+    opaque = _Find.apply if records() else _Find.forward
+    z, status, residual, steps, evaluations, *rest = opaque(solver, condition, run, len(start), *starts, *theta)
     known = {"ahead" if leave_last else "estimate": tuple(rest), "looked_at": has_waited(solver, condition)}
     return Found(z, status, residual, steps, evaluations, **known)
 
@@ -237,6 +239,8 @@ def attach(condition: Condition, z: Tensor, theta: tuple[Tensor, ...], backward:
     if torch.compiler.is_dynamo_compiling():
         z = z.detach()
         return _Answered.apply(condition.residual(z, *theta), z, partial(backward.answer, condition, theta))
+    if not records():  # as for the answer of a derivative's own solve
+        return z.detach()
     return _Attach.apply(condition, backward, z.detach(), *theta)
 
 
@@ -270,6 +274,8 @@ class Backward:
 
         NaN where b has NaN or inf, as a scaler of mixed precision looks for those.
         """
+        if all_converged(found.status):
+            return found.z
         b, usable = theta[0], is_usable(found.status)
         if not any_ended(found, ~is_success(found.status)):
             return found.z
@@ -305,7 +311,7 @@ class Backward:
             return find(self.solver, condition, torch.zeros_like(b), theta, b)
         patient = replace(condition, report=replace(condition.report, patient=True))
         found = find(self.solver, patient, torch.zeros_like(b), theta, b)
-        if not any_ended(found, is_for_another(found.status)):
+        if all_converged(found.status) or not any_ended(found, is_for_another(found.status)):
             return found
         count = found.evaluations
         found = find(second, replace(condition, graphs=None), torch.zeros_like(b), theta, b)
@@ -320,6 +326,8 @@ def any_ended(found: Found, mask: Tensor) -> bool:
 
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
+    if all_converged(found.status):
+        return attach(condition, found.z, theta, backward)
     usable = is_usable(found.status)
     if not any_ended(found, ~usable):
         return attach(condition, found.z, theta, backward)
