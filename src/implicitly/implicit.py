@@ -274,11 +274,9 @@ class Backward:
 
         NaN where b has NaN or inf, as a scaler of mixed precision looks for those.
         """
-        if all_converged(found.status):
+        if all_converged(found.status) or not any_ended(found, ~is_success(found.status)):
             return found.z
         b, usable = theta[0], is_usable(found.status)
-        if not any_ended(found, ~is_success(found.status)):
-            return found.z
         if not self.solver.fixed_steps:
             size = row_norm(b)
             with torch.no_grad():
@@ -326,11 +324,9 @@ def any_ended(found: Found, mask: Tensor) -> bool:
 
 def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """The found point `(B, n)` with the theorem's derivative; zero for samples that ended without one."""
-    if all_converged(found.status):
+    if all_converged(found.status) or not any_ended(found, ~is_usable(found.status)):
         return attach(condition, found.z, theta, backward)
     usable = is_usable(found.status)
-    if not any_ended(found, ~usable):
-        return attach(condition, found.z, theta, backward)
     if not any_ended(found, usable):
         return constant(found.z, theta)
     z, theta = without_failed(usable, found.z, theta, condition)

@@ -100,18 +100,18 @@ class Augmented(Field):
         pulled: the cotangents of the wanted theta that belong to the latest slopes, as many as are `Packed.kept`;
             none of one that weighs nothing.
         packed: how z is made up.
-        weighed: `slope`, told whether what it finds weighs anything.
+
+    Its `slope` is told, third, whether what it finds weighs anything.
     """
 
     base: Field = field(kw_only=True)
     pulled: deque[list[Tensor]] = field(kw_only=True)
     packed: Packed = field(kw_only=True)
-    weighed: Callable[[Tensor, Tensor, bool], Tensor] = field(kw_only=True)
 
     def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
         """The slopes at a moment."""
         self.calls += 1
-        return self.weighed(moment, y, self.weighs())
+        return self.slope(moment, y, self.weighs())
 
     def weighs(self) -> bool:
         """Whether the integral by theta has a part of the slope that is asked for now."""
@@ -144,7 +144,7 @@ def augmented(
     def show(times: Tensor) -> Sequence[Tensor]:
         return base.show(times.expand(-1, packed.batch) if joint else times)
 
-    def weighed(moment: Tensor, z: Tensor, weighs: bool) -> Tensor:
+    def slope(moment: Tensor, z: Tensor, weighs: bool) -> Tensor:
         y, a, _ = packed.split(z)
         if is_plain(z) and not traced:
             y = y.detach().requires_grad_()
@@ -163,8 +163,7 @@ def augmented(
         return packed.pack(k, da, others)
 
     bind = partial(augmented, plain, packed, wanted, finished)
-    slope = partial(weighed, weighs=True)
-    return Augmented(show, slope, bind, theta, base=base, pulled=latest, packed=packed, weighed=weighed)
+    return Augmented(show, slope, bind, theta, base=base, pulled=latest, packed=packed)
 
 
 def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) -> list[Tensor]:

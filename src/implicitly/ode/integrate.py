@@ -464,14 +464,10 @@ def integrate(
     k0: Tensor,
     record: Record | None = None,
     listen: Listen | None = None,
-    length: Array | None = None,
 ) -> tuple[Integrated, Tensor, int]:
-    """Solve from `y0` `(B, n)`, whose slope is `k0`; also gives the states `(B, n)` got to and the calls of f.
-
-    The steps that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped
-    from the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
-    """
-    run, ended = march(stepper, y0, k0, record, listen, length)
+    """Solve from `y0` `(B, n)`, whose slope is `k0`, by `march`; also gives the states `(B, n)` got to and the
+    calls of f."""
+    run, ended = march(stepper, y0, k0, record, listen)
     assert ended.status is not None
     numbers = (ended.status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     status, *others = (to_tensor(x) for x in (*numbers, *stepper.happened(ended)))
@@ -488,7 +484,12 @@ def march(
     listen: Listen | None = None,
     length: Array | None = None,
 ) -> tuple[Run, Carry]:
-    """The steps of `integrate`: what they left, and where they ended, with a status for every sample."""
+    """The steps from `y0` `(B, n)`, whose slope is `k0`: what they left, and where they ended, with a status for
+    every sample.
+
+    Those that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped from
+    the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
+    """
     carry = stepper.start(y0, k0, length)
     run = Run(stepper, record, len(y0), Outputs(stepper.times, y0), listen)
     droppable = stepper.bound.sample_dims is not None and isinstance(carry.t, np.ndarray)

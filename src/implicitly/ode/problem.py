@@ -52,7 +52,7 @@ class Field:
     """
 
     show: Callable[[Tensor], Sequence[Tensor]]
-    slope: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[..., Tensor]
     bind: Callable[..., Field]
     theta: tuple[Tensor, ...]
     calls: int = 0
