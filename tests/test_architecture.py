@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # they import each other as they like, without cycles; what shares a line does not import each other.
 LAYERS = (
     ("leaf_names", "transforms", "checks", "solution", "reached", "keys"),
-    ("tree", "unrolled", "jet", "graph_break", "inference", "exchange"),
+    ("tree", "unrolled", "taylor", "graph_break", "inference", "exchange"),
     ("functions", "pullback"),
     ("host", "independence"),
     ("history",),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicitly.jet import jet, trajectory_derivatives
+from implicitly.taylor.jet import jet, trajectory_derivatives
 
 ORDER = 5
 
@@ -201,6 +201,17 @@ PRODUCTS = {
     "cat": (lambda a, b: torch.cat([a, b.expand(1, 3)]), [(4, 3), (3,)]),
     "broadcast": (lambda a, b: sum(torch.broadcast_tensors(a, b)), [(4, 3), (3,)]),
     "type": (lambda a, b: a.type_as(b) + a.to(b), [(3,), (4, 3)]),
+    "einsum of a list": (lambda a, b: torch.einsum("ij,jk->ik", [a, b]), [(4, 3), (3, 2)]),
+    "mm by name": (lambda a, b: torch.mm(input=a, mat2=b), [(4, 3), (3, 2)]),
+    "mv by name": (lambda a, b: torch.mv(a, vec=b), [(4, 3), (3,)]),
+    "dot by name": (lambda a, b: torch.dot(a, tensor=b), [(3,), (3,)]),
+    "outer by name": (lambda a, b: torch.outer(a, vec2=b), [(4,), (3,)]),
+    "addmm by name": (lambda a, b, c: torch.addmm(a, mat2=c, mat1=b), [(2,), (4, 3), (3, 2)]),
+    "baddbmm by name": (lambda a, b, c: torch.baddbmm(a, batch1=b, batch2=c), [(2, 4, 2), (2, 4, 3), (2, 3, 2)]),
+    "addcmul by name": (lambda a, b, c: torch.addcmul(a, tensor1=b, tensor2=c, value=2), [(3,), (4, 3), (3,)]),
+    "pow by name": (lambda a, b: torch.pow(2 + a * a, exponent=b), [(4, 3), (3,)]),
+    "linear by name": (lambda a, b, c: F.linear(input=a, weight=b, bias=c), [(4, 3), (2, 3), (2,)]),
+    "conv2d by name": (lambda x, w, b: F.conv2d(x, bias=b, weight=w), [(2, 2, 5, 5), (3, 2, 3, 3), (3,)]),
 }
 
 

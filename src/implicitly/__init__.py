@@ -24,7 +24,7 @@ from implicitly.fixed_point.newton import Newton, NewtonKrylov
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
-from implicitly.jet import jet, trajectory_derivatives
+from implicitly.taylor.jet import jet, trajectory_derivatives
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adams import Adams

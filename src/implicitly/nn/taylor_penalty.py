@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicitly.jet import trajectory_derivatives
+from implicitly.taylor.jet import trajectory_derivatives
 from implicitly.nn.ode_regularisers import Regulariser, Slopes
 
 

@@ -1,0 +1,1 @@
+"""Taylor-mode differentiation: derivatives of any order, by power series."""
