@@ -354,3 +354,16 @@ def test_gradients_of_tiny_and_huge_cotangents_in_float32(size):
 def test_wrong_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("restart", [20, 2])
+def test_units_of_an_operator_decide_nothing_about_gmres(restart):
+    """In float32 squares of 1e20 are inf, those of 1e-30 zero; each sample has units of its own."""
+    units = torch.tensor([1e20, 1e-30, 1.0, 3e30])[:, None]
+    M, b = (GENERAL + 2 * EYE).float(), draw(4, 6, seed=2).float()
+    solver = im.GMRES(rtol=1e-5, restart=restart, max_steps=200)
+    found = im.linear_solve(
+        lambda u, M, units: units * torch.einsum("bij,bj->bi", M, u), b, M, units, solver=solver
+    )
+    assert not found.status.any()
+    torch.testing.assert_close(found.value * units, torch.linalg.solve(M, b), rtol=1e-4, atol=1e-5)

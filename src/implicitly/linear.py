@@ -9,6 +9,7 @@ Inside the loop a residual is r = b - M u, so that u + r is the step of the Neum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -67,14 +68,15 @@ class GMRES(LinearSolver):
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """Basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image, the
-        last residual norm."""
+        last residual norm, the size of M."""
         slots = self._slots(z)
         inverses = z.new_zeros(z.shape[0], slots)
-        return *empty_slots(z, slots), inverses, torch.zeros_like(z), torch.zeros_like(r[:, 0])
+        none = torch.zeros_like(r[:, 0])
+        return *empty_slots(z, slots), inverses, torch.zeros_like(z), none, none + 1
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
         """The minimiser of the residual over a space one dimension larger."""
-        W, P, inverses, last, last_norm = memory
+        W, P, inverses, last, last_norm, size = memory
         slots = self._slots(z)
         slot = k % slots
         norm = row_norm(r)
@@ -85,8 +87,10 @@ class GMRES(LinearSolver):
                 slow = slow & (slot > 0)
             if maybe_any(slow):
                 v, lengths = where_rows(slow, last, r), torch.where(slow, row_norm(last), norm)
-        v = v / _nonzero(lengths)
+        v = v / _nonzero(lengths * size)
         image = F.operator(v)
+        if (isinstance(k, Tensor) or k == 0) and z.shape[1]:
+            image, v, size = _measured(k, image, v, size)
         W_k, P_k, weights = filled(W, slot), filled(P, slot), filled(inverses, slot)
         if isinstance(slot, Tensor):
             weights = weights * (torch.arange(W.shape[1], device=z.device) < slot).to(z.dtype)
@@ -105,7 +109,7 @@ class GMRES(LinearSolver):
         inverse = inverse[:, None]
         column = products(r, w.unsqueeze(1)) * inverse * inverse
         z, r = torch.addcmul(z, column, p), torch.addcmul(r, column, w, value=-1)
-        return Proposal(z, (W, P, inverses, w, norm), r, 1, singular)
+        return Proposal(z, (W, P, inverses, w, norm, size), r, 1, singular)
 
     def _slots(self, z: Tensor) -> int:
         # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
@@ -131,6 +135,19 @@ def _orthogonalised(
         buffer, left = write_result(buffer, slot, take_away, left, again, basis)
         coefficients, length = coefficients + again, row_norm(left)
     return buffer, left, coefficients, length, full
+
+
+def _measured(k: int | Tensor, image: Tensor, v: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`image` and `v` over the largest entry of the first image, which becomes the `size` `(B,)` of M; where that
+    is so large, or so small, that products of images would leave the range of the dtype."""
+    largest = torch.linalg.vector_norm(image.detach(), math.inf, dim=1)
+    far = torch.finfo(image.dtype).max ** 0.25
+    extreme = ((largest > far) | (largest < 1 / far)) & (largest > 0) & (k == 0)
+    if not maybe_any(extreme):
+        return image, v, size
+    factor = torch.where(extreme, largest, 1.0)
+    column = factor.unsqueeze(1)
+    return image / column, v / column, size * factor
 
 
 def _nonzero(norm: Tensor) -> Tensor:
