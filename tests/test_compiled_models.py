@@ -691,3 +691,30 @@ def test_the_compiler_is_not_imported_for_it():
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_records_without_values_are_refused_with_what_to_use_instead():
+    from torch._subclasses import FakeTensorMode
+
+    W, x = 0.3 * torch.ones(3, 3), torch.ones(2, 3)
+    solves = {
+        "fixed_point": lambda W: im.fixed_point(lambda z, x, W: torch.tanh(z @ W + x), torch.zeros(2, 3), x, W),
+        "odeint": lambda W: im.odeint(lambda t, y, W: torch.tanh(y @ W), x, torch.tensor([0.0, 1.0]), W),
+        "qp": lambda W: im.qp(torch.eye(3), x @ W, torch.eye(3), torch.ones(3)),
+    }
+    for name, solve in solves.items():
+        with pytest.raises(NotImplementedError, match=rf"{name}: .*torch\.func\.jvp"):
+            torch.func.linearize(lambda W, solve=solve: solve(W).value, W)
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError, match=name):
+            solve(W)
+
+
+def test_an_error_of_f_stays_what_it_is_where_operations_are_recorded():
+    def f(z, x, W):
+        return torch.tanh(z @ W + x[:, :2])
+
+    with pytest.raises(RuntimeError, match="size") as caught:
+        torch.func.linearize(
+            lambda W: im.fixed_point(f, torch.zeros(2, 3), torch.ones(2, 3), W).value, torch.eye(3)
+        )
+    assert not isinstance(caught.value, NotImplementedError)

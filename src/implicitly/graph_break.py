@@ -41,6 +41,13 @@ NOT_EXPORTED = (
     "numbers, is exported with strict=True, under torch.no_grad()"
 )
 
+# Where operations are recorded, or tensors are fake.
+NOT_RECORDED = (
+    "the number of steps of a solve depends on the values of tensors, which torch.func.linearize, make_fx and "
+    "FakeTensorMode do not have. Use torch.func.jvp, which gives the same products, with torch.func.vmap for "
+    "several at once; for graphs, compile=True or torch.compile"
+)
+
 
 def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes of a solve one that the tracer of `torch.compile` enters only for arguments that are `traceable`.
@@ -69,7 +76,12 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
 
         def recordable(*args: Any, **kwargs: Any) -> R:
             if not torch.is_inference_mode_enabled():
-                return solve(*args, **kwargs)
+                try:
+                    return solve(*args, **kwargs)
+                except RuntimeError as error:
+                    if not _asked_for_a_number(error):
+                        raise
+                    raise NotImplementedError(f"{solve.__qualname__}: {NOT_RECORDED}") from error
             # There autograd records nothing, also not for solvers that differentiate f.
             with out_of_inference_mode((args, kwargs)) as (args, kwargs):
                 return solve(*args, **kwargs)
@@ -79,6 +91,11 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
         return cast(Callable[P, R], functools.update_wrapper(entry, solve))
 
     return decorate
+
+
+def _asked_for_a_number(error: RuntimeError) -> bool:
+    """Whether that of a tensor was wanted that has none, as it is fake or stands for an operation's result."""
+    return "tracing tensor" in str(error) or type(error).__name__ == "DataDependentOutputException"
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:
