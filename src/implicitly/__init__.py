@@ -1,4 +1,4 @@
-"""Implicit layers: say what the output must satisfy; any solver finds it, one theorem differentiates it."""
+"""Implicit layers: state what the output must satisfy; any solver finds it, and one theorem differentiates it."""
 
 from implicitly import nn
 from implicitly.adjoints import ImplicitAdjoint
@@ -24,7 +24,6 @@ from implicitly.fixed_point.newton import Newton, NewtonKrylov
 from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.fixed_point.solve import fixed_point, root
 from implicitly.independence import check_independence
-from implicitly.taylor.jet import jet, trajectory_derivatives
 from implicitly.linear import CG, GMRES, BiCGStab, DenseLU, Neumann
 from implicitly.linear_solve import linear_solve
 from implicitly.ode.adams import Adams
@@ -39,6 +38,7 @@ from implicitly.ode.runge_kutta import RK4, Bosh3, Dopri5, Dopri8, Euler, Heun, 
 from implicitly.ode.solve import Trajectory, odeint
 from implicitly.ode.symplectic import BlanesMoan4, Leapfrog, Yoshida4
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status
+from implicitly.taylor.jet import jet, trajectory_derivatives
 from implicitly.unrolled import UnrolledAdjoint
 
 __all__ = [

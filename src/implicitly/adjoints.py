@@ -1,4 +1,4 @@
-"""How a solution is differentiated, whatever its condition: exactly, or through every iteration."""
+"""Adjoints of algebraic conditions: the exact implicit derivative, or unrolling every iteration."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from implicitly.unrolled import UnrolledAdjoint
 
 @dataclass(frozen=True)
 class Adjoint(ABC):
-    """Finds a point in the way its derivative needs, and attaches that derivative."""
+    """A way to differentiate a solution: finds the point as its derivative needs, and attaches that derivative."""
 
     # Whether autograd records the solve itself.
     recording: ClassVar[bool] = False
 
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:  # noqa: B027
-        """Raise ValueError for choices that do not fit each other, or states of `dtype`; none, unless overridden.
+        """Raise ValueError for choices that do not fit each other or `dtype`; by default, accept everything.
 
         `iterates`: whether the problem is a fixed point, so that there are iterations to differentiate.
         """
@@ -55,7 +55,7 @@ class Adjoint(ABC):
         """The found point `(B, n)` with its derivative."""
 
 
-# What a solver may need of the problem, and which entry point has it.
+# What a solver may need of the problem, and which entry point provides it.
 _NEEDS = {
     "objective": "an objective to descend: im.argmin without a constraint, or im.least_squares",
     "residuals": "residuals whose squares add up to the objective: im.least_squares",
@@ -72,10 +72,10 @@ def check_choices(
     offers: tuple[str, ...] = (),
     try_solver: str = "Anderson, Broyden, Newton or NewtonKrylov",
 ) -> Adjoint:
-    """`adjoint` as one of algebraic conditions; raises TypeError / ValueError unless it, `solver` and `dtype` fit.
+    """`adjoint` as an `Adjoint`; raises TypeError / ValueError unless it, `solver` and `dtype` fit together.
 
-    `offers` is what the problem has of what solvers may need, `try_solver` what to name instead of one that does
-    not fit.
+    `offers` lists what the problem provides of what solvers may need (`_NEEDS`). `try_solver` is what error
+    messages suggest in place of a solver that does not fit.
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver such as {try_solver}, got {solver!r}")
@@ -96,27 +96,27 @@ def check_choices(
 
 
 def _gmres() -> Solver:
-    """The default, which the tracer of `torch.compile` can make, while it cannot take up an object."""
+    """The default solver; a function, as the tracer of `torch.compile` can call one but not embed an object."""
     return GMRES()
 
 
 @dataclass(frozen=True)
 class ImplicitAdjoint(Adjoint):
-    """The exact derivative at the solution, by the implicit function theorem: any order, both modes.
+    """The exact derivative at the solution, by the implicit function theorem: any order, reverse and forward mode.
 
-    Memory is one call of f, however many iterations found the point or solve the backward system.
+    It takes the memory of one call of f, however many iterations found the point or solve the backward system.
 
     Args:
         linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
-            of fixed points such as `Anderson`. The default is `GMRES()` and, where that falls short of states of
-            up to 256 numbers, `DenseLU()`.
+            of fixed points such as `Anderson`. The default is `GMRES()`, followed by `DenseLU()` where that falls
+            short for states of up to 256 numbers.
         rtol, max_steps: replace those of `linear_solver`.
         inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
             "start" the backward solve from it, or "precondition" the backward solve by it.
         listen: called with the `Found` of every backward solve, for logging; not under `torch.func`.
 
-    A sample whose backward solve breaks down (a singular Jacobian) gets a zero gradient and is reported as
-    `on_failure` says.
+    A sample whose backward solve breaks down (because its Jacobian is singular) gets a zero gradient and is
+    reported as `on_failure` says.
     """
 
     linear_solver: Solver = field(default_factory=_gmres)
@@ -139,11 +139,11 @@ class ImplicitAdjoint(Adjoint):
 
     @property
     def _otherwise(self) -> DenseLU | None:
-        """What comes after the default, if nobody has chosen another or a number of steps."""
+        """The solver to try after the default one, unless another or a number of steps was chosen."""
         return DenseLU(rtol=self.rtol) if self.linear_solver == _gmres() and self.max_steps is None else None
 
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
-        """Raise ValueError for a tolerance out of reach, or an inverse that `solver` does not estimate."""
+        """Raise ValueError for a tolerance that `dtype` cannot reach, or if `solver` estimates no inverse."""
         self.backward_solver.tolerances(dtype)
         if self.inverse != "ignore" and not solver.estimates_inverse:
             raise ValueError(
@@ -153,11 +153,11 @@ class ImplicitAdjoint(Adjoint):
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
         """The found point `(B, n)` with the theorem's derivative; zero for samples without one."""
-        traced = torch.compiler.is_dynamo_compiling()  # then what f depends on is not all in theta
+        traced = torch.compiler.is_dynamo_compiling()  # then theta does not hold all that f depends on
         if not (traced or any(is_recorded(t) for t in problem.theta)):
             return found.z
         estimate = None
-        # The estimate only saves time; under torch.func it would outlive the transform that it belongs to.
+        # The estimate only saves time. Under torch.func it would outlive the transform that it belongs to.
         if self.inverse != "ignore" and found.estimate and not is_wrapped(found.z):
             estimate = _transposed_inverse(*found.estimate)
         how = Backward(self.backward_solver, estimate, self.inverse, self.listen, self._otherwise)
@@ -165,8 +165,8 @@ class ImplicitAdjoint(Adjoint):
 
 
 def _transposed_inverse(D: Tensor, N: Tensor, count: Tensor) -> Callable[[Tensor], Tensor]:
-    """g -> H' g of Broyden's H = I + D' N D, of which the first `count` `(B,)` slots count."""
-    slots = D.shape[1]  # there may never have been room for all
+    """The map g -> H' g for Broyden's H = I + D' N D, using only the first `count` `(B,)` slots."""
+    slots = D.shape[1]  # room for all slots may never have been needed
     N, known = N[:, :slots, :slots], torch.arange(slots, device=D.device) < count.unsqueeze(1)
     D = torch.where(known.unsqueeze(2), D, 0.0)
     return lambda g: add_combined(g, combine(products(g, D), N), D)
@@ -174,7 +174,7 @@ def _transposed_inverse(D: Tensor, N: Tensor, count: Tensor) -> Callable[[Tensor
 
 @dataclass(frozen=True)
 class _Unrolled(Adjoint):
-    """`UnrolledAdjoint` of an algebraic condition."""
+    """`UnrolledAdjoint` for algebraic conditions: the gradient of the recorded iterations."""
 
     recording: ClassVar[bool] = True
 
@@ -201,7 +201,8 @@ class _Unrolled(Adjoint):
         usable = is_usable(found.status)
         if not any_ended(found, ~usable):
             return found
-        # The graph of a failed sample turns zero cotangents into NaN: record again, without what made it fail.
+        # The graph of a failed sample turns zero cotangents into NaN: record again, without the values that made
+        # it fail.
         if not any_ended(found, usable):
             return found._replace(z=constant(found.z, problem.theta))
         z0, theta = without_failed(usable, problem.z0, problem.theta, condition)
@@ -209,14 +210,15 @@ class _Unrolled(Adjoint):
         return found._replace(z=torch.where(usable[:, None], again.z, found.z.detach()))
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, whose graph is the solve itself."""
+        """The found point; its autograd graph is the solve itself."""
         return found.z
 
 
 def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
-    """`found` with one plain step for samples whose start has converged, so that there is one to differentiate.
+    """`found` with one plain step for samples that had converged at their start, so that there is one to unroll.
 
-    Warns where plain steps lead nowhere, and such samples have no gradient.
+    Only for fixed points. The plain steps of other conditions lead nowhere: there such samples get a zero
+    gradient, and a warning.
     """
     if not any(is_recorded(t) for t in problem.theta):
         return found
@@ -238,5 +240,5 @@ def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
 
 
 def _tied(found: Found, problem: Problem) -> Found:
-    """`found` whose value has a derivative, be it zero, as where there are no samples, or no entries."""
+    """`found` whose value has a derivative, even if zero, for example with no samples or no entries."""
     return found._replace(z=found.z + (constant(found.z, problem.theta) - found.z.detach()))

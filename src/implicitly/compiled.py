@@ -1,4 +1,4 @@
-"""A whole solve as one graph of `torch.compile`."""
+"""`compile=True`: a whole solve as one graph of `torch.compile`, with the cache of graphs."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ from implicitly.tree import row_norm
 _Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device], ...]
 _Places = tuple[tuple[int, int], ...]
 
-# Graphs kept, of which a trajectory has two; each keeps its function, and so its parameters, alive.
+# Most graphs kept, of which a trajectory has two; each keeps its function, and so its parameters, alive.
 CAPACITY = 32
-# Graphs of one function after which a warning says that too many are made, and again after as many more; the same
-# of graphs that were dropped after one use.
+# After this many graphs of one function a warning says that too many are made, and after as many more again; the
+# same for graphs that were dropped after one use.
 MANY = 8
-# Bytes of a state above which a backward solve on a CPU has no graph: nearly all of its time is that of products.
+# Bytes of a state above which a backward solve on a CPU has no graph, since products take nearly all of its time.
 LARGE = 2**18
 
 _graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 _problems: OrderedDict[Hashable, _Made] = OrderedDict()
 _counts: OrderedDict[Hashable, _Count] = OrderedDict()
-_reasons: OrderedDict[Hashable, str] = OrderedDict()  # why there are no graphs of a function
-_dropped: list[str] = []  # the names of graphs that were used but once, since a warning last told of them
+_reasons: OrderedDict[Hashable, str] = OrderedDict()  # why a function has no graphs
+_dropped: list[str] = []  # names of graphs used only once, since the last warning about them
 _lock = threading.Lock()
 
 
 class CompileWarning(UserWarning):
-    """A solve could not be compiled and runs eagerly, or is compiled again and again."""
+    """A solve could not be compiled and runs eagerly, or is recompiled again and again."""
 
 
 @dataclass(frozen=True)
 class CompiledSolve:
-    """A solve that `compile=True` keeps a graph of.
+    """A solve of which `compile=True` keeps a graph.
 
     Attributes:
-        name: of the problem and its solver.
-        shapes: of the tensors that enter the graph, each with its dtype; None for sizes that may vary.
-        first_call_s: seconds of the first call, nearly all of them the compilation; None before its end.
-        calls: of the graph that gave a result.
-        fallback: why there is no graph and the eager loop runs; None where there is one.
+        name: the name of the problem and its solver.
+        shapes: shape and dtype of each tensor that enters the graph; None for sizes that may vary.
+        first_call_s: seconds of the first call, nearly all spent on compilation; None until it has ended.
+        calls: number of calls of the graph that gave a result.
+        fallback: why there is no graph and the eager loop runs; None where there is a graph.
     """
 
     name: str
@@ -72,20 +72,22 @@ class CompiledSolve:
 
 
 class _NotTracedError(Exception):
-    """The compiler did not look at a function that it was given."""
+    """The compiler did not trace a function that it was given."""
 
 
 @dataclass(frozen=True)
 class Make:
-    """Gives the function of a graph, where that takes work, for (tensor, dimension) of sizes left open."""
+    """Makes the function of a graph, if that is costly, given the (tensor, dimension) of sizes left open."""
 
     make: Callable[[_Places], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is to be looked at before a graph is used for the first time in a `mode`, and once it is made anew as
-    something has changed that f is made of; it raises what is wrong."""
+    """A check to run before a graph is first used in a `mode`; it raises what is wrong.
+
+    It also runs once after the graph was made anew because something that f is made of has changed.
+    """
 
     of: Callable[[], Tensor]
     mode: Hashable
@@ -93,60 +95,62 @@ class Check:
 
 @dataclass
 class _Graph:
-    """A graph in the cache, with what is reported of it; `varying` holds (tensor, dimension) of varying sizes, and
-    `checked` the modes of its `Check`."""
+    """A graph in the cache, with its statistics.
+
+    `varying` holds the (tensor, dimension) of sizes left open; `checked` the modes in which its `Check` has run.
+    """
 
     name: str
-    index: tuple[Hashable, Hashable]  # where it is kept
+    index: tuple[Hashable, Hashable]  # its key in the cache
     shapes: _Shapes
     varying: _Places
     run: Callable[..., Any] | None = None  # None before the first call
     first_call_s: float | None = None
     calls: int = 0
     fallback: str | None = None
-    abandoned: bool = False  # amid its compilation
-    anew: bool = False  # whether the compiler made one, not yet counted
+    abandoned: bool = False  # whether it was given up, perhaps while compiling
+    anew: bool = False  # whether the compiler made one that is not yet counted
     checked: set[Hashable] = field(default_factory=set)
     making: threading.RLock = field(default_factory=threading.RLock)  # held through the first call
 
     def begin_anew(self) -> None:
-        """Note that the compiler makes one, perhaps as something changed that f is made of."""
+        """Note that the compiler makes a graph, perhaps because something that f is made of changed."""
         self.checked.clear()
         self.anew = True
 
     def mark(self, tensors: Sequence[Tensor]) -> None:
-        """Tell the compiler which sizes vary."""
+        """Mark the sizes that vary, for the compiler."""
         for i, dim in self.varying:
             torch._dynamo.mark_dynamic(tensors[i], dim)
 
     def report(self) -> CompiledSolve:
-        """What the user sees."""
+        """This graph as the user sees it, in `compile_statistics`."""
         shapes = tuple((shape, dtype) for shape, _, dtype, _ in _opened(self.shapes, self.varying))
         return CompiledSolve(self.name, shapes, self.first_call_s, self.calls, self.fallback)
 
 
 @dataclass
 class _Made:
-    """The graphs made for one key: the shapes of the last, and which sizes are seen to vary."""
+    """What is known of the graphs made for one key: the shapes of the last, and which sizes vary."""
 
     last: _Shapes | None = None
     varying: _Places = ()
-    fixed: bool = False  # whether a graph of varying sizes was tried in vain
-    carried: bool = False  # whether a graph with a loop that writes was, see `host.Loops`
+    fixed: bool = False  # whether a graph of varying sizes failed
+    carried: bool = False  # whether a graph with a loop that writes failed, see `host.Loops`
 
 
 @dataclass
 class _Count:
-    """How many graphs were made for one function and solver, and the shapes of the last."""
+    """The number of graphs made for one function and solver, and the shapes of the last one."""
 
     made: int = 0
     last: _Shapes = ()
 
 
 def compile_statistics() -> tuple[CompiledSolve, ...]:
-    """The solves that `compile=True` keeps graphs of, from the one used longest ago to the one used last.
+    """The solves of which `compile=True` keeps graphs, from the least to the most recently used.
 
-    A snapshot: what is solved afterwards does not change it. At most `CAPACITY` graphs are kept in a process.
+    It is a snapshot; later solves do not change it. A process keeps at most `CAPACITY` graphs.
     """
     with _lock:
         return tuple(graph.report() for graph in _graphs.values())
@@ -162,18 +166,19 @@ def run_as_graph(
     is_right: Callable[[Any], bool] | None = None,
     check: Check | None = None,
 ) -> Any:
-    """`function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`; None where no
-    graph can be had, which a `CompileWarning` that begins with `name` tells once.
+    """Run `function(*tensors)` as one graph, kept under `key` and the layouts and dtypes of `tensors`.
 
-    `key` must name everything else that decides what the graph computes: the user's function, its layout, its
-    static arguments, the solver. A graph in the cache runs in place of another `function` of the same key; what
-    makes one, `Make`, is only called where there is no graph. Where the batch `varies`, the graph for a second
-    batch size leaves that size open. `in_c` says whether C++ may be around the graph: that of PyTorch 2.13 takes
-    what a loop began with for what it ended with where it takes no step, as most loops in loops do at some time,
-    and lets others write to it. Threads that ask for one graph wait for the one of them that makes it.
+    Returns None where no graph can be made; a `CompileWarning` that begins with `name` says so once.
 
-    Where `is_right` says no to what a graph gives, as `key` did not tell of a change, another one is made; unless
-    this one gave no more than one right answer: then none can be had. What `check` raises, this raises.
+    `key` must identify everything else that decides what the graph computes: the user's function, its layout, its
+    static arguments, the solver. A graph in the cache runs in place of any `function` of the same key; a `Make` is
+    called only where there is no graph. If the batch `varies`, the graph for a second batch size leaves that size
+    open. `in_c` says whether the graph may have a C++ wrapper: where a loop takes no step, as most nested loops do
+    at some time, that of PyTorch 2.13 returns the loop's inputs as its outputs, and lets others write to them.
+    Threads that need the same graph wait for the one of them that makes it.
+
+    If `is_right` rejects the result of a graph, because of a change that `key` does not show, another graph is
+    made; but if this one had given at most one right answer, none can be made. What `check` raises, this raises.
     """
     sparse = any(t.layout is not torch.strided for t in tensors)
     tensors = tensors if sparse else _plain(tensors)
@@ -184,7 +189,7 @@ def run_as_graph(
     with graph.making if graph.first_call_s is None else nullcontext():
         if graph.abandoned:
             return again(varies=varies)
-        run = graph.run  # read first: that there is a fallback is noted before the graph is released
+        run = graph.run  # read first: the fallback is noted before the graph is released
         if graph.fallback is not None:
             return None
         if sparse:
@@ -196,7 +201,7 @@ def run_as_graph(
             return again() if graph.abandoned else None
         outcome = _outcome(graph, run, tensors, is_right)
     if outcome is _TRY_AGAIN:
-        return again()  # no size is left open again
+        return again()  # this time without an open size
     if check is not None and check.mode not in graph.checked:
         if not new:
             check.of()
@@ -205,8 +210,11 @@ def run_as_graph(
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`tensors` detached, as whether a gradient is wanted is no reason to compile again; and each with memory of
-    its own, as a loop refuses what is passed twice, or parts of one tensor."""
+    """`tensors`, detached and each with memory of its own.
+
+    Detached, so that whether a gradient is wanted is no reason to recompile. With their own memory, since a loop
+    refuses tensors that are passed twice, or parts of one tensor.
+    """
     tensors = tuple(t.detach() for t in tensors)
     tensors = tuple(t.resolve_conj().resolve_neg() if t.is_conj() or t.is_neg() else t for t in tensors)
     memory = [t.untyped_storage()._cdata for t in tensors]
@@ -215,7 +223,7 @@ def _plain(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.clone() if memory[i] in memory[:i] else t for i, t in enumerate(tensors))
 
 
-# What a call of a graph ends in that was dropped.
+# The outcome of a call of a graph that was dropped.
 _TRY_AGAIN = object()
 
 
@@ -225,7 +233,7 @@ def _outcome(
     tensors: tuple[Tensor, ...],
     is_right: Callable[[Any], bool] | None,
 ) -> Any:
-    """What `graph` gives; None where there is none; or `_TRY_AGAIN`."""
+    """The result of `graph`; None where there is no graph; or `_TRY_AGAIN`."""
     begin, done = time.perf_counter(), False
     refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
     from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -243,7 +251,7 @@ def _outcome(
             reason = "what f computes changes in ways that it does not see"
             _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
             return None
-    except _NotTracedError:  # the compiler passes by the same code ever after, so that the graph is dropped
+    except _NotTracedError:  # from now on the compiler skips this code, so the graph is dropped
         warnings.warn(
             f"{graph.name}: the compiler is off here, as under a TorchDispatchMode, such as one that counts "
             "operations; the eager loop runs instead of a graph",
@@ -251,8 +259,8 @@ def _outcome(
             stacklevel=users_line(),
         )
         return None
-    except FailOnRecompileLimitHit:  # of one that was made anew for one attribute of f after the other
-        if not graph.calls:  # the user allows none
+    except FailOnRecompileLimitHit:  # made anew for one attribute of f after another
+        if not graph.calls:  # the user allows no recompilation
             raise
         return _TRY_AGAIN
     except _failures() as error:  # if f is wrong, the eager loop says so
@@ -268,26 +276,26 @@ def _outcome(
             return None
         made.fixed = True
     finally:
-        if not done:  # perhaps interrupted amid compilation: it is not used again
+        if not done:  # perhaps interrupted while compiling: it is not used again
             _abandon(graph)
     return _TRY_AGAIN
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the compiler raises where it cannot make a graph."""
+    """The exceptions that the compiler raises where it cannot make a graph."""
     # Imported on first use: the compiler takes as long to import as all of torch.
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-    # Loops that it cannot nest end in a bare AssertionError.
+    # Loops that it cannot nest raise a bare AssertionError.
     known = TorchDynamoException, InductorError, AssertionError
     return *known, ConstraintViolationError, GuardOnDataDependentSymNode
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the compiler logs in this thread of a size that cannot be left open, before it raises that."""
+    """A context without what the compiler logs in this thread before it raises that a size cannot be left open."""
     log, thread = logging.getLogger("torch._guards"), threading.get_ident()
     others = lambda record: record.thread != thread  # noqa: E731
     log.addFilter(others)
@@ -298,7 +306,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _abandon(graph: _Graph) -> None:
-    """Use `graph` no more."""
+    """Remove `graph` from use."""
     with _lock:
         graph.abandoned = True
         if _graphs.get(graph.index) is graph:
@@ -306,7 +314,7 @@ def _abandon(graph: _Graph) -> None:
 
 
 def _note_call(graph: _Graph, seconds: float) -> None:
-    """Count a call of `graph`, which took so many seconds, and the making of another graph where it led to one."""
+    """Count a call of `graph`, which took `seconds`, and any graph that the compiler made anew in it."""
     message = None
     with _lock:
         if graph.anew and graph.calls:
@@ -319,8 +327,10 @@ def _note_call(graph: _Graph, seconds: float) -> None:
 
 
 def _allow_hooks(refusal: str | None) -> None:
-    """Have hooks on saved tensors refused by `refusal`, or allowed by None, as before: where the compiler fails
-    amid a transform, it leaves them refused in all that this thread does afterwards."""
+    """Restore whether hooks on saved tensors are refused (with the message `refusal`) or allowed (None).
+
+    Where the compiler fails in the middle of a transform, it leaves them refused for this thread.
+    """
     if refusal is None:
         autograd._saved_tensors_hooks_enable()
     else:
@@ -328,11 +338,11 @@ def _allow_hooks(refusal: str | None) -> None:
 
 
 def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
-    """The graph in the cache, which is put there first where it is missing, and where it is there."""
+    """The graph in the cache for `key` and `shapes`; it is put there first where it is missing."""
     messages = []
     with _lock:
         graph = _graphs.get((key, shapes))
-        key = key if graph is None else graph.index[0]  # of equal ones the same, which is found sooner
+        key = key if graph is None else graph.index[0]  # one object for equal keys is found faster
         made = _problems.setdefault(key, _Made())
         _problems.move_to_end(key)
         if graph is not None:  # the usual case
@@ -359,14 +369,14 @@ def _kept(name: str, key: Hashable, shapes: _Shapes, varies: bool) -> _Graph:
 
 
 def _function_of(key: Hashable, whole: bool = False) -> Hashable:
-    """`key` with the function alone in place of each `Key`; if `whole`, with all in it but the state's layout."""
+    """`key` with each `Key` reduced to its function; if `whole`, to everything but the layout of the state."""
     if isinstance(key, Key):
         return Key(key.parts[0], *key.parts[2:]) if whole else key.parts[0]
     return tuple(_function_of(part, whole) for part in key) if isinstance(key, tuple) else key
 
 
 def _counted(name: str, key: Hashable, shapes: _Shapes) -> str | None:
-    """Count a graph that is made under `key`; what is to be said if there are many."""
+    """Count a graph that is made under `key`; returns a warning message if there are many."""
     index = (name, _function_of(key))
     count = _counts.setdefault(index, _Count())
     _counts.move_to_end(index)
@@ -381,7 +391,7 @@ def _counted(name: str, key: Hashable, shapes: _Shapes) -> str | None:
 
 
 def _within_capacity() -> str | None:
-    """Drop what has not been used for longest; what is to be said if many graphs were used but once."""
+    """Drop the least recently used graphs; returns a warning message if many of them were used only once."""
     while len(_graphs) > CAPACITY:
         _, graph = _graphs.popitem(last=False)
         if graph.calls == 1:
@@ -401,7 +411,7 @@ def _within_capacity() -> str | None:
 
 
 def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Callable[..., Any] | None:
-    """What is to run as `graph`; None where it cannot be made, which is then known, or it is abandoned."""
+    """The function to run as `graph`; None where none can be made, which is then noted, or it is abandoned."""
     made = _problems.setdefault(graph.index[0], _Made())
     if isinstance(function, Make):
         begin = time.perf_counter()
@@ -415,21 +425,21 @@ def _begun(graph: _Graph, function: Callable[..., Any] | Make, in_c: bool) -> Ca
                 _fall_back(graph, str(error), time.perf_counter() - begin)
             return None
     function = carrying(function) if made.carried else function
-    # PyTorch 2.11 fails at loops there.
+    # The C++ wrapper of PyTorch 2.11 fails at loops.
     in_c = in_c and LOOPS.known and all(device.type == "cpu" for *_, device in graph.shapes)
     graph.run = _compile(function, None if graph.varying else False, in_c, graph.begin_anew)
     return graph.run
 
 
 def _fall_back(graph: _Graph, reason: str, seconds: float, always: bool = False) -> None:
-    """Note that there is no `graph`, or `always` none of its function for other shapes either, and warn of it."""
+    """Note that `graph` cannot be made (if `always`, nor for other shapes of its function), and warn of it."""
     with _lock:
         if always:
             _reasons[graph.name, _function_of(graph.index[0], whole=True)] = reason
         told = graph.fallback is not None
         graph.fallback, graph.first_call_s = reason, seconds
         graph.run = _released
-    if told:  # by another thread
+    if told:  # another thread has warned
         return
     warnings.warn(
         f"{graph.name}: compile=True could not make one graph ({reason}); the eager loop runs instead",
@@ -439,7 +449,7 @@ def _fall_back(graph: _Graph, reason: str, seconds: float, always: bool = False)
 
 
 def _vary(old: _Shapes, new: _Shapes) -> _Places:
-    """Where a batch size stands, if all that differs is one size that became another; else nothing."""
+    """The places of the batch size, if all that changed is one size that became another; else none."""
     if [(len(a[0]), *a[2:]) for a in old] != [(len(b[0]), *b[2:]) for b in new]:
         return ()
     changes = {
@@ -452,9 +462,11 @@ def _vary(old: _Shapes, new: _Shapes) -> _Places:
 
 
 def _can_vary(shapes: _Shapes, varying: _Places) -> bool:
-    """Whether sizes at `varying` can be left open. The compiler treats sizes 0 and 1 apart; and of what is not
-    contiguous it would have to be told how strides follow from sizes, unless no stride does: where samples follow
-    each other."""
+    """Whether sizes at `varying` can be left open.
+
+    The compiler specialises on the sizes 0 and 1. For a tensor that is not contiguous, it would have to be told
+    how strides follow from sizes, unless no stride does: where samples follow one another in memory.
+    """
 
     def can(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> bool:
         in_rows = dim == 0 and strides[0] > sum((n - 1) * stride for n, stride in zip(shape[1:], strides[1:]))
@@ -478,7 +490,7 @@ def _opened(shapes: _Shapes, varying: _Places) -> tuple[tuple[Any, ...], ...]:
 
 
 def _change(old: _Shapes, new: _Shapes) -> str:
-    """What differs between the tensors of two graphs."""
+    """A description of what differs between the tensors of two graphs."""
     pairs = enumerate(zip(old, new))
     changes = [f"its tensor {i} changed from {_shown(*a)} to {_shown(*b)}" for i, (a, b) in pairs if a != b]
     return ", ".join(changes) or "an argument or an attribute of f changed, or its graph was dropped for others"
@@ -490,13 +502,15 @@ def _shown(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
 
 
 def _released(*tensors: Tensor) -> Any:
-    """In place of a graph that failed, which would keep its function alive."""
+    """Stands for a graph that failed, which would keep its function alive."""
     raise RuntimeError("there is no graph")
 
 
 def _reason(error: BaseException) -> str:
-    """That f calls a solve of its own, or makes constants; else what an error says first: its first line, and the
-    next one where that only announces it."""
+    """Why no graph can be made, in words: a known cause, or the first line of the error.
+
+    The next line is added where the first one only announces it.
+    """
     if nested := re.search(rf"{re.escape(REASON)} \((\w+)\)", str(error)):
         return f"f itself calls {nested[1]}, and a graph cannot hold one solve inside of another"
     if "Encountered aliasing" in str(error):
@@ -519,7 +533,7 @@ def _reason(error: BaseException) -> str:
 def _compile(
     function: Callable[..., Any], dynamic: bool | None, in_c: bool, anew: Callable[[], None]
 ) -> Callable[..., Any]:
-    """`function` as one graph; `anew` is called each time that one is made."""
+    """Compile `function` as one graph; `anew` is called each time that the compiler makes one."""
 
     def filtered(guards: Sequence[Any]) -> list[bool]:
         anew()
@@ -530,41 +544,41 @@ def _compile(
             raise _NotTracedError
         return function(*tensors)
 
-    # The compiler keeps its graphs on the code object: one of its own for each function.
+    # The compiler keeps its graphs on the code object, so each function needs one of its own.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
     options: dict[str, Any] = {"guard_filter_fn": filtered}
     if in_c:
-        # On its own, with few optimisations, it takes half as long to compile, and the graph runs as fast.
+        # Compiled separately, with few optimisations, it takes half as long, and the graph runs as fast.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     return torch.compile(solve, fullgraph=True, dynamic=dynamic, options=options)
 
 
-# A graph is kept under all that decides about its inputs and our own objects (the first input tells of modes that
-# operations are counted in); and no module of the compiler's or ours changes, save for the hooks of all modules.
+# Guards that need no check in each call: a graph's key holds all that decides about its inputs and our own objects
+# (the first input tells of modes that count operations), and no module of the compiler or of ours changes, except
+# for the hooks of all modules.
 _KNOWN = re.compile(
     r"(\w+\(|\.keys\()*((L\[')?tensors\b(?!('\])?\[0\]$)|__import__\('|G\['("
     r"__import_(torch|implicitly)_dot_(?!.*\._global_)|torch'|__builtins|___unnamed_scope_\w+'\]($|\['_tuple_new)))"
 )
 _OURS = re.compile(r"\b(args_\w+|spec|places|leaves|parameters|method(?!\.norm)|host\._(?!modules)\w+)\b")
-# Where what is the user's begins in a name: f, what is in args, a module, a norm, a global. All behind it may be
-# called as what is ours.
+# Where the user's part of a name begins: f, what is in args, a module, a norm, a global. What follows may have the
+# same names as our own objects.
 _USERS = re.compile(r"\.f\b|\.static\[|\._modules\[|\.norm\b|\bG\[")
 
 
 def _is_worth_a_look(name: str) -> bool:
-    """Whether a condition on what is called so, for using a graph again, is to be looked at in each call: those on
-    what f is made of.
+    """Whether the guard on the object of this name is checked in each call: only those on what f is made of.
 
-    All together there are a thousand or two, and looking at them takes as long as a short solve.
+    There are one or two thousand guards in all, and checking them takes as long as a short solve.
     """
     return not (_KNOWN.match(name) or _OURS.search(_USERS.split(name, maxsplit=1)[0]))
 
 
 def as_graphs(condition: Condition, key: Hashable) -> Condition:
-    """`condition`, solved as one graph, and what reverse mode solves at its solution as another.
+    """`condition`, solved as one graph, and with another graph for the linear solve of reverse mode.
 
-    Graphs are kept under its name, `key`, the solver, and the shapes and dtypes of the tensors. Where none can be
-    made, or none that is right, a `CompileWarning` says why and the eager loop runs.
+    Graphs are kept under the condition's name, `key`, the solver, and the shapes and dtypes of the tensors. Where
+    no graph, or no right one, can be made, a `CompileWarning` says why and the eager loop runs.
     """
     solves = _Solves(condition, key)
     return replace(condition, graphs=Graphs(solves.search, solves.pullback))
@@ -572,7 +586,7 @@ def as_graphs(condition: Condition, key: Hashable) -> Condition:
 
 @dataclass
 class _Solves:
-    """The solves of the condition `own`; `eager` where there is no graph of it, so that no other one is tried."""
+    """The solves of the condition `own`; `eager` is set where it has no graph, so that no other one is tried."""
 
     own: Condition
     key: Hashable
@@ -581,7 +595,7 @@ class _Solves:
     def search(
         self, solver: Solver, condition: Condition, z0: Tensor, theta: tuple[Tensor, ...], r0: Tensor | None = None
     ) -> Found:
-        """As `implicit.search`, for `own`, or eagerly for another condition: `own` as mapped by `vmap`."""
+        """Like `implicit.search`, for `own`; eagerly for any other condition: `own` as mapped by `vmap`."""
         own = self.own
         if condition.graphs is None:
             return search(solver, condition, z0, theta, r0)
@@ -593,7 +607,7 @@ class _Solves:
             return search(solver, bare, z0, theta, r0)
 
         key = (own.name, self.key, solver)
-        start = z0.contiguous(), r0.contiguous()  # a loop is to keep their strides
+        start = z0.contiguous(), r0.contiguous()  # so that a loop keeps their strides
         found = run_as_graph(name, key, solve, *start, *theta, varies=True, in_c=not solver.nests)
         self.eager = found is None
         return search(solver, own, z0, theta, r0) if found is None else Found(*found)
@@ -601,10 +615,10 @@ class _Solves:
     def pullback(
         self, solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], b: Tensor
     ) -> Found:
-        """As `implicit.search`, for the linear `condition` that reverse mode solves, with `theta` (b, z, ...)."""
+        """Like `implicit.search`, for the linear `condition` of reverse mode, with `theta` (b, z, ...)."""
         found, name = None, f"{condition.name} with {type(solver).__name__}"
         eager = partial(search, solver, condition, u0, theta, b)
-        told: list[Found] = []  # by the eager loop, of the last graph whose samples ended without a solution
+        told: list[Found] = []  # by the eager loop, after a graph with samples without a solution
 
         def is_right(found: tuple[Any, ...]) -> bool:
             told.clear()
@@ -613,7 +627,7 @@ class _Solves:
             usable = is_usable(found[1])
             if bool(usable.all()):
                 return True
-            # No product tells whether the system has none, or the graph is that of another one.
+            # No product can tell whether the system has no solution or the graph is that of another system.
             told.append(eager())
             return torch.equal(usable, is_usable(told[0].status))
 
@@ -621,12 +635,12 @@ class _Solves:
         if small and not self.eager:
             make = Make(partial(_transposed_search, solver, condition, self.own.residual, theta[1:]))
             key = (self.own.name, self.key, solver, "pullback")
-            tensors = (b.contiguous(), *theta[1:])  # a loop is to keep its strides
+            tensors = (b.contiguous(), *theta[1:])  # so that a loop keeps its strides
             found = run_as_graph(name, key, make, *tensors, varies=True, in_c=not solver.nests, is_right=is_right)
         if told or found is None:
             return told[0] if told else eager()
         found = Found(*found)
-        return found._replace(evaluations=found.evaluations + 1)  # with that of `is_as_claimed`
+        return found._replace(evaluations=found.evaluations + 1)  # plus the product in `is_as_claimed`
 
 
 def _transposed_search(
@@ -636,8 +650,10 @@ def _transposed_search(
     theta: tuple[Tensor, ...],
     varying: _Places,
 ) -> Callable[..., Found]:
-    """The `search` for the linear `condition`, whose operator is the pullback of `residual` at `theta` (z, ...): a
-    function of its tensors, (b, z, ...) with sizes that are `varying`, from zero."""
+    """The `search` for the linear `condition`, from zero, as a function of its tensors (b, z, ...).
+
+    The operator is the pullback of `residual` at `theta` (z, ...). Sizes of the tensors at `varying` are open.
+    """
     prepare, pull = split_pullback(residual, theta[0], theta[1:], [(i - 1, dim) for i, dim in varying if i > 0])
 
     def bind(*inputs: Tensor) -> Map:
@@ -649,7 +665,7 @@ def _transposed_search(
 
 
 def is_as_claimed(solver: Solver, condition: Condition, theta: tuple[Tensor, ...], found: tuple[Any, ...]) -> bool:
-    """Whether what a graph `found` for the linear `condition` is what it says, by a product outside of it."""
+    """Whether the result `found` by a graph for the linear `condition` is right, by a product outside of it."""
     claimed, b = Found(*found), theta[0]
     residual = row_norm(condition.at(*theta)(claimed.z))
     least = max(solver.tolerances(condition.dtype)[0], 10 * torch.finfo(b.dtype).eps)

@@ -1,4 +1,4 @@
-"""What is to hold at an answer, and what is said of samples for which no solver reached that."""
+"""Conditions that a solution must satisfy, and the reports on samples for which no solver met them."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """R(z, *theta) = 0 for z `(B, n)`, with R written so that z + R(z) is the plain iteration.
+    """The condition R(z, *theta) = 0 for z `(B, n)`, with R such that z + R(z) is the plain iteration.
 
     Attributes:
-        bind: gives, for `theta`, the map z -> R(z), sharing the work that does not depend on z. Of a linear
-            condition it gives, for `theta[1:]`, the operator M, and R(u) = b - M u with b = `theta[0]`.
-        name: what it is called in messages.
-        dtype: the user's, which decides what tolerances can be reached; solvers may compute in a wider one.
+        bind: maps `theta` to the function z -> R(z), which shares the work that does not depend on z. For a
+            linear condition it maps `theta[1:]` to the operator M, and R(u) = b - M u with b = `theta[0]`.
+        name: its name in messages.
+        dtype: the user's dtype, which decides what tolerances can be reached; solvers may compute in a wider one.
         linear: whether it is M u = b.
-        relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or |b| of a linear one.
-        sample_dims: for each of `theta` the dimension that holds the samples or None where shared; None: unknown.
-        report: where to announce solves that fell short, see `Report`.
+        relative_to_iterate: whether tolerances are relative to |z|; else to |R(z0)|, or to |b| if linear.
+        sample_dims: for each of `theta` the dimension that holds the samples, or None where it is shared; None in
+            place of the tuple: unknown.
+        report: announces solves that fell short, see `Report`.
         kind: the dataclass that `bind` returns when solvers need more than R (`Descent`, `Lagrangian`): calling
-            it gives R, its fields are further maps of tensors with one row a sample.
-        scale: gives, from what `bind` gives, z0 and R(z0), what tolerances are relative to, `(B,)`; None: |R(z0)|.
-        examine: looks, with what `bind` gives, at what a solver found; may know better how samples ended.
-        graphs: how it is solved otherwise than by `search`.
-        snapshot: takes one of what f is besides theta (train/eval modes, constants); the result restores it
-            while a derivative calls f. See `Opened.snapshot`.
-        pull: for (z, *theta) and places, the map that `pullback.recorded` gives of R, where its formula is known
-            and takes less than to record R does; None: that.
+            it gives R, and its fields are further maps of tensors with one row per sample.
+        scale: maps the result of `bind`, z0 and R(z0) to what tolerances are relative to, `(B,)`; None: |R(z0)|.
+        examine: checks what a solver found, given the result of `bind`, and may correct how samples ended.
+        graphs: how to solve it other than by `search`.
+        snapshot: records the state of f besides theta (train/eval modes, constants); what it returns restores that
+            state while a derivative calls f. See `Opened.snapshot`.
+        pull: for (z, *theta) and places, the map that `pullback.recorded` would give of R, where a formula for it
+            is known and cheaper than recording R; None: use `pullback.recorded`.
     """
 
     bind: Callable[..., Map]
@@ -71,18 +72,20 @@ class Condition:
         return self.at(*theta)(z)
 
     def bare(self) -> Condition:
-        """What a compiled graph may hold on to: nothing that reports, examines, or keeps this call's tensors
-        alive."""
+        """The condition that a compiled graph may keep.
+
+        It has nothing that reports, examines, or keeps this call's tensors alive.
+        """
         return replace(self, report=Report("ignore"), sample_dims=None, examine=None, graphs=None, snapshot=None)
 
     def examined(self, found: Found, theta: tuple[Tensor, ...]) -> Found:
-        """`found` with the status that a closer look gives."""
+        """`found` with statuses corrected by `examine`."""
         return found if self.examine is None else self.examine(self.at(*theta), found)
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """What runs in place of `search`: for a condition, and for what reverse mode solves."""
+    """What runs in place of `search`: for the condition itself, and for the linear system of reverse mode."""
 
     search: Callable[..., Found]
     pullback: Callable[..., Found] | None = None
@@ -90,12 +93,12 @@ class Graphs:
 
 @dataclass(frozen=True)
 class Report:
-    """What happens when a solve falls short: "raise" a SolverError, "warn", or "ignore"; and what it says."""
+    """What to do when a solve falls short ("raise" a SolverError, "warn", or "ignore"), and what to say then."""
 
     on_failure: str = "warn"
     unpack: Callable[[Found], Solution] | None = None
     message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
-    patient: bool = False  # whether another solver gets what this one did not reach
+    patient: bool = False  # whether another solver will be tried on the samples that fail here
 
     def __post_init__(self):
         check_on_failure(self.on_failure)
@@ -120,12 +123,12 @@ class Report:
 
 
 def all_converged(status: Tensor) -> bool:
-    """Whether all samples `(B,)` are seen to have converged, where looking is cheap."""
-    return not maybe_any(status)  # that is 0
+    """Whether all samples `(B,)` have converged, where looking is cheap; False where it is not."""
+    return not maybe_any(status)  # CONVERGED is 0
 
 
 def users_line() -> int:
-    """The stacklevel, for a warning of the caller, of the nearest frame outside of this package and torch."""
+    """The stacklevel for a warning to point at the nearest frame outside of this package and torch."""
     inside = (
         os.path.join(os.path.dirname(__file__), ""),
         os.path.join(os.path.dirname(torch.__file__), ""),
@@ -138,7 +141,7 @@ def users_line() -> int:
 
 
 def as_solution(found: Found) -> Solution:
-    """`found` as users see it, the value still a detached matrix `(B, n)`."""
+    """`found` as a `Solution`, its value still a detached matrix `(B, n)`."""
     z, status, residual, steps = (t.detach() for t in found[:4])
     return Solution(z, status, residual, steps, int(found.evaluations))
 
@@ -155,7 +158,7 @@ REMEDY = {
 }
 
 
-# Of the linear solve of a derivative.
+# Remedies for the linear solve of a derivative.
 LINEAR_REMEDY = {
     **REMEDY,
     Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one",
@@ -167,7 +170,7 @@ LINEAR_REMEDY = {
 
 
 def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Mapping[Status, str] = REMEDY) -> str:
-    """One sentence on the samples that `failed`, and the `remedy` for the worst."""
+    """The message about the samples that `failed`, with the `remedy` for the worst one."""
     counts = {s: int((found.status[failed] == s).sum()) for s in REMEDY}
     summary = ", ".join(f"{count} {s.name}" for s, count in counts.items() if count)
     residual = found.residual[failed]
@@ -181,12 +184,14 @@ def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Map
 
 
 def is_for_another(status: Tensor) -> Tensor:
-    """Which systems, of `(B,)` codes, another solver may solve; those that seemed singular may only have had
-    products whose squares are beyond all numbers."""
+    """Which systems, by their codes `(B,)`, another solver may be able to solve.
+
+    A system that seemed singular may only have had products whose squares left the range of the dtype.
+    """
     return (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED)) | (status == int(Status.SINGULAR))
 
 
 def is_usable(status: Tensor) -> Tensor:
-    """Which samples, of `(B,)` codes, ended where a derivative means something: at or on the way to a solution."""
-    # As numbers: to the tracer a tensor and a member of an enumeration are never equal.
+    """Which samples, by their codes `(B,)`, ended where a derivative is meaningful: at a solution or near one."""
+    # Compared as numbers, since to the tracer a tensor and a member of an enumeration are never equal.
     return is_success(status) | (status == int(Status.MAX_STEPS)) | (status == int(Status.STAGNATED))

@@ -1,4 +1,4 @@
-"""Functions with everything they depend on laid open."""
+"""Functions with everything they depend on made explicit."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from implicitly.transforms import (
 )
 from implicitly.tree import Layout
 
-# In place of a tensor among the leaves of args.
+# Stands for a tensor among the leaves of args.
 _GAP = object()
 _NO_ARGS = pytree.tree_flatten(())
 
 
 class _Slot(NamedTuple):
-    """Where a module holds a parameter or a buffer, and which."""
+    """A place where a module holds a parameter or a buffer, and that tensor."""
 
     holder: dict[str, Any]
     name: str
@@ -46,44 +46,44 @@ class _Slot(NamedTuple):
 
     @property
     def now(self) -> Tensor | None:
-        """What it holds there now."""
-        # That of a module of TorchScript knows no `get`.
+        """The tensor that the module holds there now."""
+        # The holder in a module of TorchScript has no `get`.
         return self.holder[self.name] if self.name in self.holder else None  # noqa: SIM401
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A function of its state and everything it depends on: `opened(z, *theta)` is `f(z, *args)`.
+    """f as a function of its state and of all tensors it depends on: `opened(z, *theta)` is `f(z, *args)`.
 
-    `theta` holds the tensors of `args` first, then those in place of the `parameters` (and buffers, where a
+    `theta` holds first the tensors of `args`, then tensors in place of the `parameters` (and of buffers, where a
     derivative reaches them) of every module that f is, is bound to, closes over or refers to. No tensor of `args`
-    is kept here, so that this may outlive them.
+    is kept here, so that this object may outlive them.
     """
 
     f: Callable[..., Any]
     parameters: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]  # that f uses
     places: tuple[tuple[str, int], ...]  # where in `host` each parameter goes; tied ones go to several
-    homes: tuple[Home, ...]  # what holds it there
+    homes: tuple[Home, ...]  # the dict that holds it there, and its name
     args_spec: pytree.TreeSpec
     static: tuple[Any, ...]  # the leaves of args, with a gap where a tensor goes
     device_type: str  # of the state
     autocast: torch.dtype | None
     default_device: torch.device | None  # where it is not the CPU
-    parts: tuple[nn.Module, ...] = ()  # the modules, with all that they consist of
-    constants: tuple[tuple[str, Tensor, int], ...] = ()  # what else it uses: name, version at first
-    args_are_leaves: bool = False  # whether args are their own leaves: then a tracer need not put them together
-    normal: Normal | None = None  # where f reaches tensors that were made in inference mode
-    slots: tuple[_Slot, ...] = ()  # of all the parts
-    suspects: tuple[tuple[str, Tensor], ...] = ()  # what f reaches whose gradient would be lost, if it is used
+    parts: tuple[nn.Module, ...] = ()  # the modules with all their submodules
+    constants: tuple[tuple[str, Tensor, int], ...] = ()  # other tensors used: name, first version
+    args_are_leaves: bool = False  # whether args are their own leaves, so that no tracer must unflatten them
+    normal: Normal | None = None  # if f uses tensors made in inference mode
+    slots: tuple[_Slot, ...] = ()  # of all parts
+    suspects: tuple[tuple[str, Tensor], ...] = ()  # tensors whose gradient would be lost if f uses them
 
     def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
-        """Notes what f is now: gives a context in which it is so again, for a derivative that calls it later.
+        """Record the state of f; returns a context that restores it, for a derivative that calls f later.
 
-        Its modules hold the parameters and buffers that they held: others may have taken their place, and after
-        `functional_call` always have. Entering it raises RuntimeError where a tensor without a derivative that f
-        uses was changed in place, as autograd does for those that it saved. What f changes itself is its own
-        affair.
+        Within the context the modules hold the parameters and buffers that they held at the snapshot: others may
+        have taken their place since, and after `functional_call` always have. Entering the context raises
+        RuntimeError where a tensor without a derivative that f uses was changed in place, as autograd does for
+        tensors that it saved. Changes that f itself makes are not checked.
         """
         modes = tuple(part.training for part in self.parts)
         own = tuple((name, x, was) for name, x, was in self.constants if version(x) == was)
@@ -93,23 +93,23 @@ class Opened:
 
     @functools.cached_property
     def host(self) -> _Host:
-        """All modules as one."""
+        """All modules as one module."""
         return _Host(self.modules)
 
     def buffers(self) -> Iterator[Tensor]:
-        """Those of all modules."""
+        """The buffers of all modules."""
         return (b for module in self.modules for b in module.buffers())
 
     def key(self, f: Callable[..., Any], layout: Layout) -> Hashable:
-        """What a compiled solve by f depends on besides tensors; raises TypeError where it cannot be compared."""
-        self.__dict__["host"] = _host_of(self.modules)  # made now: a trace cannot
+        """The cache key of a compiled solve: all that f depends on besides tensors. TypeError if not hashable."""
+        self.__dict__["host"] = _host_of(self.modules)  # made now, as a trace cannot do it
         static = tuple(map(exact, self.static))
-        # By numbers that no two have; the compiler would not see one that is added, nor one that is removed.
+        # Hooks are told apart by unique numbers; the compiler would not notice one that is added or removed.
         hooks = tuple(number for part in self.parts for of in hooks_of(part) for number in of)
-        # Of the batch only the size varies, which the tensors' shapes tell.
+        # The batch size is left out; the tensors' shapes tell it.
         of_layout = (layout.spec, layout.leaves, layout.batch_dims, layout.dtype, layout.device)
         try:
-            # Equal structures may have keys 1 and True, and written ones may be of two classes of one name.
+            # Both: equal specs may have the keys 1 and True, and equal strings may name two classes of one name.
             args = (self.args_spec, str(self.args_spec), static)
             return Key(exact(f), of_layout, *args, self.modules, self.places, hooks, self.autocast)
         except TypeError as error:
@@ -134,11 +134,11 @@ class Opened:
         def call(state: Any) -> Any:
             caches = parametrize._cache_enabled
             if usual and not (caches or casts(self.device_type)):
-                if own and not (torch.is_grad_enabled() or under_transform()):  # the shortest way to the same
+                if own and not (torch.is_grad_enabled() or under_transform()):  # the fast path to the same result
                     return f(state, *args)
                 return self._call(own, given, state, args)
-            # The backward pass must see the arithmetic and the default device of the forward pass, wherever it is
-            # called from; an accelerator's is a thread of autograd's own, which has no default device.
+            # The backward pass must see the autocast state and the default device of the forward pass, wherever it
+            # is called from. For an accelerator that is a thread of autograd's own, which has no default device.
             with (
                 self._arithmetic(),
                 default or nullcontext(),
@@ -152,7 +152,7 @@ class Opened:
         return call
 
     def _watched(self, own: bool, given: tuple[Tensor, ...], state: Any, args: tuple[Any, ...]) -> Any:
-        """`_call` where nothing is recorded; raises ValueError where f uses a suspect, as it may only later on."""
+        """`_call` where nothing is recorded; ValueError if f uses a suspect, perhaps only in a later call."""
         with torch.enable_grad():
             value = self._call(own, given, state, args)
         nodes = set().union(*(_graph_of(x) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)))
@@ -167,17 +167,17 @@ class Opened:
         return pytree.tree_map_only(Tensor, torch.detach, value)
 
     def _traced(self, theta: tuple[Tensor, ...], state: Any) -> Any:
-        # In the loop that calls: where W.T is asked for inside of it, the tracer looks for W there.
+        # Views made inside the loop that calls this: where f takes W.T, the tracer looks for W in that loop.
         args, given = self._placed(tuple(x.view_as(x) for x in theta))
         exchanged = {name: given[i] for name, i in self.places}
         with nullcontext() if self.autocast is None and not casts(self.device_type) else self._arithmetic():
             if not exchanged:
                 return self.f(state, *args)
-            # `places` holds every one, once: with tie_weights a module of two names would not be restored.
+            # `places` lists every place once. With tie_weights, a module that has two names would not be restored.
             return functional_call(self.host, exchanged, (self.f, state, *args), tie_weights=False)
 
     def _placed(self, theta: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-        """The args of f, and what is to be in place of its parameters."""
+        """The args of f, and the tensors that take the place of its parameters."""
         count = len(theta) - len(self.parameters)
         tensors = iter(theta[:count])
         flat = tuple(next(tensors) if leaf is _GAP else leaf for leaf in self.static)
@@ -196,13 +196,13 @@ class Opened:
             with claimed(held for held, _ in self.homes):
                 return self.f(state, *args)
         placed = [(home, given[i]) for home, (_, i) in zip(self.homes, self.places)]
-        if transformed:  # torch.func refuses to change buffers in place, and a derivative should not count in them
+        if transformed:  # torch.func refuses to change buffers in place, and derivatives should not update them
             placed = [*self._copied_buffers(), *placed]
         with exchanged(placed):
             return self.f(state, *args)
 
     def _copied_buffers(self) -> list[tuple[Home, Tensor]]:
-        """Where the modules hold their buffers, and a copy of each."""
+        """The places where the modules hold buffers, with a copy of each buffer."""
         held = [(part._buffers, n, b) for part in self.parts for n, b in part._buffers.items() if b is not None]
         copies = {id(b): b.clone() for *_, b in held}
         return [((home, name), copies[id(b)]) for home, name, b in held]
@@ -210,8 +210,11 @@ class Opened:
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Without torch's cache of parametrised weights: those of a solve have no derivative for others to use, and
-    those of others are not at the parameters exchanged here."""
+    """A context without torch's cache of parametrised weights.
+
+    Weights cached in a solve have no derivative for others to use, and weights that others cached do not belong to
+    the parameters exchanged here.
+    """
     depth, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield
@@ -246,11 +249,11 @@ def _as_then(
 
 
 class Opening(NamedTuple):
-    """What a function is found to depend on when it is `opened` with some args.
+    """The result of `open_function`: a function with everything it depends on.
 
     Attributes:
         theta: `opened(z, *theta)` is `f(z, *args)`.
-        captured: tensors that f reaches in another way, each with what leads there.
+        captured: tensors that f reaches in another way, each with the name by which it does.
     """
 
     opened: Opened
@@ -261,10 +264,10 @@ class Opening(NamedTuple):
 def open_function(
     f: Callable[..., Any], args: tuple[Any, ...], device: torch.device, inner: Callable[..., Any] | None = None
 ) -> Opening:
-    """Find what `f(z, *args)` depends on: all that it reaches, or what `inner` does, if that is all it calls.
+    """Find all that `f(z, *args)` depends on.
 
-    `device` is the state's, whose autocast setting is kept. In a traced graph only `args` are looked at: there
-    autograd reaches all the rest by itself.
+    If f calls only `inner`, that function is searched instead. `device` is the state's; its autocast setting is
+    kept. In a traced graph only `args` are looked at, since autograd reaches all the rest by itself there.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got a {type(f).__name__}")
@@ -274,7 +277,7 @@ def open_function(
     tensors = tuple(map(copied, given))
     static = tuple(_GAP if isinstance(leaf, Tensor) else leaf for leaf in flat)
     autocast = torch.get_autocast_dtype(device.type) if casts(device.type) else None
-    if torch.compiler.is_dynamo_compiling():  # what else f depends on is the tracer's to find
+    if torch.compiler.is_dynamo_compiling():  # the tracer finds what else f depends on
         own = functools.partial(_on_a_copy, f)
         opened = Opened(
             own, (), (), (), (), spec, static, device.type, autocast, None, args_are_leaves=args_are_leaves
@@ -310,9 +313,9 @@ def open_function(
 
 
 def _default_device() -> torch.device | None:
-    """That of new tensors, where it is not the CPU."""
+    """The default device of new tensors, or None if it is the CPU."""
     private: Any = torch
-    # Setting one puts a mode on that stack. To ask torch for it takes a hundredth of a short solve.
+    # Setting a default device puts a mode on that stack. Asking torch for it takes a hundredth of a short solve.
     if not private._C._len_torch_function_stack():
         return None
     default = torch.get_default_device()
@@ -320,7 +323,7 @@ def _default_device() -> torch.device | None:
 
 
 class _Held(NamedTuple):
-    """What modules hold: see `Opened`, whose fields are called the same."""
+    """What modules hold; see the fields of the same names in `Opened`."""
 
     parameters: tuple[Tensor, ...]
     places: tuple[tuple[str, int], ...]
@@ -330,7 +333,7 @@ class _Held(NamedTuple):
 
 
 def _held_by(parts: dict[str, nn.Module]) -> _Held:
-    """What modules by these names hold. Buffers of one that trains are for it to change, and no constants."""
+    """What the modules of these names hold; buffers of a module in training may change and are no constants."""
     index: dict[int, int] = {}
     parameters: list[Tensor] = []
     places: list[tuple[str, int]] = []
@@ -355,7 +358,7 @@ def _held_by(parts: dict[str, nn.Module]) -> _Held:
 
 
 def _on_a_copy(f: Callable[..., Any], state: Any, *args: Any) -> Any:
-    """`f(state, *args)`, which may write into its state: the tracer cannot tell whether it does."""
+    """`f(state, *args)` on a copy of the state: f may write into it, and the tracer cannot tell."""
     return f(pytree.tree_map_only(Tensor, torch.clone, state), *args)
 
 
@@ -372,16 +375,16 @@ class _Host(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 def _host_of(modules: tuple[nn.Module, ...]) -> _Host:
-    """That of a function of which graphs are kept, for its next calls."""
+    """The `_Host` of a function whose graphs are kept, cached for its next calls."""
     return _Host(modules)
 
 
 def refuse_captured(opening: Opening, outputs: Tensor, known: tuple[Tensor, ...], inputs: int = 1) -> None:
     """Raise ValueError where `outputs`, computed from detached inputs, still depends on a tracked tensor.
 
-    `known` are the inputs it was computed from; a level of `torch.func` that only the output has comes from a
-    tensor that f reached by itself. An f that takes derivatives may have made the first `inputs` of them, its
-    state or time, tracked ones.
+    `known` are the inputs it was computed from. A level of `torch.func` that only the output has must come from a
+    tensor that f reached by itself. An f that takes derivatives may itself have made the first `inputs` of them
+    (its state or time) tracked.
     """
     nodes = [] if is_wrapped(outputs) else _graph_of(outputs)
     leaves = [x for node in nodes if (x := getattr(node, "variable", None)) is not None]
@@ -409,7 +412,7 @@ def _refuse(named: list[str], unseen: str = "") -> None:
 
 
 def _described(x: Tensor, parts: tuple[nn.Module, ...]) -> str:
-    """A tensor that a module may hold as a plain attribute."""
+    """A description of a tensor that a module may hold as a plain attribute."""
     names = (f"'{type(m).__name__}.{name}'" for m in parts for name, value in vars(m).items() if value is x)
     return f"{next(names, 'a tensor')} of shape {tuple(x.shape)}"
 
@@ -432,9 +435,9 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:
-    """`value`, which f returned for `x`, both `(B, n)`; raises ValueError where it has other shapes than at first.
+    """`value`, which f returned for `x`, both `(B, n)`; raises ValueError if the shapes differ.
 
-    Else a single row, say, would stand for all samples.
+    Otherwise a single row, for example, would be broadcast to all samples.
     """
     if value.shape != x.shape:
         raise ValueError(
@@ -445,7 +448,7 @@ def like(value: Tensor, x: Tensor) -> Tensor:
 
 
 def watched(call: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """`call(x)`; raises ValueError where it changes `x` in place, as far as that can be seen."""
+    """The value of `call(x)`; raises ValueError if the call changes `x` in place, as far as that can be seen."""
     if torch.compiler.is_dynamo_compiling():
         return call(x)
     before = version(x)

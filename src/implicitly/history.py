@@ -1,4 +1,4 @@
-"""The memory of solvers: vectors `(B, m, n)` in m slots, one of them written a step."""
+"""Buffers for the memory of solvers: vectors `(B, m, n)` in m slots, one of which is written per step."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from torch import Tensor
 from implicitly.host import LOOPS, Array
 from implicitly.transforms import is_cpu, is_wrapped
 
-# Slots there is room for at first. Many solves need no more.
+# The number of slots allocated at first. Many solves need no more.
 ROOM = 10
-# Bytes of memory that a thread keeps for its next solve, at most.
+# Most bytes of memory that a thread keeps for its next solve.
 KEPT = 2**28
 # Bytes of the largest block that glibc learns from (its DEFAULT_MMAP_THRESHOLD_MAX is 2**25).
 MAPPED = 2**25 - 2**16
 
 
 def empty_slots(like: Tensor, slots: int, count: int = 2) -> tuple[Tensor, ...]:
-    """`count` memories `(B, m, n)` for vectors `like` `(B, n)`, with room for the first of `slots` (`with_room`).
+    """Allocate `count` buffers `(B, m, n)` for vectors `like` `(B, n)`, with room for the first of `slots` slots.
 
-    What was never written is never read (see `filled`), save in a traced loop, where all of it is there and zero.
+    `with_room` makes more room. Slots that were never written are never read (see `filled`), except in a traced
+    loop, where all slots exist and are zero.
     """
     batch, n = like.shape
     if torch.compiler.is_dynamo_compiling():
-        # Each with memory of its own: a loop refuses two inputs of which one might be changed by way of the other.
+        # Each has its own memory: a loop refuses two inputs where changing one might change the other.
         return tuple(like.new_zeros(batch, slots, n) for _ in range(count))
-    # Slot by slot in memory.
+    # The slot is the slowest dimension in memory.
     return _empty(like, count, min(slots, ROOM), batch, n).transpose(1, 2).unbind(0)
 
 
@@ -43,19 +44,19 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 class _Workspace(threading.local):
-    """The memory of a thread's last solve, for its next: fresh pages cost more than all else a solver does."""
+    """A thread's memory, reused from solve to solve: fresh pages cost more than all else that a solver does."""
 
     def __init__(self):
-        # Released at once. From then on glibc keeps memory of up to twice this size that f and the solver free,
-        # where by itself it gives that back to the system after every call, and fetches it again page by page.
+        # Released at once. From then on glibc keeps memory of up to twice this size that f and the solver free.
+        # Otherwise it would return that to the system after every call, and fetch it again page by page.
         self.block = np.empty(MAPPED, dtype=np.uint8)
         self.block = np.empty(0, dtype=np.uint8)
 
     def take(self, size: int) -> np.ndarray:
-        """`size` bytes that nobody else uses, for as long as the caller holds them."""
-        # What was handed out refers to the block; two references are the attribute and the argument.
+        """An array of `size` bytes that nobody else uses for as long as the caller holds it."""
+        # Arrays that were handed out refer to the block. Two references are the attribute and the argument.
         if self.block.nbytes < size or sys.getrefcount(self.block) > 2:
-            # NumPy asks the system for huge pages, in which long vectors are read faster.
+            # NumPy asks the system for huge pages, from which long vectors are read faster.
             block = np.empty(size, dtype=np.uint8)
             if size > KEPT:
                 return block
@@ -67,7 +68,7 @@ _workspace = _Workspace()
 
 
 def with_room(buffer: Tensor, slot: int | Tensor, slots: int) -> Tensor:
-    """`buffer`, or a copy with twice the room (at most `slots`) where it ends before `slot`."""
+    """`buffer`, or a copy with twice the slots (at most `slots`) if it has no room for `slot`."""
     batch, room, n = buffer.shape
     if isinstance(slot, Tensor) or slot < room:
         return buffer
@@ -80,7 +81,7 @@ def with_room(buffer: Tensor, slot: int | Tensor, slots: int) -> Tensor:
 
 
 def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Tensor:
-    """`buffer` with `value` in place `slot` of dimension `dim`; in place where nothing can notice."""
+    """`buffer` with `value` at `slot` of dimension `dim`; written in place where nothing can notice."""
     if isinstance(slot, Tensor):
         return buffer.index_copy(dim, slot.reshape(1), value.unsqueeze(dim))
     if not _unseen(buffer, value):
@@ -90,7 +91,7 @@ def write(buffer: Tensor, slot: int | Tensor, value: Tensor, dim: int = 1) -> Te
 
 
 def write_kept(buffer: Tensor, slot: int | Tensor, value: Tensor) -> Tensor:
-    """As `write`, for one of `Solver.history_slots`, which traced loops write in place."""
+    """Like `write`, for a buffer counted in `Solver.history_slots`, which traced loops write in place."""
     if isinstance(slot, Tensor) and LOOPS.writes:
         return buffer.index_copy_(1, slot.reshape(1), value.unsqueeze(1))
     return write(buffer, slot, value)
@@ -99,7 +100,7 @@ def write_kept(buffer: Tensor, slot: int | Tensor, value: Tensor) -> Tensor:
 def write_result(
     buffer: Tensor, slot: int | Tensor, op: Callable[..., Tensor], *operands: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `write_kept`, of `op(*operands)`; and that. Without a copy where nothing can notice."""
+    """Like `write_kept` with the value `op(*operands)`, also returned; no copy where nothing can notice."""
     if isinstance(slot, Tensor) or not _unseen(buffer, *operands):
         value = op(*operands)
         return write_kept(buffer, slot, value), value
@@ -107,7 +108,7 @@ def write_result(
 
 
 def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
-    """The symmetric `buffer` `(B, m, m)` with `values` `(B, c)`, c <= m, in row and column `slot`."""
+    """The symmetric `buffer` `(B, m, m)` with `values` `(B, c)`, c <= m, in row `slot` and column `slot`."""
     missing = buffer.shape[1] - values.shape[1]
     if isinstance(slot, Tensor) or not _unseen(buffer, values):
         values = torch.nn.functional.pad(values, (0, missing))
@@ -118,19 +119,19 @@ def write_cross(buffer: Tensor, slot: int | Tensor, values: Tensor) -> Tensor:
 
 
 def read(buffer: Array, slot: int | Tensor) -> Array:
-    """What is in place `slot` of dimension 1."""
+    """The entry at `slot` of dimension 1."""
     return buffer.index_select(1, slot.reshape(1))[:, 0] if isinstance(slot, Tensor) else buffer[:, slot]
 
 
 def _unseen(*tensors: Tensor) -> bool:
-    """Whether neither autograd nor a transform nor a tracer looks on."""
+    """Whether no autograd, transform or tracer records what happens to `tensors`."""
     if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
         return False
     return not any(is_wrapped(t) for t in tensors)
 
 
 def filled(buffer: Tensor, count: int | Tensor) -> Tensor:
-    """The first `count` slots of `buffer` `(B, m, ...)` where that is a number; all of them in a traced loop."""
+    """The first `count` slots of `buffer` `(B, m, ...)` if `count` is an int; all of them in a traced loop."""
     return buffer[:, :count] if isinstance(count, int) else buffer
 
 
@@ -154,5 +155,5 @@ def add_combined(
 
 
 def added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
-    """As `add_combined`, of an `x` that nobody else holds: without a copy of it."""
+    """Like `add_combined`, but in place, for an `x` that nobody else holds."""
     return x.unsqueeze(1).baddbmm_(coefficients.unsqueeze(1), rows)[:, 0]

@@ -1,8 +1,9 @@
-"""Arithmetic of a few numbers a sample, where that is quickest.
+"""Arithmetic on a few numbers per sample, done where it is fastest.
 
-Times, lengths and errors are arrays `(B,)`. On a CPU they are NumPy's, whose operations take a fifth of the time
-of torch's; on an accelerator, under transforms and in a traced graph they are tensors. The functions used on both
-have the same names there (`where`, `minimum`, `maximum`, `sign`), and in `Numbers` for a single sample's floats.
+Times, step lengths and errors are arrays `(B,)`. On a CPU they are NumPy arrays, whose operations take a fifth of
+the time of torch's; on an accelerator, under transforms and in a traced graph they are tensors. The functions
+used on both have the same names in NumPy and torch (`where`, `minimum`, `maximum`, `sign`), and in `Numbers` for
+the floats of a single sample.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ R = TypeVar("R")
 
 
 class Loops:
-    """Whether the body of a traced loop `writes` into tensors that lie outside of it, rather than carries them.
+    """Whether the body of a traced loop `writes` into tensors outside of the loop, rather than carrying them.
 
-    PyTorch can do that from 2.13 on, but not where what the body calls differentiates.
+    PyTorch supports that from 2.13 on, but not where a function that the body calls differentiates.
     """
 
     known = torch.__version__ >= "2.13"
@@ -39,7 +40,7 @@ LOOPS = Loops()
 
 
 def carrying(function: Callable[..., R]) -> Callable[..., R]:
-    """`function` with loops that write nowhere, for a trace."""
+    """`function`, to be traced with loops that write to no tensor outside (see `Loops`)."""
 
     def call(*args: Any) -> R:
         before, LOOPS.writes = LOOPS.writes, False
@@ -51,12 +52,12 @@ def carrying(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def remembered(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function whose last `size` results are kept; a traced graph has them as constants, and calls it itself."""
+    """A decorator that keeps a function's last `size` results; a trace calls the function itself instead."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.lru_cache(maxsize=size)
         def kept(*args: Any) -> R:
-            # Tensors that are kept have to serve autograd, too, and who comes after a transform of torch.func.
+            # Tensors that are kept must also work with autograd, and after a transform of torch.func has ended.
             with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
                 return function(*args)  # pyright: ignore[reportCallIssue]
 
@@ -77,31 +78,31 @@ def _gauss(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def gauss(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Nodes and weights on [0, 1] of Gauss' rule with so many points."""
+    """Nodes and weights of the Gauss-Legendre rule with `count` points on [0, 1]."""
     return _gauss(count)
 
 
-# What `torch.compiler.assume_constant_result` does; that imports the whole compiler.
+# Same effect as `torch.compiler.assume_constant_result`, which imports the whole compiler.
 gauss._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def views(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors for the body of a loop.
+    """Views of the same tensors, for the body of a loop.
 
-    Of a tensor that was taken apart before, the tracer would hand the parts to the loop, and then refuse them as
-    they share memory.
+    If a tensor was split before, the tracer would pass its parts to the loop, and then refuse them because they
+    share memory.
     """
     return tuple(x.view_as(x) for x in tensors)
 
 
 class Numbers:
-    """The functions for plain numbers, which take a tenth of the time of arrays with one entry."""
+    """The functions for plain floats, which take a tenth of the time that arrays with one entry take."""
 
     minimum, maximum, isfinite = min, max, math.isfinite
 
     @staticmethod
     def where(condition: bool, yes: float, no: float) -> float:
-        """One of two."""
+        """`yes` or `no`."""
         return yes if condition else no
 
     @staticmethod
@@ -111,19 +112,19 @@ class Numbers:
 
 
 def library(x: Array) -> Any:
-    """What has the functions that work on `x`: numpy, torch, or `Numbers` for a float."""
+    """The module or class whose functions work on `x`: numpy, torch, or `Numbers` for a float."""
     if isinstance(x, Tensor):
         return torch
     return Numbers if type(x) is float else np
 
 
 def on_host(*tensors: Tensor) -> bool:
-    """Whether the numbers of all `tensors` can be looked at without waiting."""
+    """Whether the values of all `tensors` can be read without waiting for a device."""
     return not written_down() and all(is_cpu(x) and not is_wrapped(x) for x in tensors)
 
 
 def to_host(x: Tensor) -> Array:
-    """`x`, detached, as an array of the kind to be used where it lies."""
+    """`x`, detached, as the kind of array that is used on its device: NumPy on a CPU, else a tensor."""
     if written_down() or not is_cpu(x):
         return x.detach()
     if not under_transform():
@@ -134,7 +135,7 @@ def to_host(x: Tensor) -> Array:
 
 
 def clamped(x: Array, least: float | None, most: float | None) -> Array:
-    """`x`, but no less than `least` and no more than `most`."""
+    """`x` clamped to be no less than `least` and no more than `most`."""
     if isinstance(x, Tensor):
         return x.clamp(least, most)
     xp = library(x)
@@ -144,7 +145,7 @@ def clamped(x: Array, least: float | None, most: float | None) -> Array:
 
 
 def filled(x: Array, value: float, dtype: str | None = None) -> Array:
-    """An array like `x`, of a `dtype` by its name where that is given, with `value` everywhere."""
+    """An array like `x` filled with `value`, of the `dtype` of that name if given."""
     if isinstance(x, Tensor):
         return torch.full_like(x, value, dtype=None if dtype is None else getattr(torch, dtype))
     whole = np.empty(x.shape, x.dtype if dtype is None else dtype)  # NumPy's full takes three times as long
@@ -153,14 +154,14 @@ def filled(x: Array, value: float, dtype: str | None = None) -> Array:
 
 
 def finite_rows(*matrices: Tensor) -> Array:
-    """Which rows `(B,)` of all the `(B, n)` hold finite numbers only."""
+    """Which rows `(B,)` hold only finite numbers in all the `matrices` `(B, n)`."""
     sizes = to_host(functools.reduce(torch.add, (torch.linalg.vector_norm(x, dim=1) for x in matrices)))
     if isinstance(sizes, np.ndarray):
         finite = np.isfinite(sizes)
         if finite.all():
             return finite
     rows = (x.isfinite().all(1) for x in matrices)
-    return to_host(functools.reduce(torch.logical_and, rows))  # squares of finite numbers may be inf, too
+    return to_host(functools.reduce(torch.logical_and, rows))  # a norm may be inf for finite numbers, by overflow
 
 
 def to_tensor(x: Array) -> Tensor:
@@ -169,15 +170,17 @@ def to_tensor(x: Array) -> Tensor:
 
 
 def captured() -> bool:
-    """Whether operations become part of a graph of the caller's, in which no number can be looked at: that of
-    `torch.compile(model)`, or a CUDA graph."""
+    """Whether operations become part of a graph of the caller, in which no value can be read.
+
+    That is the graph of `torch.compile(model)`, or a CUDA graph.
+    """
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def maybe_any(mask: Array) -> bool:
-    """Whether any entry is true where looking is cheap; True where it is not (tracing, an accelerator)."""
+    """Whether any entry is true, where looking is cheap; True where it is not (tracing, an accelerator)."""
     if not isinstance(mask, Tensor):
         return bool(mask.any())
     if written_down():
@@ -187,10 +190,10 @@ def maybe_any(mask: Array) -> bool:
 
 
 def all_now(mask: Array) -> bool:
-    """Whether all entries are true; an accelerator is waited for."""
+    """Whether all entries are true; waits for an accelerator."""
     return bool((unwrapped(mask) if isinstance(mask, Tensor) else mask).all())
 
 
 def surely_all(mask: Tensor) -> bool:
-    """Whether all entries are true where looking is cheap; False where it is not (tracing, an accelerator)."""
+    """Whether all entries are true, where looking is cheap; False where it is not (tracing, an accelerator)."""
     return not maybe_any(~mask)

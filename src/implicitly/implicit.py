@@ -1,16 +1,16 @@
-"""The implicit function theorem, once: any residual, any solver, any order, reverse and forward mode.
+"""The implicit function theorem, written once: any residual, solver and order, in reverse and forward mode.
 
-A `Condition` says what vanishes at the answer: R(z, theta) = 0. `find` lets a solver find a point, outside of
-autograd. `attach` gives that point its derivative. With A = dR/dz at the point,
+A `Condition` states which residual vanishes at the solution: R(z, theta) = 0. `find` runs a solver, outside of
+autograd, to find such a point. `attach` gives that point its derivative. With A = dR/dz at the point,
 
     reverse mode   A' u + g = 0,            then  dL/dtheta = (dR/dtheta)' u
     forward mode   A v + (dR/dtheta) dtheta = 0,  then  dz = v
 
-and u and v satisfy conditions again, linear ones, to which the same `find` and `attach` apply: that recursion
-is what gives every order of derivative. (Griewank and Walther, Evaluating Derivatives, chapter 15.)
+Both u and v satisfy conditions again, linear ones, to which the same `find` and `attach` apply. This recursion
+gives derivatives of every order. (Griewank and Walther, Evaluating Derivatives, chapter 15.)
 
-States are matrices `(B, n)`, one sample a row, and samples do not depend on each other; this is what lets
-`vmap` merge its own batch into the rows.
+States are matrices `(B, n)`, one sample per row, and samples do not depend on each other; so `vmap` can merge its
+own batch into the rows.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ from implicitly.transforms import (
 )
 from implicitly.tree import real_parts, row_norm
 
-# An unconverged linear solve is still used, and reported, if its relative residual is below GOOD_ENOUGH and its
-# error estimate, that residual times |M||u|/|b|, is below HOPELESS: near a singular system a small residual says
-# little about the error.
+# The result of an unconverged linear solve is still used, and reported, if its relative residual is below
+# GOOD_ENOUGH and its error estimate, that residual times |M||u|/|b|, is below HOPELESS: near a singular system a
+# small residual says little about the error.
 GOOD_ENOUGH = 0.1
 HOPELESS = 0.5
-# Where a first solver falls short, the matrices of systems of so many unknowns, and of so many bytes, are made.
+# Where the first solver falls short, dense matrices are formed for systems with up to so many unknowns and bytes.
 FEW, SMALL = 256, 2**26
 
 
@@ -81,12 +81,12 @@ def find(
     *,
     leave_last: bool = False,
 ) -> Found:
-    """A point that satisfies `condition`, from `z0` `(B, n)`; no gradients are recorded.
+    """Find a point that satisfies `condition`, starting from `z0` `(B, n)`, without recording gradients.
 
-    `r0` is the residual at z0 where it is known. `leave_last`: as of `iterate`; where `Found.ahead` tells that the
-    last call was left, `arrive` ends the solve.
+    `r0` is the residual at z0 where it is known. `leave_last` is as in `iterate`; where `Found.ahead` shows that
+    the last call was left to the caller, `arrive` ends the solve.
     """
-    if torch.compiler.is_dynamo_compiling():  # nothing needs to be opaque to who traces all of it
+    if torch.compiler.is_dynamo_compiling():  # a trace of everything needs no opaque step
         with torch.no_grad():
             return search(solver, condition, z0, theta, r0, unrolled=True)
     start = (z0,) if r0 is None else (z0, r0)
@@ -100,12 +100,12 @@ def find(
 
 
 def has_waited(solver: Solver, condition: Condition) -> bool:
-    """Whether a solve that has ended has looked at what it found, or its report has."""
+    """Whether the host has already waited for the result of a solve, in the solver or in the report."""
     return not solver.fixed_steps or condition.report.on_failure != "ignore"
 
 
 def arrive(found: Found, r: Tensor, solver: Solver, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
-    """The end of the solve `found`, whose last residual `r` `(B, n)`, at `found.ahead`, was left to the caller."""
+    """End the solve `found` with the last residual `r` `(B, n)`, at `found.ahead`, that the caller computed."""
     starts = [t.detach() for t in (*found.ahead, r, found.z, found.residual)]
     z, status, residual, steps, _ = _Find.apply(solver, condition, _last_step, len(starts), *starts, *theta)
     return Found(z, status, residual, steps, found.evaluations + 1, looked_at=has_waited(solver, condition))
@@ -131,15 +131,15 @@ def search(
 ) -> Found:
     """Run `solver` on `condition`: plain tensor code, differentiable by unrolling where autograd records.
 
-    `leave_last`: as of `iterate`; then without an estimate. `unrolled`: exactly `max_steps` steps, one after the
-    other, in a traced graph. `verify`: look whether an answer that a recurrence calls right is so.
+    `leave_last`: as in `iterate`, and then without an estimate. `unrolled`: exactly `max_steps` steps, one after
+    the other, in a traced graph. `verify`: evaluate the true residual of an answer that a recurrence calls right.
     """
     if z0.shape[1] == 0:
         return _without_entries(z0, unrolled)
     rtol, atol = solver.tolerances(condition.dtype)
     if condition.linear:
         scale = row_norm(theta[0])
-        # A gradient may be as small as it likes: only an explicit absolute tolerance counts.
+        # Gradients may be arbitrarily small, so only an explicit absolute tolerance counts.
         atol = solver.atol or 0.0
     elif condition.relative_to_iterate:
         scale = None
@@ -172,18 +172,18 @@ def _coarse(bind: Callable[..., Residual], eps: float, *theta: Tensor) -> Coarse
 
 
 def _without_entries(z: Tensor, unrolled: bool) -> Found:
-    """States `(B, 0)`, which satisfy every condition."""
+    """The result for states `(B, 0)`, which satisfy every condition."""
     status = torch.full((len(z),), int(Status.CONVERGED), dtype=torch.int64, device=z.device)
     residual, zeros = z.new_zeros(len(z)), torch.zeros_like(status)
     return Found(z, status, residual, zeros, 0 if unrolled else zeros.new_zeros(()))
 
 
 class Opaque(Operation):
-    """What has no derivative: subclasses have `forward`, and the `vmap` that hands it the whole batch."""
+    """An operation without a derivative; subclasses add `forward`, and a `vmap` that passes it the whole batch."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Nothing that comes out is differentiable."""
+        """Mark all outputs as not differentiable."""
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -201,7 +201,7 @@ class Opaque(Operation):
 
 
 class _Find(Opaque):
-    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+    """A solve as one opaque step, so that `vmap` passes it the whole batch."""
 
     @staticmethod
     @unhooked()
@@ -227,7 +227,7 @@ class _Find(Opaque):
 
 
 def _split_rows(x: Tensor, size: int) -> Tensor:
-    """`(size * B, ...)` as `(size, B, ...)`: what `merge_rows` made one."""
+    """A `(size * B, ...)` tensor as `(size, B, ...)`: undoes `merge_rows`."""
     return x.reshape(size, len(x) // size, *x.shape[1:])
 
 
@@ -235,11 +235,11 @@ def _split_rows(x: Tensor, size: int) -> Tensor:
 
 
 def attach(condition: Condition, z: Tensor, theta: tuple[Tensor, ...], backward: Backward) -> Tensor:
-    """`z` `(B, n)`, which satisfies `condition`, with the derivative that the theorem gives it."""
+    """The point `z` `(B, n)`, which satisfies `condition`, with the derivative that the theorem gives it."""
     if torch.compiler.is_dynamo_compiling():
         z = z.detach()
         return _Answered.apply(condition.residual(z, *theta), z, partial(backward.answer, condition, theta))
-    if not records():  # as for the answer of a derivative's own solve
+    if not records():  # as in the solve of a derivative
         return z.detach()
     return _Attach.apply(condition, backward, z.detach(), *theta)
 
@@ -249,11 +249,11 @@ class Backward:
     """How the linear systems M u = b of a derivative are solved.
 
     Attributes:
-        solver: a linear solver, or any solver: a linear condition is a condition.
-        inverse: an estimate of M^-1, a map on `(B, n)`, for the reverse mode of first order.
+        solver: a linear solver, or any other solver, since a linear condition is a condition.
+        inverse: an estimate of M^-1, a map on `(B, n)`, for first-order reverse mode.
         use: "start" the solve from `inverse(b)`, or "precondition" it by `inverse`.
-        listen: receives what the solve of first order found.
-        otherwise: what solves systems of a few unknowns where `solver` falls short; None: nothing.
+        listen: called with the result of the first-order solve.
+        otherwise: the solver for systems of few unknowns where `solver` falls short; None: there is none.
     """
 
     solver: Solver
@@ -263,16 +263,16 @@ class Backward:
     otherwise: LinearSolver | None = None
 
     def answer(self, condition: Condition, theta: tuple[Tensor, ...], g: Tensor, z: Tensor) -> Tensor:
-        """u with A' u + g = 0 at `z`, in a traced graph, which nobody differentiates once more."""
+        """The u with A' u + g = 0 at `z`, in a traced graph, which is not differentiated again."""
         theta = (g, z, *(t.detach() for t in theta))
         system = transposed(condition)
         found = find(self.solver, system, torch.zeros_like(g), theta, g)
         return self.usable(found, system, theta)
 
     def usable(self, found: Found, condition: Condition, theta: tuple[Tensor, ...]) -> Tensor:
-        """What was found for M u = b, 0 where a solve broke down: no derivative rather than an arbitrary one.
+        """The result for M u = b, with 0 where the solve broke down: no derivative rather than an arbitrary one.
 
-        NaN where b has NaN or inf, as a scaler of mixed precision looks for those.
+        It is NaN where b has NaN or inf, because the gradient scaler of mixed precision looks for those.
         """
         if all_converged(found.status) or not any_ended(found, ~is_success(found.status)):
             return found.z
@@ -288,7 +288,7 @@ class Backward:
         return torch.where(usable[:, None], found.z, nothing[:, None])
 
     def solve(self, condition: Condition, theta: tuple[Tensor, ...], inverse: Map | None = None) -> Tensor:
-        """u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
+        """The u with M u = b, itself differentiable; `theta` is `(b, ...)`."""
         b = theta[0]
         if inverse is None:
             found = self._found(condition, theta)
@@ -303,7 +303,7 @@ class Backward:
         return attach(condition, usable, theta, Backward(self.solver, otherwise=self.otherwise))
 
     def _found(self, condition: Condition, theta: tuple[Tensor, ...]) -> Found:
-        """The solution from zero, by `otherwise` where `solver` falls short and matrices are small."""
+        """The solution, starting from zero; by `otherwise` where `solver` falls short and matrices are small."""
         b, second = theta[0], self.otherwise
         if second is None or not 0 < b.shape[1] <= FEW or b.nbytes * b.shape[1] > SMALL:
             return find(self.solver, condition, torch.zeros_like(b), theta, b)
@@ -317,7 +317,7 @@ class Backward:
 
 
 def any_ended(found: Found, mask: Tensor) -> bool:
-    """Whether any entry of `mask` `(B,)`, which tells how samples of `found` ended, is true; see `maybe_any`."""
+    """Whether any entry of `mask` `(B,)`, on how samples of `found` ended, is true; see `maybe_any`."""
     looks = found.looked_at and not torch.compiler.is_dynamo_compiling()
     return bool(unwrapped(mask).any()) if looks else maybe_any(mask)
 
@@ -334,13 +334,13 @@ def attach_usable(found: Found, condition: Condition, theta: tuple[Tensor, ...],
 
 
 def constant(z: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
-    """`z` with zero derivatives (none is not zero: autograd tells them apart)."""
+    """`z` with derivatives that are zero (autograd tells that apart from none)."""
     real = (real_parts(_reshapable(t)) for t in theta if t.is_floating_point() or t.is_complex())
     return z.detach() + sum(t.flatten()[:0].sum().to(z.dtype) for t in real)
 
 
 def _reshapable(t: Tensor) -> Tensor:
-    """`t`, dense where it is sparse and has a derivative; without it, what is as good."""
+    """`t`; if sparse, its dense form where it needs a gradient, and else a zero, which is as good."""
     if t.layout is torch.strided:
         return t
     return t.to_dense() if t.requires_grad else torch.zeros((), dtype=t.dtype, device=t.device)
@@ -349,15 +349,16 @@ def _reshapable(t: Tensor) -> Tensor:
 def without_failed(
     usable: Tensor, z: Tensor, theta: tuple[Tensor, ...], condition: Condition
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`z` and `theta` in which nothing of a failed sample is left that could turn 0 * NaN into a NaN gradient.
+    """`z` and `theta` without the values of failed samples, where 0 * NaN would make the gradient NaN.
 
-    A failed sample has no cotangent, but its Jacobian may be NaN, and parameters sum over all samples. Where it
-    is known which tensors hold the samples, a good sample stands in for it. Else NaN and inf themselves go, which
-    is enough unless f is undefined at finite arguments; then the gradient says so.
+    A failed sample has a zero cotangent, but its Jacobian may be NaN, and gradients of parameters are sums over
+    all samples. Where it is known which tensors hold the samples, a good sample takes the place of each failed
+    one. Else NaN and inf are replaced by zeros, which is enough unless f is undefined at finite arguments; then
+    the gradient is NaN, and a warning says so.
     """
     if condition.sample_dims is None:
         return torch.nan_to_num(z, 0.0, 0.0, 0.0), tuple(_finite(t, condition) for t in theta)
-    if len(usable) == 0:  # of which there is no largest: a traced graph gets here without looking who failed
+    if len(usable) == 0:  # argmax needs an entry; a traced graph gets here without knowing who failed
         return z, theta
     index = torch.arange(len(usable), device=usable.device)
     rows = torch.where(usable, index, usable.to(torch.int64).argmax())
@@ -366,7 +367,7 @@ def without_failed(
 
 
 def _finite(t: Tensor, condition: Condition) -> Tensor:
-    if t.layout not in (torch.strided, torch.sparse_coo):  # others know no such operation
+    if t.layout not in (torch.strided, torch.sparse_coo):  # other layouts lack this operation
         return t
     if t.is_complex():
         t = torch.complex(*torch.nan_to_num(real_parts(t), 0.0, 0.0, 0.0).unbind(-1))
@@ -374,7 +375,7 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
         t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
     else:
         return t
-    shape = tuple(t.shape)  # a hook that holds its own tensor would keep it, and its graph, for ever
+    shape = tuple(t.shape)  # a hook that held its own tensor would keep it, and its graph, alive for ever
 
     def tell(gradient: Tensor) -> None:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
@@ -392,7 +393,7 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
 
 
 def _preconditioned(condition: Condition, inverse: Map) -> Condition:
-    """M inverse(w) = b for w. Rows stay together, since the estimate has one matrix a row."""
+    """The condition M inverse(w) = b for w. Samples are not dropped, as the estimate has one matrix per sample."""
 
     def bind(*theta: Tensor) -> Map:
         operator = condition.bind(*theta)
@@ -411,7 +412,7 @@ class _Attach(Operation):
         ctx.condition, ctx.how = inputs[:2]
         snapshot = ctx.condition.snapshot
         ctx.restored = nullcontext if snapshot is None else snapshot()
-        # The output, not the input: higher derivatives go through it.
+        # The output is saved, not the input, as higher derivatives go through it.
         ctx.save_for_backward(output, *inputs[3:])
         ctx.save_for_forward(output, *inputs[3:])
 
@@ -435,7 +436,7 @@ class _Attach(Operation):
         moving = [i for i, d in enumerate(dtheta) if d is not None]
 
         of_moving = of_places(partial(ctx.condition.residual, z), theta, moving)
-        # autograd switches forward mode off inside `jvp`; an enclosing jvp of torch.func still needs it.
+        # autograd switches forward mode off inside `jvp`, but an enclosing jvp of torch.func still needs it.
         with forward_ad._set_fwd_grad_enabled(True):
             b = push(of_moving, tuple(theta[i] for i in moving), tuple(dtheta[i] for i in moving))
             return ctx.how.solve(pushed(ctx.condition), (b, z, *theta))
@@ -452,7 +453,7 @@ class _Attach(Operation):
 def _cotangents(
     condition: Condition, how: Backward, g: Tensor, z: Tensor, theta: list[Tensor], needed: list[int]
 ) -> tuple[Tensor, ...]:
-    """What the theorem gives those of theta that are `needed`, for the cotangent g of z."""
+    """The cotangents of the `needed` tensors of theta, by the theorem, for the cotangent g of z."""
     if is_plain(g, z, *theta):
         record = condition.pull or partial(recorded, condition.residual)
         pull = record((z, *theta), [0, *(i + 1 for i in needed)])
@@ -464,9 +465,9 @@ def _cotangents(
 
 
 class _Answered(Operation):
-    """z with the derivative of the theorem in a traced graph: the cotangent g of z is that u of its residual.
+    """The point z with the theorem's derivative, in a traced graph: the cotangent g of z gives u for the residual.
 
-    What else the condition depends on is reached from the residual, by plain operations.
+    All else that the condition depends on is differentiated through the residual, by plain operations.
     """
 
     @staticmethod
@@ -482,8 +483,11 @@ class _Answered(Operation):
 
 
 def push(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """J v: by forward mode inside of torch.func, whose levels nest; else by two reverse passes, as dual numbers
-    do not."""
+    """The product J v, by forward mode or by two reverse passes.
+
+    Forward mode is used inside of torch.func, whose levels nest. Elsewhere two reverse passes are needed, as dual
+    numbers do not nest.
+    """
     dual_level = forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0
     if not dual_level and any(is_wrapped(t) for t in (*primals, *tangents)):
         # A dual number is written to, so it cannot be an expanded tensor.
@@ -499,9 +503,9 @@ def transposed(
     rows: int = 0,
     recorded_pull: Pull | None = None,
 ) -> Condition:
-    """A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta): what reverse mode solves.
+    """The condition A(z, theta)' u + g = 0 for u, with theta' = (g, z, *theta), that reverse mode solves.
 
-    `recorded_pull` is R, `recorded` at all the `rows` samples, where the caller has it.
+    `recorded_pull` is the pullback of R, `recorded` at all the `rows` samples, where the caller has it.
     """
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
@@ -517,7 +521,7 @@ def transposed(
 
 
 def pushed(condition: Condition) -> Condition:
-    """A(z, theta) v + b = 0 for v, with theta' = (b, z, *theta): what forward mode solves."""
+    """The condition A(z, theta) v + b = 0 for v, with theta' = (b, z, *theta), that forward mode solves."""
 
     def bind(z: Tensor, *theta: Tensor) -> Map:
         residual = condition.at(*theta)
@@ -537,7 +541,7 @@ def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condit
 def _mapped(
     condition: Condition, in_dims: tuple[int | None, ...], size: int, theta: tuple[Tensor, ...]
 ) -> tuple[Condition, tuple[Tensor, ...]]:
-    """The condition on `(size * B, n)` that holds `condition` for each of `size` thetas, and its theta."""
+    """The condition on `(size * B, n)` that states `condition` for each of `size` thetas, and its theta."""
     if condition.linear:  # b has one row a sample, like the unknown
         theta, in_dims = (merge_rows(theta[0], in_dims[0], size), *theta[1:]), in_dims[1:]
 

@@ -1,11 +1,11 @@
-"""The one loop: samples converge, fail and are reported one by one.
+"""The one loop of all solvers: samples converge, fail and are reported one by one.
 
-A solver is a rule that proposes the next iterate; everything else about iterating is here, once: when a sample
+A solver is a rule that proposes the next iterate. Everything else about iterating is here, once: when a sample
 has converged, stagnated or blown up, which iterate was its best, and how finished samples stop costing
-anything. States are matrices `(B, n)`, one sample a row.
+anything. States are matrices `(B, n)`, one sample per row.
 
 The body of the loop is a pure function from tensors to tensors of fixed shape. Eagerly it runs in a Python
-loop; traced by `torch.compile` the same body becomes one `while_loop` graph.
+loop; traced by `torch.compile`, the same body becomes one `while_loop` graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Residual = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Affine:
-    """The residual u -> b - M u of a linear system, with its parts in the open."""
+    """The residual u -> b - M u of a linear system, with M and b accessible."""
 
     operator: Callable[[Tensor], Tensor]
     b: Tensor
@@ -46,7 +46,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Coarse:
-    """A residual that f computes in a narrower dtype than that of the state, with the `eps` of that dtype."""
+    """A residual that f computes in a narrower dtype than the state's; `eps` is that of the narrower dtype."""
 
     residual: Residual
     eps: float
@@ -56,26 +56,26 @@ class Coarse:
         return self.residual(z)
 
 
-# A residual this many times its first value is never coming back.
+# A residual this many times its first value is not expected to come back: the sample has diverged.
 BLOW_UP = 1e8
 # Steps without a new best residual after which a sample has stagnated.
 PATIENCE = 30
-# On an accelerator, asking "has everything converged?" makes the host wait. It is asked less often the longer the
-# solve, so that at most this share of the steps comes too late to be of use.
+# On an accelerator, asking "has everything converged?" makes the host wait. The longer the solve, the less often
+# it is asked, such that at most this share of the steps is taken needlessly, after convergence.
 LATE = 1 / 4
-# A residual that a recurrence says is within tolerance may truly be so many times the tolerance.
+# Where a recurrence says that a residual is within tolerance, the true one may be this many times the tolerance.
 DRIFTED = 10
-# Finished samples are dropped from the calls of f once at most this share of the rows still runs.
+# Finished samples are dropped from the calls of f once at most this share of the rows is still running.
 DROP_BELOW = 7 / 8
 
 
 class Proposal(NamedTuple):
-    """The next iterate.
+    """The next iterate, as a solver proposes it.
 
-    `residual` is given where the solver had to evaluate it anyway (line searches, recurrences), else the loop
-    evaluates it. `calls` counts the evaluations made. `singular` `(B,)` marks samples that cannot go on; `verdict`
-    `(B,)` int64 says for what other `Status` they cannot, RUNNING where they can. `progress` `(B,)` marks samples
-    that came closer by another measure than the residual.
+    `residual` is given where the solver had to evaluate it anyway (line searches, recurrences); else the loop
+    evaluates it. `calls` counts the evaluations made. `singular` `(B,)` marks samples that cannot go on because a
+    linear system has no solution; `verdict` `(B,)` int64 holds another `Status` for which samples cannot go on, or
+    RUNNING where they can. `progress` `(B,)` marks samples that came closer by a measure other than the residual.
     """
 
     z: Tensor
@@ -88,48 +88,49 @@ class Proposal(NamedTuple):
 
     @property
     def fails_nowhere(self) -> bool:
-        """Whether nothing is said of samples that cannot go on."""
+        """Whether no sample is marked as unable to go on."""
         return self.singular is None and self.verdict is None
 
     @property
     def is_plain(self) -> bool:
-        """Whether all there is to it is where to evaluate the residual next."""
+        """Whether it is only the point at which to evaluate the residual next."""
         return all(x is None for x in (self.residual, self.singular, self.verdict, self.progress))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """A rule for the next iterate, with its tolerances.
+    """Base class of solvers: a rule for the next iterate, with its tolerances.
 
     A sample has converged when |r| <= atol + rtol * scale in the 2-norm, where r is its residual and the scale
     is |z| for a fixed point, |F(z0)| for a root and |b| for a linear system. For a fixed point the tolerance
-    bounds the error |z - z*|: if the last step was g > 1 times the residual it started from, the error is about
-    g |r|, so |r| must be g times smaller.
+    bounds the error |z - z*|: if the last step was g > 1 times as long as the residual it started from, the error
+    is about g |r|, so |r| must be g times smaller.
 
     Args:
         rtol: relative tolerance; None means eps^(2/3) of the state's dtype (4e-11 in float64, 2e-5 in float32,
-            0.04 in bfloat16), or of autocast's where that is on. `rtol=0` without `atol` asks for exactly
-            `max_steps` steps and no test of convergence.
-        atol: absolute tolerance; None means 10 eps of the dtype, or 0 where `rtol=0` and for linear systems. Where
-            states or residuals are in units so small that this is not nothing, pass `atol=0`, or scale them.
-        max_steps: steps after which a sample ends as `Status.MAX_STEPS`.
+            0.04 in bfloat16), or of autocast's dtype where autocast is on. `rtol=0` without `atol` asks for
+            exactly `max_steps` steps, without a test of convergence.
+        atol: absolute tolerance; None means 10 eps of the dtype, or 0 with `rtol=0` and for linear systems. Where
+            the units of states or residuals are so small that this is not negligible, pass `atol=0`, or scale
+            them.
+        max_steps: number of steps after which a sample ends with `Status.MAX_STEPS`.
     """
 
     rtol: float | None = None
     atol: float | None = None
     max_steps: int = 100
 
-    # Whether it needs the operator of a linear condition.
+    # Whether it needs the operator of a linear condition, not only residuals.
     linear: ClassVar[bool] = False
     # Whether it updates the residual by a recurrence, which can drift from the true one.
     recurrent: ClassVar[bool] = False
-    # How many tensors of its memory, the first ones, are slots of which a step writes one, by `write_kept`.
+    # How many of the first tensors of its memory are buffers of slots, of which a step writes one (`write_kept`).
     history_slots: ClassVar[int] = 0
     # Whether `estimate` describes the inverse Jacobian.
     estimates_inverse: ClassVar[bool] = False
-    # Whether its operations have derivatives wherever they are taken, so that autograd may record them.
+    # Whether its operations are differentiable wherever they are applied, so that autograd may record them.
     recordable: ClassVar[bool] = True
-    # What the map that it gets must be besides a residual: see `Descent`.
+    # What it needs besides a residual: see `Descent`.
     needs: ClassVar[str | None] = None
 
     def __post_init__(self):
@@ -140,31 +141,31 @@ class Solver(ABC):
 
     @property
     def fixed_steps(self) -> bool:
-        """Whether exactly `max_steps` steps are asked for, and nothing is compared."""
+        """Whether exactly `max_steps` steps are asked for, without a test of convergence."""
         return self.rtol == 0 and not self.atol
 
     @property
     def nests(self) -> bool:
-        """Whether a step may have a loop of its own, by `repeat` or `iterate`."""
+        """Whether a step may contain a loop of its own, by `repeat` or `iterate`."""
         return False
 
     @abstractmethod
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The solver's memory before the first step; every tensor of it has one row a sample.
+        """The solver's memory before the first step; each of its tensors has one row per sample.
 
-        `F` maps z to its residual; a linear solver gets it as `Affine`, with the operator in the open.
+        `F` maps z to its residual; a linear solver gets an `Affine`, which has the operator.
         """
 
     @abstractmethod
     def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The iterate after `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (from 0)."""
+        """The iterate that follows `z` `(B, n)`, whose residual is `r` `(B, n)`, at step `k` (counted from 0)."""
 
     def estimate(self, k: int | Tensor, z: Tensor, memory: Any) -> tuple[Tensor, ...]:
-        """What tells, after `k` steps that ended at `z`, the inverse of the residual's Jacobian."""
+        """Tensors that describe the inverse of the residual's Jacobian, after `k` steps that ended at `z`."""
         return ()
 
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        """`(rtol, atol)` for states of `dtype`; raises ValueError where the dtype cannot reach rtol."""
+        """The tolerances `(rtol, atol)` for states of `dtype`; raises ValueError if it cannot reach rtol."""
         eps = torch.finfo(dtype).eps
         rtol = eps ** (2 / 3) if self.rtol is None else self.rtol
         if 0 < rtol < eps:
@@ -176,12 +177,15 @@ class Solver(ABC):
 
 
 class Found(NamedTuple):
-    """The raw result of a solve, all tensors: `(B, n)`, three of `(B,)`, a 0-d count (a number where steps are
-    unrolled into a graph), what the solver knows of the inverse Jacobian.
+    """The raw result of a solve, as tensors.
 
-    While the last call of f is left to the caller, `ahead` holds the last iterate `(B, n)`, at which f is yet to
-    be called; `z` and `residual` are of the best one before it, and every sample is RUNNING. `looked_at` says
-    that the host has waited for the solve, if it had to, so that it may as well look at how the samples ended.
+    `z` is `(B, n)`; `status`, `residual` and `steps` are `(B,)`; `evaluations` is a 0-d count (a plain number
+    where steps are unrolled into a graph); `estimate` is what the solver knows of the inverse Jacobian.
+
+    Where the last call of f is left to the caller, `ahead` holds the last iterate `(B, n)`, at which f is yet to
+    be called; then `z` and `residual` are those of the best iterate before it, and every sample is RUNNING.
+    `looked_at` says that the host has already waited for the solve, if it had to, so that looking at how the
+    samples ended costs nothing more.
     """
 
     z: Tensor
@@ -199,7 +203,7 @@ class _Carry(NamedTuple):
     r: Tensor
     best: Tensor
     best_norm: Tensor
-    stale: Tensor  # steps since the best
+    stale: Tensor  # steps since the best iterate
     status: Tensor | None  # None: every sample is running (known only where looking is cheap)
     steps: Tensor
     scale: Tensor
@@ -208,7 +212,7 @@ class _Carry(NamedTuple):
     memory: tuple[Tensor, ...]
 
     def with_kept(self, kept: tuple[Tensor, ...]) -> _Carry:
-        """With what was `set_aside`."""
+        """This carry with the tensors that were `set_aside` put back."""
         return self._replace(memory=(*kept, *self.memory))
 
 
@@ -230,18 +234,19 @@ def iterate(
 ) -> Found:
     """Iterate `solver` on the residual `bind(*theta)` from `z` `(B, n)` until every sample is done.
 
-    A linear one is an `Affine`, whose b is `theta[0]` and `scale` |b|; it may be as small or large as it likes.
+    The residual of a linear system is an `Affine`, whose b is `theta[0]`, with `scale` |b|; b may be as small or
+    large as it likes.
 
     Args:
         r: the residual at `z`, where the caller has it already.
-        rtol: a number, or `(B,)` one a sample.
-        scale: `(B,)` what `rtol` is relative to; None: the norm of the current iterate.
-        floor: the least residual, relative to the iterate, that rounding lets f have.
+        rtol: a number, or `(B,)`, one per sample.
+        scale: `(B,)`, what `rtol` is relative to; None: the norm of the current iterate.
+        floor: the smallest residual, relative to the iterate, that f can reach because of rounding.
         sample_dims: for each of `theta` the dimension that holds the samples, or None where it is shared. Finished
-            samples are then dropped from the calls; None: never drop.
+            samples are then dropped from the calls of f. None in place of the tuple: never drop.
         verify: evaluate the residual of the answer once more, for solvers that update it by a recurrence.
-        leave_last: leave the call of f at the last of a number of steps to the caller, who needs it anyway, if
-            nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
+        leave_last: with a fixed number of steps, leave the last call of f to the caller, who needs it anyway,
+            if nothing has failed until then (known only where looking is cheap): see `Found.ahead`.
         unrolled: see `repeat`.
     """
     F, unit = bind(*theta), None
@@ -251,7 +256,7 @@ def iterate(
     loop = _Loop(solver, rtol, atol, floor, relative_to_iterate=scale is None, unrolled=unrolled)
     carry = loop.start(F, z, r, scale)
     droppable = sample_dims is not None and not torch.compiler.is_dynamo_compiling()
-    droppable = droppable and not any(is_batched(x) for x in (z, *theta))  # there nobody can tell who has finished
+    droppable = droppable and not any(is_batched(x) for x in (z, *theta))  # vmap hides who has finished
     k, carry, ahead = _stepped(loop, F, carry, droppable, leave_last)
     if ahead is not None:
         return ahead
@@ -268,7 +273,7 @@ def iterate(
 def _stepped(
     loop: _Loop, F: Residual, carry: _Carry, droppable: bool, leave_last: bool
 ) -> tuple[int | Tensor, _Carry, Found | None]:
-    """How many steps were worth taking, and where they led; or what is left to who makes the last call."""
+    """The number of steps taken and the carry after them; or the `Found` of a last call left to the caller."""
     k, going, max_steps = 0, partial(loop.worth_a_step, droppable), loop.solver.max_steps
     kept, carry = loop.set_aside(carry)
 
@@ -289,9 +294,9 @@ def _stepped(
 
 
 def _unit(b: Tensor, size: Tensor) -> Tensor | None:
-    """Powers of two `(B, 1)` in which to measure rows of `b`, of norms `size`; None where all are seen to be 1.
+    """Units `(B, 1)`, powers of two, for rows of `b` with norms `size`; None where all of them are seen to be 1.
 
-    What is found is proportional to b; but squares on the way there would underflow, or overflow.
+    The solution is proportional to b, but squares on the way to it would underflow or overflow.
     """
     least, most = torch.finfo(b.dtype).tiny ** 0.25, torch.finfo(b.dtype).max ** 0.25
     if on_host(size):
@@ -315,8 +320,10 @@ def _in_units(
     rtol: float | Tensor,
     atol: float,
 ) -> tuple[Affine, tuple[Tensor, ...], Tensor, Tensor | None, float | Tensor, Tensor]:
-    """A linear system, as `iterate` has it, of which each sample is measured in its `unit` `(B, 1)`, and its new
-    `scale`. The absolute tolerance becomes a part of the relative one, since |b| is known."""
+    """The linear system of `iterate`, each sample in its `unit` `(B, 1)`, and its new `scale`.
+
+    The absolute tolerance becomes a part of the relative one, since |b| is known.
+    """
     b = F.b / unit
     scale = row_norm(b)
     if atol:
@@ -326,7 +333,7 @@ def _in_units(
 
 @contextmanager
 def some_dropped() -> Iterator[None]:
-    """Where f raises, say that samples are missing from its calls."""
+    """A context that adds a note to errors of f: some samples had been dropped from its calls."""
     try:
         yield
     except RuntimeError as error:
@@ -347,7 +354,7 @@ def _without_finished(
     carry: _Carry,
     found: Found,
 ) -> Found:
-    """`found`, the outcome after step `k`, gone on from with the samples that are not done, until none is left."""
+    """Continue from `found`, the outcome after step `k`, with the unfinished samples only, until none is left."""
     max_steps = loop.solver.max_steps
     rows = torch.arange(len(found.z), device=found.z.device)
     while k < max_steps and bool((running := _running(carry)).any()):
@@ -362,7 +369,7 @@ def _without_finished(
 
 @dataclass(frozen=True)
 class _Loop:
-    """What one step of the loop does, for one solver and its tolerances."""
+    """One step of the loop, for one solver and its tolerances."""
 
     solver: Solver
     rtol: float | Tensor
@@ -373,7 +380,7 @@ class _Loop:
 
     @property
     def fixed_steps(self) -> bool:
-        """Whether exactly `max_steps` steps are asked for, and nothing is compared."""
+        """Whether exactly `max_steps` steps are asked for, without a test of convergence."""
         return not isinstance(self.rtol, Tensor) and self.rtol == 0 and self.atol == 0
 
     def start(self, F: Residual, z: Tensor, r: Tensor | None, scale: Tensor | None) -> _Carry:
@@ -396,7 +403,7 @@ class _Loop:
         return self.judge(F, k, c, self.solver.propose(F, k, c.z, c.r, c.memory))
 
     def judge(self, F: Residual, k: int | Tensor, c: _Carry, new: Proposal) -> _Carry:
-        """What is known after step `k` to what was proposed."""
+        """The carry after step `k` to the proposal `new`: which samples converged, failed or improved."""
         new = _without_idle(new)
         running = None if c.status is None else is_running(c.status)
         z = new.z if running is None else where_rows(running, new.z, c.z)
@@ -414,7 +421,7 @@ class _Loop:
             # Samples that end in NaN are told apart at the end, by `last_step`.
             best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
             return c._replace(z=z, r=r, best=best, best_norm=best_norm, calls=calls, memory=new.memory)
-        # NaN stops too. Who asks for a number of steps gets them, however the residual grows on the way.
+        # NaN stops, too. A fixed number of steps is taken however the residual grows on the way.
         stop = ~(norm < math.inf) if self.fixed_steps else ~(norm <= c.blow_up)
         if new.progress is not None:
             better_otherwise = new.progress & (norm < math.inf)
@@ -436,40 +443,40 @@ class _Loop:
             reason = _reason(norm, converged, c.blow_up, new)
             status = coded(stop, reason, Status.RUNNING if status is None else status)
             steps = torch.where(stop, k + 1, steps)
-            if new.progress is not None:  # no line search is to try anything more for who has finished
+            if new.progress is not None:  # a line search must not go on for finished samples
                 r = torch.where(is_running(status).unsqueeze(1), r, 0.0)
         best, best_norm = where_rows(better, z, c.best), torch.where(better, norm, c.best_norm)
         return _Carry(z, r, best, best_norm, stale, status, steps, c.scale, c.blow_up, calls, new.memory)
 
     def set_aside(self, c: _Carry) -> tuple[tuple[Tensor, ...], _Carry]:
-        """What of the memory a traced loop writes in place, rather than carry it; and `c` with the rest."""
+        """The part of the memory that a traced loop writes in place rather than carries, and `c` with the rest."""
         traced = torch.compiler.is_dynamo_compiling() and not self.unrolled and LOOPS.writes
         count = self.solver.history_slots if traced else 0
         return c.memory[:count], c._replace(memory=c.memory[count:])
 
     def is_blind(self, x: Tensor) -> bool:
-        """Whether nothing is looked at on the way: of a number of steps, where the host would wait for `x`."""
+        """Whether no value is looked at: with a fixed number of steps, where the host would wait for `x`."""
         return self.fixed_steps and not is_cpu(x) and not torch.compiler.is_dynamo_compiling()
 
     def _all(self, mask: Tensor, k: int) -> bool:
-        """Whether `mask` `(B,)` is seen to be true of every sample after `k` steps; False where nobody looks."""
+        """Whether `mask` `(B,)` is seen to be true for every sample after `k` steps; False where nobody looks."""
         looks = not torch.compiler.is_dynamo_compiling() and _is_due(k, mask)
         return looks and bool(unwrapped(mask).all())
 
     def _limit(self, scale: Tensor) -> Tensor:
-        """`(B,)`, the residual norm at which a sample has converged."""
+        """The residual norm `(B,)` below which a sample has converged."""
         limit = self.rtol * scale
         return limit + self.atol if self.atol else limit
 
     def _uneventful(self, k: int | Tensor, c: _Carry, new: Proposal, norm: Tensor, scale: Tensor) -> bool:
-        """The fast path: whether a cheap look shows that every sample improved and none ends."""
+        """Whether a cheap look shows that every sample improved and none ends: the fast path."""
         if torch.compiler.is_dynamo_compiling() or is_wrapped(norm) or self.is_blind(norm):
             return False
         if new.progress is not None:
             return False
         if is_cpu(norm):
             return new.fails_nowhere and self._all_come_closer(norm, c.best_norm, scale)
-        if not _is_due(k + 1, norm):  # from then on nobody looks: it would make the host wait twice a step
+        if not _is_due(k + 1, norm):  # then nobody looks: it would make the host wait twice per step
             return False
         going_on = norm < c.best_norm
         if not self.fixed_steps:
@@ -481,7 +488,7 @@ class _Loop:
         return bool(going_on.all())
 
     def _all_come_closer(self, norm: Tensor, best_norm: Tensor, scale: Tensor) -> bool:
-        """Whether all residuals are the least so far and above their limits, by NumPy."""
+        """Whether all residuals are the smallest so far and above their limits, computed by NumPy."""
         size = to_host(norm)
         going_on = size < to_host(best_norm)
         if not self.fixed_steps:
@@ -490,23 +497,24 @@ class _Loop:
         return bool(going_on.all())
 
     def _converged(self, c: _Carry, z: Tensor, norm: Tensor, scale: Tensor) -> Tensor | None:
-        """Which samples have arrived at `z`, whose residual norm is `norm`, with the step from `c`."""
+        """Which samples have converged at `z`, with residual norm `norm`, after the step from `c`."""
         if self.fixed_steps:
             return None
         converged = norm <= self._limit(scale)
         if not self.relative_to_iterate or not maybe_any(converged):
             return converged
         assert not isinstance(self.rtol, Tensor)
-        # The step was the solver's estimate of the error of `c.z`; the residual there was only so long.
+        # The step was the solver's estimate of the error of `c.z`; `gain` is how many times longer it was than the
+        # residual there.
         gain = row_norm(z - c.z) / row_norm(c.r)
         return norm <= self.atol + torch.clamp(self.rtol / gain, self.floor, self.rtol) * scale
 
     def worth_a_step(self, droppable: bool, c: _Carry) -> bool | Tensor:
-        """Whether to take another step before samples are dropped, or all are done."""
+        """Whether to take another step, until enough samples are done to be dropped, or all of them are."""
         if c.status is None:
             return c.steps.shape[0] > 0
         if self.fixed_steps and not (on_host(c.status) or torch.compiler.is_dynamo_compiling()):
-            return True  # the number of steps is known; nothing is asked that an accelerator has to answer
+            return True  # the number of steps is known; no need to wait for an accelerator
         running = is_running(c.status)
         if not droppable:
             return running.any()
@@ -522,12 +530,12 @@ class _Loop:
         running = _running(c)
         status = coded(running, Status.MAX_STEPS, Status.MAX_STEPS if c.status is None else c.status)
         z, residual, steps = c.best, c.best_norm, torch.where(running, k, c.steps)
-        if self.fixed_steps:  # nothing was compared, so the answer is the last iterate
+        if self.fixed_steps:  # convergence was not tested, so the answer is the last iterate
             z, residual = where_rows(running, c.z, z), torch.where(running, row_norm(c.r), residual)
         return Found(z, status, residual, steps, calls, estimate)
 
     def ahead(self, c: _Carry, new: Proposal) -> Found:
-        """The last step, all samples running, but for the call of f at what was proposed."""
+        """The state before the last call of f, at the proposed iterate; all samples are running."""
         status = torch.full_like(c.steps, int(Status.RUNNING))
         steps = torch.full_like(c.steps, self.solver.max_steps)
         return Found(c.best, status, c.best_norm, steps, _count(c.calls + new.calls), ahead=(new.z,))
@@ -537,14 +545,15 @@ class _Loop:
 
 
 def _count(calls: int | Tensor) -> Tensor:
-    """`calls` as a 0-d tensor, on the CPU unless a graph counts them."""
+    """The number of `calls` as a 0-d tensor, on the CPU unless a graph counts them."""
     return calls if isinstance(calls, Tensor) else torch.tensor(calls, device="cpu")
 
 
 def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Tensor) -> Found:
-    """Ends a solve of a fixed number of steps at its last iterate `z` `(B, n)`, whose residual is `r`.
+    """The result of a fixed number of steps that ended at `z` `(B, n)`, whose residual is `r`.
 
-    Where that is not finite the answer is the `best` iterate before, whose residual is `best_norm` `(B,)`.
+    Where the residual is not finite, the answer is the `best` iterate before it, whose residual has the norm
+    `best_norm` `(B,)`.
     """
     norm = row_norm(r)
     finite = norm < math.inf
@@ -556,7 +565,7 @@ def last_step(solver: Solver, z: Tensor, r: Tensor, best: Tensor, best_norm: Ten
 
 
 def _without_idle(new: Proposal) -> Proposal:
-    """`new` without the masks that are seen to say nothing of any sample: most steps are uneventful."""
+    """`new` without masks that are seen to be false for all samples, as they are in most steps."""
     if new.singular is not None and on_host(new.singular) and not maybe_any(new.singular):
         new = new._replace(singular=None)
     if new.verdict is not None and on_host(new.verdict) and not maybe_any(~is_running(new.verdict)):
@@ -565,17 +574,17 @@ def _without_idle(new: Proposal) -> Proposal:
 
 
 def _verified(found: Found, residual: Tensor, limit: Tensor, scale: Tensor) -> Found:
-    """`found` with its true residual; where the recurrence has drifted from that, it has not converged."""
+    """`found` with its true residual; where the recurrence has drifted away from it, it has not converged."""
     drifted = (found.status == int(Status.CONVERGED)) & ~(residual <= limit)
     status = torch.where(drifted, int(Status.STAGNATED), found.status)
-    # Worse than the zero vector is no solution at all.
+    # An answer worse than the zero vector is no solution at all: zero replaces it.
     hopeless = residual > 2 * scale
     z, residual = where_rows(hopeless, torch.zeros_like(found.z), found.z), torch.where(hopeless, scale, residual)
     return found._replace(z=z, status=status, residual=residual, evaluations=found.evaluations + 1)
 
 
 def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Proposal) -> Tensor:
-    """Why a sample stops: `(B,)` codes."""
+    """Why samples stop, as `(B,)` codes of `Status`."""
     reason = coded(norm > blow_up, Status.DIVERGED, Status.STAGNATED)
     if new.singular is not None:
         reason = coded(new.singular, Status.SINGULAR, reason)
@@ -586,7 +595,7 @@ def _reason(norm: Tensor, converged: Tensor | None, blow_up: Tensor, new: Propos
 
 
 def coded(mask: Tensor, yes: Tensor | Status, no: Tensor | Status) -> Tensor:
-    """`torch.where` of codes `(B,)` int64. Numbers would each be sent to an accelerator again."""
+    """`torch.where` of codes `(B,)` int64, kept as tensors: numbers would be sent to an accelerator anew."""
     here: Callable[[Status], Any] = int if torch.compiler.is_dynamo_compiling() else partial(_code, mask.device)
     first, second = (here(x) if isinstance(x, Status) else x for x in (yes, no))
     return torch.where(mask, first, second)
@@ -605,10 +614,10 @@ def repeat(
     k: int | Tensor = 0,
     unrolled: bool = False,
 ) -> tuple[int | Tensor, Any]:
-    """`carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
+    """Repeat `carry = body(k, carry)` while `going(carry)` (0-d bool) and `k < limit`; returns `(k, carry)`.
 
-    Traced by `torch.compile` this is one `while_loop` graph, or, `unrolled`, `limit` steps one after the other,
-    through which autograd can go; otherwise a Python loop.
+    Traced by `torch.compile` this is one `while_loop` graph or, if `unrolled`, `limit` steps one after the other,
+    through which autograd can differentiate; otherwise it is a Python loop.
     """
     if unrolled:
         for k in range(limit):
@@ -635,14 +644,14 @@ def repeat(
 
 
 def _may_go_on(k: int | Tensor, answer: bool | Tensor) -> bool:
-    """The `answer`, or True before a step `k` at which an accelerator is not to be waited for."""
+    """Whether to take step `k`: the `answer`, or True where asking an accelerator is not due."""
     if isinstance(answer, bool):
         return answer
     return not _is_due(k, answer) or bool(unwrapped(answer).any())
 
 
 def _is_due(k: int | Tensor, answer: Tensor) -> bool:
-    """Whether to look at an `answer` after `k` steps: always on a CPU, ever more seldom on an accelerator."""
+    """Whether to look at an `answer` after `k` steps: always on a CPU, less and less often on an accelerator."""
     return is_cpu(answer) or bool(k % 2 ** int(math.log2(max(1, LATE * k))) == 0)
 
 
@@ -662,7 +671,7 @@ def _take_rows(carry: _Carry, rows: Tensor) -> _Carry:
 
 
 def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:
-    """`whole` with `part` in place of its `rows`; counts go on."""
+    """`whole` with `part` in place of its `rows`; counts, which are 0-d, are those of `part`."""
 
     def put(w: Any, p: Any) -> Any:
         return _as_wide(w, p).index_copy(0, rows, p) if isinstance(w, Tensor) and w.ndim else p
@@ -671,7 +680,7 @@ def _with_rows(whole: Found, rows: Tensor, part: Found) -> Found:
 
 
 def _as_wide(whole: Tensor, part: Tensor) -> Tensor:
-    """`whole`, with zeros where `part` has more: its history may have grown."""
+    """`whole` padded with zeros to the size of `part`, whose history may have grown."""
     missing = [p - w for w, p in zip(whole.shape[1:], part.shape[1:])]
     return (
         torch.nn.functional.pad(whole, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else whole

@@ -1,10 +1,10 @@
-"""Linear solves M u = b, matrix-free and batched: what derivatives of implicit layers need.
+"""Linear solvers for M u = b, batched and matrix-free: what derivatives of implicit layers need.
 
-Each solver here proposes iterates to the one loop of `iterate.py`, so each has its own convergence a sample,
-reports a status, keeps its best iterate and freezes finished samples. The transpose of a system is another
-system whose operator is the pullback of the first: see `transposed` in `implicit.py`.
+Each solver here proposes iterates to the one loop of `iterate.py`. So each tests convergence per sample, reports a
+status, keeps the best iterate and freezes finished samples. The transpose of a system is another system, whose
+operator is the pullback of the first: see `transposed` in `implicit.py`.
 
-Inside the loop a residual is r = b - M u, so that u + r is the step of the Neumann series.
+Inside the loop the residual is r = b - M u, so that u + r is the step of the Neumann series.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearSolver(Solver):
 
 
 def check_linear_solver(solver: Any) -> None:
-    """Raise TypeError for what solves no linear systems."""
+    """Raise TypeError for a `solver` that cannot solve linear systems."""
     if not isinstance(solver, Solver):
         raise TypeError(f"linear_solver must be a solver such as im.GMRES(), got {solver!r}")
     if solver.needs is not None:
@@ -47,15 +47,15 @@ def check_linear_solver(solver: Any) -> None:
 
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
-    """Restarted GMRES, matrix-free, one product with M a step.
+    """Restarted GMRES, matrix-free, with one product with M per step.
 
-    The residual is minimised over the Krylov space through an orthogonal basis `W` of its image under M, which
-    updates iterate and residual at every step, without a Hessenberg matrix. The space grows by the last residual
-    while that shrinks well, else by the last image: Jiránek and Rozložník, "Adaptive version of simpler GMRES",
-    Numerical Algorithms 53 (2010), whose bound on the conditioning of the basis this choice gives.
+    It minimises the residual over the Krylov space by means of an orthogonal basis `W` of the space's image under
+    M. This updates iterate and residual at every step, without a Hessenberg matrix. The space grows by the last
+    residual while that shrinks well, else by the last image: Jiránek and Rozložník, "Adaptive version of simpler
+    GMRES", Numerical Algorithms 53 (2010). This choice gives their bound on the conditioning of the basis.
 
     Args:
-        restart: dimension of the Krylov space after which it starts afresh; memory is `2 * restart` states.
+        restart: dimension of the Krylov space at which it is started anew; memory is `2 * restart` states.
     """
 
     restart: int = 20
@@ -67,8 +67,8 @@ class GMRES(LinearSolver):
         check_count("GMRES", "restart", self.restart)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image, the
-        last residual norm, the size of M."""
+        """The basis of the image and its preimages `(B, m, n)`, 1 / |w| of the basis `(B, m)`, the last image,
+        the last residual norm, and the size of M."""
         slots = self._slots(z)
         inverses = z.new_zeros(z.shape[0], slots)
         none = torch.zeros_like(r[:, 0])
@@ -97,8 +97,9 @@ class GMRES(LinearSolver):
         W, P = with_room(W, slot, slots), with_room(P, slot, slots)
         W, w, coefficients, length, full = _orthogonalised(image, W_k, weights, W, slot)
         P, p = write_result(P, slot, partial(add_combined, alpha=-1), v, coefficients, P_k)
-        # An image inside the space already spanned, while a residual remains: M is singular there. Where a number
-        # of steps is asked for, all that remains may be what products of n numbers rounded at the solution.
+        # If the new image lies in the space already spanned while a residual remains, M is singular there. With a
+        # fixed number of steps, the residual that remains may be mere rounding of products of n numbers at the
+        # solution.
         least = 10 * torch.finfo(z.dtype).eps
         spanned = length <= full * least
         singular = spanned
@@ -112,24 +113,26 @@ class GMRES(LinearSolver):
         return Proposal(z, (W, P, inverses, w, norm, size), r, 1, singular)
 
     def _slots(self, z: Tensor) -> int:
-        # A space of all n dimensions holds the answer; what rounding left is for a fresh one.
+        # A space of all n dimensions contains the answer; a new one takes care of what rounding left.
         return min(self.restart, self.max_steps, max(z.shape[1], 1))
 
 
 def _orthogonalised(
     x: Tensor, basis: Tensor, weights: Tensor, buffer: Tensor, slot: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Orthogonalises `x` against the rows of `basis` `(B, m, n)` and writes the result into `buffer` at `slot`.
+    """Orthogonalise `x` against the rows of `basis` `(B, m, n)` and write the result into `buffer` at `slot`.
 
-    Returns (buffer, that result, coefficients `(B, m)`, its norm, |x|). `weights` `(B, m)` are 1 / |row|: rows are
-    orthogonal, not normal, which saves writing each once more. Their squares would overflow.
+    Returns (buffer, the result, coefficients `(B, m)`, the norm of the result, |x|). `weights` `(B, m)` are
+    1 / |row|: rows are orthogonal but not normalised, which saves writing each one again. The weights are not
+    squared beforehand because their squares would overflow.
     """
     take_away = partial(add_combined, alpha=-1)
     full = row_norm(x)
     coefficients = products(x, basis) * weights * weights
     buffer, left = write_result(buffer, slot, take_away, x, coefficients, basis)
     length = row_norm(left)
-    # Twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart 1976).
+    # Orthogonalising twice is enough, and once where little was taken away (Daniel, Gragg, Kaufman and Stewart
+    # 1976).
     if basis.shape[1] and (not on_host(length) or maybe_any(length < 0.7 * full)):
         again = products(left, basis) * weights * weights
         buffer, left = write_result(buffer, slot, take_away, left, again, basis)
@@ -138,8 +141,11 @@ def _orthogonalised(
 
 
 def _measured(k: int | Tensor, image: Tensor, v: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`image` and `v` over the largest entry of the first image, which becomes the `size` `(B,)` of M; where that
-    is so large, or so small, that products of images would leave the range of the dtype."""
+    """Scale `image` and `v` where products of images would leave the range of the dtype.
+
+    Both are divided by the largest entry of the first image where that entry is so large, or so small; it becomes
+    the `size` `(B,)` of M.
+    """
     largest = torch.linalg.vector_norm(image.detach(), math.inf, dim=1)
     far = torch.finfo(image.dtype).max ** 0.25
     extreme = ((largest > far) | (largest < 1 / far)) & (largest > 0) & (k == 0)
@@ -151,25 +157,25 @@ def _measured(k: int | Tensor, image: Tensor, v: Tensor, size: Tensor) -> tuple[
 
 
 def _nonzero(norm: Tensor) -> Tensor:
-    """norm as a column to divide by, which leaves a vector of norm 0 as it is."""
+    """The norm as a column to divide by; dividing leaves a vector of norm 0 as it is."""
     return norm.clamp(min=torch.finfo(norm.dtype).tiny).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class CG(LinearSolver):
-    """Conjugate gradients, for symmetric positive definite M (Hestenes and Stiefel 1952)."""
+    """Conjugate gradients for symmetric positive definite M (Hestenes and Stiefel 1952)."""
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The direction."""
+        """The search direction."""
         return (r.clone(),)
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The minimiser along a direction conjugate to the last."""
+        """The minimiser along a direction that is conjugate to the last one."""
         (p,) = memory
         image = F.operator(p)
         rr, curvature = torch.linalg.vecdot(r, r), torch.linalg.vecdot(p, image)
-        # Without positive curvature M is not positive definite, and the recurrence means nothing; unless nothing
-        # is left to solve, where a number of steps is asked for.
+        # Without positive curvature M is not positive definite and the recurrence is meaningless, unless (with a
+        # fixed number of steps) nothing is left to solve.
         singular = (curvature <= 0) & (rr > torch.finfo(r.dtype).tiny)
         step = (rr / torch.where(curvature <= 0, 1.0, curvature))[:, None]
         z, r = torch.addcmul(z, step, p), torch.addcmul(r, step, image, value=-1)
@@ -179,14 +185,14 @@ class CG(LinearSolver):
 
 @dataclass(frozen=True)
 class BiCGStab(LinearSolver):
-    """BiCGStab, two products with M a step and a memory of five states (van der Vorst 1992)."""
+    """BiCGStab: two products with M per step and a memory of five states (van der Vorst 1992)."""
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The shadow residual, the direction and their product."""
+        """The shadow residual, the search direction, and the inner product of both."""
         return r.clone(), r.clone(), torch.linalg.vecdot(r, r)
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """A step of BiCG, then one that minimises the residual along it."""
+        """A BiCG step, then a step along its residual that minimises the residual."""
         shadow, p, rho = memory
         v = F.operator(p)
         denominator = torch.linalg.vecdot(shadow, v)
@@ -199,7 +205,7 @@ class BiCGStab(LinearSolver):
         rho_next = torch.linalg.vecdot(shadow, r)
         beta = _ratio(rho_next, rho) * _ratio(alpha[:, 0], omega[:, 0])
         p_next = torch.addcmul(r, beta, torch.addcmul(p, omega, v, value=-1))
-        # Where the shadow residual has become orthogonal to everything, begin again from the current residual.
+        # Where the shadow residual has become orthogonal to everything, restart from the current residual.
         stuck = rho_next.abs() <= torch.finfo(z.dtype).eps * row_norm(shadow) * row_norm(r)
         stuck = (stuck | (denominator == 0) | (omega[:, 0] == 0))[:, None]
         shadow, p = torch.where(stuck, r, shadow), torch.where(stuck, r, p_next)
@@ -208,16 +214,16 @@ class BiCGStab(LinearSolver):
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b as a column, 0 where b is 0; finite derivatives there too, for unrolling."""
+    """The ratio a / b as a column, 0 where b is 0; its derivatives are finite there, too, for unrolling."""
     zero = b == 0
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))[:, None]
 
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
-    """The Neumann series u <- u + damping * (b - M u); converges where |1 - damping * eig(M)| < 1.
+    """The Neumann series u <- u + damping * (b - M u); it converges where |1 - damping * eig(M)| < 1.
 
-    With `rtol=0` it is the truncated series of exactly `max_steps` terms.
+    With `rtol=0` it is the series truncated after exactly `max_steps` terms.
     """
 
     recurrent: ClassVar[bool] = False
@@ -228,19 +234,19 @@ class Neumann(LinearSolver):
         check_number("Neumann", "damping", self.damping, POSITIVE)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
+        """An empty memory."""
         return ()
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """One more term of the series."""
+        """The sum of the series with one more term."""
         return Proposal(torch.add(z, r, alpha=self.damping))
 
 
 @dataclass(frozen=True)
 class DenseLU(LinearSolver):
-    """Batched dense LU: n products make the matrix, one factorisation solves; further steps refine.
+    """Batched dense LU: n products form the matrix, one factorisation solves, and further steps refine.
 
-    For small n. Raises ValueError where the matrices would take more than `limit_gib` GiB.
+    Meant for small n. Raises ValueError where the matrices would take more than `limit_gib` GiB.
     """
 
     recurrent: ClassVar[bool] = False
@@ -252,18 +258,18 @@ class DenseLU(LinearSolver):
         check_number("DenseLU", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The factors, the pivots, and which samples are singular."""
+        """The LU factors, the pivots, and which samples are singular."""
         matrix = dense(F.operator, z, self.limit_gib)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        # A pivot is what rounding left of a zero if it is that small beside the terms it is the sum of, on the
-        # diagonal of |L| |U|; beside other pivots it may be small because of units alone.
+        # A pivot counts as zero, up to rounding, if it is tiny compared with the terms that it is the sum of: the
+        # diagonal of |L| |U|. Compared with other pivots it may be small only because of the units.
         pivot_sizes, size = lu.diagonal(dim1=-2, dim2=-1).abs(), lu.abs()
         terms = pivot_sizes + (size.tril(-1) * size.triu(1).mT).sum(2)
         singular = (info != 0) | (pivot_sizes <= z.shape[1] * torch.finfo(z.dtype).eps * terms).any(1)
         return lu, pivots, singular
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The solution; once more for the residual that rounding left."""
+        """The solution; in further steps, a correction for the residual that rounding left."""
         lu, pivots, singular = memory
         step = torch.linalg.lu_solve(lu, pivots, r.unsqueeze(2))[:, :, 0]
         z = z + torch.where(singular[:, None], 0.0, step)
@@ -271,9 +277,9 @@ class DenseLU(LinearSolver):
 
 
 def dense(operator: Callable[[Tensor], Tensor], like: Tensor, limit_gib: float) -> Tensor:
-    """The matrices `(B, n, n)` of a linear map on `(B, n)` whose samples are independent, by n products at once.
+    """The matrices `(B, n, n)` of a linear map on `(B, n)` whose samples are independent, from n products at once.
 
-    Raises ValueError where they would take more than `limit_gib` GiB.
+    Raises ValueError where the matrices would take more than `limit_gib` GiB.
     """
     batch, n = like.shape
     size_gib = batch * n * n * like.element_size() / 2**30

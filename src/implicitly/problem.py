@@ -1,4 +1,4 @@
-"""What a user passed, as matrices: the start, the tensors to differentiate, and f on `(B, n)`."""
+"""The user's input as matrices: the start, the tensors to differentiate, and f as a map on `(B, n)`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from implicitly.tree import Layout
 
 @dataclass(frozen=True)
 class Problem:
-    """A residual of a state, its start and everything it depends on.
+    """The residual of a state, with its start and everything it depends on.
 
     Attributes:
-        bind: gives, for theta, the residual as a map of matrices `(B, n)`.
+        bind: maps theta to the residual, a function of matrices `(B, n)`.
         z0: the start `(B, n)`.
-        r0: the residual there `(B, n)`, evaluated once to check what f returns.
+        r0: the residual at z0 `(B, n)`, evaluated once to check what f returns.
         theta: the tensors that f depends on.
-        sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
+        sample_dims: for each of theta the dimension that holds the samples, None where it is shared by all
+            samples; None in place of the tuple: not known.
     """
 
     opened: Opened
@@ -53,10 +54,10 @@ class Problem:
         in_dims: Any,
         recording: bool,
     ) -> Problem:
-        """Of an f that returns what its state is like; raises TypeError / ValueError unless it does.
+        """The problem of an f that returns a value like its state; raises TypeError / ValueError if it does not.
 
-        `displacement` maps z and f(z) to the residual; z + displacement is the plain iteration. `recording`:
-        autograd is to see the solve itself, so nothing is detached.
+        `displacement` maps z and f(z) to the residual; z + displacement is the plain iteration. With `recording`,
+        autograd records the solve itself, so nothing is detached.
         """
         opening = open_function(f, args, layout.device)
         opened = opening.opened
@@ -85,21 +86,22 @@ class Problem:
         sample_dims: tuple[int | None, ...] | None,
         recording: bool,
     ) -> Problem:
-        """Of any residual of an opened function; `first(z, *theta)` is the residual, checking what f returns.
+        """The problem of any residual of an opened function.
 
-        Raises ValueError where f changes z in place, or depends on a tracked tensor that is not in theta.
+        `first(z, *theta)` is the residual, too, and checks what f returns. Raises ValueError where f changes z in
+        place, or depends on a tracked tensor that is not in theta.
         """
         start, theta = copied(layout.pack(z0)), opening.theta
         checking = loses(recording)
         start = start if recording else start.detach()
         theta = tuple(t.detach() for t in theta) if checking else theta
-        # Where that is checked nothing requires a gradient, so neither may the result.
+        # Where lost gradients are checked for, no input requires a gradient, so the result must not either.
         with (
             torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
             told_of_draws(opening.opened.f, () if recording else opening.opened.parts, layout.device),
             nullcontext() if recording or torch.compiler.is_dynamo_compiling() else unhooked(),
         ):
-            probe = start if recording else start.clone()  # what f writes into z must not reach the user's z0
+            probe = start if recording else start.clone()  # if f writes into z, the user's z0 must not change
             r0 = watched(lambda z: first(z, *theta), probe)
         if checking:
             refuse_captured(opening, r0, (probe, *theta))
@@ -108,7 +110,7 @@ class Problem:
     def condition(self, name: str, on_failure: str, relative_to_iterate: bool = False) -> Condition:
         """The condition that the residual vanishes."""
         report = Report(on_failure, self.solution)
-        # Under autocast f's arithmetic decides what can be reached, whatever the state's dtype.
+        # Under autocast the precision of f limits the tolerances that can be reached, whatever the state's dtype.
         dtype = self.opened.autocast or self.layout.dtype
         return Condition(
             self.bind,
@@ -122,11 +124,11 @@ class Problem:
 
     @property
     def key(self) -> Hashable:
-        """What a compiled solve depends on besides tensors; raises TypeError where it cannot be compared."""
+        """The cache key of a compiled solve: all that it depends on besides tensors. TypeError if not hashable."""
         return self.opened.key(self.opened.f, self.layout)
 
     def solution(self, found: Found, attached: Tensor | None = None) -> Solution:
-        """What the user gets: `attached` `(B, n)` is the found point with its derivative."""
+        """The `Solution` that the user gets; `attached` `(B, n)` is the found point with its derivative."""
         per_sample = self.layout.per_sample
         return Solution(
             self.layout.unpack(found.z if attached is None else attached),
@@ -140,15 +142,15 @@ class Problem:
 def sample_dims_of(
     opening: Opening, args: tuple[Any, ...], layout: Layout, in_dims: Any
 ) -> tuple[int | None, ...] | None:
-    """For each of theta the dimension that holds the samples, None where shared; None: not known.
+    """For each of theta the dimension that holds the samples, None where it is shared; None if not known.
 
-    Raises ValueError for `in_dims`, as of `torch.vmap`, that do not fit the args.
+    `in_dims` are as in `torch.vmap`; raises ValueError where they do not fit the args.
     """
     opened, theta, captured = opening
     shared = (None,) * len(opened.parameters)
     count = len(theta) - len(shared)
     if in_dims is None:
-        # Without tensor args, and with nothing else that might hold one entry a sample, there is nothing to drop.
+        # No tensor args, and nothing else that might hold one entry per sample: all of theta is shared.
         alone = layout.batch_dims and count == 0 and not captured and not any(True for _ in opened.buffers())
         return shared if alone else None
     if layout.batch_dims == 0:

@@ -1,4 +1,4 @@
-"""The map from a cotangent of what a function gives to those of its inputs, by the quickest way there is."""
+"""Pullbacks (vector-Jacobian products) of functions, computed in the fastest way there is."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.func import grad, vjp, vmap
 from implicitly.transforms import is_plain, is_wrapped, under_transform, unhooked
 from implicitly.tree import real_parts
 
-# The cotangents of some inputs, by their places, for that of a value.
+# Maps the cotangent of a value, and the places of some inputs, to the cotangents of those inputs.
 Pull = Callable[[Tensor, list[int]], tuple[Tensor, ...]]
 
 
 def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
-    """f at `primals`, and the linear map from a cotangent of its value to those of `primals`."""
+    """The value of f at `primals`, and the linear map from its cotangent to those of `primals`."""
     if not (torch.compiler.is_dynamo_compiling() or under_transform()) and is_plain(*primals):
         places = list(range(len(primals)))
         value, pull = _recorded(f, primals, places)
         return value, lambda cotangent: pull(cotangent, places)
     if not any(is_wrapped(p) for p in primals):
-        # Where autograd records the solve itself, the hooks that it has for what is saved are refused here.
+        # torch.func refuses hooks on saved tensors, which are active where autograd records the solve itself.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else unhooked():
             value, pull = vjp(f, *primals)[:2]
         return value, pull
@@ -34,14 +34,14 @@ def pullback(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callab
 
 
 def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
-    """The cotangents of `primals`, under a transform.
+    """The cotangents of `primals`, under a transform of `torch.func`.
 
-    There the map from cotangents must not outlive the level of its own `vjp`: deeper transforms would meet tensors
-    of a level that is gone. So each product differentiates afresh, inside of its level.
+    There a pullback must not outlive the level of its own `vjp`: deeper transforms would meet tensors of a level
+    that has ended. So each product differentiates afresh, within its own level.
     """
 
     def paired(*inputs: Tensor) -> Tensor:
-        # Through none of its entries, every input is used: torch.func makes zeros for others on a wrong level.
+        # Every input is used, if only by an empty slice: for unused ones torch.func makes zeros on a wrong level.
         unused = sum(real_parts(x).flatten()[:0].sum() for x in inputs)
         return (f(*inputs) * cotangent).sum() + unused
 
@@ -49,19 +49,22 @@ def pull_within(f: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent
 
 
 def at_once(call: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The linear map `call` of each of the `rows`, stacked: of all in one, or one after the other where it has an
-    operation that `vmap` does not know, such as the derivative of a product with a sparse matrix."""
-    # Under a transform each product may call f anew, which is not to draw other random numbers for each row.
+    """The linear map `call` applied to each of the `rows`, stacked.
+
+    All rows are mapped at once, or one after the other where `call` has an operation that `vmap` does not support,
+    such as the derivative of a product with a sparse matrix.
+    """
+    # Under a transform each product may call f anew, and f must not draw other random numbers for each row.
     if torch.compiler.is_dynamo_compiling() or under_transform():
         return vmap(call)(rows)
     try:
         return vmap(call)(rows)
-    except RuntimeError:  # as all kinds of what it does not know are; what else is wrong is so for each row
+    except RuntimeError:  # raised for all that vmap lacks; other errors occur again for a single row
         return torch.stack([call(row) for row in rows])
 
 
 def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[int]) -> Callable[..., Tensor]:
-    """`f(*inputs)` as a function of those inputs at `places`."""
+    """`f(*inputs)` as a function of only those inputs at `places`."""
 
     def of(*chosen: Tensor) -> Tensor:
         full = list(inputs)
@@ -73,10 +76,11 @@ def of_places(f: Callable[..., Tensor], inputs: Sequence[Tensor], places: list[i
 
 
 def recorded(f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: list[int]) -> Pull:
-    """Call f at `primals` once and give the linear map from a cotangent of its value to those of some primals.
+    """Call f at `primals` once and return its pullback: cotangents of some primals for a cotangent of the value.
 
-    For `is_plain` tensors; `wanted` says which primals any call of the map may ask for. A graph of autograd serves
-    both many products for one primal and a last one for the others, and products cost less than in torch.func.
+    For `is_plain` tensors. `wanted` lists the primals that any call of the pullback may ask for. One autograd
+    graph serves both many products for one primal and a last one for the others, and its products cost less than
+    those of torch.func.
     """
     return _recorded(f, primals, wanted)[1]
 
@@ -87,7 +91,7 @@ def _recorded(f: Callable[..., Tensor], primals: tuple[Tensor, ...], wanted: lis
         value = f(*leaves)
 
     def pull(cotangent: Tensor, places: list[int]) -> tuple[Tensor, ...]:
-        # Where this is differentiated in turn, it is recorded, too.
+        # Where the product is differentiated in turn, it is recorded, too.
         again = torch.is_grad_enabled()
         return pulled([value], [cotangent], [leaves[i] for i in places], retain=True, recorded=again)
 
@@ -101,12 +105,15 @@ def pulled(
     retain: bool = False,
     recorded: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The cotangents of `inputs` for those `bars` of `outputs`, 0 where no output depends on them; `retain` keeps
-    the graph, and where `recorded` they have one of their own."""
+    """The cotangents of `inputs` for the cotangents `bars` of `outputs`.
+
+    They are 0 where no output depends on the input. `retain` keeps the graph; if `recorded`, the cotangents have a
+    graph of their own.
+    """
     pairs = [(o, b) for o, b in zip(outputs, bars) if o.requires_grad]
     if not (pairs and inputs):
         return tuple(torch.zeros_like(x) for x in inputs)
-    # What `torch.autograd.grad` does once it has looked at its arguments, which for a small f takes as long.
+    # What `torch.autograd.grad` does after checking its arguments, which takes as long as a small f.
     what, by = (tuple(x) for x in zip(*pairs))
     found = _engine_run_backward(what, by, retain, recorded, tuple(inputs), True, accumulate_grad=False)
     return tuple(torch.zeros_like(x, requires_grad=recorded) if g is None else g for x, g in zip(inputs, found))

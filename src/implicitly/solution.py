@@ -1,4 +1,4 @@
-"""What a solve returns: the solution, how each sample ended, and what is raised or warned of."""
+"""The result of a solve: the solution, the status of each sample, and the error and warning classes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended; `Status(int(solution.status[0])).name` is in words.
+    """How the solve of one sample ended; `Status(int(solution.status[0])).name` gives it in words.
 
     Attributes:
         RUNNING: not finished; never returned.
         CONVERGED: met its tolerances.
-        MAX_STEPS: the limit of steps was reached, or the steps that were asked for with `rtol=0` were taken.
-        STAGNATED: no better residual for so many steps, or no step left that helps.
-        DIVERGED: the residual grew beyond all hope.
+        MAX_STEPS: reached the limit of steps, or took the number of steps that `rtol=0` asks for.
+        STAGNATED: no better residual for many steps in a row, or no step left that improves it.
+        DIVERGED: the residual grew far beyond its first value.
         SINGULAR: a linear system had no solution.
         NON_FINITE: f gave NaN or inf.
-        STEP_UNDERFLOW: of a trajectory: its steps became too short to go on.
-        EVENT: of a trajectory: an event ended it.
+        STEP_UNDERFLOW: the steps of a trajectory became too short to go on.
+        EVENT: an event ended the trajectory.
         INFEASIBLE: no point satisfies the constraints.
-        UNBOUNDED: the objective falls without end.
-        NOT_MINIMUM: a stationary point that is no minimum.
+        UNBOUNDED: the objective is unbounded below.
+        NOT_MINIMUM: a stationary point that is not a minimum.
         DEGENERATE: solved, but the derivative of the solution is not unique.
     """
 
@@ -44,27 +44,29 @@ class Status(IntEnum):
 
 
 def is_running(status: Any) -> Any:
-    """Which of `(B,)` codes, a tensor or an array, are still running: the only negative one."""
+    """Which samples are still running, from their codes `(B,)` (tensor or array); only RUNNING is negative."""
     return status < 0
 
 
 def is_success(status: Any) -> Any:
-    """Which of `(B,)` codes, a tensor or an array, ended as they should: converged (to a solution that may have no
-    unique derivative, `DEGENERATE`), or at an event."""
+    """Which samples ended as they should, from their codes `(B,)` (tensor or array).
+
+    They converged (`DEGENERATE`: to a solution whose derivative is not unique), or ended at an event.
+    """
     good = (status == int(Status.CONVERGED)) | (status == int(Status.EVENT))
     return good | (status == int(Status.DEGENERATE))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solve returns.
+    """The result of a solve.
 
     Attributes:
-        value: what was asked for, gradients attached; the pytree, dtype and device of `z0`.
-        status: `(B,)` int64 codes of `Status`, one a sample; 0-d where the whole state is one system.
+        value: the solution, with gradients attached; the pytree, dtype and device are those of `z0`.
+        status: `(B,)` int64 codes of `Status`, one per sample; 0-d where the whole state is one system.
         residual: `(B,)` final residual 2-norms (of the best iterate, which is the one returned).
-        steps: `(B,)` int64, iterations each sample took.
-        evaluations: calls of f (for linear solves: products with the operator).
+        steps: `(B,)` int64, the number of iterations of each sample.
+        evaluations: number of calls of f (for linear solves, of products with the operator).
     """
 
     value: Any
@@ -75,12 +77,12 @@ class Solution:
 
     @property
     def converged(self) -> Tensor:
-        """`(B,)` bool, which samples converged; of a trajectory, which reached the end or an event."""
+        """`(B,)` bool: which samples converged or, for a trajectory, reached the end or an event."""
         return is_success(self.status)
 
 
 class SolverError(RuntimeError):
-    """A solve failed; `error.solution` is the `Solution` it got to."""
+    """A solve failed; `error.solution` is the `Solution` it had reached."""
 
     def __init__(self, message: str, solution: Solution):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What autograd, `torch.func` and autocast make of a tensor that is computed with now."""
+"""Queries and contexts for the state of autograd, `torch.func` and autocast around a tensor."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 
 def is_cpu(x: Tensor) -> bool:
-    """Whether `x` lies in the host's own memory, and not on an accelerator that it would wait for."""
+    """Whether `x` is in the host's memory, not on an accelerator that the host would have to wait for."""
     return x.is_cpu
 
 
 def version(x: Tensor) -> int:
-    """How often `x` was changed in place; inference mode does not count."""
+    """How often `x` was changed in place; 0 for tensors of inference mode, which does not count."""
     return 0 if x.is_inference() else x._version
 
 
 def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A `(B, ...)` tensor that `vmap` maps over dimension `dim`, of `size`, as `(size * B, ...)`."""
+    """A `(B, ...)` tensor that `vmap` maps over its dimension `dim`, of `size` entries, as `(size * B, ...)`."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether what is computed from `tensors` now is for nobody to differentiate: no autograd, no transform."""
+    """Whether nobody will differentiate what is computed from `tensors` now: no autograd, no transform."""
     return (
         not torch.is_grad_enabled() and forward_ad._current_level < 0 and not any(is_wrapped(t) for t in tensors)
     )
@@ -45,19 +45,19 @@ def is_tracked(x: Tensor) -> bool:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a derivative by `x` may be asked for of what is computed from it now."""
+    """Whether a derivative with respect to `x` may be taken of what is computed from it now."""
     return (x.requires_grad and torch.is_grad_enabled()) or is_wrapped(x) or has_tangent(x)
 
 
 def records() -> bool:
-    """Whether a derivative or a transform may follow what is computed now."""
+    """Whether autograd, forward mode or a transform may record what is computed now."""
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_transform()
 
 
 def loses(recording: bool) -> bool:
-    """Whether the derivative of a tensor that f reaches by itself would be lost, unless a solve is `recording`."""
+    """Whether the gradient of a tensor that f reaches by itself would be lost, as the solve is not `recording`."""
     return not (recording or torch.compiler.is_dynamo_compiling()) and records()
 
 
@@ -73,12 +73,14 @@ def has_tangent(x: Tensor) -> bool:
 
 
 class Writing(TorchDispatchMode):
-    """A mode that writes operations down, to be done again with other numbers."""
+    """A mode that records operations, to repeat them later with other values."""
 
 
 def written_down() -> bool:
-    """Whether operations are done again with other numbers, so that none may be looked at: by a tracer, or a mode
-    that is `Writing`."""
+    """Whether operations are recorded to be repeated with other values, so that no value may be read.
+
+    A tracer does that, or a mode that is `Writing`.
+    """
     if torch.compiler.is_dynamo_compiling():
         return True
     private: Any = torch
@@ -112,7 +114,7 @@ def unwrapped(x: Tensor) -> Tensor:
 
 
 def levels(x: Tensor) -> set[int]:
-    """Those of the `torch.func` transforms that `x` belongs to."""
+    """The levels of the `torch.func` transforms that `x` belongs to."""
     found = set()
     while is_wrapped(x):
         found.add(functorch.maybe_get_level(x))
@@ -121,16 +123,17 @@ def levels(x: Tensor) -> set[int]:
 
 
 def casts(device_type: str) -> bool:
-    """Whether autocast is on for such devices."""
+    """Whether autocast is on for devices of this type."""
     return (device_type == "cpu" or _knows_autocast(device_type)) and torch.is_autocast_enabled(device_type)
 
 
 def _knows_autocast(device_type: str) -> bool:
-    """Some, such as `meta`, do not."""
+    """Whether autocast exists for devices of this type; for some, such as `meta`, it does not."""
     return torch.amp.is_autocast_available(device_type)
 
 
-# As `torch.compiler.assume_constant_result` does, which imports the whole compiler. PyTorch 2.11 cannot trace it.
+# Same effect as `torch.compiler.assume_constant_result`, which imports the whole compiler. PyTorch 2.11 cannot
+# trace the function.
 _knows_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -143,11 +146,12 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def unhooked() -> Iterator[None]:
-    """Saved-tensor hooks (activation checkpointing) set aside: they are meant for tensors that outlive the solve.
+    """A context without saved-tensor hooks (activation checkpointing).
 
-    torch.func refuses them, and unpacking inside the solve would recompute the very computation under way.
+    The hooks are meant for tensors that outlive the solve. torch.func refuses them, and unpacking inside the solve
+    would recompute the very computation under way.
     """
-    # Private, as PyTorch has no other way to set hooks aside.
+    # Private functions, since PyTorch has no other way to set hooks aside.
     hooks, autograd = [], torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
         hooks.append(top)
@@ -160,7 +164,7 @@ def unhooked() -> Iterator[None]:
 
 
 class Operation(torch.autograd.Function):
-    """One operation to autograd, with its signature at hand, for which every `apply` would look anew."""
+    """Base of our autograd functions; keeps the signature, which every `apply` would look up anew."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -168,25 +172,25 @@ class Operation(torch.autograd.Function):
 
 
 def asked(ctx: Any) -> tuple[bool, ...]:
-    """For each input of an autograd function, whether the backward pass under way has a use for its gradient.
+    """For each input of an autograd function, whether the current backward pass uses its gradient.
 
-    `ctx.needs_input_grad` is true of all that a gradient was recorded for; `torch.autograd.grad` by some inputs
-    leaves the others out, as it does in autograd's own operations.
+    `ctx.needs_input_grad` is true for all inputs that a gradient was recorded for. `torch.autograd.grad` with
+    respect to some inputs leaves the others out, as autograd's own operations do.
     """
     needs = ctx.needs_input_grad
     if torch.compiler.is_dynamo_compiling() or under_transform():
         return needs
     nodes = [node for node, _ in ctx.next_functions if node is not None]
-    if len(nodes) != sum(needs):  # autograd does not run this itself
+    if len(nodes) != sum(needs):  # not run by autograd itself
         return needs
-    if all(type(getattr(node, "variable", None)) is nn.Parameter for node in nodes):  # wanted together as a rule
+    if all(type(getattr(node, "variable", None)) is nn.Parameter for node in nodes):  # usually wanted together
         return needs
     used = iter(_used(nodes))
     return tuple(needed and next(used) for needed in needs)
 
 
 def _used(nodes: list[Any]) -> list[bool]:
-    """Which of the `nodes` of a graph the backward pass under way reaches."""
+    """Which of the `nodes` of a graph the current backward pass reaches."""
     private: Any = torch
     used, asked_leaf = [], None
     for node in reversed(nodes):  # parameters, which are last, are usually wanted all or not at all
@@ -195,17 +199,17 @@ def _used(nodes: list[Any]) -> list[bool]:
             continue
         try:
             used.append(private._C._will_engine_execute_node(node))
-        except RuntimeError:  # what it has for a leaf that `torch.autograd.grad` was asked for, and takes long
+        except RuntimeError:  # its answer, a slow one, for a leaf that `torch.autograd.grad` was asked for
             used.append(True)
             asked_leaf = type(node)
     return used[::-1]
 
 
 def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """`backward` of an autograd function, for one cotangent at a time where autograd hands it several at once.
+    """Make `backward` of an autograd function take one cotangent at a time where autograd passes several at once.
 
-    `torch.autograd.grad(is_grads_batched=True)`, and what builds on it, do so by a transform that is older than
-    `torch.func`, and knows few operations.
+    `torch.autograd.grad(is_grads_batched=True)`, and what builds on it, passes several by a transform that is
+    older than `torch.func` and supports few operations.
     """
     private: Any = torch
 
@@ -213,7 +217,7 @@ def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[
     def of_each(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if not any(g is not None and functorch.is_legacy_batchedtensor(g) for g in cotangents):
             return backward(ctx, *cotangents)
-        outer = private._C._vmapmode_decrement_nesting()  # set aside, as f may have operations it refuses
+        outer = private._C._vmapmode_decrement_nesting()  # set aside: it may refuse operations of f
         try:
             if outer:
                 raise NotImplementedError(
@@ -236,7 +240,7 @@ def one_by_one(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[
 
 @contextmanager
 def out_of_inference_mode(inputs: Any) -> Iterator[Any]:
-    """Where autograd can record; gives the pytree `inputs` with copies of tensors that no graph can hold."""
+    """A context where autograd can record; yields the pytree `inputs`, with copies of inference-mode tensors."""
     recording = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(recording):  # the first alone would enable it
         yield pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)

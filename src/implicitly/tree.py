@@ -1,4 +1,4 @@
-"""Pytrees of tensors as (batch, n) matrices."""
+"""Pytrees of tensors as matrices `(B, n)`, one sample per row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the parts of complex numbers have; real dtypes are their own. (`dtype.to_real` cannot be traced.)"""
+    """The dtype of the parts of a complex dtype; a real dtype is its own. (`dtype.to_real` cannot be traced.)"""
     return _PARTS.get(dtype, dtype)
 
 
 def real_parts(x: Tensor, alone: bool = False) -> Tensor:
-    """Complex `x` `(...)` as pairs `(..., 2)`; real tensors as they are. A view where it stays `alone`.
+    """Complex `x` `(...)` as pairs `(..., 2)`; real tensors as they are. A view if it stays `alone`, else a copy.
 
-    Else it may be put behind others, and its cotangent begin at an odd place, where no complex number can: the
-    derivative of `view_as_real` does not see to that.
+    If it does not, it may be concatenated behind other tensors. Its cotangent may then start at an odd offset,
+    where no complex number can start, and the derivative of `view_as_real` does not handle that.
     """
     if not x.is_complex():
         return x
@@ -35,12 +35,12 @@ def real_parts(x: Tensor, alone: bool = False) -> Tensor:
 
 
 def row_norm(matrix: Tensor) -> Tensor:
-    """2-norm of each row: `(B, n)` to `(B,)`."""
+    """The 2-norm of each row: `(B, n)` to `(B,)`."""
     return torch.linalg.vector_norm(matrix, dim=1)
 
 
 def columns_of(x: Tensor, index: Tensor) -> Tensor:
-    """Columns of `x` `(B, n)` at `index` `(k,)`: `(B, k)`; quicker than `index_select`."""
+    """The columns of `x` `(B, n)` at `index` `(k,)`, as `(B, k)`; faster than `index_select`."""
     return x.gather(1, index.expand(len(x), -1))
 
 
@@ -50,15 +50,15 @@ class _Leaf:
     order: tuple[int, ...]  # the dimensions of one sample, slowest stride first
     dtype: torch.dtype
     width: int  # columns it takes in the matrix
-    in_order: bool  # whether memory follows the dimensions, so that nothing needs permuting
+    in_order: bool  # whether memory follows the order of dimensions, so that nothing needs permuting
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a pytree of tensors lies in a matrix `(B, n)` with one sample a row.
+    """How a pytree of tensors is laid out in a matrix `(B, n)` with one sample per row.
 
-    A single tensor whose samples are dense in memory, in any order of dimensions (`channels_last` too), becomes
-    a matrix without a copy. bfloat16 and float16 are computed with in float32; complex numbers as pairs.
+    A single tensor whose samples are dense in memory, in any order of dimensions (also `channels_last`), becomes
+    a matrix without a copy. bfloat16 and float16 are computed in float32; complex numbers become pairs of reals.
     """
 
     spec: pytree.TreeSpec
@@ -67,7 +67,7 @@ class Layout:
     batch_dims: int
     dtype: torch.dtype  # real dtype of the leaves
     device: torch.device
-    plain: tuple[int, ...] | None = None  # the shape of a sample of one tensor that lies there as it is
+    plain: tuple[int, ...] | None = None  # shape of a sample, if the state is one tensor in natural order
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -76,13 +76,13 @@ class Layout:
 
     @property
     def computed_dtype(self) -> torch.dtype:
-        """The dtype that f computes in, which decides what can be reached: autocast's where that is on."""
+        """The dtype that f computes in, which limits the tolerances: autocast's where that is on."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if casts(kind) else self.dtype
 
     @classmethod
     def of(cls, state: Any, batch_dims: int, name: str = "z0") -> Layout:
-        """The layout of `state`; raises TypeError / ValueError for what cannot be a state."""
+        """The layout of `state`; raises TypeError / ValueError if it cannot be a state."""
         if batch_dims not in (0, 1):
             raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
         flat, spec = pytree.tree_flatten(state)
@@ -115,7 +115,7 @@ class Layout:
         if len(dtypes) > 1 or len(devices) > 1:
             raise ValueError(f"{name} mixes dtypes or devices: {described(state, name)}; convert them to one")
         batch = flat[0].shape[0] if batch_dims else 1
-        # Not as a set: a hash would fix a size that a tracer leaves open.
+        # No set here: hashing would fix a size that a tracer leaves open.
         if batch_dims and any(leaf.shape[0] != batch for leaf in flat):
             raise ValueError(
                 f"the tensors of {name} disagree on the batch (dimension 0): {described(state, name)}"
@@ -126,7 +126,7 @@ class Layout:
         return cls(spec, leaves, batch, batch_dims, dtype, flat[0].device, plain)
 
     def pack(self, state: Any) -> Tensor:
-        """A state of this layout as a matrix `(B, n)` of the work dtype."""
+        """Convert a state of this layout into a matrix `(B, n)` of the work dtype."""
         if isinstance(state, Tensor):  # flattening a pytree takes longer than a small f
             if self.plain is not None and state.dtype == self.dtype:  # the usual case
                 return state.reshape(state.shape[0] if self.batch_dims else 1, self.leaves[0].width)
@@ -138,7 +138,7 @@ class Layout:
         return packed if packed.dtype == self.work_dtype else packed.to(self.work_dtype)
 
     def unpack(self, matrix: Tensor) -> Any:
-        """A matrix `(B, n)`, of any B, as a state of this layout."""
+        """Convert a matrix `(B, n)`, with any B, into a state of this layout."""
         if self.plain is not None and matrix.dtype == self.dtype:  # the usual case
             return matrix.reshape((matrix.shape[0], *self.plain) if self.batch_dims else self.plain)
         if self.spec.is_leaf():
@@ -148,7 +148,7 @@ class Layout:
         return pytree.tree_unflatten(flat, self.spec)
 
     def per_sample(self, vector: Tensor) -> Tensor:
-        """`(B,)` as users see it: 0-d where the whole state is one system."""
+        """A `(B,)` vector as the user gets it: 0-d where the whole state is one system."""
         return vector if self.batch_dims else vector[0]
 
     def check(self, state: Any, given: str, f: str = "f") -> None:
@@ -193,7 +193,7 @@ class Layout:
         shape = (*lead, *(leaf.shape if leaf.in_order else [leaf.shape[d] for d in leaf.order]))
         if leaf.dtype.is_complex:
             x = x.reshape(*shape, 2)
-            # Columns of a larger matrix may begin at an odd place, where no complex number can.
+            # Columns of a larger matrix may start at an odd offset, where no complex number can start.
             x = torch.view_as_complex(x) if len(self.leaves) == 1 else torch.complex(*x.unbind(-1))
         if leaf.in_order:
             return x.reshape(shape) if x.dtype == leaf.dtype else x.reshape(shape).to(leaf.dtype)
@@ -205,7 +205,7 @@ def _leaf(x: Tensor, batch_dims: int) -> _Leaf:
     shape, strides = tuple(x.shape[batch_dims:]), x.stride()[batch_dims:]
     order = tuple(range(len(shape)))
     if not x.is_contiguous() and all(shape):
-        # Stable, and only strides of dimensions that have any extent say something about the memory order.
+        # The sort is stable; only strides of dimensions of size > 1 tell about the memory order.
         thick = sorted((d for d in order if shape[d] > 1), key=lambda d: -strides[d])
         if thick != sorted(thick):
             order = (*(d for d in order if shape[d] == 1), *thick)

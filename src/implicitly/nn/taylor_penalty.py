@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicitly.taylor.jet import trajectory_derivatives
 from implicitly.nn.ode_regularisers import Regulariser, Slopes
+from implicitly.taylor.jet import trajectory_derivatives
 
 
 @dataclass(frozen=True)
