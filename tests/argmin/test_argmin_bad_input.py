@@ -277,3 +277,72 @@ def test_states_without_entries_come_back_from_sets_equations_and_residuals():
         assert im.argmin(square, z0, constraint=constraint).value.shape == (3, 0)
     for solver in (im.LevenbergMarquardt(), im.GaussNewton(), im.LBFGS()):
         assert im.least_squares(lambda z: z, z0, solver=solver).value.shape == (3, 0)
+
+
+class WithContext(torch.autograd.Function):
+    """Written as torch.func cannot have it."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, *bars):
+        return 2 * ctx.saved_tensors[0] * bars[0][:, None]
+
+
+SEEN = torch.zeros((), dtype=D)
+
+
+def counting(z, x):
+    SEEN.add_((z - x).detach().sum())
+    return bowl(z, x)
+
+
+def branching(z, x):
+    return torch.vmap(lambda z, x: (z - x).square().sum() if z.sum() > -1 else z.sum())(z, x)
+
+
+@pytest.mark.parametrize(
+    ("f", "does", "instead"),
+    [
+        (counting, "changes in place a tensor that is not its own", "compute without it"),
+        (lambda z, x: bowl(z.sub_(x), 0 * x), "changes in place its z", "z.clone()"),
+        (lambda z, x: bowl(z.requires_grad_(), x), "calls requires_grad_()", "leave requires_grad_() out"),
+        (lambda z, x: torch.from_numpy((z - x).detach().numpy()).square().sum(1), "leaves torch", "operations of"),
+        (lambda z, x: WithContext.apply(z - x), "torch.autograd.Function", "setup_context(ctx, inputs, output)"),
+        (lambda z, x: torch.cdist(z, x).diagonal(), "without a second derivative", "torch.cdist(x, y) as"),
+        (branching, "branches on the values", "torch.where"),
+    ],
+    ids=["captured", "in-place", "requires-grad", "numpy", "function", "second", "branch"],
+)
+def test_what_torch_cannot_differentiate_is_told_with_the_remedy(f, does, instead):
+    for entry in (im.argmin, im.least_squares):
+        with pytest.raises(ValueError, match="differentiates the function") as caught:
+            entry(f, Z0, X.clone().requires_grad_())
+        for part in (does, instead, "torch says: "):
+            assert part in str(caught.value)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_of_an_inner_loss_too():
+    with pytest.raises(ValueError, match=r"implicit_gradient differentiates the function.*in place"):
+        im.implicit_gradient(lambda w, x: counting(w, x).sum(), X, X.clone().requires_grad_())
+
+
+def test_other_errors_of_an_objective_pass():
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        im.argmin(lambda z, x: bowl(z, x[:3]), Z0, X)
+
+
+def test_a_proximal_map_in_place_of_a_projection_is_told_which_solvers_take_it():
+    """It finds the lasso's solution with those."""
+    A, y, weight, step = draw(6, 3, seed=5), draw(6, seed=6), 0.5, 0.05
+    constraint = im.Projection(lambda z: im.prox.l1(z, step * weight), step=step)
+    lasso = lambda z: 0.5 * (z @ A.mT - y).square().sum(1)  # noqa: E731
+    refused(im.SolverError, "im.Anderson", "im.prox.l1", f=lasso, args=(), constraint=constraint)
+    z = im.argmin(lasso, Z0[:1], constraint=constraint, solver=im.Anderson()).value[0]
+    slope = A.mT @ (A @ z - y)
+    torch.testing.assert_close(slope[z != 0], -weight * z[z != 0].sign())
+    assert (slope.abs() <= weight + 1e-9).all()

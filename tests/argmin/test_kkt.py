@@ -201,3 +201,24 @@ def test_smoothing_where_inequalities_leave_no_room_says_what_to_try():
     G, h = torch.tensor([[1.0], [-1.0]], dtype=D), torch.tensor([1.0, -1.0], dtype=D)  # z = 1
     with pytest.raises(im.SolverError, match=r"1 of 1 samples.*less smoothing, and A z = b in place of"):
         im.qp(torch.eye(1, dtype=D), G[0], G, h, adjoint=im.KKTAdjoint(smoothing=0.1))
+
+
+def test_with_smoothing_the_slack_is_that_of_the_exact_point_with_the_derivative_of_the_other():
+    Q, p, G, h, _, _ = program(batch=2, n=3, m=5, q=0, seed=3)
+    adjoint = im.KKTAdjoint(smoothing=KAPPA)
+
+    def slacks(G, h):
+        sol = im.qp(Q, p, G, h, adjoint=adjoint)
+        return sol.slack, h - (G @ sol.value.unsqueeze(2)).squeeze(2)
+
+    ours, written = slacks(G, h)
+    assert torch.equal(ours, im.qp(Q, p, G, h).slack)
+    torch.testing.assert_close(ours, written)
+    for place in (0, 1):
+        ours, written = torch.func.jacrev(slacks, argnums=place)(G, h)
+        torch.testing.assert_close(ours, written)
+
+
+def test_a_tolerance_that_the_dtype_cannot_reach_is_refused_before_the_solve():
+    with pytest.raises(ValueError, match=r"KKTAdjoint: torch.float64 cannot reach rtol=1e-20"):
+        im.qp(torch.eye(1, dtype=D), torch.ones(1, dtype=D), adjoint=im.KKTAdjoint(rtol=1e-20))

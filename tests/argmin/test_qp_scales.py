@@ -374,3 +374,35 @@ def test_the_scaled_program_has_a_solution_of_size_one():
     w = torch.cat([sol.value, sol.dual_equality, sol.dual_inequality], 1) / scaling.w
     assert bool((w[:, :4].abs().amax(1) > 1e-2).all())
     assert w.abs().max() < 1e2
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+@pytest.mark.parametrize("high", [2.0, float("inf")])
+@pytest.mark.parametrize("power", [4, 7, 10])
+def test_bounds_on_unknowns_in_units_of_their_own(power, high, low):
+    """Bounds are rows of one entry each, which say nothing on how the sizes of columns compare."""
+    n = 6
+    g, E = seeded(1), 0.1 ** torch.linspace(0, power, n, dtype=D)
+    G_, A, p = (torch.randn(*shape, generator=g, dtype=D) for shape in ((3, n), (2, n), (8, n)))
+    x, p = 1.8 * torch.rand(n, generator=g, dtype=D), p.abs() if high > 2 else p
+    h, b = G_ @ x + 0.3, A @ x
+
+    def solved(E: Tensor) -> list[Tensor]:
+        bounds = torch.full((n,), high, dtype=D) / E, torch.full((n,), -low, dtype=D) / E
+        right, equal = h.clone().requires_grad_(), b.clone().requires_grad_()
+        rows = torch.cat([G_ * E, torch.eye(n, dtype=D), -torch.eye(n, dtype=D)])
+        sol = im.qp(torch.zeros(n, n, dtype=D), p * E, rows, torch.cat([right, *bounds]), A * E, equal)
+        assert (sol.status == Status.CONVERGED).all()
+        weights = torch.arange(8.0 * n, dtype=D).view(8, n)
+        return [sol.value.detach() * E, *torch.autograd.grad((sol.value * E * weights).sum(), (right, equal))]
+
+    for found, right in zip(solved(E), solved(torch.ones(n, dtype=D))):
+        close(found, right)
+
+
+def test_of_bounds_that_samples_have_for_themselves_the_nearest_tell_the_units():
+    """The matrices stay shared, so that the columns have one scaling for all."""
+    E, bounds = of(1.0, 1e-8), of([1.0, 2.0, 0.0, 0.0], [2.0, 1.0, 0.0, 0.0], [1.0, 1e4, 0.0, 0.0])
+    h = torch.cat([of([2.5]).expand(3, 1), bounds / E.repeat(2)], 1)
+    sol = im.qp(NONE, of(-1.0, -2.0) * E, torch.cat([E.unsqueeze(0), EYE, -EYE]), h)
+    close(sol.value * E, of([0.5, 2.0], [1.5, 1.0], [0.0, 2.5]))

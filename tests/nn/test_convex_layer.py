@@ -859,3 +859,53 @@ def test_autocast_changes_nothing():
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
         gradients = [torch.autograd.grad(y.square().sum(), values) for y in (found, exact)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "conic", "definition"])
+@pytest.mark.parametrize("batch", [(), (2,), (0,)])
+def test_what_depends_on_no_parameter_has_a_graph_and_zero_gradients(kind, batch):
+    """As results of operations of torch have."""
+    b, x, y = cp.Parameter(2), cp.Variable(2), cp.Variable(2)
+    objective = {
+        "quadratic": cp.sum_squares(x),
+        "conic": cp.norm(x - 1),
+        "definition": cp.sum_squares(x) + cp.sum(y),
+    }
+    rows = [y >= 1] if kind == "definition" else []
+    layer = ConvexLayer(cp.Problem(cp.Minimize(objective[kind] + cp.sum(b)), [x >= 1, *rows]), [b], [x])
+    value = torch.tensor([1.0, 2.0], dtype=D).expand(*batch, 2).clone().requires_grad_()
+    (found,) = layer(value)
+    assert found.requires_grad
+    assert found.shape == value.shape
+    torch.testing.assert_close(found, torch.ones_like(found))
+    found.square().sum().backward()
+    assert value.grad is not None
+    assert not value.grad.any()
+    with torch.no_grad():
+        assert not layer(value)[0].requires_grad
+    assert not layer(value.detach())[0].requires_grad
+    assert not torch.func.jacrev(lambda v: layer(v)[0])(value.detach()).any()
+
+
+def test_errors_of_quadratic_programs_name_the_layer_and_its_parameters():
+    b, low, x = cp.Parameter(2), cp.Parameter(), cp.Variable(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - b)), [x <= 1, x >= low])
+    layer = ConvexLayer(problem, [b, low], [x])
+    zero = torch.zeros(2, dtype=D)
+    with pytest.raises(im.SolverError, match=r"^ConvexLayer: InteriorPoint did not converge for 1 of 1 samples"):
+        layer(zero, torch.tensor(2.0, dtype=D))
+    with pytest.raises(im.SolverError, match=r"^ConvexLayer: .*NaN or inf is in a parameter's value"):
+        layer(zero + float("nan"), torch.tensor(0.0, dtype=D))
+    layer = ConvexLayer(problem, [b, low], [x], adjoint=im.KKTAdjoint(max_steps=1, rtol=1e-15))
+    (found,) = layer(torch.rand(2, dtype=D).requires_grad_(), torch.tensor(0.1, dtype=D))
+    with pytest.raises(im.SolverError, match=r"^the backward solve of ConvexLayer: "):
+        found.sum().backward()
+    G = cp.Parameter((1, 2))
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [G @ x <= 1]), [G], [x], solver=im.ADMM())
+    with pytest.raises(ValueError, match="of a ConvexLayer the parameters"):
+        layer(torch.ones(2, 1, 2, dtype=D))
+    adjoint = im.KKTAdjoint(rtol=1e-20)
+    for objective in (cp.sum_squares(x - b), cp.norm(x - b)):
+        layer = ConvexLayer(cp.Problem(cp.Minimize(objective), [x <= 1]), [b], [x], adjoint=adjoint)
+        with pytest.raises(ValueError, match=r"KKTAdjoint: torch.float64 cannot reach"):
+            layer(zero)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
+from implicitly.argmin.refused import explained
 from implicitly.checks import check_listener
 from implicitly.condition import REMEDY, Condition, Map, explain
 from implicitly.functions import open_function
@@ -95,12 +97,11 @@ def implicit_gradient(
     layout = Layout.of(params, batch_dims, "params")
     _check_options(linear_solver, damping, tolerance, listen, layout)
     gradient = _gradient(inner_loss, batch_dims)
-    problem = Problem.of(
-        gradient, params, hyper, lambda w, dw: -dw, layout=layout, in_dims=in_dims, recording=False
-    )
-    theta = _wanted(problem, inner_loss, params)
+    options = {"layout": layout, "in_dims": in_dims, "recording": False}
+    state = partial(Problem.of, gradient, params, hyper, lambda w, dw: -dw, **options)
     tolerance = tolerance if records() else None  # nobody could be misled by a derivative
-    found = _as_given(problem, theta, tolerance, on_failure)
+    look = partial(_looked_at, state, inner_loss, params, tolerance, on_failure)
+    problem, theta, found = explained("implicit_gradient", inner_loss, look)
     condition = _condition(problem, damping, on_failure)
     attached = attach_usable(found, condition, (found.z, *theta), Backward(linear_solver, listen=listen))
     return layout.unpack(attached)
@@ -223,6 +224,19 @@ _HESSIAN_REMEDY = {
 
 def _solve_fell_short(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
     return explain(name, solver, found, failed, _HESSIAN_REMEDY)
+
+
+def _looked_at(
+    state: Callable[[], Problem],
+    inner_loss: Callable[..., Any],
+    params: Any,
+    tolerance: float | None,
+    on_failure: str,
+) -> tuple[Problem, tuple[Tensor, ...], Found]:
+    """The problem, its theta of which a derivative is wanted, and the params as a found point."""
+    problem = state()
+    theta = _wanted(problem, inner_loss, params)
+    return problem, theta, _as_given(problem, theta, tolerance, on_failure)
 
 
 def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tuple[Tensor, ...]:

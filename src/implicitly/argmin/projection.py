@@ -67,6 +67,8 @@ class Projection(Form):
     Args:
         P: `P(z, *args)` gives the nearest point of the set, like z; for example
             `lambda z, x, radius: im.project.l2_ball(z, radius)`.
+            A proximal map adds a term g instead, as `im.prox.l1(z, step * weight)` does weight * |z|_1 of a lasso;
+            `ProjectedGradient` cannot descend that, but `FixedPointIteration` and `Anderson` find z = P(...).
     """
 
     P: Function

@@ -16,6 +16,7 @@ from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
+from implicitly.argmin.refused import explained
 from implicitly.compiled import as_graphs
 from implicitly.condition import LINEAR_REMEDY, REMEDY, explain
 from implicitly.graph_break import one_break
@@ -86,10 +87,9 @@ def argmin(
     implicit differentiation", NeurIPS 2022.
     """
     form = _form(constraint)
-    if solver is _UNCONSTRAINED and not isinstance(form, Unconstrained):
-        solver = NewtonKKT() if isinstance(form, Equality) else ProjectedGradient()
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
-    return _minimum(form, objective, z0, args, solver, adjoint, on_failure, compile, **options)
+    solve = partial(_minimum, form, objective, z0, args, solver, adjoint, on_failure, compile, **options)
+    return explained(form.name, objective, solve)
 
 
 @one_break
@@ -115,7 +115,8 @@ def least_squares(
     All else is as in `argmin`.
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
-    return _minimum(LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
+    solve = partial(_minimum, LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
+    return explained(LeastSquares.name, residuals, solve)
 
 
 def _form(constraint: Any) -> Form:
@@ -148,6 +149,8 @@ def _minimum(
     """The minimum of an `objective` in a form of the condition."""
     if not callable(objective):
         raise TypeError(f"the function to minimise must be callable, got a {type(objective).__name__}")
+    if solver is _UNCONSTRAINED and isinstance(form, Equality | Projection):
+        solver = NewtonKKT() if isinstance(form, Equality) else ProjectedGradient()
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, form.iterates, form.offers, form.try_solver)
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
@@ -175,7 +178,8 @@ def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tens
     if isinstance(form, Projection):
         remedy[Status.STAGNATED] = (
             "a larger step of im.Projection if step * gradient is lost beside z (best is one over the objective's "
-            "curvature); else loosen rtol, use a wider dtype, or try another solver"
+            "curvature); im.FixedPointIteration or im.Anderson if P is a proximal map, such as im.prox.l1, and no "
+            "projection; else loosen rtol, use a wider dtype, or try another solver"
         )
     if isinstance(form, Equality):
         remedy[Status.SINGULAR] = (

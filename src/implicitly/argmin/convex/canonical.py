@@ -26,6 +26,9 @@ from implicitly.argmin.convex.optional import require
 from implicitly.transforms import Operation, merge_rows
 from implicitly.tree import columns_of
 
+# Of numbers that are not finite, in messages.
+NOT_FINITE = "NaN or inf is in a parameter's value, or in what the problem makes of it"
+
 # ------------------------------------------------------------------------------- from parameters to numbers
 
 

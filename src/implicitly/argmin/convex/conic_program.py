@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitly.argmin.convex.canonical import NOT_FINITE
 from implicitly.argmin.convex.conic import product
 from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
 from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
@@ -26,8 +27,7 @@ OF_NUMBERS = {
     **REMEDY,
     Status.MAX_STEPS: "raise max_steps and time_limit_s, or loosen rtol, of Clarabel",
     Status.STAGNATED: "Clarabel gets no further: loosen its rtol, or state the problem in numbers of like sizes",
-    Status.NON_FINITE: "NaN or inf is in a parameter's value, or in what the problem makes of it; see where that "
-    "comes from",
+    Status.NON_FINITE: f"{NOT_FINITE}; see where that comes from",
 }
 # A residual relative to the numbers of a program, for which rounding errors are to blame.
 POLISHED = 1e-14
@@ -59,6 +59,7 @@ def solve_conic(
     Raises:
         SolverError: a sample has no solution and `report` is to raise.
     """
+    adjoint.check(torch.float64)
     theta = without_infinite_bounds(family, theta)
     known: list[Jacobian] = []
     run = partial(_find, family, known, report)

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.argmin.convex.canonical import Assembly, CanonicalProgram
+from implicitly.argmin.convex.canonical import NOT_FINITE, Assembly, CanonicalProgram
 from implicitly.argmin.convex.optional import require
 from implicitly.argmin.programs.program import failed
-from implicitly.argmin.programs.qp import ProgramSolution, qp
+from implicitly.argmin.programs.qp import ProgramSolution, checked, solve_program
 from implicitly.argmin.programs.solver import ProgramSolver
 from implicitly.host import maybe_any
 from implicitly.solution import Solution, SolverError
@@ -77,7 +77,7 @@ class QuadraticForm:
     def solve(self, values: Sequence[Tensor], batch: int, solver: ProgramSolver, **options: Any) -> Solution:
         """The solution at the parameters' `values`; its `value` is x `(B, n)` and the multipliers `(B, m)`.
 
-        `options` are those of `qp`.
+        `options` are those of `solve_program`.
         """
         k, e = len(self.kept), len(self.out)
         P_kk, P_ke, P_ee, q_k, q_e, M, R, G, b_M, r, h, a = self.numbers(values, batch)
@@ -100,7 +100,8 @@ class QuadraticForm:
         single = all(len(t) == 1 for t in tensors)
         lifted = partial(self._lifted, single, P_ke, P_ee, q_e, R, r, a)
         try:
-            return lifted(qp(*shared, solver=solver, **options))
+            found = solve_program(checked(*shared), solver, **options, name="ConvexLayer", not_finite=NOT_FINITE)
+            return lifted(found)
         except SolverError as error:
             raise SolverError(str(error), lifted(error.solution)) from error  # pyright: ignore
 

@@ -98,7 +98,8 @@ class ConvexProgram:
                 solution = self._solve(values, batch or 1, on_failure)
             except SolverError as error:
                 raise SolverError(str(error), self._unpacked(error.solution, batch)) from error
-            return self._unpacked(solution, batch)
+            unpacked = self._unpacked(solution, batch)
+            return replace(unpacked, value=tuple(recorded_by(values, v) for v in unpacked.value))
 
     def _solve(self, values: Sequence[Tensor], batch: int, on_failure: str) -> Solution:
         if self.quadratic is None:
@@ -109,8 +110,8 @@ class ConvexProgram:
 
     def _of_nobody(self, values: Sequence[Tensor]) -> Solution:
         """The solution of an empty batch, whose derivatives are zeros."""
-        anchor = 0 * sum(v.sum() for v in values)
-        found = tuple(anchor + values[0].new_zeros(0, *v.shape) for v in self.program.variables)
+        empty = (values[0].new_zeros(0, *v.shape) for v in self.program.variables)
+        found = tuple(recorded_by(values, v) for v in empty)
         codes = torch.zeros(0, dtype=torch.int64, device=values[0].device)
         return Solution(found, codes, values[0].new_zeros(0), codes, 0)
 
@@ -136,6 +137,15 @@ class ConvexProgram:
             return Solution(value, status, residual, steps, int(found.evaluations))
 
         return unpack(solve_conic(self.family, theta, Report(on_failure, unpack), self.adjoint))
+
+
+def recorded_by(values: Sequence[Tensor], found: Tensor) -> Tensor:
+    """`found`, whose graph leads to `values` even where no number depends on them: then with zero gradients."""
+    if found.requires_grad or not torch.is_grad_enabled():
+        return found
+    wanted = [v for v in values if v.requires_grad]
+    # Sums of none of their entries, which may be infinite.
+    return found + sum(v.reshape(-1)[:0].sum() for v in wanted) if wanted else found
 
 
 def _described(program: CanonicalProgram) -> str:

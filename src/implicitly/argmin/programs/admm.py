@@ -90,7 +90,8 @@ class ADMM(ProgramSolver):
         if program.Q.ndim == 3:
             raise ValueError(
                 "ADMM factorises one matrix for all samples, so Q, G and A must be shared by the batch: "
-                "pass them without a batch dimension, or use InteriorPoint()"
+                "pass them (of a ConvexLayer the parameters in them) without a batch dimension, or use "
+                "InteriorPoint()"
             )
         tolerance = self.tolerance(program.Q.dtype)
         result, k = None, 0

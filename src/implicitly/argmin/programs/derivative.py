@@ -232,7 +232,8 @@ class KKTAdjoint:
 
     With `smoothing` it is the derivative of another point: that where λ (h - Gz) = `smoothing` for every
     inequality, on the central path of interior-point methods. It tells of inequalities that do not bind, and has
-    no jumps, but is not exact. The solution itself stays exact.
+    no jumps, but is not exact. The solution itself stays exact, and its slack is h - Gz in value and derivative:
+    of the exact z, with the derivative of the other.
 
     Args:
         smoothing: in units of the objective; 0: the exact derivative.
@@ -251,6 +252,15 @@ class KKTAdjoint:
             raise ValueError(f"KKTAdjoint: smoothing must be a finite number >= 0, got {self.smoothing}")
         self._solver([])  # its own checks
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise ValueError where `dtype` cannot reach rtol."""
+        eps = torch.finfo(dtype).eps
+        if self.rtol is not None and 0 < self.rtol < eps:
+            raise ValueError(
+                f"KKTAdjoint: {dtype} cannot reach rtol={self.rtol:g}; the smallest it can is {eps:.2g}. Loosen "
+                "rtol, or pass a wider dtype"
+            )
+
     def _solver(self, known: list[Jacobian]) -> StructuredSolver:
         return StructuredSolver(rtol=self.rtol, max_steps=self.max_steps, known=known)
 
@@ -261,15 +271,16 @@ class KKTAdjoint:
         program: QuadraticProgram,
         on_failure: str,
         pullback: Callable[..., Found] | None = None,
+        name: str = "qp",
     ) -> Tensor:
         """`w` = (z, ν, λ) `(B, N)` with its derivative; `pullback` solves in place of `search` what reverse mode
-        asks for."""
+        asks for. `name` is that of the entry point, in messages."""
         graphs = None if pullback is None else Graphs(search, pullback)
         how, report, scale = Backward(self._solver(place.known)), Report(on_failure), place.scale
         conditions = RELAXED if self.smoothing else ACTIVE_SET
         condition = Condition(
             partial(_bound, conditions),
-            "the relaxed qp" if self.smoothing else "qp",
+            f"the relaxed {name}" if self.smoothing else name,
             w.dtype,
             report,
             graphs=graphs,

@@ -33,13 +33,14 @@ def find(
     start: tuple[Tensor, Tensor] | None,
     report_on: ReportOn,
     compile: bool = False,
+    name: str = "qp",
 ) -> tuple[Found, Place]:
     """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached.
 
-    `bounds` is h as it was given, for reports.
+    `bounds` is h as it was given, and `name` that of the entry point, for reports.
     """
     known: list[Jacobian] = []
-    run = partial(_run, solver, adjoint.smoothing, known, report_on, start, compile)
+    run = partial(_run, solver, adjoint.smoothing, known, report_on, start, compile, name)
     w, alpha, near, scale, *rest = _Find.apply(run, *program.tensors, bounds)
     return Found(w, *rest), Place(alpha, near, scale, known)
 
@@ -51,6 +52,7 @@ def _run(
     report_on: ReportOn,
     start: tuple[Tensor, Tensor] | None,
     compile: bool,
+    name: str,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
     """(w, alpha, near, scale, status, residual, steps, evaluations); `known` gets the Jacobian."""
@@ -73,7 +75,7 @@ def _run(
     status = torch.where(converged & polished.degenerate, int(Status.DEGENERATE), polished.status)
     residual = polished.residual.masked_fill(~finite, float("nan"))
     report = report_on(given, bounds)
-    report("qp", solver, Found(w, status, residual, polished.steps, polished.evaluations))  # pyright: ignore[reportArgumentType]
+    report(name, solver, Found(w, status, residual, polished.steps, polished.evaluations))  # pyright: ignore[reportArgumentType]
     near, factors, degenerate = w, polished.factors, polished.degenerate
     alpha, beta = polished.alpha, (1 - polished.alpha) * scaling.F**2
     if smoothing and program.sizes[2]:
@@ -83,7 +85,7 @@ def _run(
         short = Found(
             near, torch.where(done, 0, int(Status.MAX_STEPS)), residual, polished.steps, polished.evaluations
         )
-        replace(report, unpack=None, message=_off_the_path)("the relaxed qp", solver, short)  # pyright: ignore[reportArgumentType]
+        replace(report, unpack=None, message=_off_the_path)(f"the relaxed {name}", solver, short)  # pyright: ignore[reportArgumentType]
         alpha, beta, degenerate = near[:, -slack.shape[1] :], -slack * scaling.F, torch.zeros_like(degenerate)
     known.append(Jacobian(factors, system.program, alpha, beta, degenerate))
     scale = scaling.of_matrices.expand_as(w).clone()

@@ -177,10 +177,11 @@ def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticP
     Its vectors are `(B, ·)`; its matrices are shared if all of them were, else `(B, ·, ·)`.
 
     As Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001, but with the rows
-    of constraints normalised at once, and the diagonal of Q in place of its rows.
+    of constraints normalised at once, and the diagonal of Q in place of its rows. The entry of a row that has but
+    one, a bound on an unknown, is then always 1, and tells nothing of that unknown's units: the bound itself does.
     """
     Q, G, A = (t if t.ndim == 3 else t.unsqueeze(0) for t in (program.Q, program.G, program.A))
-    E, K, F, empty = _ruiz(Q, G, A, rounds)
+    E, K, F, empty = _ruiz(Q, G, program.h, A, program.b, rounds)
     shared, batch = len(E) == 1 and program.Q.ndim == program.G.ndim == program.A.ndim == 2, program.batch
     p, h, b = (t.expand(batch, -1) for t in (program.p * E, program.h * F, program.b * K))
     t, U = _units((Q.diagonal(dim1=1, dim2=2) * E**2).clamp(min=0), p, torch.where(empty, float("inf"), h), b)
@@ -194,7 +195,9 @@ def equilibrate(program: QuadraticProgram, rounds: int = 10) -> tuple[QuadraticP
     return QuadraticProgram(Q, p, G, h, A, b), Scaling(E * t, K / t, F / t, U)
 
 
-def _ruiz(Q: Tensor, G: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ruiz(
+    Q: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor, rounds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Factors `(1 or B, ·)` of columns, and rows of A and of G, and which rows of G are empty."""
     rows = max(len(Q), len(G), len(A))
     E, K, F = (torch.ones(rows, k, dtype=Q.dtype, device=Q.device) for k in (Q.shape[1], A.shape[1], G.shape[1]))
@@ -202,15 +205,20 @@ def _ruiz(Q: Tensor, G: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor,
     if not E.shape[1]:
         return E, K, F, empty
     diagonal = Q.diagonal(dim1=1, dim2=2).clamp(min=0)  # the largest entries of a semidefinite matrix
+    most = [torch.ones_like(F), torch.ones_like(K)]
     for k in range(rounds):
         column = diagonal * E**2
         norms = []
-        for matrix, norm in ((G, F), (A, K)):
+        for i, (matrix, norm) in enumerate(((G, F), (A, K))):
             if matrix.shape[1]:
                 size = (matrix * E.unsqueeze(1)).abs_() if k else matrix.abs()
                 norm = size.amax(2)
-                column = torch.maximum(column, size.mul_(_reciprocal(norm).unsqueeze(2)).amax(1))
+                if not k:
+                    most[i] = _most((h, b)[i], single=size.sum(2) == norm)
+                weight = torch.minimum(_reciprocal(norm), most[i])
+                column = torch.maximum(column, size.mul_(weight.unsqueeze(2)).amax(1))
             norms.append(norm)
+        column = torch.where(column > 0, column, 1.0)  # of which nothing is known
         F, K = (_reciprocal(norm) for norm in norms)
         empty = norms[0] == 0
         E = E * _reciprocal(column).sqrt()
@@ -221,6 +229,16 @@ def _ruiz(Q: Tensor, G: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor,
     # Powers of two scale without rounding.
     E, K, F = (torch.exp2(torch.log2(t).round()) for t in (E, K, F))
     return E, K, F, empty
+
+
+def _most(bound: Tensor, single: Tensor) -> Tensor:
+    """What a column's entries in rows with this right-hand side may count at most, `(1 or B, ·)`: in those of a
+    `single` entry no more than puts the bound, where it is not zero, at a distance of one."""
+    distance = bound.abs()
+    distance = torch.where(distance > 0, distance, float("inf"))
+    if distance.ndim == 2 and len(single) == 1:
+        distance = distance.amin(0, keepdim=True)
+    return torch.where(single, distance.reciprocal(), float("inf"))
 
 
 def _units(diagonal: Tensor, p: Tensor, h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,25 +94,46 @@ def qp(
         raise TypeError(f"solver must be InteriorPoint() or ADMM(), got {solver!r}")
     if not isinstance(adjoint, KKTAdjoint):
         raise TypeError(f"adjoint must be a KKTAdjoint, got {adjoint!r}")
-    given = checked(Q, p, G, h, A, b)
+    return solve_program(checked(Q, p, G, h, A, b), solver, adjoint, start, on_failure, compile)
+
+
+def solve_program(
+    given: QuadraticProgram,
+    solver: ProgramSolver,
+    adjoint: KKTAdjoint,
+    start: ProgramSolution | None = None,
+    on_failure: str = "raise",
+    compile: bool = False,
+    name: str = "qp",
+    not_finite: str | None = None,
+) -> ProgramSolution:
+    """What `qp` does with a program that is `checked`.
+
+    `name` is that of the entry point, in messages; `not_finite` what is said of NaN and inf where a user has not
+    given the tensors of the program; None: which of them.
+    """
     solver.tolerance(given.Q.dtype)
+    adjoint.check(given.Q.dtype)
     near = None if start is None else start_of(start, given)
     with full_precision(given.Q.device.type):
         program = without_infinite_bounds(given)
-        report = partial(_report, Report(on_failure))
-        found, place = find(solver, adjoint, program, given.h, near, report, compile)
+        report = partial(_report, Report(on_failure), not_finite)
+        found, place = find(solver, adjoint, program, given.h, near, report, compile, name)
         known = program.without(bad) if maybe_any(bad := found.status == Status.NON_FINITE) else program
         pull = solve_as_graph if compile else None
-        return _solution(given, found, adjoint.attach(found.z, place, known, on_failure, pull))
+        return _solution(given, found, adjoint.attach(found.z, place, known, on_failure, pull, name))
 
 
-def _report(report: Report, program: QuadraticProgram, bounds: Tensor) -> Report:
+def _report(report: Report, not_finite: str | None, program: QuadraticProgram, bounds: Tensor) -> Report:
     """What is said of a `program` whose h was given as `bounds`."""
 
     def message(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
         remedy = REMEDY
         if bool((found.status == Status.NON_FINITE).any()):
-            remedy = {**REMEDY, Status.NON_FINITE: f"{_not_finite(program)}; see where that comes from"}
+            remedy = {
+                **REMEDY,
+                Status.NON_FINITE: f"{not_finite or _not_finite(program)}; see where that comes from",
+            }
         return explain(name, solver, found, failed, remedy)
 
     return replace(report, unpack=partial(_solution, replace(program, h=bounds)), message=message)
