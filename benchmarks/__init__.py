@@ -1,1 +1,1 @@
-"""Measurements side by side with peers: `python -m benchmarks`, or `make bench`."""
+"""Benchmarks against other libraries (peers): `python -m benchmarks`, or `make bench`."""

@@ -1,4 +1,4 @@
-"""The cells that are solved, and an exact gradient to compare with."""
+"""The cells to be solved, and an exact gradient to compare with."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 
 class DenseCell(nn.Module):
-    """f(z, x) = tanh(linear(z) + x), a contraction where it starts."""
+    """f(z, x) = tanh(linear(z) + x), which is a contraction at initialisation."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """f(z, x), `(batch, width)` like both."""
+        """f(z, x) `(batch, width)`, like z and x."""
         return torch.tanh(self.linear(z) + x)
 
 
 @contextmanager
 def counted(module: nn.Module):
-    """Yields a function that returns the calls of `module` since."""
+    """A context that yields a function returning the number of calls of `module` since its start."""
     calls = 0
 
     def count(*_: object) -> None:
@@ -40,10 +40,10 @@ def counted(module: nn.Module):
 def unrolled_gradient(
     cell: nn.Module, x: Tensor, cotangent: Tensor, tolerance: float = 1e-10, limit: int = 1000
 ) -> tuple[Tensor, list[Tensor]]:
-    """The solution and its gradient for x and the parameters, of a plain iteration unrolled to convergence.
+    """The solution, and its gradient by x and the parameters, of plain iteration unrolled to convergence.
 
-    The iteration first converges, and then goes on for as long as its reverse pass needs. All those further
-    steps are at the same point, so their reverse pass, u <- g + J'u, needs the graph of one of them only.
+    The iteration first converges, and then continues for as long as its reverse pass needs. All further steps are
+    at the same point, so their reverse pass, u <- g + J'u, needs the graph of only one of them.
     """
     z = torch.zeros_like(x)
     with torch.no_grad():
@@ -70,6 +70,6 @@ def _repeat(step: Callable[[Tensor], Tensor], z: Tensor, tolerance: float, limit
 
 
 def relative_error(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """|tensors - exact| / |exact| of all of them as one vector."""
+    """|tensors - exact| / |exact|, with all tensors as one vector."""
     difference = sum(float((t.double() - e).square().sum()) for t, e in zip(tensors, exact))
     return (difference / sum(float(e.square().sum()) for e in exact)) ** 0.5

@@ -1,4 +1,4 @@
-"""Convex programs written in cvxpy as layers: solutions and gradients beside cvxpylayers."""
+"""Convex programs written in cvxpy, as layers: solutions and gradients compared with cvxpylayers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def times(M: Tensor, x: Tensor) -> Tensor:
 
 
 def quadratic(batch: int) -> Program:
-    """Each sample with matrices of its own."""
+    """Quadratic programs, each sample with its own matrices."""
     n, m, q = 50, 50, 10
     z, p, root = cvxpy.Variable(n), cvxpy.Parameter(n), cvxpy.Parameter((n, n))
     G, h, A, b = cvxpy.Parameter((m, n)), cvxpy.Parameter(m), cvxpy.Parameter((q, n)), cvxpy.Parameter(q)
@@ -56,7 +56,7 @@ def quadratic(batch: int) -> Program:
 
 
 def second_order(batch: int) -> Program:
-    """Three cones, three equations."""
+    """Second-order cone programs with three cones and three equations."""
     n, d, k = 10, 5, 3
     x, f = cvxpy.Variable(n), cvxpy.Parameter(n)
     C, c = [cvxpy.Parameter((d, n)) for _ in range(k)], [cvxpy.Parameter(d) for _ in range(k)]
@@ -73,7 +73,7 @@ def second_order(batch: int) -> Program:
 
 
 def semidefinite(batch: int) -> Program:
-    """A matrix, three equations."""
+    """Semidefinite programs with one matrix and three equations."""
     n, k = 8, 3
     X, C = cvxpy.Variable((n, n), symmetric=True), cvxpy.Parameter((n, n))
     A, b = [cvxpy.Parameter((n, n)) for _ in range(k)], [cvxpy.Parameter() for _ in range(k)]
@@ -87,7 +87,7 @@ def semidefinite(batch: int) -> Program:
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     full = effort.full
     print("convex programs ...", flush=True)
     cases = [
@@ -96,12 +96,12 @@ def run(effort: Effort) -> list[Row]:
         ("SDP, batch {}, a matrix of 8 x 8, 3 equalities", semidefinite, 32 if full else 4, 2.0),
     ]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations within the peer
+        warnings.simplefilter("ignore")  # deprecation warnings inside the peer
         return [beside(effort, what.format(batch), make(batch), goal) for what, make, batch, goal in cases]
 
 
 def beside(effort: Effort, what: str, program: Program, goal: float) -> Row:
-    """A row for solution and gradient together."""
+    """One row for solution and gradient together."""
     problem, parameters, variables, values = program
     values = [v.requires_grad_() for v in values]
     ours = im.nn.ConvexLayer(problem, parameters, variables)
@@ -138,7 +138,7 @@ def beside(effort: Effort, what: str, program: Program, goal: float) -> Row:
 
 
 def gradient_error(found: tuple[Tensor, ...], layer: Any, values: list[Tensor], weights: Tensor) -> float:
-    """Relative, along a random direction, against central differences."""
+    """The relative error of a gradient along a random direction, against central differences."""
     draw = draws(4)
     direction = [draw(*v.shape) for v in values]
     ends = []

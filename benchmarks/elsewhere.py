@@ -1,4 +1,4 @@
-"""Peers on JAX: a process in an environment of its own that solves the same problem, timed in turn with ours."""
+"""Peers in JAX: a process in a separate environment solves the same problem, timed in alternation with ours."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class PeerError(Exception):
 
 
 class JaxProcess:
-    """One of the programs `benchmarks/jax_*.py`, for as long as the context lasts.
+    """One of the programs `benchmarks/jax_*.py`, running for as long as the context lasts.
 
     It compiles and runs everything once, and then times what it is asked for, as `alternate` does.
 
     Attributes:
-        versions: of the packages it names.
-        found: what its calls returned, as the leaves of a pytree, by their names.
-        failed: why a call could not run.
+        versions: versions of the packages that the program names.
+        found: by name, what its calls returned, as the leaves of a pytree.
+        failed: by name, why a call could not run.
 
     Args:
         program: its module, such as "jax_ode".
-        tensors: what it needs, handed over in a file.
+        tensors: the inputs, passed in a file.
 
     Raises:
-        PeerError: on entering, where there is no such environment, or the program does not start.
+        PeerError: on entering, if there is no such environment, or the program does not start.
     """
 
     versions: dict[str, str]
@@ -63,7 +63,7 @@ class JaxProcess:
         command = [str(JAX_PYTHON), "-m", f"benchmarks.{self.program}", str(path)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-        if hasattr(os, "sched_setaffinity"):  # as many threads as PyTorch has
+        if hasattr(os, "sched_setaffinity"):  # as many threads as PyTorch uses
             cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
             os.sched_setaffinity(self.process.pid, cores)
         try:
@@ -82,7 +82,7 @@ class JaxProcess:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
-            self.process.stdin.close()  # it ends where its input does
+            self.process.stdin.close()  # the program ends when its input does
         self.process.wait()
         self.process.stdout.close()
         self.errors.close()
@@ -93,7 +93,7 @@ class JaxProcess:
 
         def seconds(repeats: int) -> float:
             assert self.process.stdin is not None
-            with suppress(BrokenPipeError):  # where it has ended, the answer says why
+            with suppress(BrokenPipeError):  # if it has ended, its answer says why
                 self.process.stdin.write(f"{name} {repeats}\n")
                 self.process.stdin.flush()
             return float(self._answer())
@@ -113,16 +113,16 @@ class JaxProcess:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: ours beside a call of a peer on JAX.
+    """One line of a table: ours next to a call of a peer in JAX.
 
     Attributes:
-        what: measured, in ms.
-        call: its name.
-        run: the same of ours.
-        error: of what either returns, as a list of tensors; further ones of the peer may stand before a gradient,
-            and after a solution.
-        goal, least: in words, and how many times faster than the peer that is.
-        package: the peer, where it is not that of the other lines.
+        what: what is measured, in ms.
+        call: the name of the peer's call.
+        run: the same computation by ours.
+        error: maps what either returns, a list of tensors, to its error; the peer may return further tensors
+            before a gradient, and after a solution.
+        goal, least: the goal in words, and as a factor by which to be faster than the peer.
+        package: the peer, if it is not that of the other lines.
     """
 
     what: str
@@ -142,7 +142,7 @@ def beside(
     rounds: int,
     digits: int,
 ) -> list[Row]:
-    """Ours beside the program `benchmarks/jax_*.py`, whose calls are of `package`."""
+    """Rows for ours next to the program `benchmarks/jax_*.py`, whose calls are of `package`."""
     try:
         with JaxProcess(program, tensors) as jax:
             return [_row(jax, line.package or package, line, rounds, digits) for line in lines]

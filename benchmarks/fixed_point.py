@@ -1,4 +1,4 @@
-"""Fixed points: what the solver costs beside f, exact gradients, memory, uneven batches, long training."""
+"""Fixed points: the solver's overhead over f, exact gradients, memory, uneven batches, long training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("implicitly", "torch", "numpy", "torchdeq")
 
 RTOL = 1e-3
 MAX_STEPS = 25
-# Each keeps the history it keeps by itself: ours 5 and 10 states, torchdeq's Anderson 6 and its Broyden all.
+# Each keeps its default history: ours 5 and 10 states, torchdeq's Anderson 6 and its Broyden all.
 SOLVERS = {
     "Anderson": im.Anderson(rtol=RTOL, max_steps=MAX_STEPS),
     "Broyden": im.Broyden(rtol=RTOL, max_steps=MAX_STEPS),
@@ -49,7 +49,7 @@ Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     rows = []
     for measure in (
         overhead,
@@ -77,7 +77,7 @@ def theirs(solver: TorchDEQ, cell: nn.Module, z0: Tensor, x: Tensor) -> Tensor:
 
 
 def problem(batch: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The convolutional cell, where its solve starts, and x."""
+    """The convolutional cell, the start z0 of its solve, and x."""
     torch.manual_seed(0)
     cell = Cell(channels=48, inner_channels=64, groups=8)
     x = torch.randn(batch, 48, 16, 16)
@@ -92,7 +92,7 @@ def overhead(effort: Effort) -> list[Row]:
     """Time of a forward solve over that of its calls of f alone."""
     cell, z0, x = problem(32 if effort.full else 2)
     at = cell(cell(z0, x), x)
-    calls_at_once = 12  # about as many as a solve makes
+    calls_at_once = 12  # about as many as in a solve
 
     def calls_alone() -> None:
         for _ in range(calls_at_once):
@@ -112,7 +112,7 @@ def overhead(effort: Effort) -> list[Row]:
     for name, goal in (("Anderson", 1.15), ("Broyden", 1.3)):
         pair = (name, f"torchdeq {name}")
         bare = partial(history_moved, SOLVERS[name], cell, z0, x, calls[name])
-        # One pair at a time: what a solve does to the memory of the process, the next one feels.
+        # One pair at a time, since what a solve does to the memory of the process affects the next one.
         runs = {"calls": calls_alone, **{who: solves[who] for who in pair}, "history moved": bare}
         times = alternate(runs, effort.rounds)
         seconds += times["calls"]
@@ -133,8 +133,11 @@ def overhead(effort: Effort) -> list[Row]:
 
 
 def history_moved(solver: im.Anderson | im.Broyden, cell: nn.Module, z: Tensor, x: Tensor, calls: int) -> None:
-    """Calls of f, and no more of the solver than it has to read and write: what is new of its history, and all of
-    its history for inner products with the residual and for a combination."""
+    """Calls of f, and only the memory traffic that the solver cannot avoid.
+
+    It writes what is new in its history, and reads all of its history for inner products with the residual and for
+    a linear combination.
+    """
     batch, n, m = len(z), z[0].numel(), solver.history
     memories = empty_slots(z.reshape(batch, n), m, 2 if isinstance(solver, im.Anderson) else 1)
     weights = torch.full((batch, m), 1 / m)
@@ -233,7 +236,7 @@ def exact_gradient(effort: Effort) -> list[Row]:
 
 
 def beside_jax(effort: Effort) -> list[Row]:
-    """Compiled programs of JAX, in a process of their own; few rounds, as they are slow."""
+    """Compare with compiled JAX programs in a separate process; in few rounds, as they are slow."""
     if not effort.full:
         return []
     cell, z0, x = problem(32)
@@ -245,7 +248,7 @@ def beside_jax(effort: Effort) -> list[Row]:
     z, exact = unrolled_gradient(copy.deepcopy(cell).double(), *wide)
     handed = dict(cell.named_parameters())
     handed |= {"x": x, "cotangent": cotangent, "groups": cell.norm_sum.num_groups}
-    # Their tolerances are absolute, and of the batch as a whole.
+    # Their tolerances are absolute, and for the batch as a whole.
     handed |= {"atol": RTOL * float(z.norm()), "rtol": RTOL, "max_steps": MAX_STEPS}
     handed |= {"history": SOLVERS["Anderson"].history}
     lines = []
@@ -330,7 +333,7 @@ class Uneven:
         return self.rows - before
 
     def make_last_slow(self, solve: SolveUneven, times: float) -> float:
-        """Let the last sample take `times` the calls of the first, as nearly as it can; returns how many."""
+        """Make the last sample take `times` the calls of the first, as nearly as possible; returns the factor."""
         last, usual = slice(len(self.x) - 1, None), self.rows_of(solve, slice(0, 1))
         reached = {}
         low, high = 0.3, 0.98
@@ -398,14 +401,14 @@ class Alive:
     def now(cls) -> Alive:
         gc.collect()
         found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
-        # Of compiled functions the tracer keeps stand-ins, which have no memory.
+        # For compiled functions the tracer keeps fake tensors, which have no memory.
         found = [t for t in found if not (isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t))]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
         return cls(len(found), sum(storages.values()), resident_mib())
 
 
 def long_training(effort: Effort) -> list[Row]:
-    """What is alive after many training steps beyond what is alive after a few."""
+    """Memory growth: what is alive after many training steps but not after a few."""
     first = effort.training_steps // 10
 
     def growth(solve: Solve) -> Alive:

@@ -46,39 +46,39 @@ DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 
 @dataclass(frozen=True)
 class Case:
-    """Something to be measured; `flops` counts its matrix products and convolutions."""
+    """A computation to measure; `flops` counts its matrix products and convolutions."""
 
     name: str
     run: Callable[[], object]
     graph: bool = False  # whether it takes a fixed number of steps, so that a CUDA graph can hold it
     dtype: torch.dtype = torch.float32  # that its products are computed in
-    eager: Callable[[], object] | None = None  # where it is compiled: what does the same, to be counted
+    eager: Callable[[], object] | None = None  # if it is compiled: the same computation run eagerly, for counting
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found about a case."""
+    """What was measured of a case."""
 
     name: str
     dtype: str
     ms: list[float] = field(default_factory=list)
     flops: int = 0
-    bytes: int = 0  # that the operations read and write, each by itself
+    bytes: int = 0  # that the operations read and write, each counted separately
     waits: int = 0
     peak_MiB: float | None = None  # memory taken on top of what was there before
     graph_ms: list[float] | None = None
-    graph_error: str | None = None  # why no CUDA graph could be had
+    graph_error: str | None = None  # why no CUDA graph could be captured
 
     @property
     def median(self) -> float:
-        """Of the times, ms."""
+        """The median of the times, in ms."""
         return statistics.median(self.ms)
 
 
 class Work(TorchDispatchMode):
     """Counts what operations do: `flops` of matrix products and convolutions, and `bytes` read and written.
 
-    PyTorch's own `FlopCounterMode` also follows modules, which a backward pass inside of a backward pass forbids.
+    PyTorch's own `FlopCounterMode` also tracks modules, which does not work for a backward pass inside another.
     """
 
     def __init__(self):
@@ -106,7 +106,7 @@ class Machine:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is one of NVIDIA's."""
+        """Whether it is an NVIDIA device."""
         return self.device.type == "cuda"
 
     def size(self, whole: int, brief: int) -> int:
@@ -114,7 +114,7 @@ class Machine:
         return brief if self.smoke else whole
 
     def times(self, run: Callable[[], object], budget_s: float) -> list[float]:
-        """Milliseconds that `run` takes, again and again for `budget_s` seconds; two runs before do not count."""
+        """The times of `run` in ms, repeated for `budget_s` seconds after two warm-up runs."""
         for _ in range(2):
             run()
         found, end = [], time.perf_counter() + budget_s
@@ -123,7 +123,7 @@ class Machine:
         return found
 
     def once(self, run: Callable[[], object]) -> float:
-        """Milliseconds of one run, by the device's own events where it has them."""
+        """The time of one run in ms, by the device's own events if it has them."""
         if not self.is_cuda:
             start = time.perf_counter()
             run()
@@ -153,7 +153,7 @@ class Machine:
         """`run` as a CUDA graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is set up once must not be captured
+        with torch.cuda.stream(stream):  # one-time setup must not be captured
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -163,7 +163,7 @@ class Machine:
         return graph.replay
 
     def limits(self) -> dict[str, float]:
-        """What it reaches in plain copies (GB/s) and matrix products (TFLOP/s, by dtype)."""
+        """The speed that the device reaches in plain copies (GB/s) and matrix products (TFLOP/s, by dtype)."""
         n = self.size(8192, 256)
         source = torch.randn(n, n, device=self.device)
         target = torch.empty_like(source)
@@ -176,7 +176,7 @@ class Machine:
         return found
 
     def peak(self, run: Callable[[], object]) -> float | None:
-        """MiB that a run takes at most, on top of what was taken before; None on a CPU."""
+        """The peak memory of a run in MiB, beyond what was allocated before; None on a CPU."""
         if not self.is_cuda:
             return None
         torch.cuda.synchronize()
@@ -187,7 +187,7 @@ class Machine:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def measure(self, case: Case, budget_s: float) -> Measured:
-        """All about one case."""
+        """Measure everything about one case."""
         case.run()
         with Work() as work:
             (case.eager or case.run)()
@@ -197,26 +197,26 @@ class Machine:
         if case.graph and self.is_cuda:
             try:
                 replays = self.times(self.captured(case.run), budget_s / 2)
-            except RuntimeError as caught:  # one that cannot be captured is to be known of, with all the others
+            except RuntimeError as caught:  # report what cannot be captured, along with all the others
                 error = str(caught).splitlines()[0]
         dtype = str(case.dtype)[6:]
         return Measured(case.name, dtype, ms, work.flops, work.bytes, waits, peak, replays, error)
 
 
 def both(case: Case, inputs: Sequence[Tensor]) -> Iterator[Case]:
-    """The case of a differentiable tensor: its value alone, and with the derivative by `inputs`."""
+    """The two cases of a differentiable tensor: its value alone, and with the derivative by `inputs`."""
     yield change(case, "forward", torch.no_grad())
     yield change(case, "gradient", lambda run: lambda: torch.autograd.grad(run().square().mean(), inputs))
 
 
 def change(case: Case, what: str, by: Callable[[Any], Any]) -> Case:
-    """The case with what it runs wrapped."""
+    """The case with the function that it runs wrapped."""
     eager = None if case.eager is None else by(case.eager)
     return replace(case, name=f"{case.name}, {what}", run=by(case.run), eager=eager)
 
 
 def fixed_points(machine: Machine) -> Iterator[Case]:
-    """The convolutional cell of `deq-image`, in float32 and under autocast, compiled, and a number of steps."""
+    """The convolutional cell of `deq-image`: in float32, under autocast, compiled, and with a number of steps."""
     batch, device = machine.size(256, 2), machine.device
     torch.manual_seed(0)
     cell, x = Cell(48, 64, 8).to(device), torch.randn(batch, 48, 16, 16, device=device)
@@ -259,12 +259,12 @@ def trajectories(machine: Machine) -> Iterator[Case]:
 
 
 def dopri5_as_graph(f: VectorField, y0: Tensor, t: Tensor) -> Tensor:
-    """As `ours`, compiled."""
+    """Like `ours`, compiled."""
     return im.odeint(f, y0, t, solver=im.Dopri5(rtol=TOLERANCE, atol=TOLERANCE), compile=True).value[-1]
 
 
 def programs(machine: Machine) -> Iterator[Case]:
-    """Those of the `qp` benchmark, and projections."""
+    """The programs of the `qp` benchmark, and projections."""
     batch, many = machine.size(128, 2), machine.size(4096, 4)
     args = [
         t.to(machine.device).requires_grad_()
@@ -285,12 +285,12 @@ def programs(machine: Machine) -> Iterator[Case]:
 
 
 def solution(*args: Tensor, **options: Any) -> Tensor:
-    """Of a quadratic program."""
+    """The solution of a quadratic program."""
     return im.qp(*args, **options).value
 
 
 def table(found: list[Measured], limits: dict[str, float]) -> str:
-    """Everything measured, for people."""
+    """Everything measured, as a readable table."""
     rows = []
     for m in found:
         products = 1e-9 * m.flops / m.median / limits[f"matmul_{m.dtype}_TFLOP_per_s"]
@@ -326,7 +326,7 @@ def surroundings(machine: Machine) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit code is 2 where there is no such device."""
+    """Run the benchmark; the exit code is 2 if there is no such device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; only errors count")

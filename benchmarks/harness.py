@@ -1,4 +1,4 @@
-"""How things are measured and reported: runs in alternation, medians with their spread, ratios."""
+"""How benchmarks are measured and reported: alternating runs, medians with their spread, ratios."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from implicitly.viz import peak_bytes
 
-# Seconds that a timing lasts at least.
+# The least seconds that a timing lasts.
 LEAST = 0.03
 
 
@@ -37,7 +37,7 @@ class Effort:
 
     @property
     def full(self) -> bool:
-        """Whether the numbers are to mean something."""
+        """Whether the numbers are meant to be meaningful."""
         return self.iterations > 100
 
 
@@ -47,7 +47,7 @@ SMOKE = Effort(rounds=1, slow_samples=16, iterations=20, training_steps=60)
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and greatest of several measurements."""
+    """Median, minimum and maximum of several measurements."""
 
     median: float
     least: float
@@ -64,7 +64,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `met` is None where there is no goal."""
+    """One line of the table; `met` is None if there is no goal."""
 
     what: str
     ours: str
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A run in another process, which has warmed up and times itself: seconds of so many runs in a row."""
+    """A run in another process, which has warmed up and times itself: returns the seconds of so many runs."""
 
     seconds: Callable[[int], float]
 
@@ -88,10 +88,10 @@ T = TypeVar("T")
 def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[str, list[float]]:
     """Seconds that each of `runs` takes, `rounds` times each, in alternation.
 
-    Whatever else the machine does then falls on all of them alike, so ratios within a round mean more than
-    times. Every other round goes backwards. Each runs once beforehand, unmeasured, unless all are `warm` and have
-    done so; what takes less than `LEAST` is run several times in a row, as it would be in a program, and the
-    mean of these counts.
+    Whatever else the machine does then affects all of them alike, so ratios within a round mean more than times.
+    Every other round runs in reverse order. Each runs once beforehand, unmeasured, unless all are `warm` and have
+    done so. What takes less than `LEAST` is run several times in a row, as it would be in a program, and the mean
+    of these counts.
     """
     for run in runs.values():
         if not (warm or isinstance(run, Elsewhere)):
@@ -99,7 +99,7 @@ def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[
     with _young_garbage():
         once = {name: _seconds(run, 1) for name, run in runs.items()}
         repeats = {name: max(1, math.ceil(LEAST / seconds)) for name, seconds in once.items()}
-        # Where all are slow, that was the first round.
+        # If all are slow, that was the first round.
         times = {name: [once[name]] if max(repeats.values()) == 1 else [] for name in runs}
         for index in range(len(next(iter(times.values()))), rounds):
             for name in list(runs) if index % 2 == 0 else reversed(list(runs)):
@@ -109,8 +109,10 @@ def alternate(runs: Mapping[str, Run], rounds: int, warm: bool = False) -> dict[
 
 @contextlib.contextmanager
 def _young_garbage() -> Iterator[None]:
-    """Collect garbage among what is made from now on only: all that compilers and peers have made takes longer to
-    look through than most timings last."""
+    """A context in which only objects made in it are garbage-collected.
+
+    Looking through everything that compilers and peers have made would take longer than most timings last.
+    """
     gc.collect()
     gc.freeze()
     try:
@@ -134,7 +136,7 @@ def _seconds(run: Run, repeats: int) -> float:
 
 
 def outcomes(runs: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tuple[dict[str, T], dict[str, str]]:
-    """What each of `runs` returns; and for peers that raise an error instead, what it says. Ours must run."""
+    """What each of `runs` returns, and the message of peers that raise an error instead; ours must run."""
     values, failed = {}, {}
     for name, run in runs.items():
         try:
@@ -147,18 +149,18 @@ def outcomes(runs: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tupl
 
 
 def in_a_cell(error: Exception) -> str:
-    """An error in a line that a table can hold."""
+    """An error as one line that fits into a table."""
     first = str(error).strip().partition("\n")[0].replace("|", "/")
     return f"{type(error).__name__}: {first[:100]}"
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float], factor: float = 1.0) -> Spread:
-    """Of the ratios within each round, times `factor`."""
+    """The spread of the ratios within each round, times `factor`."""
     return Spread.of([factor * a / b for a, b in zip(numerators, denominators)])
 
 
 def markdown(rows: Sequence[Row], peer: str, caption: str = "") -> str:
-    """The table, and below it how it came about; without the last two columns where no row has a goal."""
+    """The table, with how it was made below it; without the last two columns if no row has a goal."""
     cells = [(r.what, r.ours, r.peer, r.goal, {None: "", True: "yes", False: "no"}[r.met]) for r in rows]
     headers = ["measured", "implicitly", peer, "goal", "met"]
     columns = 5 if any(r.goal for r in rows) else 3
@@ -185,12 +187,12 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """Most memory of tensors that `run` has alive at once, MiB; not what is inside an operation, or a graph."""
+    """Peak memory of the tensors of `run`, in MiB, without memory used inside an operation or a graph."""
     return peak_bytes(run) / 2**20
 
 
 def resident_mib() -> float:
-    """Memory of this process, MiB; NaN where the system does not tell."""
+    """The memory of this process in MiB; NaN if the system does not tell."""
     statistics_file = Path("/proc/self/statm")
     if not statistics_file.exists():
         return float("nan")
@@ -198,7 +200,7 @@ def resident_mib() -> float:
 
 
 def _cpu_name() -> str:
-    """As the system calls it, with family and model where it tells them: names of virtual machines say neither."""
+    """The system's name of the CPU, with family and model if known: names on virtual machines include neither."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -209,14 +211,14 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, Any], effort: Effort) -> None:
-    """Everything measured, and where."""
+    """Write everything measured, and where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**surroundings, "effort": asdict(effort), "rows": [asdict(r) for r in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_between_markers(path: Path, family: str, text: str) -> None:
-    """Replace what stands between the two markers of a family in a file."""
+    """Replace the text between the two markers of a family in a file."""
     begin, end = f"<!-- bench:begin {family} -->", f"<!-- bench:end {family} -->"
     content = path.read_text(encoding="utf-8")
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):

@@ -1,5 +1,8 @@
-"""The convolutional cell of `fixed_point.py`, solved and differentiated by jaxopt's Anderson acceleration and by
-optimistix's plain iteration, the one of its solvers for fixed points that holds no matrix."""
+"""The convolutional cell of `fixed_point.py`, solved and differentiated by jaxopt and optimistix.
+
+jaxopt uses Anderson acceleration; optimistix uses plain iteration, its only fixed-point solver that holds no
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from benchmarks.jax_serve import problem, serve
 
 
 def convolution(x, weight):
-    """3x3, padded, without a bias."""
+    """A padded 3x3 convolution without a bias."""
     return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
 
 
 def group_norm(x, weight, bias, groups):
-    """As in PyTorch, with its epsilon."""
+    """Group normalisation as in PyTorch, with its epsilon."""
     apart = x.reshape(len(x), groups, -1)
     mean, variance = apart.mean(2, keepdims=True), apart.var(2, keepdims=True)
     normal = ((apart - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
@@ -36,12 +39,12 @@ def cell(z, x, p, groups):
 
 
 def norm(p, name):
-    """Weight and bias."""
+    """The weight and bias of the normalisation `name`."""
     return p[f"{name}.weight"], p[f"{name}.bias"]
 
 
 def main() -> None:
-    """Solutions, and the gradients of a product with the cotangent."""
+    """Serve solutions, and gradients of a product with the cotangent."""
     p = problem()
     x, cotangent, groups = p.pop("x"), p.pop("cotangent"), int(p.pop("groups"))
     atol, rtol, max_steps = float(p.pop("atol")), float(p.pop("rtol")), int(p.pop("max_steps"))
@@ -49,7 +52,8 @@ def main() -> None:
     options = {"history_size": history, "tol": atol, "maxiter": max_steps}
     linear_solve = partial(solve_gmres, tol=rtol, maxiter=max_steps)
     anderson = AndersonAcceleration(partial(cell, groups=groups), implicit_diff_solve=linear_solve, **options)
-    # Its error of z is the last step over the tolerance, in this norm; that of its GMRES is taken entry by entry.
+    # It measures the error of z as the last step over the tolerance, in this norm; its GMRES does so entry by
+    # entry.
     picard = optimistix.FixedPointIteration(rtol=0.0, atol=atol, norm=optimistix.two_norm)
     adjoint = optimistix.ImplicitAdjoint(lineax.GMRES(rtol=rtol, atol=rtol, max_steps=max_steps))
 

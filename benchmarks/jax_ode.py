@@ -18,7 +18,7 @@ def field(t, y, parameters):
 
 
 def main() -> None:
-    """Forward, and the gradient by both adjoints."""
+    """Serve the forward solve, and the gradient by both adjoints."""
     given = problem()
     y0, t, tolerance = given.pop("y0"), given.pop("t"), float(given.pop("tolerance"))
     parameters = [given[f"parameter{i}"] for i in range(len(given))]
@@ -31,7 +31,7 @@ def main() -> None:
         return solution.ys[-1], solution.stats["num_steps"]
 
     def gradient(adjoint):
-        # The value too, as a training step has it.
+        # With the value, as in a training step.
         compiled = jax.jit(jax.value_and_grad(lambda p: jnp.sum(solve(p, adjoint)[0] ** 2)))
         return lambda: compiled(parameters)
 

@@ -1,4 +1,4 @@
-"""Quadratic programs by qpax: Q, p, G, h, A, b and weights, one entry a sample."""
+"""Quadratic programs by qpax: Q, p, G, h, A, b and weights, one entry per sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ jax.config.update("jax_enable_x64", True)
 
 @jax.jit
 def solutions(Q, p, G, h, A, b):
-    """z of all programs, one after the other: mapped over a batch, qpax takes many times longer on a CPU."""
+    """z of all programs, solved one after the other: under `vmap` qpax takes many times longer on a CPU."""
     return jax.lax.map(lambda program: qpax.solve_qp_primal(*program), (Q, p, A, b, G, h))
 
 
@@ -22,10 +22,10 @@ def loss(Q, p, G, h, A, b, weights):
 
 
 def main() -> None:
-    """Solutions, and the gradient by all but Q."""
+    """Serve solutions, and the gradient by all arguments but Q."""
     given = problem()
     args = [given[name] for name in ("Q", "p", "G", "h", "A", "b")]
-    # The value too, as a training step has it.
+    # With the value, as in a training step.
     both = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(1, 6))))
     calls = {
         "forward": lambda: solutions(*args),

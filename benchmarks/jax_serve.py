@@ -1,6 +1,6 @@
-"""What the programs on JAX share: they run their calls once, tell what came out, and then time what is asked for.
+"""What the JAX programs share: they run their calls once, report the results, and then time what is asked for.
 
-The other side is `elsewhere.py`. Only JAX's environment runs this.
+The other side is `elsewhere.py`. This file runs only in the JAX environment.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import numpy as np
 
 
 def problem() -> dict[str, jax.Array]:
-    """The arrays of the file that the command names."""
+    """The arrays in the file named on the command line."""
     with np.load(sys.argv[1]) as file:
         return {name: jnp.asarray(file[name]) for name in file.files}
 
 
 def serve(calls: Mapping[str, Callable[[], Any]], packages: Sequence[str]) -> None:
-    """Run each call once, keep the leaves of its pytree beside the problem, and tell; then time the calls named
-    on standard input, one line "NAME REPEATS" each, until it ends."""
+    """Run each call once, save the leaves of its pytree next to the problem, and report.
+
+    Then time the calls named on standard input, one line "NAME REPEATS" each, until it ends.
+    """
     leaves, failed = {}, {}
     for name, call in calls.items():
         try:

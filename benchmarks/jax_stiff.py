@@ -19,7 +19,7 @@ def slope(t: float, y: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def main() -> None:
-    """The state at the end, and the steps taken."""
+    """Serve the state at the end, and the number of steps taken."""
     given = problem()
     y0, t, k = given["y0"], given["t"], given["k"]
     control = diffrax.PIDController(rtol=float(given["rtol"]), atol=float(given["atol"]))

@@ -1,4 +1,4 @@
-"""Differential equations that are not stiff: solutions and gradients beside torchdiffeq, torchode and diffrax."""
+"""Non-stiff differential equations: solutions and gradients compared with torchdiffeq, torchode and diffrax."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class VectorField(nn.Module):
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     print("trajectories ...", flush=True)
     torch.manual_seed(0)
     f, y0, t = VectorField(), torch.randn(128, 2), torch.tensor([0.0, 1.0])
@@ -192,7 +192,7 @@ def gradients(effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: list[T
 
 
 def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
-    """Every sample with its own steps; the gradient is that of the steps, as autograd records them."""
+    """Solve with separate steps for each sample; the gradient is that of the steps, as autograd records them."""
     import torchode  # here, so that benchmarks.gpu, which borrows from this file, does without it
 
     term = torchode.ODETerm(f)
@@ -205,7 +205,7 @@ def torchode_solve(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
 def beside_torchode(
     effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
 ) -> list[Row]:
-    """Samples with steps of their own, as torchode has it, and one system, as above."""
+    """Compare with torchode: samples with their own steps, as in torchode, and as one system, as above."""
     parameters, name = list(f.parameters()), f"torchode {importlib.metadata.version('torchode')}"
     solves = {
         "by samples": lambda: ours(f, y0, t, batch_dims=1),
@@ -250,7 +250,7 @@ def beside_torchode(
 def beside_diffrax(
     effort: Effort, f: nn.Module, y0: Tensor, t: Tensor, exact: Tensor, gradient: list[Tensor]
 ) -> list[Row]:
-    """Both as one compiled program, of PyTorch and of JAX."""
+    """Compare with diffrax: both as one compiled program, in PyTorch and in JAX."""
     if not effort.full:
         return []
     parameters = list(f.parameters())
@@ -281,7 +281,7 @@ def beside_diffrax(
 
 
 def samples(effort: Effort) -> list[Row]:
-    """Of a batch one sample is 100 times as stiff: calls of f, weighted by the samples they are of."""
+    """A batch with one sample 100 times as stiff: calls of f, weighted by the number of samples in each."""
     torch.manual_seed(0)
     rates = torch.ones(64, 1)
     rates[0] = 100.0
@@ -318,7 +318,7 @@ def memory(effort: Effort) -> list[Row]:
 
 
 def kept_bytes(solve: Callable[[], Tensor]) -> int:
-    """What autograd saves while `solve` runs, and the states that `RecursiveCheckpointAdjoint` keeps besides."""
+    """What autograd saves while `solve` runs, plus the states that `RecursiveCheckpointAdjoint` keeps."""
     value: list[Tensor] = []
     saved = saved_bytes(lambda: value.append(solve()))
     node = value[0].grad_fn

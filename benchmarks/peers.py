@@ -1,4 +1,4 @@
-"""Peers, called as their documentation says, with what makes the comparison fair."""
+"""Peers, called as their documentation says, with the settings that make the comparison fair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
+    warnings.simplefilter("ignore")  # its docstrings contain invalid escapes
     import torchdeq
 
 TORCHDEQ = f"torchdeq {importlib.metadata.version('torchdeq')}"
@@ -25,7 +25,7 @@ class TorchDEQ:
 
     Args:
         solver: "anderson" or "broyden".
-        rtol, max_steps: of the forward and of the backward solve; `rtol=0` does all the steps.
+        rtol, max_steps: for the forward and the backward solve; `rtol=0` takes all the steps.
     """
 
     def __init__(self, solver: str, rtol: float, max_steps: int):
@@ -44,7 +44,7 @@ class TorchDEQ:
         )
 
     def __call__(self, f: Callable[[Tensor], Tensor], z0: Tensor) -> Tensor:
-        """The solution, like z0; differentiable where gradients are being recorded."""
+        """The solution, like z0; differentiable if gradients are being recorded."""
         self.deq.train(torch.is_grad_enabled())  # in evaluation mode it only solves
         solutions, info = self.deq(f, z0)
         worst = float(info["rel_lowest"].max())

@@ -1,4 +1,4 @@
-"""What stands in the way of each goal of speed: f, other operations by kind, the graph, and Python."""
+"""Where the time goes for each speed goal: f, other operations by kind, the graph, and Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ take by the goal, beside f or the peer in the same run. What stands in the way o
 in the rows of the same solves, which are held against torchdiffeq's. Medians of {rounds} rounds in alternation
 (least to greatest)."""
 
-# What operations are called by, in the order in which they are looked up.
+# Parts of the names of operations for each kind, in the order in which they are looked up.
 KINDS = {
     "graph": ("Compiled", "inductor"),
     "factorisations": ("cholesky", "triangular", "lu_", "solve"),
@@ -43,8 +43,11 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A solve, what of it is f `alone`, and the `goal`: how many times faster than the `peer` it is to be, or,
-    without one, how many times f it may take."""
+    """A solve, the calls of f `alone` that it contains, and its `goal`.
+
+    The goal is how many times faster than the `peer` it should be or, without a peer, how many times as long as f
+    alone it may take.
+    """
 
     name: str
     run: Run
@@ -53,7 +56,7 @@ class Case:
     goal: float
 
     def row(self, effort: Effort) -> Row:
-        """Where its time goes."""
+        """The row of the table that shows where its time goes."""
         runs = {"run": self.run, "alone": self.alone, "peer": self.peer}
         times = alternate({name: run for name, run in runs.items() if run is not None}, effort.rounds)
         spreads = {name: Spread.of(seconds) for name, seconds in times.items()}
@@ -78,7 +81,7 @@ class Case:
 
 
 def by_kind(run: Run) -> Counter[str]:
-    """Seconds by kind of operation, and of Python."""
+    """Seconds by kind of operation, and in Python."""
     for _ in range(3):
         run()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
@@ -92,22 +95,22 @@ def by_kind(run: Run) -> Counter[str]:
 
 
 def kind_of(operation: str) -> str:
-    """Of an operation of the profiler."""
+    """The kind of an operation that the profiler names."""
     fits = (kind for kind, names in KINDS.items() if any(name in operation for name in names))
     if not operation.startswith("aten::") and "Compiled" not in operation:
-        return "Python"  # a function of autograd's, say
+        return "Python"  # for example an autograd function
     return next(fits, "other operations")
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     print("profiles ...", flush=True)
     families = (fixed_points, compiled_cells, trajectories, programs)
     return [case.row(effort) for family in families for case in family(effort)]
 
 
 def gradient_of(parameters: list[Tensor], solve: Callable[[], Tensor]) -> Run:
-    """A solve and a gradient by the parameters."""
+    """A run of a solve and its gradient by the parameters."""
     return lambda: torch.autograd.grad(solve().square().sum(), parameters)
 
 
@@ -148,7 +151,7 @@ def fixed_points(effort: Effort) -> Iterator[Case]:
 
 
 def compiled_cells(effort: Effort) -> Iterator[Case]:
-    """The same cell compiled: in the eager loop, and in a graph of the whole solve."""
+    """The same cell compiled: in the eager loop, and in one graph of the whole solve."""
     if not effort.full:
         return
     cell, z0, x = fixed_point.problem(32)
@@ -167,7 +170,7 @@ def compiled_cells(effort: Effort) -> Iterator[Case]:
 
 
 def trajectories(effort: Effort) -> Iterator[Case]:
-    """The network of the table of differential equations."""
+    """The network of the `ode` benchmark."""
     torch.manual_seed(0)
     f, y0, t = ode.VectorField(), torch.randn(128, 2), torch.tensor([0.0, 1.0])
     parameters = list(f.parameters())
@@ -193,7 +196,7 @@ def trajectories(effort: Effort) -> Iterator[Case]:
 
 
 def programs(effort: Effort) -> Iterator[Case]:
-    """Those of the table of quadratic programs."""
+    """The programs of the `qp` benchmark."""
     sizes = (128, 50, 50, 10) if effort.full else (4, 6, 6, 2)
     yield from quadratic("QP", draw(*sizes), {}, 5.0)
     if effort.full:
@@ -208,7 +211,7 @@ def programs(effort: Effort) -> Iterator[Case]:
 
 
 def quadratic(name: str, args: Programs, options: dict[str, Any], goal: float) -> Iterator[Case]:
-    """Both passes of a batch of quadratic programs beside qpth."""
+    """Both passes of a batch of quadratic programs, compared with qpth."""
     plain, weights = torch.no_grad(), weights_of(args)
     ours = partial(qp.ours, **options)
     yield Case(f"{name}: forward", plain(partial(ours, *args)), None, plain(partial(qp.qpth, *args)), goal)
@@ -217,6 +220,6 @@ def quadratic(name: str, args: Programs, options: dict[str, Any], goal: float) -
 
 
 def weights_of(args: Programs) -> Tensor:
-    """Random weights of the solutions."""
+    """Random weights for the solutions."""
     p = args[1]
     return torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype)

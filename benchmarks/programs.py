@@ -1,4 +1,4 @@
-"""The quadratic programs that are solved."""
+"""The quadratic programs to be solved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Programs = tuple[Tensor, ...]
 
 
 def draw(batch: int, n: int, m: int, q: int, shared: bool = False) -> Programs:
-    """Feasible programs; `shared`: with the same matrices."""
+    """Random feasible programs; if `shared`, all have the same matrices."""
     generator = torch.Generator().manual_seed(0)
     lead = () if shared else (batch,)
     L = torch.rand(*lead, n, n, generator=generator, dtype=D)

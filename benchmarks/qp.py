@@ -1,4 +1,4 @@
-"""Quadratic programs: solutions and gradients beside qpth and cvxpylayers."""
+"""Quadratic programs: solutions and gradients compared with qpth and cvxpylayers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def qpth(*args: Tensor) -> Tensor:
 
 
 def layer_of(n: int, m: int, q: int) -> Solve:
-    """The same program as a layer of cvxpylayers, whose Q is given by its root."""
+    """The same program as a layer of cvxpylayers, which takes a square root of Q."""
     z, p = cvxpy.Variable(n), cvxpy.Parameter(n)
     root, G, A = cvxpy.Parameter((n, n)), cvxpy.Parameter((m, n)), cvxpy.Parameter((q, n))
     h, b = cvxpy.Parameter(m), cvxpy.Parameter(q)
@@ -60,12 +60,12 @@ def layer_of(n: int, m: int, q: int) -> Solve:
 
 
 def gradient(solve: Solve, args: Programs, weights: Tensor) -> list[Tensor]:
-    """Of a weighted sum of z, by all but Q, which cvxpylayers takes by its root."""
+    """The gradient of a weighted sum of z by all arguments but Q, of which cvxpylayers takes a square root."""
     return list(torch.autograd.grad((weights * solve(*args)).sum(), args[1:]))
 
 
 def gradient_error(found: Sequence[Tensor], args: Programs, weights: Tensor) -> float:
-    """Relative, along a random direction, against central differences."""
+    """The relative error of a gradient along a random direction, against central differences."""
     generator = torch.Generator().manual_seed(1)
     direction = [torch.randn(t.shape, generator=generator, dtype=D) for t in args[1:]]
     ends = []
@@ -78,16 +78,16 @@ def gradient_error(found: Sequence[Tensor], args: Programs, weights: Tensor) -> 
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     full = effort.full
     print("quadratic programs ...", flush=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations within the peers
+        warnings.simplefilter("ignore")  # deprecation warnings inside the peers
         return [*dense(effort, 128 if full else 4), *shared(effort, 4096 if full else 16)]
 
 
 def dense(effort: Effort, batch: int) -> list[Row]:
-    """Programs with matrices of their own."""
+    """Programs that each have their own matrices."""
     n, m, q = 50, 50, 10
     args = draw(batch, n, m, q)
     weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
@@ -101,7 +101,7 @@ def dense(effort: Effort, batch: int) -> list[Row]:
 
 
 def shared(effort: Effort, batch: int) -> list[Row]:
-    """Programs with the same matrices, as in a safety filter or a step of model-predictive control."""
+    """Programs that share their matrices, as in a safety filter or a step of model-predictive control."""
     n, m = 20, 40
     args = draw(batch, n, m, 0, shared=True)
     weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=D)
@@ -120,7 +120,7 @@ def beside(
     gradients, failed = outcomes(runs, ("ours", "InteriorPoint", "compile=True"))
     solves, runs = ({who: named[who] for who in gradients} for named in (solves, runs))
     errors = {who: gradient_error(found, args, weights) for who, found in gradients.items()}
-    # cvxpylayers works in NumPy, where it cannot be seen.
+    # cvxpylayers works in NumPy, whose memory is not seen.
     peaks = {who: peak_mib(run) for who, run in runs.items() if who != "cvxpylayers"}
     with torch.no_grad():
         exact = im.qp(*args)
@@ -136,7 +136,7 @@ def beside(
     }
     rows = []
     for part, seconds in times.items():
-        # The goal beside cvxpylayers is for both passes together.
+        # The goal against cvxpylayers is for both passes together.
         aims = {who: goal for who, goal in goals.items() if part != "forward" or who != "cvxpylayers"}
         faster = {who: ratios(seconds[who], seconds["ours"]) for who in goals if who in solves}
         accuracy = off if part == "forward" else errors
@@ -156,7 +156,7 @@ def beside(
 
 
 def beside_qpax(effort: Effort, what: str, args: Programs, weights: Tensor) -> list[Row]:
-    """The same programs by a compiled program of JAX, in a process of its own."""
+    """Compare with qpax: the same programs in a compiled JAX program, in a separate process."""
     if not effort.full:
         return []
     Q, p, G, h, A, b = args

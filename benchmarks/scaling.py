@@ -1,4 +1,4 @@
-"""How everything grows with the batch, the dimension and the number of steps, beside the obvious peer of each."""
+"""How costs grow with the batch, the dimension and the number of steps, next to the obvious peer for each."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Point:
 
     Attributes:
         what: the problem and its size.
-        runs: both passes, ours ("eager" and others) and that of the peer, by its name; each gives the gradient.
-        error: of a gradient.
-        f: whose calls are counted, of eager runs.
-        memory: MiB of one of the runs; "peak" or "kept".
+        runs: by name, both passes: ours ("eager" and others) and the peer's; each returns the gradient.
+        error: maps a gradient to its error.
+        f: the module whose calls are counted in eager runs.
+        memory: what is measured, "peak" or "kept", and the function that returns it for one of the runs, in MiB.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Point:
     f: nn.Module | None = None
 
     def row(self, rounds: int) -> Row:
-        """All that is measured."""
+        """The row of the table with all measurements."""
         mine = [who for who in self.runs if who != self.peer]
         numbers: dict[str, dict[str, Any]] = {who: {} for who in self.runs}
         values, failed = outcomes({who: partial(self._first, who, numbers[who]) for who in self.runs}, mine)
@@ -72,7 +72,7 @@ class Point:
         return _row(self.what, self.peer, numbers, failed)
 
     def _first(self, who: str, numbers: dict[str, Any]) -> Sequence[Tensor]:
-        """The gradient; outside of graphs, what it needs besides time."""
+        """The gradient; outside of graphs, also measures what it needs besides time."""
         if who in ("eager", self.peer):
             kind, memory = self.memory
             numbers[f"{kind}_MiB"] = memory(who)
@@ -85,7 +85,7 @@ class Point:
 
 
 def _row(what: str, peer: str, numbers: dict[str, dict[str, Any]], failed: Mapping[str, str]) -> Row:
-    """The medians, and the spread."""
+    """The row of medians and spreads."""
     shown = {who: _show(found) for who, found in numbers.items() if who not in failed} | failed
     texts = []
     for who in numbers:
@@ -109,10 +109,10 @@ def _show(found: Mapping[str, Any]) -> str:
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     rows = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations within the peers
+        warnings.simplefilter("ignore")  # deprecation warnings inside the peers
         for points in (trajectories, steps, fixed_points, programs):
             print(f"{points.__name__.replace('_', ' ')} ...", flush=True)
             rows += points(effort)
@@ -120,7 +120,7 @@ def run(effort: Effort) -> list[Row]:
 
 
 def peak(runs: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[str], float]]:
-    """Most alive at once while one of `runs` runs."""
+    """Peak memory while one of `runs` runs."""
     return "peak", lambda who: peak_mib(runs[who])
 
 
@@ -128,14 +128,14 @@ def peak(runs: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[str],
 
 
 def trajectories(effort: Effort) -> list[Row]:
-    """By batch, which is one system to both, of 2 dimensions; by dimension, in a batch of 32."""
+    """By batch size, in 2 dimensions (both treat the batch as one system); by dimension, in a batch of 32."""
     shapes = [(batch, 2) for batch in sizes(effort, (1, 16, 256, 4096))]
     shapes += [(32, width) for width in sizes(effort, (2, 16, 128, 1024))]
     return [trajectory(*shape, effort).row(min(effort.rounds, 5)) for shape in shapes]
 
 
 def trajectory(batch: int, width: int, effort: Effort) -> Point:
-    """Adaptive steps."""
+    """A trajectory with adaptive steps."""
     torch.manual_seed(0)
     f, y0, t = VectorField(width), torch.randn(batch, width), torch.tensor([0.0, 1.0])
     parameters = list(f.parameters())
@@ -156,7 +156,7 @@ def trajectory(batch: int, width: int, effort: Effort) -> Point:
 
 
 def steps(effort: Effort) -> list[Row]:
-    """By constant steps."""
+    """By the number of constant steps."""
     return [
         constant_steps(count, effort).row(min(effort.rounds, 5 if count < 1000 else 1))
         for count in sizes(effort, (10, 100, 1000, 10_000))
@@ -200,7 +200,7 @@ def constant_steps(count: int, effort: Effort) -> Point:
 
 
 def fixed_points(effort: Effort) -> list[Row]:
-    """By batch, of 64 units; by dimension, in a batch of 32."""
+    """By batch size, with 64 units; by dimension, in a batch of 32."""
     shapes = [(batch, 64) for batch in sizes(effort, (1, 16, 256, 4096))]
     shapes += [(32, width) for width in sizes(effort, (2, 16, 128, 1024))]
     return [fixed_point(*shape, effort).row(min(effort.rounds, 5)) for shape in shapes]
@@ -235,14 +235,14 @@ def fixed_point(batch: int, width: int, effort: Effort) -> Point:
 
 
 def programs(effort: Effort) -> list[Row]:
-    """By batch, of 10 unknowns; by dimension, in a batch of 8."""
+    """By batch size, with 10 unknowns; by dimension, in a batch of 8."""
     shapes = [(batch, 10) for batch in sizes(effort, (1, 16, 256, 4096))]
     shapes += [(8, n) for n in sizes(effort, (2, 16, 128, 1024))]
     return [program(*shape, effort).row(min(effort.rounds, 3)) for shape in shapes]
 
 
 def program(batch: int, n: int, effort: Effort) -> Point:
-    """Each sample with matrices of its own."""
+    """Quadratic programs, each sample with its own matrices."""
     args = draw(batch, n, n, 0)
     weights = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -261,5 +261,5 @@ def program(batch: int, n: int, effort: Effort) -> Point:
 
 
 def sizes(effort: Effort, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """All of them, or the smallest in a smoke test."""
+    """All sizes, or the smallest in a smoke test."""
     return whole if effort.full else whole[:1]

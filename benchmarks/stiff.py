@@ -1,4 +1,4 @@
-"""Stiff differential equations: solutions and gradients beside torchdiffeq's bridge to SciPy, and diffrax."""
+"""Stiff differential equations: solutions and gradients, next to torchdiffeq's bridge to SciPy and to diffrax."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ of gradients against central differences of that. LSODA and Radau have the loose
 at which they are as accurate as ours. The one implicit method of torchdiffeq's own, implicit_adams, has constant
 steps, here 1000, and iterates without derivatives of f, which diverges where f is stiff: nan. Medians of {rounds}
 rounds in alternation (least to greatest)."""
-# The steps of the method without step control.
+# The number of steps of the method without step control.
 STEPS = 1000
-# What tolerances are multiplied by, in search of those at which a peer is as accurate.
+# Factors of the tolerances, in search of those at which a peer is as accurate.
 PARTS = tuple(10.0**k for k in range(2, -5, -1))
 
 
 class Robertson(nn.Module):
-    """Three reactions, `(3,)`, with rates from 0.04 to 3e7."""
+    """Robertson's problem: three reactions `(3,)`, with rates from 0.04 to 3e7."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Robertson(nn.Module):
 
 
 class VanDerPol(nn.Module):
-    """An oscillator `(2,)` that relaxes slowly and jumps fast."""
+    """The Van der Pol oscillator `(2,)`, which relaxes slowly and jumps fast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class VanDerPol(nn.Module):
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     full = effort.full
     one = torch.ones((), dtype=D)
     reactions = Case("Robertson", Robertson(), (1.0, 0.0, 0.0), 1e5 if full else 1.0, 1e-6, 1e-11, (1, 1e-5, 1), 2)
@@ -71,13 +71,13 @@ def run(effort: Effort) -> list[Row]:
         *reactions.forward(effort),
         *reactions.gradient(effort),
         *beside_diffrax(reactions, effort),
-        *(jumps.forward(effort) if full else []),  # another graph to compile is too long for a smoke test
+        *(jumps.forward(effort) if full else []),  # compiling another graph takes too long for a smoke test
         *jumps.gradient(effort),
     ]
 
 
 class Case:
-    """A system to be solved to `end`, of whose component `watched` gradients are taken."""
+    """A system to be solved to `end`; gradients are those of its component `watched`."""
 
     def __init__(
         self,
@@ -102,18 +102,18 @@ class Case:
         return im.odeint(self.f, self.y0, self.t, solver=im.Kvaerno5(rtol=1e-11, atol=1e-15)).value[-1]
 
     def ours(self, compile: bool = False, part: float = 1.0, arc_length: bool = False) -> Tensor:
-        """The state at the end, to `part` of the tolerances."""
+        """The state at the end, with `part` of the tolerances."""
         solver = im.Kvaerno5(rtol=part * self.rtol, atol=part * self.atol)
         adjoint = im.RecursiveCheckpointAdjoint(arc_length=arc_length)
         return im.odeint(self.f, self.y0, self.t, solver=solver, adjoint=adjoint, compile=compile).value[-1]
 
     def theirs(self, name: str, solve: Any = torchdiffeq.odeint, part: float = 1.0) -> Tensor:
-        """The state at the end, by a solver of SciPy, to `part` of the tolerances."""
+        """The state at the end, by a solver of SciPy, with `part` of the tolerances."""
         how = {"method": "scipy_solver", "options": {"solver": name}}
         return solve(self.f, self.y0, self.t, rtol=part * self.rtol, atol=part * self.atol, **how)[-1]
 
     def as_accurate(self, name: str, error: float) -> float:
-        """The largest part of the tolerances, of powers of ten, to which a solver of SciPy has no larger error."""
+        """The largest power of ten as `part` of the tolerances at which a SciPy solver has no larger error."""
         return next((p for p in PARTS if self.error(self.theirs(name, part=p)) <= error), PARTS[-1])
 
     def by_adams(self) -> Tensor:
@@ -122,7 +122,7 @@ class Case:
         return torchdiffeq.odeint(self.f, self.y0, self.t, **how)[-1]
 
     def error(self, y: Tensor) -> float:
-        """Of a state at the end."""
+        """The error of a state at the end."""
         return float(((y - self.exact) / self.scale).abs().max())
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class Case:
             "by default": {},
             "that to a thousandth of the tolerances": {"part": 1e-3},
         }
-        if effort.full:  # another graph to compile is too long for a smoke test
+        if effort.full:  # compiling another graph takes too long for a smoke test
             ways["arc_length=True, compile=True"] = compiled = {"arc_length": True, "compile": True}
             grad(partial(self.ours, **compiled))
         found = {name: timed(partial(self.ours, **options)) for name, options in ways.items()}
@@ -208,7 +208,7 @@ class Case:
 
 @torch.no_grad()
 def beside_diffrax(case: Case, effort: Effort) -> list[Row]:
-    """The same method as a compiled program of JAX, in a process of its own."""
+    """Compare with diffrax: the same method in a compiled JAX program, in a separate process."""
     if not effort.full:
         return []
     problem = {"y0": case.y0, "t": case.t, "k": case.f.k, "rtol": case.rtol, "atol": case.atol}

@@ -1,4 +1,4 @@
-"""The table of the README: the cases that most readers ask about, from the numbers of the last runs."""
+"""The table in the README: the cases that most readers ask about, from the numbers of the last runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.harness import Spread, ratios
 
 
 class Case(NamedTuple):
-    """A case, and where its seconds and those of a peer are."""
+    """A case, and where to find its seconds and those of a peer."""
 
     case: str
-    row: str  # as its family calls it, less what all names end with
-    ours: str  # in the numbers of that row, like `theirs`
+    row: str  # its name in the family, without the ending that all names share
+    ours: str  # the key in the numbers of that row, like `theirs`
     theirs: str
-    peer: str = ""  # its name, where the numbers have another
+    peer: str = ""  # its name, if the numbers use another
 
 
 QP = "batch 128, 50 unknowns, 50 inequalities, 10 equalities"
@@ -100,12 +100,12 @@ def _ms(value: float) -> str:
 
 
 def seconds(rows: list[Mapping[str, Any]], case: Case) -> tuple[list[float], list[float]]:
-    """Of each round, ours and theirs; raises KeyError where no row has both."""
+    """The seconds of each round, ours and theirs; raises KeyError if no row has both."""
     for row in rows:
         if row["what"].removesuffix(", ms") != case.row:
             continue
         numbers = row["numbers"]
-        # What ran in a process of its own has its seconds together, the others each beside its errors.
+        # What ran in a separate process has all seconds together, the others each next to its errors.
         each = numbers["seconds"] if "versions" in numbers else {w: of["seconds"] for w, of in numbers.items()}
         if case.ours in each and case.theirs in each:
             return each[case.ours], each[case.theirs]

@@ -1,5 +1,4 @@
-"""Training: steps of equilibrium models beside those of a residual network of as many parameters, and what they
-learn."""
+"""Training: steps and accuracy of equilibrium models, compared with a residual network with as many parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ accuracies are those on 360 test images, one for each seed. `deq`: to relative t
 
 @dataclass
 class Runner:
-    """One network in training, step by step."""
+    """Trains one network, step by step."""
 
     model: Classifier
     steps: int  # of the whole training
@@ -42,7 +41,7 @@ class Runner:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=Config.learning_rate)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> None:
-        """One step of Adam, its rate on a cosine as in the recipe, and timed."""
+        """Take and time one step of Adam, with the cosine learning-rate schedule of the recipe."""
         for group in self.optimizer.param_groups:
             group["lr"] = 0.5 * Config.learning_rate * (1 + math.cos(math.pi * len(self.seconds) / self.steps))
         start = time.perf_counter()
@@ -54,7 +53,7 @@ class Runner:
 
     @torch.no_grad()
     def accuracy(self, data: ImageData) -> float:
-        """On the test images."""
+        """The accuracy on the test images."""
         images, labels = data.test.tensors
         return float((self.model.eval()(images).argmax(1) == labels).float().mean())
 
@@ -69,7 +68,7 @@ NETWORKS: dict[str, tuple[ModelName, int]] = {
 
 
 def run(effort: Effort) -> list[Row]:
-    """All of it."""
+    """All rows of this benchmark."""
     print("training ...", flush=True)
     data, config = digits(), Config()
     limit = None if effort.full else 3
@@ -83,7 +82,7 @@ def run(effort: Effort) -> list[Row]:
 
 
 def train(data: ImageData, config: Config, seed: int, limit: int | None) -> dict[str, Runner]:
-    """All networks, one step of each in turn, for all epochs or up to a `limit` of steps."""
+    """Train all networks, one step of each in turn, for all epochs or up to a `limit` of steps."""
     rows = torch.arange(len(data.train))
     images = torch.utils.data.TensorDataset(*data.train.tensors, rows)
     batches = -(-len(rows) // config.batch_size)
@@ -99,7 +98,7 @@ def train(data: ImageData, config: Config, seed: int, limit: int | None) -> dict
 
 
 def row(name: str, seconds: dict[str, list[float]], accuracies: dict[str, list[float]]) -> Row:
-    """Beside the ResNet."""
+    """The row that compares a network with the ResNet."""
     medians = {who: statistics.median(seconds[who]) for who in (name, "resnet")}
     ratio = medians[name] / medians["resnet"]
     mine, theirs = (statistics.mean(accuracies[who]) for who in (name, "resnet"))

@@ -1,4 +1,4 @@
-"""Modules that make f another function in each call, while a solver takes all calls for one function."""
+"""Find modules that make f a different function in each call, while a solver assumes one function throughout."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from implicitly.host import captured
 
 
 class PerCallWarning(UserWarning):
-    """What is solved holds a module that makes it another function in each call."""
+    """f holds a module that makes it a different function in each call."""
 
 
 def drops_out(module: nn.Module) -> bool:
-    """Whether `module` draws what it drops in a call, in training."""
+    """Whether `module`, when in training mode, draws a dropout mask in each call."""
     if isinstance(module, _DropoutNd):
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
-    return hasattr(type(module), "draws") and bool(module.draws)  # not found in an instance takes long
+    return hasattr(type(module), "draws") and bool(module.draws)  # a failed lookup on an instance takes long
 
 
 def any_drops_out(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of them does, in training."""
+    """Whether any of the modules is in training mode and drops out."""
     return any(module.training and drops_out(module) for module in modules)
 
 
 def told_of_draws(
     f: Callable[..., Any], parts: Sequence[nn.Module], device: torch.device
 ) -> AbstractContextManager[None]:
-    """Warn where a call of f in this context draws random numbers, and modules that it may use, its `parts`, drop
-    out. Layers, which know more, look for themselves."""
+    """A context that warns if f draws random numbers in it, while modules it may use, its `parts`, drop out.
+
+    Layers, which know more, check for themselves.
+    """
     idle = captured() or getattr(f, "looked_at", False) or not any_drops_out(parts)
     return nullcontext() if idle else _told_of_draws(parts, device)
 

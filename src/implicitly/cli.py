@@ -1,7 +1,7 @@
 """The command line: `implicitly tour | list | fit RECIPE`.
 
-Recipes are the modules of `implicitly.recipes`, found by looking; their options are the fields of their
-`Config`. Listing them reads their source and imports nothing, so it is quick and needs no optional package.
+Recipes are the modules of `implicitly.recipes` that have a `Config` and a `main`; their options are the fields of
+their `Config`. Listing them reads their source and imports nothing, so it is quick and needs no optional package.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ usage: implicitly list
 Show the recipes, and what each trains.
 """
 
-# Extras of this package that bring a module which is missing.
+# The extra of this package that installs a module, for those that may be missing.
 EXTRAS = {"matplotlib": "viz"}
 
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_recipes() -> dict[str, str]:
-    """Names of the recipes, as they are typed, and the first line of what each says of itself."""
+    """The names of the recipes, as they are typed, each with the first line of its `Config`'s docstring."""
     recipes = {}
     for finder, name, _ in pkgutil.iter_modules(implicitly.recipes.__path__):
         spec = finder.find_spec(name, None)
@@ -128,14 +128,14 @@ def _fit(name: str, options: list[str]) -> int:
 
 
 def _run(module_name: str, program: str, options: list[str]) -> int:
-    """Fill the `Config` of a module from the options, and run its `main`; an int it returns is the status."""
+    """Fill the `Config` of a module from the options and run its `main`, whose result is the status if an int."""
     try:
         import tyro
 
         module = importlib.import_module(module_name)
         config = tyro.cli(module.Config, prog=program, description=module.Config.__doc__, args=options)
         if getattr(config, "out", None) is not None:
-            check_folder(config.out)  # now, and not after a training
+            check_folder(config.out)  # now, not after the training
         result = module.main(config)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -148,7 +148,7 @@ def _run(module_name: str, program: str, options: list[str]) -> int:
         )
     except OptionError as error:
         return _refuse(str(error), program)
-    # The disk, the network, the data or a solve: for none of them would a traceback say more.
+    # The disk, the network, the data or a solve failed: a traceback would say no more.
     except (OSError, DataError, CheckpointError, SolverError) as error:
         return _fail(f"{program}: {error}")
     return result if isinstance(result, int) else 0

@@ -1,4 +1,4 @@
-"""What descending an objective takes, for solvers of every family: the objective, and a line search on it."""
+"""What solvers that descend an objective share: access to the objective, and a line search on it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from implicitly.solution import Status, is_running
 from implicitly.transforms import is_plain
 from implicitly.tree import row_norm
 
-# Lengths that a line search tries, and after how many of them secants are seen to mislead.
+# How many lengths a line search tries at most, and after how many of them secants are taken to mislead.
 TRIALS, SECANTS = 25, 5
-# Wolfe's conditions: the objective falls by this share of what the slope promises, and the slope to this share.
+# Wolfe's conditions: the objective falls by at least the first share of what the slope promises, and the slope
+# shrinks to at most the second share.
 DECREASE, FLATTENING = 1e-4, 0.9
-# Rounding of an objective, relative to it, below which only slopes tell what falls (Hager and Zhang 2005).
+# Relative changes of an objective below this may be rounding: only slopes tell whether it falls (Hager and Zhang
+# 2005).
 NOISE = 1e-6
-# An objective falls for ever that fell by so many times what it, its slope and its argument were at first, and
-# its argument grew by so many: after a flat start a fall alone says little, unless it is abysmal.
+# An objective counts as unbounded if it fell by BOTTOMLESS times its size at the start (of its value, slope and
+# argument), and its argument grew RUNAWAY times: after a flat start a fall alone says little, unless ABYSMAL.
 BOTTOMLESS, RUNAWAY, ABYSMAL = 1e8, 1e12, 1e32
 
 
 @dataclass(frozen=True)
 class Descent:
-    """The residual R(z) = -(gradient of an objective), with the objective in the open.
+    """The residual R(z) = -(gradient of an objective), together with the objective itself.
 
     Attributes:
-        residual: z `(B, n)` to R(z).
-        evaluate: z to the objective `(B,)`, in the dtype the user computes it in, and R(z), in one call.
-        residuals: z to the vectors `(B, m)` of which the objective is half the squared norm, where it is.
+        residual: maps z `(B, n)` to R(z).
+        evaluate: maps z to the objective `(B,)`, in the dtype the user computes it in, and R(z), in one call.
+        residuals: maps z to the vectors `(B, m)` whose half squared norm is the objective, if it has that form.
     """
 
     residual: Residual
@@ -49,11 +51,11 @@ class Descent:
 def value_and_descent(
     objective: Callable[[Tensor], Tensor], z: Tensor, theta: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The `objective`, one value a row of `z`, and minus its gradient; `theta` is what else it depends on."""
+    """The `objective`, one value per row of `z`, and minus its gradient; `theta` is what else it depends on."""
     if torch.compiler.is_dynamo_compiling() or not is_plain(z, *theta):
         value, pull = pullback(objective, z)
         return value, -pull(torch.ones_like(value))[0]
-    # For nobody to differentiate: autograd takes a third of the time of torch.func.
+    # Nobody differentiates the result, and autograd takes a third of the time of torch.func.
     leaf = z.detach().requires_grad_()
     with torch.enable_grad():
         value = objective(leaf)
@@ -65,35 +67,41 @@ def value_and_descent(
 def within_domain(value: Tensor, r: Tensor) -> Tensor:
     """The residual `r` `(B, n)`, which is NaN where the objective `value` `(B,)` is not finite.
 
-    The formula of a gradient may go on beyond the domain of its objective, as 1 / z does beyond that of log z.
+    The formula of a gradient may give numbers outside the domain of its objective, as 1 / z does outside that of
+    log z.
     """
     value = value.detach()
     return r + (value - value).to(r.dtype).unsqueeze(1)
 
 
 def noise_of(value: Tensor) -> Tensor:
-    """How far rounding may move objectives `value` `(B,)`, roughly."""
+    """Roughly how far rounding may move the objectives `value` `(B,)`."""
     return max(NOISE, 10 * torch.finfo(value.dtype).eps) * value.abs()
 
 
 def bottom(value: Tensor, z: Tensor, r: Tensor) -> Tensor:
-    """What no bounded objective reaches that starts with `value` and slope `r` at `z`: the objective below which,
-    and the distance beyond which it is unbounded, `(B, 2)`; see `is_bottomless`."""
+    """Thresholds that no bounded objective passes if it starts with `value` and residual `r` at `z`, `(B, 2)`.
+
+    The objective below which, and the distance beyond which it counts as unbounded; see `is_bottomless`.
+    """
     reach = 1 + row_norm(z)
     lowest = value - BOTTOMLESS * (value.abs() + row_norm(r) * reach)
     return torch.stack([lowest, (RUNAWAY * reach).to(lowest.dtype)], 1)
 
 
 def is_bottomless(value: Tensor, z: Tensor, lowest: Tensor) -> Tensor:
-    """Whether the objective `(B,)`, with `value` at `z`, falls for ever; `lowest` is what `bottom` gave."""
+    """Whether the objective, with `value` `(B,)` at `z`, is unbounded below; `lowest` is what `bottom` gave."""
     fallen, far = value < lowest[:, 0], row_norm(z) > lowest[:, 1]
-    # Some overflow long before their argument is far, as -exp z does.
+    # Some overflow long before their argument is far away, as -exp z does.
     return (fallen & far) | (value < ABYSMAL / BOTTOMLESS * lowest[:, 0])
 
 
 class Moved(NamedTuple):
-    """Where a line search led: the iterate, its objective and residual, the lengths `(B, 1)`, 0 where no step was
-    good enough, the number of evaluations, and how samples end that cannot go on (`Status`)."""
+    """Where a line search led.
+
+    The iterate, its objective and residual, the lengths `(B, 1)`, 0 where no step was good enough, the number of
+    evaluations, and the `Status` of samples that cannot go on.
+    """
 
     z: Tensor
     value: Tensor
@@ -104,7 +112,7 @@ class Moved(NamedTuple):
 
 
 class _Bracket(NamedTuple):
-    """Lengths tried `(B,)` and what was found there; a good one lies between `low` and `high`."""
+    """The lengths `(B,)` tried last and what was found there; a good length lies between `low` and `high`."""
 
     length: Tensor
     value: Tensor
@@ -122,12 +130,12 @@ class _Bracket(NamedTuple):
 
 @dataclass(frozen=True)
 class _Line:
-    """The objective along `z + length * d`, one line a sample."""
+    """The objective along `z + length * d`, one line per sample."""
 
     F: Descent
     z: Tensor
     d: Tensor
-    value: Tensor  # what the objective is to fall below
+    value: Tensor  # what the objective must fall below
     slope: Tensor
     flattens: bool  # whether the slope must shrink as well
 
@@ -136,9 +144,9 @@ class _Line:
         return value, r, -torch.linalg.vecdot(r, self.d)
 
     def judge(self, b: _Bracket) -> _Bracket:
-        """The bracket that follows from what was found at `length`."""
+        """The bracket after taking account of what was found at `length`."""
         falls = b.value <= self.value + DECREASE * b.length * self.slope
-        # Near a minimum the objective is all rounding, and a slope that does not turn steeply says the same.
+        # Near a minimum the objective is all rounding; there the test is a slope that does not turn steeply.
         falls = falls | ((b.value <= self.value + noise_of(self.value)) & (b.slope <= -0.8 * self.slope))
         falls = falls & b.slope.isfinite() & b.value.isfinite()
         steep = (b.slope < FLATTENING * self.slope) & self.flattens
@@ -157,7 +165,8 @@ class _Line:
         """Try a length inside the bracket, by the secant of the slopes at its ends where that makes sense."""
         width = b.high - b.low
         share = b.low_slope / (b.low_slope - b.high_slope)
-        # Of an end where nothing is finite, or the slope does not point back, only that it is too far is known.
+        # If the upper end is not finite, or its slope does not point back, all that is known is that it is too far
+        # away.
         blind = ~(b.high_slope > 0) | ~share.isfinite() | (k >= SECANTS)
         late = k - SECANTS + 1
         shrink = 0.1 ** (late.clamp(min=1) if isinstance(late, Tensor) else max(late, 1))
@@ -174,20 +183,21 @@ def wolfe(
 ) -> Moved:
     """Step along d `(B, n)` from z, whose objective is `value` and residual `r`, to where Wolfe's conditions hold.
 
-    By bisection (Lewis and Overton, "Nonsmooth optimization via quasi-Newton methods", 2013) helped by secants;
-    where decreases drown in rounding, by the slopes alone (Hager and Zhang, "A new conjugate gradient method with
-    guaranteed descent and an efficient line search", 2005, section 2.1). Every sample has its own length.
+    It bisects (Lewis and Overton, "Nonsmooth optimization via quasi-Newton methods", 2013), helped by secants;
+    where decreases drown in rounding, it goes by the slopes alone (Hager and Zhang, "A new conjugate gradient
+    method with guaranteed descent and an efficient line search", 2005, section 2.1). Every sample has its own
+    length.
 
     Args:
-        length: `(B,)` the first to try.
-        below: `(B,)` what the objective is to fall below instead of `value`; the slope then need not shrink.
+        length: `(B,)`, the first to try.
+        below: `(B,)`, what the objective must fall below instead of `value`; the slope then need not shrink.
     """
     slope = -torch.linalg.vecdot(r, d)
     line = _Line(F, z, d, value if below is None else below, slope, flattens=below is None)
     zero = torch.zeros_like(slope)
     first, first_r, first_slope = line.at(length)
     calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
-    # Nothing is to be had where the objective does not fall at first, as for samples that have finished.
+    # There is nothing to gain where the objective does not fall at first, as for samples that have finished.
     done = ~((slope < 0) & value.isfinite())
     b = _Bracket(
         *(length, first, first_r, first_slope),
@@ -206,9 +216,9 @@ def wolfe(
 
 
 def stopped(new: Moved, stuck: Tensor, lowest: Tensor | None) -> Tensor:
-    """How samples `(B,)` end that are `stuck`, or that fall for ever; RUNNING: they go on.
+    """The `Status` `(B,)` of samples that are `stuck` or unbounded, or whose line search failed; else RUNNING.
 
-    `lowest` is what `bottom` gave at first; None: the objective has a bottom.
+    `lowest` is what `bottom` gave at the start; None: the objective is bounded below.
     """
     status = new.verdict
     if lowest is not None:
@@ -217,6 +227,6 @@ def stopped(new: Moved, stuck: Tensor, lowest: Tensor | None) -> Tensor:
 
 
 def inverse_norm(r: Tensor) -> Tensor:
-    """1 / |r| as a column: a first step of length one."""
+    """1 / |r| `(B, 1)`: the factor that gives a first step along r the length one."""
     norm = row_norm(r)[:, None]
     return 1 / torch.where(norm == 0, 1.0, norm)

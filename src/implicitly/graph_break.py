@@ -1,16 +1,16 @@
-"""A solve inside of a model that the user compiles: `torch.compile(model)`.
+"""A solve inside a model that the user compiles with `torch.compile(model)`.
 
-Where the number of steps is known before, forwards and backwards (at most `LONGEST` of a fixed point with
-`rtol=0`, or of an explicit method with `dt` through times that are numbers), the steps become part of the graph,
-and the model is compiled as a whole. A graph cannot warn or raise: whatever `on_failure` says, samples that fail
-are told by `status` alone, and their NaN may reach gradients through steps that are recorded.
+Where the number of steps is known in advance, forwards and backwards (at most `LONGEST` steps of a fixed point
+with `rtol=0`, or of an explicit method with `dt` through times that are numbers), the steps become part of the
+graph, and the model is compiled as a whole. A graph cannot warn or raise: whatever `on_failure` says, only
+`status` tells which samples failed, and their NaN may reach gradients through steps that are recorded.
 
-Else how many steps a solve takes depends on values, its derivative is an autograd function that solves again, and
-its reports are warnings and errors with numbers in them: nothing that fits into one traced graph. Left to
-itself the tracer tries, breaks some twenty times, compiles the pieces between, and records through loops that
-are not meant to be recorded. So it is told to leave the solve alone, which costs one break: the model is
-compiled before and after, and the solve runs as it does without a compiler. To compile also what is inside,
-pass a compiled f (`nn.DEQ(torch.compile(cell))`), or `compile=True`.
+Otherwise the number of steps depends on values, the derivative is an autograd function that solves again, and the
+reports are warnings and errors with numbers in them: none of this fits into one traced graph. Left to itself the
+tracer tries anyway: it breaks the graph some twenty times, compiles the pieces in between, and records through
+loops that are not meant to be recorded. So it is told to leave the solve alone, which costs one graph break: the
+model is compiled before and after the solve, and the solve runs as it does without a compiler. To compile what is
+inside as well, pass a compiled f (`nn.DEQ(torch.compile(cell))`), or `compile=True`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from implicitly.transforms import out_of_inference_mode
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Steps that are traced at most: a graph has all of them one behind the other, and takes as long to compile.
+# The most steps that are traced: a graph holds all of them one after the other, and compiling takes as long.
 LONGEST = 100
 
 REASON = "implicitly: a solve is one break; compile what is inside with compile=True or a compiled f"
 
-# Where torch.export calls the model itself, with tensors that have no numbers.
+# Said where torch.export calls the model itself, with tensors that have no values.
 NOT_EXPORTED = (
     "torch.export cannot hold a solve whose number of steps depends on numbers. What has a known one, such as "
     "FixedPointIteration(rtol=0) with JacobianFreeAdjoint, or an explicit method with dt= and times that are "
     "numbers, is exported with strict=True, under torch.no_grad()"
 )
 
-# Where operations are recorded, or tensors are fake.
+# Said where operations are recorded, or tensors are fake.
 NOT_RECORDED = (
     "the number of steps of a solve depends on the values of tensors, which torch.func.linearize, make_fx and "
     "FakeTensorMode do not have. Use torch.func.jvp, which gives the same products, with torch.func.vmap for "
@@ -50,11 +50,11 @@ NOT_RECORDED = (
 
 
 def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes of a solve one that the tracer of `torch.compile` enters only for arguments that are `traceable`.
+    """Decorate a solve so that the tracer of `torch.compile` enters it only if its arguments are `traceable`.
 
-    Else it calls the solve, and what that calls in turn, from outside of the graph. This is
-    `torch.compiler.disable`, except that the compiler, which takes as long to import as all of torch, is not
-    imported for it, and where nobody traces the caller, there is nothing to be disabled.
+    Otherwise the solve, and whatever it calls, runs outside of the graph. This is `torch.compiler.disable`, except
+    that the compiler, which takes as long to import as all of torch, is not imported for it. Where nobody traces
+    the caller, there is nothing to disable.
     """
 
     def decorate(solve: Callable[P, R]) -> Callable[P, R]:
@@ -65,7 +65,7 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
             if torch.compiler.is_dynamo_compiling():
                 if traceable(*args, **kwargs):
                     return solve(*args, **kwargs)
-                torch._dynamo.skip_frame(msg=reason)  # inside of another frame this is a break of that one
+                torch._dynamo.skip_frame(msg=reason)  # inside another frame this breaks that frame's graph
             if torch.compiler.is_exporting():
                 raise RuntimeError(f"{solve.__qualname__}: {NOT_EXPORTED}")
             if get_eval_frame_callback() is None:  # nobody traces the caller
@@ -82,11 +82,11 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
                     if not _asked_for_a_number(error):
                         raise
                     raise NotImplementedError(f"{solve.__qualname__}: {NOT_RECORDED}") from error
-            # There autograd records nothing, also not for solvers that differentiate f.
+            # In inference mode autograd records nothing, not even for solvers that differentiate f.
             with out_of_inference_mode((args, kwargs)) as (args, kwargs):
                 return solve(*args, **kwargs)
 
-        # Code of its own: the compiler notes there that a frame is to be skipped.
+        # Each entry needs its own code object, where the compiler notes that a frame is to be skipped.
         entry.__code__ = entry.__code__.replace(co_name="entry_or_break")
         return cast(Callable[P, R], functools.update_wrapper(entry, solve))
 
@@ -94,7 +94,7 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
 
 
 def _asked_for_a_number(error: RuntimeError) -> bool:
-    """Whether that of a tensor was wanted that has none, as it is fake or stands for an operation's result."""
+    """Whether the solve read the value of a tensor that has none: a fake one, or one that a tracer records."""
     return "tracing tensor" in str(error) or type(error).__name__ == "DataDependentOutputException"
 
 

@@ -14,26 +14,26 @@ from implicitly.inference import normal
 from implicitly.transforms import out_of_inference_mode
 from implicitly.tree import Layout, row_norm
 
-# How far from z f is looked at once more, relative to the size of z: derivatives that vanish at z itself (those of
-# z * mean(z) at z = 0, a usual start) do not a little beside it.
+# How far from z, relative to its size, f is examined a second time: derivatives that vanish at z itself (those of
+# z * mean(z) at z = 0, a common start) do not vanish nearby.
 BESIDE = 1e-2
 
 
 def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int = 16) -> list[tuple[int, int]]:
-    """The pairs (i, j) of different samples for which sample i of f(z, *args) depends on sample j of z.
+    """Find the pairs (i, j) of different samples for which sample i of f(z, *args) depends on sample j of z.
 
     An empty list means that `batch_dims=1` is right for f; anything else (batch statistics, attention across the
-    batch) needs `batch_dims=0`. Found from derivatives in random directions, at z and at a point near z: what has
-    none there (an order of the samples from `argsort`, a statistic that is detached) stays unseen. Costs two calls
-    of f and 4 log2(B) backward passes; where samples are coupled, 2 B more at most. Buffers of f, such as running
-    statistics, are afterwards what they were.
+    batch) needs `batch_dims=0`. The test uses derivatives in random directions, at z and at a point near z. It
+    misses a dependence without a derivative there (on an order of the samples from `argsort`, on a detached
+    statistic). It costs two calls of f and 4 log2(B) backward passes; where samples are coupled, at most 2 B more.
+    Buffers of f, such as running statistics, are restored afterwards.
 
     Args:
         z: a state near which f is differentiable, `(B, ...)` or a pytree of them.
-        samples: coupled outputs i to name pairs of, the first so many; all outputs are looked at.
+        samples: report pairs for at most this many coupled outputs i, the first ones; all outputs are searched.
 
     Raises:
-        ValueError: a derivative is not finite, and so does not tell.
+        ValueError: a derivative is not finite, and so tells nothing.
     """
     check_count("check_independence", "samples", samples)
     layout = Layout.of(z, 1, "z")
@@ -53,7 +53,7 @@ def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int =
 def _coupled_near(
     f: Callable[..., Any], layout: Layout, matrix: Tensor, args: tuple[Any, ...], samples: int
 ) -> set[tuple[int, int]]:
-    """Pairs that are coupled at `matrix` or beside it."""
+    """The pairs that are coupled at `matrix` or at a point near it."""
     generator = torch.Generator(matrix.device).manual_seed(0)
 
     def draw() -> Tensor:
@@ -70,7 +70,7 @@ def _coupled_near(
 def _pullback(
     f: Callable[..., Any], layout: Layout, matrix: Tensor, args: tuple[Any, ...]
 ) -> Callable[[Tensor], Tensor] | None:
-    """v -> J' v at `matrix`, for v of its shape; None where f ignores it."""
+    """The map v -> J' v at `matrix`, for v of its shape; None if f ignores z."""
     with torch.enable_grad():
         matrix = matrix.clone().requires_grad_()
         value = f(layout.unpack(matrix), *args)
@@ -93,7 +93,7 @@ def _pullback(
 
 
 def _coupled(pull: Callable[[Tensor], Tensor] | None, v: Tensor, samples: int) -> set[tuple[int, int]]:
-    """Pairs (i, j) of outputs and of samples that reach them, for the first `samples` outputs where any does."""
+    """Pairs (i, j) of an output and a sample that it depends on, for the first `samples` outputs that have any."""
     found: set[tuple[int, int]] = set()
     if pull is None or not any(_reached(pull, v, outputs) for outputs in _separating(len(v))):
         return found
@@ -105,7 +105,7 @@ def _coupled(pull: Callable[[Tensor], Tensor] | None, v: Tensor, samples: int) -
 
 
 def _reached(pull: Callable[[Tensor], Tensor], v: Tensor, outputs: list[int]) -> list[int]:
-    """The samples that are not among `outputs` and on which some of those depend."""
+    """The samples outside of `outputs` on which some of the `outputs` depend."""
     chosen = torch.zeros(len(v), dtype=torch.bool, device=v.device)
     chosen[outputs] = True
     gradient = pull(torch.where(chosen[:, None], v, 0.0))
@@ -113,6 +113,6 @@ def _reached(pull: Callable[[Tensor], Tensor], v: Tensor, outputs: list[int]) ->
 
 
 def _separating(count: int) -> list[list[int]]:
-    """Sets of the numbers below `count`, of which for any two one has the first and not the second."""
+    """Sets of numbers below `count` such that for any two numbers one set has the first and not the second."""
     bits = range(max(count - 1, 0).bit_length())
     return [[i for i in range(count) if i >> bit & 1 == value] for bit in bits for value in (0, 1)]

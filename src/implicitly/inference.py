@@ -1,4 +1,4 @@
-"""Tensors that were made in inference mode, which no graph of autograd can hold."""
+"""Tensors made in inference mode, which autograd cannot save for a backward pass, and copies that it can."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from implicitly.reached import modules_and_tensors
 
 
 class Normal(TorchFunctionMode):
-    """Gives operations copies in place of tensors that were made in inference mode, which no graph can hold."""
+    """A mode that gives operations copies in place of inference tensors, which autograd cannot save."""
 
     def __init__(self):
         super().__init__()
@@ -35,21 +35,21 @@ class Normal(TorchFunctionMode):
 
 
 def copied(x: Tensor) -> Tensor:
-    """`x`, or a copy that autograd can hold where `x` was made in inference mode."""
+    """`x`, or if `x` was made in inference mode, a copy that autograd can save."""
     if torch.compiler.is_dynamo_compiling() or not x.is_inference():
         return x
-    # Outside of every transform of torch.func: it must not end with the first that meets it.
+    # Outside of every transform of torch.func, since the copy must outlive the first one that meets it.
     with torch.inference_mode(False), torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
         return x.detach().clone()
 
 
 def normal(f: Callable[..., Any], args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """A context in which autograd can record f(..., *args), also where that reaches tensors of inference mode."""
+    """A context in which autograd can record f(..., *args), even if f reaches tensors made in inference mode."""
     modules, tensors = modules_and_tensors(f, args)
     own = (x for module in modules for x in (*module.parameters(), *module.buffers()))
     return normal_if_needed((*own, *(x for _, x in tensors))) or nullcontext()
 
 
 def normal_if_needed(tensors: Iterable[Tensor]) -> Normal | None:
-    """`Normal()` where any of `tensors` was made in inference mode."""
+    """`Normal()` if any of `tensors` was made in inference mode, else None."""
     return Normal() if any(map(Tensor.is_inference, tensors)) else None

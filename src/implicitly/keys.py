@@ -1,4 +1,4 @@
-"""What graphs are kept under: everything that decides about them, in forms that can be compared."""
+"""Keys under which graphs are cached: everything that determines a graph, in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ hooks_of = operator.attrgetter("_forward_pre_hooks", "_forward_hooks", "_backwar
 
 
 def exact(x: Any) -> Hashable:
-    """What tells `x` also from what is equal to it but does not compute the same: 2, 2.0 and True, and zeros of
-    other signs; by itself, or in dataclasses, tuples and frozensets."""
+    """A key of `x` that also differs for things that are equal but do not compute the same.
+
+    Such are 2, 2.0 and True, and zeros of opposite signs, alone or inside dataclasses, tuples and frozensets.
+    """
     if isinstance(x, float | complex):
         return type(x), x, repr(x)
     if isinstance(x, tuple | frozenset):
@@ -25,7 +27,7 @@ def exact(x: Any) -> Hashable:
 
 
 class Key:
-    """A tuple that is hashed once; raises TypeError where it cannot be."""
+    """A tuple whose hash is computed once; raises TypeError if it is not hashable."""
 
     __slots__ = ("_hash", "parts")
 

@@ -1,4 +1,4 @@
-"""What users call the tensors of a pytree, for messages: to find it takes longer than a small f."""
+"""Names of the tensors of a pytree, as users write them; only for messages, as it takes longer than a small f."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def described(state: Any, name: str) -> str:
 
 
 def placed(spec: pytree.TreeSpec, i: int, preposition: str, name: str) -> str:
-    """The name of leaf `i` behind a preposition; nothing where it is the only thing there is."""
+    """The name of leaf `i` after a preposition; an empty string if the tree is a single leaf."""
     return "" if spec.is_leaf() else f" {preposition} {leaf_names(spec, name)[i]}"
 
 
 def leaf_names(spec: pytree.TreeSpec, name: str) -> list[str]:
-    """Of each leaf what a user writes for it, such as `z0['a'][1]` where `name` is `z0`."""
+    """What a user writes for each leaf, such as `z0['a'][1]` where `name` is `z0`."""
 
     def below(tree: Any, name: str) -> Iterator[str]:
         if pytree.tree_structure(tree).is_leaf():
@@ -35,19 +35,19 @@ def leaf_names(spec: pytree.TreeSpec, name: str) -> list[str]:
 
 
 def _parts_of(node: Any) -> list[tuple[str, Any]]:
-    """What a node of a pytree holds, each with what a user writes behind the node for it."""
+    """The children of a node of a pytree, each with what a user writes after the node to reach it."""
 
     def is_part(x: Any) -> bool:
         return x is not node
 
     try:
         return [(pytree.keystr(k), part) for k, part in pytree.tree_flatten_with_path(node, is_part)[0]]
-    except ValueError:  # its type was registered without names for them
+    except ValueError:  # its type was registered without names for its children
         return [(f"<{i}>", part) for i, part in enumerate(pytree.tree_leaves(node, is_part))]
 
 
 def difference(expected: Any, got: Any, name: str) -> str:
-    """The first place, under `name`, at which two pytrees have not the same structure."""
+    """Describe the first place, under `name`, at which two pytrees differ in structure."""
     is_leaf, came_leaf = (pytree.tree_structure(x).is_leaf() for x in (expected, got))
     if is_leaf or came_leaf or type(expected) is not type(got):
         kind = "a tensor" if is_leaf else f"a {type(expected).__name__}"

@@ -1,4 +1,4 @@
-"""The pullback of a function as two graphs: what is computed once, and what each product with it takes."""
+"""The pullback (vector-Jacobian product) of a function as two graphs: one to run once, one for each product."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from implicitly.transforms import Writing
 
 
 class CannotSplitError(ValueError):
-    """There are no such graphs."""
+    """The pullback of a function cannot be written as two graphs."""
 
 
 def split_pullback(
     f: Callable[..., Tensor], z: Tensor, theta: Sequence[Tensor], varying: Sequence[tuple[int, int]] = ()
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """`(prepare, pull)`: `pull(u, *prepare(z, *theta))` is the cotangent of z for that u of `f(z, *theta)`.
+    """Split the pullback of f by z into two graphs `(prepare, pull)`.
 
-    A loop of `torch.compile` cannot pull back through what is recorded outside of it, and to record inside would
-    call f for each product. The graphs have no derivative of their own. They hold the settings of this call, other
-    tensors that f uses, in which they see what is changed in place, and the sizes of this call, save that of the
-    batch where it is `varying`: (i, dim) of `(z, *theta)`, that of z among them.
+    `pull(u, *prepare(z, *theta))` is the cotangent of z that belongs to the cotangent u of `f(z, *theta)`.
 
-    Raises CannotSplitError where f looks at numbers, or at that size, or leaves what can be written down.
+    A loop of `torch.compile` cannot pull back through what is recorded outside of it, and recording inside would
+    call f for each product. The graphs have no derivative of their own. They hold the settings of this call; the
+    other tensors that f uses, whose in-place changes they see; and the sizes of this call, except for the size of
+    the batch where it is `varying`: pairs (i, dim) of `(z, *theta)`, that of z among them.
+
+    Raises CannotSplitError if f looks at values, or at that size, or does what cannot be traced.
     """
 
     def pulled(u: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         return vjp(lambda z: f(z, *theta), z)[1](u)[0]
 
-    # Each is a tensor of its own, also where one is passed twice: a later call may have two.
+    # Each input is a separate tensor, even where one is passed twice: a later call may pass two.
     inputs = (torch.zeros_like(z), z, *(x.view_as(x) for x in theta))
     sizes = _Sizes(inputs, varying) if varying else None
     opened = inputs if sizes is None else sizes.opened
     with torch.no_grad(), nullcontext() if sizes is None else sizes.within, _Tape(opened, sizes) as tape:
         try:
             value = functionalize(pulled)(*opened)
-        except RuntimeError as error:  # if f is wrong, the eager loop says so
+        except RuntimeError as error:  # if f itself is wrong, the eager loop says so
             raise CannotSplitError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     if sizes is not None and sizes.are_looked_at:
         raise CannotSplitError("f looks at the size of the batch")
@@ -57,11 +59,13 @@ def split_pullback(
 
 
 class _Sizes:
-    """Tensors without numbers and of open sizes: `opened`, like `inputs`, the first as the second; `within` which
-    to compute with them."""
+    """Fake tensors `opened`, like `inputs` but with symbolic sizes; compute with them in the mode `within`.
+
+    The first of `inputs`, a cotangent, has the symbolic sizes of the second.
+    """
 
     def __init__(self, inputs: Sequence[Tensor], varying: Sequence[tuple[int, int]]):
-        # Imported on first use, as they take long.
+        # Imported on first use, since importing them takes long.
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -79,30 +83,30 @@ class _Sizes:
 
     @contextmanager
     def operation(self) -> Iterator[None]:
-        """Where one operation is computed: how it goes about that may depend on sizes, and not what comes out."""
+        """A context to compute one operation in: how it computes may depend on sizes, what it computes may not."""
         before = len(self._env.guards)
         yield
         self._unseen += len(self._env.guards) - before
 
     @property
     def are_looked_at(self) -> bool:
-        """Whether something else may be computed for other sizes, or there are none."""
+        """Whether f may compute something else for other sizes, or no other size is possible."""
         return len(self._env.guards) > self._unseen or self.opened[1].shape[0].node.expr.is_number
 
 
 class _Tape(Writing):
-    """Writes operations down as a graph. What PyTorch has for that is not for several threads."""
+    """Records operations as a graph, since PyTorch's own tools for that are not thread-safe."""
 
     def __init__(self, inputs: Sequence[Tensor], sizes: _Sizes | None):
         super().__init__()
         self.operation = nullcontext if sizes is None else sizes.operation
         self.graph, self.tensors = fx.Graph(), {}
-        # By what they are, not by their values; held, so that none takes the place of another.
+        # Tensors are told apart by identity, not by value, and kept alive, so that no id is used twice.
         self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self.inputs = [self.graph.placeholder(f"input_{i}") for i in range(len(inputs))]
         for x, node in zip(inputs, self.inputs):
             self.nodes[id(x)] = x, node
-        # That of the batch, where it is open, and what follows from it.
+        # The size of the batch, where it is symbolic, and the nodes that compute it and what follows from it.
         self.batch: Any = inputs[0].shape[0]
         self.sizes = [_batch_of(self.graph, self.inputs[1])]
 
@@ -124,7 +128,7 @@ class _Tape(Writing):
         return value
 
     def node(self, x: Tensor) -> fx.Node:
-        """Where `x` comes from; of what is no result it is the tensor itself."""
+        """The node that `x` comes from; a tensor that is not the result of an operation is held by the graph."""
         if id(x) not in self.nodes:
             name = f"tensor_{len(self.tensors)}"
             self.tensors[name] = x
@@ -132,7 +136,7 @@ class _Tape(Writing):
         return self.nodes[id(x)][1]
 
     def size(self, number: SymInt | SymFloat) -> Any:
-        """What follows from the size of the batch."""
+        """The node that computes `number` from the size of the batch, or its value if it does not depend on it."""
         from torch.utils._sympy.interp import sympy_interp
         from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -143,14 +147,14 @@ class _Tape(Writing):
         return value.node if isinstance(value, fx.Proxy) else value
 
     def without_views(self, node: fx.Node) -> Iterable[fx.Node]:
-        """The nodes of which `node` is a view, as a loop refuses tensors that share memory; no sizes."""
+        """The nodes that `node` is a view of, as a loop refuses tensors that share memory; none for a size."""
         if node in self.sizes:
             return ()
         is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
         return (of for x in node.all_input_nodes for of in self.without_views(x)) if is_view else (node,)
 
     def part(self, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node] | fx.Node) -> fx.GraphModule:
-        """From `inputs`, of which the first has a row for each sample, to `outputs`."""
+        """The part of the graph from `inputs`, the first of which has one row per sample, to `outputs`."""
         several = isinstance(outputs, Sequence)
         graph, needed, stack = fx.Graph(), set(), list(outputs) if several else [outputs]
         copied = {node: graph.placeholder(node.name) for node in inputs}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 def modules_and_tensors(
     f: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[tuple[nn.Module, ...], list[tuple[str, Tensor]]]:
-    """The modules that f reaches, each once, and the tensors that it reaches otherwise."""
+    """The modules that f reaches, each once, and the tensors that it reaches outside of them, with names."""
     modules: dict[int, nn.Module] = {}
     tensors: list[tuple[str, Tensor]] = []
     for name, value in _reached(f, args):
@@ -26,10 +26,10 @@ def modules_and_tensors(
 
 
 def parts_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
-    """The `modules` and all that they consist of, each once, by the name that it has in their host."""
+    """The `modules` and all their submodules, each once, by the name that it has in the module that hosts them."""
     seen: set[nn.Module] = set()
     parts: dict[str, nn.Module] = {}
-    # As `named_modules` does, in half the time.
+    # Like `named_modules`, in half the time.
     stack = [(f"modules_of_f.{i}", module) for i, module in enumerate(modules)][::-1]
     while stack:
         name, module = stack.pop()
@@ -57,7 +57,7 @@ def _reached(f: Any, args: Any) -> Iterator[tuple[str, Any]]:
             stack += [(name, value.func), (name, value.args), (name, value.keywords)]
         elif isinstance(value, types.MethodType):
             stack += [(name, value.__self__), (name, value.__func__)]
-            if not callable(value.__self__):  # its own attributes are what a method works with
+            if not callable(value.__self__):  # a method works with the attributes of its object
                 stack += [(f"{name}.{k}", v) for k, v in getattr(value.__self__, "__dict__", {}).items()]
         elif isinstance(value, types.FunctionType):
             stack += _function_scope(value)
@@ -76,7 +76,7 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
             scope.append((name, cell.cell_contents))
         except ValueError:  # a variable that is assigned only later
             continue
-    # Of the globals only modules, tensors and plain functions: other packages' objects are none of f's state.
+    # Of the globals only modules, tensors and plain functions: objects of other packages are not f's state.
     kinds = (nn.Module, Tensor, types.FunctionType, functools.partial)
     for name in dict.fromkeys(_names_in(function.__code__)):
         value = function.__globals__.get(name)
@@ -89,7 +89,7 @@ def _function_scope(function: types.FunctionType) -> list[tuple[str, Any]]:
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
-    """The global names and attributes in `code`, also in lambdas, comprehensions and generators within."""
+    """The global names and attributes in `code`, including the lambdas, comprehensions and generators in it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

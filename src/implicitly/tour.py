@@ -1,7 +1,7 @@
 """`implicitly tour`: what implicit layers are for, in two minutes on two CPU cores.
 
-Each part measures something, says what it means, and leaves a picture; a part whose promise is broken makes
-the tour fail.
+Each part measures something, says what it means, and draws a picture; the tour fails if a part does not keep its
+promise.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config:
 
 @dataclass
 class Journey:
-    """What the parts of a tour share: the screen, the folder, what was found and what was made."""
+    """What the parts of a tour share: the console, the folder, the findings and the files."""
 
     console: Console
     out: Path
@@ -70,7 +70,7 @@ class Journey:
         self.console.print()
 
     def find(self, what: str, how_much: str, kept: bool) -> None:
-        """Note a finding for the summary, and whether it is what was promised."""
+        """Note a finding for the summary, and whether it keeps the promise."""
         self.findings.append((what, how_much, kept))
 
     def draw(self, name: str, figure: Figure, shows: str) -> None:
@@ -96,7 +96,7 @@ def main(config: Config) -> int:
     """Take the tour.
 
     Returns:
-        0, or 1 where the accuracy, the memory or the gradient is not what was promised.
+        0, or 1 if a finding is not what was promised.
     """
     from rich.console import Console
 
@@ -119,8 +119,10 @@ def main(config: Config) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one core. Tensors this small gain little from two, and where other programs use the cores too,
-    threads that wait for each other take ten times as long.
+    """Compute on one core.
+
+    Tensors this small gain little from two, and where other programs use the cores too, threads that wait for each
+    other take ten times as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -181,7 +183,7 @@ def draw_training(journey: Journey, result: Result, data: ImageData, rtol: float
     images, labels = data.test.tensors
     with torch.no_grad():
         predictions = network(images).argmax(dim=1)
-    # All that it got wrong come first, then others in the order of the set.
+    # The mistakes come first, then other images in the order of the set.
     shown = (predictions == labels).long().argsort(stable=True)[:36]
     journey.draw(
         "digits.png",

@@ -1,4 +1,4 @@
-"""The one adjoint that every family knows: recording the solver itself."""
+"""The one adjoint that all families of solvers share: differentiating through the solver itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class UnrolledAdjoint:
-    """The exact derivative of the operations that the solver did, by recording them all.
+    """The exact derivative of the operations that the solver performed, all of them recorded by autograd.
 
     Memory grows with the number of iterations or steps. Choices (when to stop, which iterate was best, how long a
-    step is) are not differentiated. Of a fixed point, gradients flow to z0 too.
+    step is) are not differentiated. For a fixed point, gradients flow to z0 too.
     """
 
     recording: ClassVar[bool] = True

@@ -2,7 +2,7 @@
 
 Each loader returns an `ImageData`. Where the files come from is decided in one place (`find_folder`): the
 folder that the caller names, else the environment variable `IMPLICITLY_DATA`, else the Hugging Face hub. Such
-a folder holds one folder a set:
+a folder holds one folder per set:
 
     mnist/    {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz
     cifar10/  cifar10_jpg_{train,test}.tar.gz, each SPLIT/CLASS/NUMBER.jpg
@@ -53,7 +53,7 @@ class ImageData:
         channels, height, width: of one image, in pixels.
         classes: labels are `0 ... classes - 1`.
         name: what the set is called.
-        note: what must be said beside any number measured on it; empty where it is the set itself.
+        note: what must accompany any number measured on it; empty if it is the set itself.
     """
 
     train: TensorDataset
@@ -80,7 +80,7 @@ def load_images(name: ImageSet, folder: Path | str | None = None, cache: Path | 
 
 
 def digits() -> ImageData:
-    """1,797 handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 to train, 360 to test.
+    """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 to train, 360 to test.
 
     The split is stratified by class and always the same.
     """
@@ -146,10 +146,10 @@ def cifar10(folder: Path | str | None = None, cache: Path | str = DEFAULT_CACHE)
 def find_folder(
     name: str, folder: Path | str | None = None, otherwise: str = "download it from the Hugging Face hub"
 ) -> Path | None:
-    """Where the files of the set `name` are: `folder / name`, or `None` where no folder is named.
+    """Where the files of the set `name` are: `folder / name`, or `None` if no folder is named.
 
     `folder=None` stands for the folder that the environment variable `IMPLICITLY_DATA` names. `otherwise` says in
-    the error message what comes of naming none.
+    the error message what happens if none is named.
 
     Raises:
         FileNotFoundError: a folder was named, and has no folder `name`.
@@ -178,7 +178,7 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
 
     Args:
         path: a `.gz` file.
-        dimensions: how many the file should have: 3 for images, 1 for labels.
+        dimensions: how many dimensions the file should have: 3 for images, 1 for labels.
 
     Returns:
         uint8, of the shape that the file states.
@@ -220,7 +220,8 @@ def _read_jpeg_archives(place: Path, cache: Path) -> tuple[tuple[Pixels, Labels]
     if not cached.is_file():
         train, test = (_decode_archive(archives[split], split) for split in ("train", "test"))
         cache.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed, so that an interrupted write leaves no half file under the final name.
+        # Written under another name and renamed, so that an interrupted write leaves no partial file under this
+        # one.
         partial = cached.with_name(f"{cached.name}.{os.getpid()}.part")
         with partial.open("wb") as file:
             np.savez(file, train_x=train[0], train_y=train[1], test_x=test[0], test_y=test[1])

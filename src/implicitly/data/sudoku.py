@@ -1,7 +1,7 @@
-"""Sudoku on boards of 4x4: OptNet's own, and ones made here.
+"""Sudoku on 4x4 boards: those of OptNet, or ones generated here.
 
 Each row, column and 2x2 block of a solution holds 1, 2, 3 and 4; there are 288 solutions. A puzzle is what is left
-of one when entries are taken out such that no other solution agrees with the rest.
+of a solution after entries are removed such that no other solution agrees with the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from implicitly.data.images import ENVIRONMENT_VARIABLE, DataError, find_folder
 
 FOLDER = "sudoku4_optnet"
-CLUES = (4, 5, 5, 5, 5, 6, 6)  # of a puzzle, each as likely
+CLUES = (4, 5, 5, 5, 5, 6, 6)  # of a puzzle, each with equal probability
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SudokuBoards:
         puzzles: float32 `(count, 4, 4, 4)`, one-hot: `[i, row, column, d]` is 1 where the entry is d + 1, and
             a blank has four zeros. No two are the same.
         solutions: the same, without blanks.
-        name: of the set.
+        name: what the set is called.
     """
 
     puzzles: Tensor
@@ -41,16 +41,16 @@ class SudokuBoards:
 
 
 def sudoku4(folder: Path | str | None = None, count: int = 10_000, seed: int = 0) -> SudokuBoards:
-    """Boards of 4x4: the ones of OptNet where a folder is known, else new ones.
+    """Load or make 4x4 boards: those of OptNet if a folder is known, else new ones.
 
     Args:
         folder: holds `sudoku4_optnet/` with `features.pt` and `labels.pt`, two tensors as in `SudokuBoards`, the
             boards of Amos and Kolter (github.com/locuslab/optnet). `None`: the folder that `IMPLICITLY_DATA`
-            names; where that is not set either, boards are made by `make_sudoku4`.
-        count, seed: of boards that are made.
+            names; if that is not set either, boards are made by `make_sudoku4`.
+        count, seed: for boards that are made.
 
     Returns:
-        The boards; of several equal ones in the files, the first.
+        The boards; of several equal ones in the files, only the first.
 
     Raises:
         FileNotFoundError: a folder was named, and a file is missing in it.
@@ -75,9 +75,9 @@ def sudoku4(folder: Path | str | None = None, count: int = 10_000, seed: int = 0
 
 
 def make_sudoku4(count: int, seed: int = 0) -> SudokuBoards:
-    """Make puzzles: take entries out of a random solution, in a random order, where it stays the only one.
+    """Make puzzles: remove entries of a random solution, in a random order, as long as it stays the only solution.
 
-    That ends at 4, 5 or 6 clues, as often as with OptNet's boards; or at more, where none of them can be missed.
+    This ends at 4, 5 or 6 clues, as often as with OptNet's boards, or at more if none of them can be spared.
     Puzzles that were made twice are kept once: of 10,000, about 9,800 are left.
 
     Raises:
@@ -95,7 +95,7 @@ def make_sudoku4(count: int, seed: int = 0) -> SudokuBoards:
         fewer = puzzles.view(count, 16, 4).clone()
         fewer[torch.arange(count), entry] = 0
         fewer = fewer.flatten(1)
-        # A known solution agrees with a puzzle where it shares all its clues.
+        # A known solution agrees with a puzzle if it shares all its clues.
         agreeing = (fewer @ known.T == fewer.sum(dim=1, keepdim=True)).sum(dim=1, keepdim=True)
         puzzles = torch.where((agreeing == 1) & (fewer.sum(dim=1, keepdim=True) >= enough), fewer, puzzles)
     puzzles, solutions = (boards.view(count, 4, 4, 4) for boards in (puzzles, solutions))
@@ -110,7 +110,7 @@ def solutions4() -> Tensor:
 
 @functools.cache
 def _solutions() -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Digits 0 to 3 of all solutions: for each its four rows."""
+    """The digits 0 to 3 of all solutions, as four rows each."""
     orders = list(itertools.permutations(range(4)))
     # Two rows that fill two blocks; then two such pairs whose columns have no digit twice.
     pairs = [(a, b) for a, b in itertools.product(orders, repeat=2) if set(a[:2]).isdisjoint(b[:2])]
@@ -119,7 +119,7 @@ def _solutions() -> tuple[tuple[tuple[int, ...], ...], ...]:
 
 
 def _first_of_each(puzzles: Tensor) -> Tensor:
-    """Rows of `puzzles` that equal no earlier one, in order."""
+    """The indices of rows of `puzzles` that equal no earlier row, in order."""
     _, which = puzzles.flatten(1).unique(dim=0, return_inverse=True)
     rows = torch.full((int(which.max()) + 1,), len(puzzles))
     return rows.scatter_reduce(0, which, torch.arange(len(puzzles)), "amin").sort().values

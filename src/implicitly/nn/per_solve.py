@@ -1,10 +1,10 @@
-"""What a cell decides once a solve: a dropout mask, a statistic, a normalised weight.
+"""Modules that decide something once per solve: a dropout mask, a batch statistic, a normalised weight.
 
-An equilibrium exists only if every iteration applies the same function, and a trajectory likewise. These modules
-therefore decide what would change from call to call in one call of the cell before the solve (`decide_once`), and
-hold it through the solve. The decision is an explicit argument of the solve, so its gradient is exact and finished
+An equilibrium or a trajectory exists only if every call of the cell applies the same function. What would change
+from call to call, these modules therefore decide in one call of the cell before the solve (`decide_once`), and
+hold during the solve. The decision is an explicit argument of the solve, so its gradient is exact, and finished
 samples can be dropped. Outside of a `DEQ` or a `NeuralODE` they decide anew in every call, like their counterparts
-in `torch.nn`. A cell that holds such modules is for one thread at a time.
+in `torch.nn`. Only one thread at a time may use a cell that holds such modules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 
 class PerSolve(nn.Module, ABC):
-    """A module that computes its output from its input and something decided once a solve."""
+    """Base class of modules that compute their output from their input and something decided once per solve."""
 
     # The dimension of the decided tensor that holds the samples, or None where it is shared.
     sample_dim: ClassVar[int | None] = None
@@ -28,13 +28,13 @@ class PerSolve(nn.Module, ABC):
 
     def __init__(self):
         super().__init__()
-        # Nothing held: no entries. Being a buffer, it can be exchanged by `functional_call`.
+        # Empty means that nothing is held. As a buffer it can be exchanged by `functional_call`.
         self.register_buffer("held", torch.empty(0), persistent=False)
         self.recorded: list[Tensor] | None = None
 
     @abstractmethod
     def decide(self, x: Tensor) -> Tensor | None:
-        """What to hold for input `x`; None: nothing, in this mode."""
+        """What to hold for input `x`; None if there is nothing to decide in this mode."""
 
     @abstractmethod
     def use(self, x: Tensor, held: Tensor) -> Tensor:
@@ -42,11 +42,11 @@ class PerSolve(nn.Module, ABC):
 
     @property
     def reads_input(self) -> bool:
-        """Whether what is decided depends, in this mode, on the values of the input."""
+        """Whether the decision depends on the values of the input, in this mode."""
         return False
 
     def check_shared(self, x: Tensor, held: Tensor) -> None:
-        """Raise ValueError where one decision cannot serve a second place of the cell, whose input is `x`."""
+        """Raise ValueError if one decision cannot serve a second place in the cell, whose input is `x`."""
         if self.reads_input:
             raise ValueError(
                 f"a {type(self).__name__} is used twice in a cell, but holds through a solve what it decided from "
@@ -76,7 +76,7 @@ def decide_once(cell: nn.Module, *inputs: Any) -> tuple[dict[str, Tensor], dict[
     not called.
 
     Args:
-        inputs: of the call: `z0, x` of an equilibrium, `t0, y0, *args` of a trajectory.
+        inputs: the arguments of the call: `z0, x` for an equilibrium, `t0, y0, *args` for a trajectory.
     """
     return decided_in(cell, cell, *inputs)[1] if decides(cell) else ({}, {})
 
@@ -89,7 +89,7 @@ def decides(cell: nn.Module) -> bool:
 def decided_in(
     call: Callable[..., Any], cell: nn.Module, *inputs: Any
 ) -> tuple[Any, tuple[dict[str, Tensor], dict[str, int | None]]]:
-    """`call(*inputs)`, which applies what is in the cell; and, as `decide_once` gives it, what that decides."""
+    """`call(*inputs)`, which applies modules of the cell, and what these decide, as `decide_once` returns it."""
     modules = {name: m for name, m in cell.named_modules() if isinstance(m, PerSolve)}
     for module in modules.values():
         module.recorded = []
@@ -103,7 +103,7 @@ def decided_in(
 
 
 def has_buffers(module: nn.Module) -> bool:
-    """Whether `module` holds any, other than those of `PerSolve` modules, which are known to be of no sample."""
+    """Whether `module` has buffers, other than those of `PerSolve` modules, which are known to be of no sample."""
     if isinstance(module, PerSolve):
         return False
     return bool(module._buffers) or any(has_buffers(child) for child in module.children())
@@ -114,15 +114,16 @@ def _buffer(name: str) -> str:
 
 
 class Dropout(PerSolve):
-    """Dropout with one mask through a whole solve. Where a cell uses it at several places, they share the mask.
+    """Dropout with one mask for a whole solve.
 
-    Outside of a `DEQ` or a `NeuralODE` it draws a mask in every call.
+    If a cell uses the module at several places, they share the mask. Outside of a `DEQ` or a `NeuralODE` it draws
+    a mask in every call.
 
     Args:
         p: probability that an entry is zeroed; the others are scaled by 1 / (1 - p).
         shared_dims: dimensions along which the mask is constant: `(1,)` gives variational dropout of sequences
             `(B, T, C)` (Gal and Ghahramani 2016), `(2, 3)` drops whole channels of images. Negative ones count
-            from the last.
+            from the end.
     """
 
     sample_dim: ClassVar[int | None] = 0
@@ -140,11 +141,11 @@ class Dropout(PerSolve):
 
     @property
     def draws(self) -> bool:
-        """Whether calls in training draw a mask, unless one is held."""
+        """Whether calls in training mode draw a mask, unless one is held."""
         return self.p > 0
 
     def decide(self, x: Tensor) -> Tensor | None:
-        """The mask for `x`, scaled."""
+        """The scaled mask for `x`."""
         if not self.training or self.p == 0:
             return None
         if any(not -x.ndim < d < x.ndim for d in self.shared_dims):
@@ -158,7 +159,7 @@ class Dropout(PerSolve):
         return torch.bernoulli(keep) / keep
 
     def check_shared(self, x: Tensor, held: Tensor) -> None:
-        """Raise ValueError where the mask does not fit `x`."""
+        """Raise ValueError if the mask does not fit `x`."""
         fits = held.ndim == x.ndim and all(m in (1, size) for m, size in zip(held.shape, x.shape))
         if not fits:
             raise ValueError(
@@ -173,15 +174,15 @@ class Dropout(PerSolve):
 
 
 class BatchNorm(PerSolve):
-    """Batch normalisation whose batch statistic is taken once a solve, at the start of the solve.
+    """Batch normalisation whose batch statistics are computed once per solve, at its start.
 
-    With the statistic held, samples are independent through the solve, as the solvers require. Running statistics
-    are updated once a solve and used in evaluation, and for an empty batch, which has no statistic. Outside of a
-    `DEQ` or a `NeuralODE` it takes a statistic in every call.
+    With the statistics held, samples are independent during the solve, as the solvers require. Running statistics
+    are updated once per solve. They are used in evaluation mode, and for an empty batch, which has no statistics.
+    Outside of a `DEQ` or a `NeuralODE`, statistics are computed in every call.
 
     Args:
         features: size of dimension 1 of the input.
-        momentum: weight of the newest statistic in the running ones.
+        momentum: weight of the newest statistics in the running ones.
     """
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -195,7 +196,7 @@ class BatchNorm(PerSolve):
         self.register_buffer("running_var", torch.ones(features))
 
     def decide(self, x: Tensor) -> Tensor | None:
-        """Mean and variance `(2, features)`, in the dtype of the running ones, also under autocast."""
+        """Mean and variance `(2, features)` in the dtype of the running ones, even under autocast."""
         if not self.training or x.numel() == 0:
             return torch.stack([self.running_mean, self.running_var])
         dims = [d for d in range(x.ndim) if d != 1]
@@ -208,12 +209,12 @@ class BatchNorm(PerSolve):
 
     @property
     def reads_input(self) -> bool:
-        """Whether it takes a statistic."""
+        """Whether it computes batch statistics."""
         return self.training
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
         """`x` normalised, scaled and shifted."""
-        # In its own terms: torch's batch norm has no derivative for a statistic that it is given.
+        # Written out, since torch's batch norm has no derivative with respect to statistics that it is given.
         mean, variance = held
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
@@ -222,7 +223,7 @@ class BatchNorm(PerSolve):
 
 
 class _Reparametrised(PerSolve):
-    """A layer whose weight is computed once a solve."""
+    """A layer whose weight is computed once per solve."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -235,7 +236,7 @@ class _Reparametrised(PerSolve):
                 f"nn.Linear; that of this {type(layer).__name__} has shape {tuple(weight.shape)}"
             )
         del layer.weight
-        # A place for the computed weight, which is never stored.
+        # A placeholder for the computed weight, which is never stored.
         layer.register_buffer("weight", torch.zeros_like(weight), persistent=False)
         self.layer = layer
 
@@ -245,7 +246,10 @@ class _Reparametrised(PerSolve):
 
 
 class WeightNorm(_Reparametrised):
-    """A layer with weight g v / |v|, the norm over all dimensions but 0 (Salimans and Kingma 2016)."""
+    """Weight normalisation: a layer with the weight g v / |v|, normed over all dimensions but 0.
+
+    Salimans and Kingma 2016.
+    """
 
     def __init__(self, layer: nn.Module):
         weight = getattr(layer, "weight", None)
@@ -262,11 +266,13 @@ class WeightNorm(_Reparametrised):
 
 
 class SpectralNorm(_Reparametrised):
-    """A layer with weight `bound` W / sigma(W), sigma by power iteration once a solve (Miyato et al. 2018).
+    """Spectral normalisation: a layer with the weight `bound` W / sigma(W).
+
+    The spectral norm sigma is estimated by power iteration once per solve (Miyato et al. 2018).
 
     Args:
-        bound: the spectral norm that the weight, as a matrix `(out, -1)`, gets.
-        power_iterations: a solve in training; the estimate goes on from one solve to the next.
+        bound: the spectral norm of the resulting weight, as a matrix `(out, -1)`.
+        power_iterations: number per solve in training mode; each solve continues from the estimate of the last.
     """
 
     u: Tensor
@@ -280,8 +286,8 @@ class SpectralNorm(_Reparametrised):
         self.bound, self.power_iterations = bound, power_iterations
         self.raw = nn.Parameter(weight.detach().clone())
         matrix = self.raw.detach().flatten(1)
-        # A start that no structure of a weight makes orthogonal to its leading direction, without drawing from the
-        # global generator; then enough steps to be near that direction.
+        # Start from a random vector, which no structure of the weight makes orthogonal to its leading direction,
+        # without drawing from the global generator; then take enough steps to be near that direction.
         start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0), device="cpu").to(matrix)
         self.register_buffer("u", _power(matrix, start, 15))
 

@@ -1,4 +1,4 @@
-"""How contractive a cell is at an equilibrium: to watch, and to train for."""
+"""Measures of how contractive a cell is at an equilibrium, to monitor and to regularise."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from implicitly.tree import Layout, row_norm
 def jacobian_norm(
     f: Callable[..., Any], z: Any, *args: Any, samples: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hutchinson's estimate of |J|_F^2 a sample, J the Jacobian of f at z; differentiable, to be added to a loss.
+    """Hutchinson's estimate of |J|_F^2 for each sample, where J is the Jacobian of f at z.
 
-    Unbiased: |J|_F^2 = E |J' v|^2 for v ~ N(0, I). Bai, Koltun and Kolter, "Stabilizing Equilibrium Models by
-    Jacobian Regularization", ICML 2021 (who divide it by the number of entries of z).
+    It is differentiable, to be added to a loss, and unbiased: |J|_F^2 = E |J' v|^2 for v ~ N(0, I). Bai, Koltun
+    and Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization", ICML 2021 (who divide it by the number
+    of entries of z).
 
     Args:
-        f: `f(z, *args)` returns a z. `scaled_dot_product_attention` in it is computed without a fused kernel, as
-            those have no second derivative.
+        f: `f(z, *args)` returns a z. `scaled_dot_product_attention` in it is computed without a fused kernel,
+            since those have no second derivative.
         z: a state, `(B, ...)` or a pytree of them, usually the equilibrium. Gradients flow to it too.
-        samples: vectors v to average over, each one product with the transposed Jacobian.
-        generator: draws them, on the device of z; None: PyTorch's global one of that device.
+        samples: number of vectors v to average over; each costs one product with the transposed Jacobian.
+        generator: draws the vectors, on the device of z; None: PyTorch's global generator of that device.
 
     Returns:
         `(B,)` estimates.
@@ -48,15 +49,15 @@ def jacobian_norm(
 def spectral_radius(
     f: Callable[..., Any], z: Any, *args: Any, steps: int = 50, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The largest modulus of an eigenvalue of the Jacobian of f at z, a sample; below 1 iteration converges.
+    """The spectral radius of the Jacobian of f at z for each sample; if it is below 1, plain iteration converges.
 
-    By power iteration with J', which has the eigenvalues of J: the mean growth rate over the second half of the
-    steps, which is right also for complex pairs, whose growth fluctuates from step to step.
+    It is found by power iteration with J', which has the eigenvalues of J, as the mean growth rate over the second
+    half of the steps. This is right for complex pairs too, whose growth fluctuates from step to step.
 
     Args:
         z: a state, `(B, ...)` or a pytree of them, usually the equilibrium.
-        steps: of the power iteration, at least 2; each is one product with the transposed Jacobian.
-        generator: draws where it starts, on the device of z; None: PyTorch's global one of that device.
+        steps: steps of the power iteration, at least 2; each is one product with the transposed Jacobian.
+        generator: draws the start, on the device of z; None: PyTorch's global generator of that device.
 
     Returns:
         `(B,)` estimates, without gradient.
@@ -74,11 +75,11 @@ def spectral_radius(
 
 
 def _direction(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `v` `(B, n)` over their lengths, and the logarithms `(B,)` of these; zeros stay zeros."""
+    """The rows of `v` `(B, n)` divided by their lengths, and the logarithms `(B,)` of these; zeros stay zeros."""
     tiny = torch.finfo(v.dtype).tiny
     size = torch.linalg.vector_norm(v, float("inf"), 1) if v.shape[1] else v.new_zeros(len(v))
     size = size.clamp_min(tiny)
-    v = v / size[:, None]  # squares of large and small entries are beyond all numbers
+    v = v / size[:, None]  # squares of large and small entries overflow and underflow
     length = row_norm(v)
     return v / length.clamp_min(tiny)[:, None], size.log() + length.log()
 
@@ -86,7 +87,7 @@ def _direction(v: Tensor) -> tuple[Tensor, Tensor]:
 def _pullback(
     f: Callable[..., Any], z: Any, args: tuple[Any, ...], create_graph: bool
 ) -> tuple[Layout, Tensor, Callable[[Tensor], Tensor]]:
-    """How z lies in a matrix, that matrix, and v -> J' v of its shape."""
+    """The layout of z as a matrix, that matrix, and the map v -> J' v on its shape."""
     layout = Layout.of(z, 1, "z")
     matrix = layout.pack(z)
 
@@ -95,16 +96,16 @@ def _pullback(
         layout.check(value, "z")
         return layout.pack(value)
 
-    # PyTorch's fused kernels of attention have no second derivative, which the gradient of an estimate is.
+    # PyTorch's fused attention kernels have no second derivative, which the gradient of an estimate needs.
     attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-    if under_transform():  # elsewhere autograd also knows functions that torch.func refuses
+    if under_transform():  # elsewhere use autograd, which also takes functions that torch.func refuses
         with attention:
             pull = vjp(packed, matrix)[1]
         return layout, matrix, lambda v: pull(v)[0]
     with torch.enable_grad(), attention:
         matrix = matrix.view_as(matrix) if matrix.requires_grad else matrix.detach().requires_grad_()
         value = packed(matrix)
-        # Where f ignores z the Jacobian is zero: autograd finds that out if there is a graph at all.
+        # If f ignores z, the Jacobian is zero: autograd finds that out as long as there is a graph at all.
         value = value if value.requires_grad else value + 0 * matrix
 
     def pull_recorded(v: Tensor) -> Tensor:

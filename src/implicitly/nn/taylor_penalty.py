@@ -1,4 +1,4 @@
-"""The regulariser that makes a vector field easy for a solver of high order."""
+"""A regulariser that makes a vector field easy for solvers of high order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TaylorPenalty(Regulariser):
     """|d^K y/dt^K|^2 / n, the mean square of the K-th total derivative over the n entries of a sample.
 
     The error of a step grows with the high derivatives along the trajectory; where they are small, solvers take
-    long steps. Found by Taylor mode, in one more call of f with K coefficients for each intermediate value:
-    products with weights cost K times as much, elementwise operations of the order of K^2.
+    long steps. Taylor mode computes them in one more call of f with K coefficients for each intermediate value:
+    products with weights cost K times as much, elementwise operations of the order of K^2 times.
 
     Kelly, Bettencourt, Johnson and Duvenaud, "Learning Differential Equations that are Easy to Solve", NeurIPS
     2020, equation 1 (there without the n, which makes the weight in a loss independent of the size of y).
@@ -25,7 +25,7 @@ class TaylorPenalty(Regulariser):
         order: K >= 1; 1 is the kinetic energy over n. `implicitly fit ode-easy` shows what 3 saves.
 
     Raises:
-        NotImplementedError: from the solve, where f uses an operation that `implicitly.jet` has no rule for.
+        NotImplementedError: from the solve, if f uses an operation that `implicitly.jet` has no rule for.
     """
 
     order: int

@@ -25,13 +25,15 @@ from implicitly.nn.per_solve import PerSolve
 def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
     """One equilibrium layer that computes what `sequential` computes, with the same parameters.
 
-    The state is what all layers put out, z = (z_1, ..., z_L), and the cell applies every layer at once to what
-    its predecessor put out the last time: (l_1(x), l_2(z_1), ..., l_L(z_L-1)). Its Jacobian is nilpotent, so
-    plain iteration is exact after L steps from any state that the layers are defined at, and so is the Neumann
-    series of the backward solve. Exactly these are done, and the status is MAX_STEPS: a tolerance relative to the
-    whole state would stop before a small output, or a vanishing gradient, is right. The start is what the layers
-    put out one after the other, so that they meet no other inputs than in `sequential`, and a `BatchNorm` of this
-    package takes the same statistic; it costs one pass more, beside L. Other layers must be deterministic.
+    The state consists of the outputs of all layers, z = (z_1, ..., z_L). The cell applies every layer at once, to
+    the last output of its predecessor: (l_1(x), l_2(z_1), ..., l_L(z_L-1)). Its Jacobian is nilpotent, so plain
+    iteration is exact after L steps from any state that the layers are defined at, and so is the Neumann series of
+    the backward solve. Exactly L steps are taken, and the status is MAX_STEPS: a tolerance relative to the whole
+    state would stop before a small output, or a vanishing gradient, is right.
+
+    The solve starts from the outputs of the layers applied one after the other. So they see the same inputs as in
+    `sequential`, and a `BatchNorm` of this package takes the same statistics. This costs one more pass, besides
+    the L steps. Other layers must be deterministic.
 
     Args:
         compile: as in `implicitly.fixed_point`.
@@ -52,14 +54,15 @@ def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
 def compose(first: DEQ, second: DEQ) -> DEQ:
     """One equilibrium layer that computes `second(first(x))`, with the parameters of both.
 
-    The state is (z_1, z_2) and the cell (f_1(z_1, x), f_2(z_2, z_1)): at its equilibrium both hold. It is solved
-    as `second` is, with the steps of both; only where `second` does a fixed number of steps (`rtol=0`, as of
-    `as_deq`) and `first` does not, it is solved as `first` is. It has no warm start.
+    The state is (z_1, z_2) and the cell is (f_1(z_1, x), f_2(z_2, z_1)): at its equilibrium both layers are at
+    theirs. It is solved with the solver and adjoint of `second`, with the steps of both; but if `second` takes a
+    fixed number of steps (`rtol=0`, as from `as_deq`) and `first` does not, with those of `first`. It has no warm
+    start.
 
     Raises:
-        TypeError: one is no DEQ.
-        ValueError: in a forward pass, where `second` takes a statistic (`BatchNorm`) of what `first` has not found
-            yet, as it is no network made by `as_deq`.
+        TypeError: one is not a DEQ.
+        ValueError: in a forward pass, if `second` takes statistics (`BatchNorm`) of the output of `first`, which
+            is not known at the start, unless `as_deq` made `first`.
     """
     for name, layer in (("first", first), ("second", second)):
         if not isinstance(layer, DEQ):
@@ -101,9 +104,9 @@ class _AllLayers(StartingCell):
         return tuple(layer(before) for layer, before in zip(self.layers, (x, *z[:-1])))
 
     def begin(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the layers put out one after the other: the equilibrium."""
+        """The outputs of the layers applied one after the other: the equilibrium."""
         _, *outputs = accumulate(self.layers, lambda z, layer: layer(z), initial=x)
-        if torch.is_autocast_enabled(x.device.type):  # there each layer chooses a dtype, and a state has one
+        if torch.is_autocast_enabled(x.device.type):  # there each layer chooses a dtype, but a state has one
             widest = reduce(torch.promote_types, (z.dtype for z in (x, *outputs)))
             outputs = [z.to(widest) for z in outputs]
         return tuple(outputs)
@@ -124,7 +127,7 @@ class _Stacked(StartingCell):
         return self.first(z[0], x), self.second(z[1], self.readouts[0](z[0]))
 
     def begin(self, x: Any) -> tuple[Any, Any]:
-        """The starts of both."""
+        """The starts of both layers."""
         if not _starts_at_equilibrium(self.first) and any(
             isinstance(m, PerSolve) and m.reads_input for m in self.second.modules()
         ):
@@ -141,7 +144,7 @@ class _Stacked(StartingCell):
 
 
 def _starts_at_equilibrium(cell: nn.Module) -> bool:
-    """Whether the cell's own start is its equilibrium, so that all is decided at the solution."""
+    """Whether the cell's own start is its equilibrium, so that everything is decided at the solution."""
     if isinstance(cell, _Stacked):
         return _starts_at_equilibrium(cell.first) and _starts_at_equilibrium(cell.second)
     return isinstance(cell, _AllLayers)

@@ -1,6 +1,6 @@
 """Networks as vector fields f(t, y): without time, with time as an input, with time as a gate.
 
-Time comes as `odeint` passes it: 0-d, or `(B, 1, ..., 1)` where each sample has its own.
+The time t is as `odeint` passes it: 0-d, or `(B, 1, ..., 1)` if each sample has its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ConcatTime(nn.Module):
     """f(t, y) = net([y, t]): time is one more feature or channel of the net's input.
 
     Args:
-        net: takes one feature more than y has, such as `nn.Linear(3, 2)` for a y of 2.
+        net: takes one more feature than y has, such as `nn.Linear(3, 2)` for a y of 2 features.
         dim: the dimension of y that holds the features; 1 fits `(B, n)` and images `(B, C, H, W)`, -1 sequences
             `(B, L, n)`.
     """
@@ -49,17 +49,18 @@ class ConcatTime(nn.Module):
         return self.net(torch.cat([y, t.to(y.dtype).expand(shape)], dim=self.dim), *args)
 
     def extra_repr(self) -> str:
-        """Where time is put."""
+        """The dimension that time is appended to."""
         return f"dim={self.dim}"
 
 
 class GatedTime(nn.Module):
-    """layer(y) * sigmoid(gate(t)) + bias(t), the gate affine and the bias linear in t, feature by feature.
+    """A layer gated by time: layer(y) * sigmoid(gate(t)) + bias(t), feature by feature.
 
-    The "concatsquash" layer of the code of Grathwohl et al., "FFJORD", ICLR 2019.
+    The gate is affine and the bias linear in t. This is the "concatsquash" layer of the code of Grathwohl et al.,
+    "FFJORD", ICLR 2019.
 
     Args:
-        layer: with `out_features` or `out_channels`, such as `nn.Linear` or `nn.Conv2d`.
+        layer: has `out_features` or `out_channels`, such as `nn.Linear` or `nn.Conv2d`.
     """
 
     def __init__(self, layer: nn.Module):
@@ -86,10 +87,10 @@ class GatedTime(nn.Module):
 
 
 class TimeSequential(nn.Sequential):
-    """A chain of which `ConcatTime`, `GatedTime`, `Autonomous` and such chains get `(t, y)`, others y only."""
+    """A chain of modules: `ConcatTime`, `GatedTime`, `Autonomous` and chains like it get (t, y), others only y."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What the last one puts out."""
+        """The output of the last module."""
         timed = (ConcatTime, GatedTime, Autonomous, TimeSequential)
         for module in self:
             y = module(t, y) if isinstance(module, timed) else module(y)

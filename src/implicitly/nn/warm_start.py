@@ -1,4 +1,4 @@
-"""Where a solve starts: at the equilibrium of the last batch, or of the same sample an epoch ago."""
+"""Warm starts: a solve starts at the equilibrium of the last batch, or of the same sample an epoch ago."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 
 
 class WarmStart(ABC):
-    """Remembers equilibria and gives starts."""
+    """Base class of warm starts, which remember equilibria and return starting points."""
 
     @abstractmethod
     def start(self, like: Any, index: Tensor | None) -> Any:
-        """A start like the pytree `like` (which holds cold starts), or None where nothing is known."""
+        """A start like the pytree `like`, which holds cold starts, or None if nothing is known."""
 
     @abstractmethod
     def store(self, value: Any, index: Tensor | None) -> None:
@@ -23,27 +23,27 @@ class WarmStart(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs, so that a resumed training starts where this one would."""
+        """What a checkpoint needs, so that after resuming, training starts solves where this one would."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class LastBatch(WarmStart):
-    """Start from the last batch's equilibrium where it has the same shapes, for data that changes slowly."""
+    """Start from the last batch's equilibrium if it has the same shapes; for data that changes slowly."""
 
     def __init__(self):
         self.value: Any = None
 
     def start(self, like: Any, index: Tensor | None) -> Any:
-        """The last equilibrium, or None where shapes, dtypes or devices changed."""
+        """The last equilibrium, or None if shapes, dtypes or devices changed."""
         if self.value is None or not _alike(self.value, like):
             return None
         return self.value
 
     def store(self, value: Any, index: Tensor | None) -> None:
-        """Remember the whole batch: a copy, as the layer's output shares memory with what it is given."""
+        """Remember a copy of the whole batch, as the layer's output shares memory with `value`."""
         self.value = pytree.tree_map(torch.clone, value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class LastBatch(WarmStart):
         return {"value": self.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the last equilibrium."""
+        """Restore the last equilibrium."""
         self.value = state_dict["value"]
 
 
@@ -59,7 +59,8 @@ class LastEpoch(WarmStart):
     """Start each sample from its own equilibrium of the last epoch.
 
     Args:
-        size: samples in the data set; memory is that many states, kept on the device of the equilibria.
+        size: number of samples in the data set; as many states are kept in memory, on the device of the
+            equilibria.
     """
 
     def __init__(self, size: int):
@@ -74,7 +75,7 @@ class LastEpoch(WarmStart):
         self._known = torch.zeros(size, dtype=torch.bool, device="cpu")
 
     def start(self, like: Any, index: Tensor | None) -> Any:
-        """Each sample's last equilibrium where it was seen, its cold start otherwise."""
+        """Each sample's last equilibrium if it was seen before, else its cold start."""
         cold, spec = pytree.tree_flatten(like)
         index = self._checked(index, len(cold[0]))
         if self._leaves is None or any(s.shape[1:] != c.shape[1:] for s, c in zip(self._leaves, cold)):
@@ -100,11 +101,11 @@ class LastEpoch(WarmStart):
         self._known[index.cpu()] = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The equilibria, one tensor for each of a state, and `(size,)` which samples were seen."""
+        """The equilibria, one tensor for each tensor of a state, and which samples were seen, `(size,)`."""
         return {"leaves": self._leaves, "known": self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the equilibria; raises ValueError for those of another number of samples."""
+        """Restore the equilibria; raises ValueError if they are of another number of samples."""
         known = state_dict["known"]
         if len(known) != self.size:
             raise ValueError(f"LastEpoch(size={self.size}) cannot go on from equilibria of {len(known)} samples")

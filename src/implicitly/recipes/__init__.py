@@ -1,5 +1,5 @@
-"""One readable file a model, each trainable from the command line: `implicitly fit RECIPE`.
+"""Example models, one readable file each, to be trained from the command line: `implicitly fit RECIPE`.
 
-A module here is a recipe if it has a dataclass `Config`, the first line of whose docstring says what it
-trains, and a function `main(config)`. Nothing else needs to know about it.
+A module here is a recipe if it has a dataclass `Config`, whose docstring says in its first line what is trained,
+and a function `main(config)`. It needs no registration elsewhere.
 """

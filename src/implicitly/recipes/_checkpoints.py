@@ -1,4 +1,4 @@
-"""Checkpoints seen from outside: where a run keeps them, what may be resumed, what to say if it may not."""
+"""Checkpoint files: where a run keeps them, which may be resumed, and what to say if one may not."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-# What Lightning's Trainer goes on from.
+# What Lightning's Trainer needs to resume.
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch", "global_step")
-# What `_load` raises for files that are missing, cut short, or no checkpoints at all.
+# What `_load` raises for files that are missing, truncated, or not checkpoints at all.
 UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or another recipe's; the message says where, and what to try."""
+    """A checkpoint is missing, damaged, or of another run; the message says where, and what to try."""
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint is kept that the one at `path` replaced."""
+    """Where the predecessor of the checkpoint at `path` is kept."""
     return path.with_suffix(".previous.ckpt")
 
 
@@ -31,15 +31,15 @@ def read_checkpoint(path: Path, identity: dict[str, Any], parts: tuple[str, ...]
 
     Args:
         path: a file written by the Trainer.
-        identity: plain values which `checkpoint["identity"]` must equal: the recipe, the model, its shape.
-        parts: what it must hold besides the Trainer's own.
+        identity: plain values that `checkpoint["identity"]` must equal: the recipe, the model, its shape.
+        parts: what it must hold besides what the Trainer writes.
 
     Returns:
         The checkpoint, its tensors on the CPU.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged or incomplete, or its identity is another. Where an
-            intact checkpoint lies beside it, the message names it.
+        CheckpointError: there is no such file, it is damaged or incomplete, or it has another identity. If there
+            is an intact checkpoint next to it, the message names that one.
     """
     try:
         checkpoint = _load(path)
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any], parts: tuple[str, ...]
 
 
 def refuse_shorter(path: Path, checkpoint: dict[str, Any], epochs: int, max_steps: int | None = None) -> None:
-    """Raise CheckpointError where a run that is to end after so many epochs, or steps, has had more already."""
+    """Raise CheckpointError if a run that should end after so many epochs, or steps, has had more already."""
     had = {"epochs": checkpoint["epoch"] + 1, "max_steps": checkpoint["global_step"]}
     for name, least in (("epochs", epochs), ("max_steps", max_steps)):
         if least is not None and least < had[name]:
@@ -73,8 +73,8 @@ def refuse_shorter(path: Path, checkpoint: dict[str, Any], epochs: int, max_step
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # Raises where the end is missing, which torch.load reports less clearly, and compares checksums, which that
-    # does not.
+    # zipfile raises if the end is missing, which torch.load reports less clearly, and compares checksums, which
+    # torch.load does not.
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -99,12 +99,12 @@ def _differences(checkpoint: object, identity: dict[str, Any]) -> list[str]:
 
 
 def _remedy(path: Path, identity: dict[str, Any], parts: tuple[str, ...]) -> str:
-    """Name the newest checkpoint beside `path` that can be read and belongs to the run."""
+    """Name the newest checkpoint next to `path` that can be read and belongs to the run."""
     for candidate in (previous_of(path), path.with_name(BEST)):
         try:
             checkpoint = _load(candidate)
         except UNREADABLE:
-            continue  # as unusable as `path`: the next may be better, and the message below covers none
+            continue  # as unusable as `path`; the next may be better, and if none is, the last line says so
         if not (_differences(checkpoint, identity) or _missing(checkpoint, parts)):
             return (
                 f"The checkpoint {candidate}, of epoch {checkpoint['epoch'] + 1}, is intact: "
@@ -118,7 +118,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def run_folder(parent: Path, name: str, out: Path | None, resume: bool) -> Path:
-    """The folder of a run: `out`, else `parent/name-N`, the newest one to resume or else the next free one.
+    """The folder of a run: `out`, or else `parent/name-N`, the newest one to resume or the next free one.
 
     Raises:
         CheckpointError: there is nothing to resume, or a new run would overwrite the checkpoints in `out`.

@@ -1,4 +1,4 @@
-"""Image classifiers that are trained side by side: the options, training, costs and table of such recipes."""
+"""Recipes that train image classifiers side by side: their common options, training, costs and table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from implicitly.viz import peak_bytes
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
-# In what f computes.
+# The dtype that f computes in.
 DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -95,7 +95,7 @@ class ImageConfig:
 
 
 def check_accelerator(accelerator: str, precision: str) -> None:
-    """Raise ValueError for an accelerator that is not there, or does not compute in the precision."""
+    """Raise ValueError if the accelerator is not available, or does not compute in the precision."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     available = {"auto": True, "cpu": True, "gpu": cuda or mps, "cuda": cuda, "mps": mps}
     if accelerator not in available:
@@ -118,7 +118,7 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """The logits. `index` `(batch,)` is for bodies that need to know which images these are."""
+        """The logits; `index` `(batch,)` is for bodies that need to know which images these are."""
         x = self.stem(images)
         # Under mixed precision the convolutions run in 16 bits; the solver measures its errors in 32.
         x = x.to(next(self.head.parameters()).dtype)
@@ -126,13 +126,13 @@ class Classifier(nn.Module):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Trained numbers in `module`."""
+    """The number of trainable parameters in `module`."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass
 class Costs:
-    """What training one network has cost so far; checkpoints keep it, so that a resumed run knows it all."""
+    """What training one network has cost so far; part of checkpoints, so that a resumed run knows all of it."""
 
     steps: int = 0
     forward_calls: int = 0  # of f: the body's cell, vector field or block
@@ -143,15 +143,15 @@ class Costs:
 
 
 class ImageTraining(L.LightningModule, ABC):
-    """Trains one classifier, and takes note of the costs.
+    """Trains one classifier, and records the costs.
 
     Args:
-        name: of the network, among the recipe's.
+        name: the name of the network, among those of the recipe.
         model: the network, with fresh weights.
     """
 
     recipe: ClassVar[str]
-    # What its checkpoints hold beside the Trainer's own.
+    # What its checkpoints hold besides what the Trainer writes.
     kept: ClassVar[tuple[str, ...]] = ("costs",)
     # Options that a resumed run may change: where, how long and on what it runs, and what is measured later.
     free: ClassVar[frozenset[str]] = frozenset(
@@ -177,10 +177,10 @@ class ImageTraining(L.LightningModule, ABC):
 
     @abstractmethod
     def calls_of_f(self) -> tuple[int, int]:
-        """Calls of f in the last training step: forward, and backward."""
+        """The calls of f in the last training step, forward and backward."""
 
     def log_body(self, split: str, samples: int) -> None:
-        """Log more of the batch that the network has just seen."""
+        """Log further quantities of the batch that the network has just seen."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class ImageTraining(L.LightningModule, ABC):
         return {"recipe": self.recipe, "model": self.name} | {k: v for k, v in fields if k not in self.free}
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch: its order depends on seed and epoch alone, in a resumed run too."""
+        """The batches of one epoch; their order depends on seed and epoch alone, in a resumed run too."""
         seed = 1_000_003 * self.config.seed + self.current_epoch
         return Batches(self.data.train, self.training_rows, self.config.batch_size, seed)
 
@@ -202,7 +202,7 @@ class ImageTraining(L.LightningModule, ABC):
         return Batches(self.data.test, torch.arange(len(self.data.test)), 4 * self.config.batch_size)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
         steps = self.config.epochs * self.batches_per_epoch
         steps = min(steps, self.config.max_steps or steps)
@@ -216,11 +216,11 @@ class ImageTraining(L.LightningModule, ABC):
         return self._evaluate(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log how the held-out images fare."""
+        """Log the loss and accuracy on held-out images."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log how the test images fare."""
+        """Log the loss and accuracy on test images."""
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: tuple[Tensor, ...], split: str) -> Tensor:
@@ -236,10 +236,10 @@ class ImageTraining(L.LightningModule, ABC):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """One training step (the closure runs forward and backward), timed; of the second, the memory."""
+        """Time one training step (the closure runs forward and backward); of the second, measure the memory."""
         step = functools.partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
         match self.costs.steps:
-            case 0:  # allocates Adam's state and warms up: tells nothing about the others
+            case 0:  # allocates Adam's state and warms up, so it is no measure of the others
                 step()
             case 1:
                 self.costs.peak_bytes = peak_bytes(step, self.device)
@@ -250,11 +250,11 @@ class ImageTraining(L.LightningModule, ABC):
                 self._wait_for_device()
                 self.costs.seconds += time.perf_counter() - start
                 self.costs.timed_steps += 1
-        # Not in on_train_batch_end, before which a run that stops within an epoch has written its checkpoint.
+        # Not in on_train_batch_end: a run that stops within an epoch has written its checkpoint before that.
         self.count_calls(*self.calls_of_f())
 
     def count_calls(self, forward: int, backward: int) -> None:
-        """Take note of the calls of f in the step that has just been taken."""
+        """Record the calls of f in the step that has just been taken."""
         self.costs.steps += 1
         self.costs.forward_calls += forward
         self.costs.backward_calls += backward
@@ -264,12 +264,12 @@ class ImageTraining(L.LightningModule, ABC):
             torch.cuda.synchronize(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose checkpoint it is, and what it has cost."""
+        """Add the identity of the run and its costs."""
         checkpoint["identity"] = self.identity
         checkpoint["costs"] = dataclasses.asdict(self.costs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what it has cost."""
+        """Restore the costs."""
         self.costs = Costs(**checkpoint["costs"])
 
 
@@ -280,26 +280,26 @@ class Result:
     name: str
     training: ImageTraining
     folder: Path
-    test_accuracy: float  # of the last weights, so that no choice was made on the test set
+    test_accuracy: float  # of the last weights, so that nothing is chosen by the test set
     parameters: int
     costs: Costs
     device: str  # that it was trained on; afterwards it is back on the CPU
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Of training alone, without validation; NaN for a run of fewer than three steps."""
+        """Seconds of training alone, without validation; NaN for a run of fewer than three steps."""
         if self.costs.timed_steps == 0:
             return math.nan
         return self.costs.seconds / self.costs.timed_steps * self.training.batches_per_epoch
 
 
 def seeded(config: ImageConfig) -> None:
-    """Seed torch, for each network anew, so that none depends on the others."""
+    """Seed torch; called anew for each network, so that none depends on the others."""
     L.seed_everything(config.seed, verbose=False)
 
 
 def finish(training: ImageTraining, folder: Path) -> Result:
-    """Train, or go on where `config.resume` and a checkpoint say so; then test.
+    """Train, or with `config.resume` continue from the checkpoint, if there is one; then test.
 
     `folder` receives `last.ckpt`, `best.ckpt` (by accuracy on the held-out images) and TensorBoard's logs.
 
@@ -339,7 +339,7 @@ def finish(training: ImageTraining, folder: Path) -> Result:
 
 
 def evaluate(training: ImageTraining) -> dict[str, float]:
-    """Test what has been trained once more, and return what it logs; files stay as they are."""
+    """Test a trained network once more, and return what it logs; no files are changed."""
     config = training.config
     with quiet_lightning():
         trainer = L.Trainer(
@@ -370,7 +370,7 @@ def begin(recipe: str, config: ImageConfig, console: Console) -> tuple[ImageData
 def results_table(
     results: Sequence[Result], quality: Literal["accuracy", "error"], notes: Iterable[str] = ()
 ) -> Table:
-    """The comparison, for `rich` to print; `notes` stand under it."""
+    """The comparison, as a table for `rich` to print, with `notes` under it."""
     training = results[0].training
     config, data = training.config, training.data
     settings = [f"epochs: {config.epochs}", f"batch: {config.batch_size}", f"seed: {config.seed}"]
@@ -397,5 +397,5 @@ def results_table(
 
 
 def percent(share: float) -> str:
-    """0.5 as "50.00 %"."""
+    """Format a share: 0.5 becomes "50.00 %"."""
     return f"{100 * share:.2f} %"

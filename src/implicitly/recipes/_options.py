@@ -1,6 +1,6 @@
-"""What the options of recipes have in common: checks at the door, whose messages the command line shows.
+"""Checks of the options of recipes, whose messages the command line shows.
 
-All but the last take a `Config` and names of its fields, and raise ValueError for a field that cannot be meant.
+All but the last take a `Config` and names of its fields, and raise ValueError for a field that makes no sense.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ LARGEST_SEED = 2**32 - 1  # of numpy, which Lightning seeds with torch
 
 
 class OptionError(ValueError):
-    """Options that cannot be meant for the data, or the disk, there are; says which, and what to try."""
+    """Options that do not fit the data or the disk; the message says which, and what to try."""
 
 
 def check_at_least(config: Any, minimum: int, *names: str) -> None:
-    """Whole numbers from `minimum` up."""
+    """Check that fields are at least `minimum`."""
     for name in names:
         if getattr(config, name) < minimum:
             raise ValueError(f"{name} must be at least {minimum}; got {getattr(config, name)}")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Finite numbers above 0."""
+    """Check that fields are positive and finite."""
     for name in names:
         value = getattr(config, name)
         if not 0 < value < math.inf:
@@ -34,7 +34,7 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Finite numbers from 0 up."""
+    """Check that fields are at least 0 and finite."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
@@ -42,7 +42,7 @@ def check_not_negative(config: Any, *names: str) -> None:
 
 
 def check_tolerance(config: Any, eps: float, *names: str) -> None:
-    """Relative tolerances of trajectories in a dtype of that `eps`, which resolves two of them."""
+    """Check relative tolerances of trajectories in a dtype with this `eps`, which resolves two `eps`."""
     for name in names:
         if not 2 * eps <= getattr(config, name) < math.inf:
             raise ValueError(
@@ -52,7 +52,7 @@ def check_tolerance(config: Any, eps: float, *names: str) -> None:
 
 
 def check_each_once(config: Any, *names: str) -> None:
-    """Tuples of at least one name, and none twice."""
+    """Check that fields are tuples of at least one name, and none twice."""
     for name in names:
         chosen = getattr(config, name)
         if not chosen or len(set(chosen)) < len(chosen):
@@ -60,13 +60,13 @@ def check_each_once(config: Any, *names: str) -> None:
 
 
 def check_seed(config: Any) -> None:
-    """The seed that all recipes have."""
+    """Check the seed, which all recipes have."""
     if not 0 <= config.seed <= LARGEST_SEED:
         raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}; got {config.seed}")
 
 
 def check_unused(config: Any, why: str, *names: str) -> None:
-    """Fields without effect are left at their defaults; `why` they have none."""
+    """Check that fields without effect are left at their defaults; `why` says why they have none."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in names:
         if getattr(config, name) != defaults[name]:
@@ -75,7 +75,7 @@ def check_unused(config: Any, why: str, *names: str) -> None:
 
 def check_folder(path: Path) -> None:
     """Raise OptionError unless the folder exists, or can be made."""
-    # Of the folder itself and those it lies in, the first that is there.
+    # The first that exists of the folder and its parents.
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not there.is_dir():
         raise OptionError(f"out={path} must name a folder, but {there} is a file: name another")

@@ -20,15 +20,15 @@ from torch.utils.data import TensorDataset
 
 from implicitly.recipes._checkpoints import BEST, LAST, previous_of
 
-# Of PyTorch's, met by Lightning 2.6 in its own code.
+# Deprecations of PyTorch that Lightning 2.6 meets in its own code.
 LIGHTNING_DEPRECATIONS = [r"`isinstance\(treespec, LeafSpec\)` is deprecated"]
 
 
 class Batches:
-    """Batches of some rows of a data set that lies in memory, shuffled where a seed is given.
+    """Batches of some rows of a data set in memory, shuffled if a seed is given.
 
-    A `DataLoader` would fetch the rows one by one and stack them again; here one indexing makes a batch. The
-    position is part of a checkpoint, so a run that stopped within an epoch resumes with the next batch.
+    A `DataLoader` would fetch the rows one by one and stack them again; here a single indexing operation makes a
+    batch. The position is part of a checkpoint, so a run that stopped within an epoch resumes with the next batch.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Batches:
                 yield tuple(tensor[chunk] for tensor in self.dataset.tensors)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch are done."""
+        """The number of batches of this epoch that are done."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next pass after the batches that were done; at 0 where those were all."""
+        """Begin the next pass after the batches that were done, or at 0 if those were all."""
         self._begin = state_dict["done"] % len(self)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, and renames it when all bytes are on the disk.
+    """Writes a checkpoint under a temporary name, and renames it once all bytes are on the disk.
 
     An interrupted write thus leaves the old file as it was. The file that a complete write replaces is kept
     under `NAME.previous.ckpt`.
@@ -94,9 +94,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastAndBest(Checkpoint):
-    """Saves `last.ckpt` after each epoch, and `best.ckpt` where `monitor` is higher than ever before.
+    """Saves `last.ckpt` after each epoch, and `best.ckpt` when `monitor` is higher than ever before.
 
-    Where `max_steps` ends the training within an epoch, `last.ckpt` holds the state at that step.
+    If `max_steps` ends the training within an epoch, `last.ckpt` holds the state at that step.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
@@ -108,7 +108,7 @@ class LastAndBest(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook. Only here does it count the epoch as unfinished."""
+        """Lightning's hook; only here does Lightning count the epoch as unfinished."""
         if trainer.global_step == trainer.max_steps and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / LAST)
 
@@ -124,7 +124,7 @@ class LastAndBest(Checkpoint):
             trainer.save_checkpoint(self.folder / BEST)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning's hook: say what an interrupted run can go on from."""
+        """Lightning's hook: say what an interrupted run can be resumed from."""
         if isinstance(exception, KeyboardInterrupt):
             last = self.folder / LAST
             kept = f"{last} is kept: continue with --resume" if last.exists() else "no epoch was finished"
@@ -136,15 +136,15 @@ class LastAndBest(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self.best = state_dict["best"]
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep from the screen what a user can do nothing about; warnings about the training still appear.
+    """Hide messages that a user can do nothing about; warnings about the training still appear.
 
-    These are Lightning's informational messages (devices found, products to try), and the deprecations that
+    Hidden are Lightning's informational messages (devices found, products to try), and the deprecations that
     it runs into itself.
     """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
@@ -162,7 +162,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 class TrainingBar(ProgressBar):
-    """One bar for a whole training: steps done, time left, and the metrics that are logged for it."""
+    """One progress bar for a whole training: steps done, time left, and the metrics logged for it."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,15 +1,16 @@
 """deq-image: classify images by the equilibrium of one convolutional cell.
 
-A residual network stacks blocks. Let all blocks be the same one, and stack infinitely many: if the
+A residual network stacks blocks. Let all blocks be the same, and stack infinitely many of them: if the
 activations settle, they settle at a point z with z = f(z, x). A deep equilibrium model (Bai, Kolter and
-Koltun, 2019, arXiv:1909.01377) asks a solver for that point, and the implicit function theorem for its
-derivative, so it stores the activations of one block where the stack stores those of all.
+Koltun, 2019, arXiv:1909.01377) finds that point with a solver, and its derivative by the implicit function
+theorem. So it stores the activations of one block, where the stack stores those of all.
 
 Networks of equal size are trained side by side, and one table compares them:
 
     deq       the equilibrium of one cell
-    quick     the same, in training only approached: a few steps on from the image's last one, and a gradient
-              through one call of the cell (Fung et al., 2022, arXiv:2103.12803)
+    quick     the same, but in training the equilibrium is only approached, by a few steps from where the image
+              was left in the last epoch, with the gradient of one call of the cell (Fung et al., 2022,
+              arXiv:2103.12803)
     unrolled  the same cell applied a fixed number of times, differentiated by plain autograd
     resnet    blocks of the same shape as the cell, each with weights of its own, and fewer channels
 """
@@ -47,7 +48,7 @@ from implicitly.recipes._training import Batches
 
 ModelName = Literal["deq", "quick", "unrolled", "resnet"]
 
-# Bytes of equilibria up to which a checkpoint holds them: those of CIFAR-10 in float32 are 9.8 GB.
+# Checkpoints include equilibria up to this many bytes: those of CIFAR-10 in float32 take 9.8 GB.
 KEPT = 2**28
 
 
@@ -133,9 +134,9 @@ class Cell(nn.Module):
 
 
 class Quick(im.nn.DEQ):
-    """An equilibrium that in training is only approached, in `steps` steps on from where the last epoch left it.
+    """An equilibrium that in training is only approached, in `steps` steps from where the last epoch left it.
 
-    The gradient is that of one call of the cell. Out of training, `solver` finds the equilibrium itself.
+    The gradient is that of one call of the cell. In evaluation mode, `solver` finds the equilibrium itself.
     """
 
     def __init__(self, cell: Cell, solver: im.Anderson, steps: int, images: int) -> None:
@@ -145,7 +146,7 @@ class Quick(im.nn.DEQ):
         self.accurate, self.approaching = solver, dataclasses.replace(solver, rtol=0, max_steps=steps)
 
     def forward(self, x: Tensor, z0: Tensor | None = None, *, index: Tensor | None = None) -> Tensor:
-        """The equilibrium for `x`, or, in training, a state near that of the images `index`."""
+        """The equilibrium for `x` or, in training, a state near that of the images `index`."""
         self.solver = self.approaching if self.training else self.accurate
         return super().forward(x, z0, index=index)
 
@@ -167,7 +168,7 @@ class Unrolled(nn.Module):
 
 
 class Residual(nn.Module):
-    """Blocks of the cell's shape, each with weights of its own."""
+    """Blocks of the cell's shape, each with its own weights."""
 
     def __init__(self, blocks: list[Cell]) -> None:
         super().__init__()
@@ -217,9 +218,9 @@ def _build_resnet(channels: int, inner_channels: int, config: Config, data: Imag
 
 
 def _resnet_widths(config: Config, data: ImageData) -> tuple[int, int]:
-    """Channels and inner channels with which the ResNet has as many parameters as the others.
+    """The channels and inner channels that give the ResNet as many parameters as the others.
 
-    Among the widths that come within 3 %, those closest to the proportions of the cell.
+    Among the widths that come within 3 %, the ones closest to the proportions of the cell.
     """
 
     def parameters(channels: int, inner_channels: int, blocks: int) -> int:
@@ -240,7 +241,7 @@ def _resnet_widths(config: Config, data: ImageData) -> tuple[int, int]:
 
 
 class Training(ImageTraining):
-    """Trains one network, and logs how its solver fares."""
+    """Trains one network, and logs how its solver does."""
 
     recipe = "deq-image"
 
@@ -248,7 +249,7 @@ class Training(ImageTraining):
         super().__init__(name, config, data, build(name, config, data))
 
     def train_dataloader(self) -> Batches:
-        """As for every recipe; the quick network is also told which images these are."""
+        """The batches of one epoch, as in every recipe; the quick network is also told which images these are."""
         batches = super().train_dataloader()
         if isinstance(self.model.body, Quick):
             images = batches.dataset.tensors
@@ -256,7 +257,7 @@ class Training(ImageTraining):
         return batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the equilibria that the quick network goes on from, unless they take more than `KEPT` bytes."""
+        """Add the equilibria that the quick network continues from, unless they take more than `KEPT` bytes."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self.model.body, Quick):
             equilibria = self.model.body.last.state_dict()
@@ -264,7 +265,7 @@ class Training(ImageTraining):
                 checkpoint["equilibria"] = equilibria
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the same; where they are not kept, from zero, as at the beginning of the first epoch."""
+        """Continue from the same equilibria or, if these were not kept, from zero, as in the first epoch."""
         super().on_load_checkpoint(checkpoint)
         if not isinstance(self.model.body, Quick):
             return
@@ -278,13 +279,13 @@ class Training(ImageTraining):
             )
 
     def calls_of_f(self) -> tuple[int, int]:
-        """Calls of the cell, or a block, and products with its transposed Jacobian."""
+        """Calls of the cell (or of a block), and products with its transposed Jacobian."""
         match self.model.body:
             case im.nn.DEQ(solution=im.Solution() as forward, backward_solution=im.Solution() as backward):
                 return forward.evaluations, backward.evaluations
             case Quick(solution=im.Solution() as forward):
-                # The recorded call is the solve's last. An accelerator is not asked whether all went well until
-                # then, so there it is one more.
+                # The recorded call is the last of the solve. An accelerator is not asked before it whether all
+                # went well, so there it is one more call.
                 shared = forward.status.device.type == "cpu"
                 return forward.evaluations + (not shared), 1
             case Unrolled() as body:
@@ -311,7 +312,7 @@ class Training(ImageTraining):
 
 
 def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Result:
-    """Train one network, or finish its training where `config.resume` and a checkpoint say so; then test it.
+    """Train one network, or with `config.resume` continue from its checkpoint, if there is one; then test it.
 
     `folder` receives `last.ckpt`, `best.ckpt` (by accuracy on the held-out images) and TensorBoard's logs.
 

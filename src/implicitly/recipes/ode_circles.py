@@ -1,15 +1,15 @@
 """ode-circles: what the flow of a differential equation cannot do, and what extra dimensions change.
 
 Trajectories of dy/dt = f(y) never cross. Hence a flow in the plane cannot pull a disc out of the ring around it,
-and a flow on the line keeps points in order: it may become any increasing map, but x^2 is none. Dupont, Doucet and
-Teh, "Augmented Neural ODEs", NeurIPS 2019, append zeros to the state, and let trajectories pass each other there.
-Two tasks, for each of which three networks are trained:
+and a flow on the line keeps points in order: it can become any increasing map, but x^2 is not increasing. Dupont,
+Doucet and Teh, "Augmented Neural ODEs", NeurIPS 2019, append zeros to the state, so that trajectories can pass
+each other in the extra dimensions. There are two tasks, and three networks are trained for each:
 
     circles    which points lie on the disc? The readout is linear, so the flow must separate the two
     square     x -> x^2 for x from -2 to 2; the readout is the state itself, so the flow must be that map
 
     plain      a neural ODE in the dimensions of the data
-    augmented  the same with one dimension more, which starts at zero
+    augmented  the same with one more dimension, which starts at zero
     resnet     y <- y + f_k(y): a step of finite length may jump over another path
 """
 
@@ -96,7 +96,7 @@ class Config:
 
 
 def circles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points `(count, 2)`, half on the disc of radius 0.5, half on the ring between 1 and 1.5; and which they are.
+    """Points `(count, 2)` and their classes: half on the disc of radius 0.5, half on the ring between 1 and 1.5.
 
     The targets `(count, 1)` are 1 on the disc, 0 on the ring.
     """
@@ -114,7 +114,7 @@ def square(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def held_out(task: Task, config: Config) -> tuple[Tensor, Tensor]:
-    """Points, and targets, that the training does not see."""
+    """Points and targets that training does not see."""
     return _points(task, config, 2 * config.seed + 1)
 
 
@@ -123,7 +123,7 @@ def _points(task: Task, config: Config, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def least_loss_of_increasing(x: Tensor, y: Tensor) -> float:
-    """The mean squared error at `(N, 1)` points that no increasing map of the line falls below."""
+    """The least mean squared error at the points `(N, 1)` that an increasing map of the line can have."""
     from sklearn.isotonic import IsotonicRegression
 
     x, y = x[:, 0].double(), y[:, 0].double()
@@ -149,7 +149,7 @@ class ResNet(nn.Module):
         self.blocks = nn.ModuleList(perceptron(dimensions, width) for _ in range(blocks))
 
     def states(self, x: Tensor) -> Tensor:
-        """`(blocks + 1, B, n)`: x, and what each block makes of it."""
+        """`(blocks + 1, B, n)`: x, and the state after each block."""
         states = [x]
         for f in self.blocks:
             states.append(states[-1] + f(states[-1]))
@@ -184,7 +184,7 @@ class Model(nn.Module):
         self.readout = nn.Linear(dimensions + extra, 1) if task == "circles" else First()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """For points `(B, n)`, logits or values `(B, 1)`, and the kinetic energy `(B,)`, 0 of a ResNet."""
+        """Logits or values `(B, 1)` for points `(B, n)`, and the kinetic energy `(B,)`, 0 for a ResNet."""
         if isinstance(self.flow, ResNet):
             return self.readout(self.flow(x)), x.new_zeros(len(x))
         end, (energy,) = self.flow(x)
@@ -219,12 +219,12 @@ class Training(L.LightningModule):
         self.points = TensorDataset(*_points(task, config, 2 * config.seed))
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch, in an order of its own."""
+        """The batches of one epoch, in an order of its own."""
         seed = 1_000_003 * self.config.seed + self.current_epoch
         return Batches(self.points, torch.arange(len(self.points)), self.config.batch_size, seed)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.epochs)
         return [optimizer], [schedule]
@@ -238,7 +238,7 @@ class Training(L.LightningModule):
 
 
 def loss_of(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the circles, mean squared error of the square."""
+    """Cross-entropy for the circles, mean squared error for the square."""
     if task == "circles":
         return F.binary_cross_entropy_with_logits(output, target)
     return F.mse_loss(output, target)
@@ -254,7 +254,7 @@ class Result:
     epochs: int
     loss: float  # of test points
     accuracy: float | None  # of test points, on the circles
-    energy: float  # mean over test points, 0 of a ResNet
+    energy: float  # mean over test points, 0 for a ResNet
     forward_calls: int  # of f, for all test points at once
     backward_calls: int
 
@@ -275,7 +275,7 @@ def fit(task: Task, name: Network, config: Config) -> Result:
         callbacks.append(TrainingBar(f"{task} {name}".ljust(17)))
     with quiet_lightning():
         trainer = L.Trainer(
-            accelerator="cpu",  # a GPU would wait for these few numbers
+            accelerator="cpu",  # a GPU would mostly wait, with so few numbers
             max_epochs=config.epochs,
             reload_dataloaders_every_n_epochs=1,
             callbacks=callbacks,
@@ -302,7 +302,7 @@ def evaluate(task: Task, name: Network, model: Model, epochs: int, config: Confi
 
 
 def draw_circles(results: list[Result], config: Config) -> Figure:
-    """The data, and its flow through each network, seen along the plane that separates the classes."""
+    """Draw the data, and its flow through each network, seen along the plane that separates the classes."""
     x, target = (points[:600] for points in held_out("circles", config))
     flows, subtitles = {"data": x.unsqueeze(0)}, {"data": "a disc in a ring"}
     for result in results:
@@ -317,7 +317,7 @@ def draw_circles(results: list[Result], config: Config) -> Figure:
 
 
 def draw_square(results: list[Result]) -> Figure:
-    """Where each network takes points between -2 and 2, over time."""
+    """Draw where each network takes points between -2 and 2, over time."""
     x = torch.linspace(-2, 2, 21).unsqueeze(1)
     trajectories, subtitles = {}, {}
     for result in results:
@@ -333,7 +333,7 @@ def _percent(share: float) -> str:
 
 
 def results_table(results: list[Result], config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     caption = [f"points: {config.points}, batch: {config.batch_size}, seed: {config.seed}"]
     caption.append(
         f"a training ends after {config.epochs} epochs, or at a loss of {config.stop_circles:g} (circles) or "

@@ -1,16 +1,16 @@
 """ode-easy: of all fields that lead from x to x^3, learn one that is easy to solve.
 
-Many vector fields have the same flow from t = 0 to 1, and differ in how they bend on the way; the loss sees the
-end alone, and the solver pays for the bends. Kelly, Bettencourt, Johnson and Duvenaud, "Learning Differential
-Equations that are Easy to Solve", NeurIPS 2020 (arXiv:2007.04504), add the integral of |d^K y/dt^K|^2 to the loss;
-Taylor mode finds it at little cost. Two networks are trained to map x to x^3 on [-1, 1]:
+Many vector fields have the same flow from t = 0 to 1, but their trajectories bend differently on the way. The loss
+sees only the end; the solver pays for the bends. Kelly, Bettencourt, Johnson and Duvenaud, "Learning Differential
+Equations that are Easy to Solve", NeurIPS 2020 (arXiv:2007.04504), add the integral of |d^K y/dt^K|^2 to the loss,
+which Taylor mode computes at little cost. Two networks are trained to map x to x^3 on [-1, 1]:
 
     free      by the mean squared error alone
-    penalised with the integral beside it
+    penalised with the integral added
 
-The hidden weights start large, so that the field has bends to lose: with usual ones this toy is easy from the
-start. Both train with constant steps until the error falls below a target, and are tested by an adaptive solver at
-a tight tolerance.
+The hidden weights start large, so that the field has bends to lose: with the usual ones, this toy problem is easy
+from the start. Both networks train with constant steps until the error falls below a target, and are tested with
+an adaptive solver at a tight tolerance.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def build(config: Config) -> im.nn.NeuralODE:
     for layer in net:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight, config.gain if layer is not net[-1] else 1.0)
-    # The states of so few numbers are no burden: recording them all is faster than computing them again.
+    # With so few numbers memory is no concern, and recording all states is faster than computing them again.
     return im.nn.NeuralODE(im.nn.ConcatTime(net), solver=im.RK4(dt=config.dt), adjoint=im.UnrolledAdjoint())
 
 
@@ -121,7 +121,7 @@ class Training(L.LightningModule):
         return Batches(self.points, torch.arange(len(self.points)), len(self.points))
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.steps)]
 
@@ -158,7 +158,7 @@ def fit(name: Name, config: Config) -> Result:
     training = Training(name, config)
     with quiet_lightning():
         trainer = L.Trainer(
-            accelerator="cpu",  # a GPU would wait for these few numbers
+            accelerator="cpu",  # a GPU would mostly wait, with so few numbers
             max_epochs=config.steps,
             callbacks=[TrainingBar(name.ljust(9))] if config.progress else [],
             logger=False,
@@ -189,7 +189,7 @@ def evaluate(name: Name, flow: im.nn.NeuralODE, steps: int, config: Config) -> R
 
 @torch.no_grad()
 def draw(results: list[Result]) -> Figure:
-    """Where each network takes points between -1 and 1, over time."""
+    """Draw where each network takes points between -1 and 1, over time."""
     x = torch.linspace(-1, 1, 21, dtype=torch.float64).unsqueeze(1)
     times = torch.linspace(0, 1, 101).tolist()
     trajectories = {result.name: (times, result.flow(x, t=times)[:, :, 0]) for result in results}
@@ -198,7 +198,7 @@ def draw(results: list[Result]) -> Figure:
 
 
 def results_table(results: list[Result], config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     caption = (
         f"a training ends at a loss of {config.target:g}, or after {config.steps} steps; seed {config.seed}\n"
         f"penalised: the weight is {config.weight:g}\n"

@@ -1,19 +1,19 @@
-"""ode-fit: hares and lynxes, their rates found by differentiating through an ODE solver.
+"""ode-fit: fit the rates of a predator-prey model by differentiating through an ODE solver.
 
-Lotka and Volterra let hares u multiply unless eaten, and lynxes v starve unless they eat:
+In the model of Lotka and Volterra hares u multiply unless they are eaten, and lynxes v starve unless they eat:
 
     du/dt = (alpha - beta v) u        dv/dt = (delta u - gamma) v
 
-The pelts that the Hudson's Bay Company bought in 1900 to 1920 hold two and a half turns of that cycle. The rates,
-the start and the noise are fitted by maximum likelihood; the Hessian of the likelihood, exact because the solver
-can be differentiated twice, says how well the record determines them. Then a small network is added to the rates
-of growth, as in a universal differential equation (Rackauckas et al., 2020, arXiv:2001.04385), and years that no
-fit has seen tell whether what it learns holds beyond them.
+The pelts that the Hudson's Bay Company bought from 1900 to 1920 show two and a half of these cycles. The rates,
+the start and the noise are fitted by maximum likelihood. The Hessian of the likelihood, which is exact because the
+solver can be differentiated twice, tells how well the record determines them. Then a small network is added to the
+rates of growth, as in a universal differential equation (Rackauckas et al., 2020, arXiv:2001.04385), and years
+that no fit has seen show whether what it learned holds beyond the data.
 
     rates             the four rates alone
-    rates + network   the same, with a correction that is held small
+    rates + network   the same, with a correction that is kept small
 
-With the defaults the network follows the fitted years more closely and foretells the held-out ones less well.
+With the defaults the network follows the fitted years more closely, and predicts the held-out ones less well.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ RATES, START, NOISE = slice(0, 4), slice(4, 6), slice(6, 8)
 class Growth(nn.Module):
     """d/dt (log u, log v) = (alpha - beta v, delta u - gamma) + network(log u, log v).
 
-    In logarithms no population can become negative, and the noise of the record is the same all along.
+    In logarithms no population can become negative, and the noise of the record is the same at all times.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
@@ -135,9 +135,9 @@ class Growth(nn.Module):
 
 
 class Correction(nn.Module):
-    """One hidden layer: `(..., 2)` logarithms to `(..., 2)` rates, 0 before training.
+    """A network with one hidden layer from logarithms `(..., 2)` to rates `(..., 2)`, which are 0 before training.
 
-    `centre` `(2,)` lies in the middle of the logarithms; they spread by about 1 around it.
+    `centre` `(2,)` is the middle of the logarithms, which spread by about 1 around it.
     """
 
     centre: Tensor
@@ -161,7 +161,10 @@ def simulate(growth: Growth, theta: Tensor, years: Tensor, rtol: float, on_failu
 
 
 def negative_log_likelihood(theta: Tensor, growth: Growth, logs: Tensor, rtol: float) -> Tensor:
-    """Of `logs` `(T, 2)`, one row a year, with normal noise: that of the pelts is log-normal."""
+    """The negative log-likelihood of `logs` `(T, 2)`, one row per year.
+
+    Their noise is normal: that of the pelts is log-normal.
+    """
     years = torch.arange(len(logs), dtype=logs.dtype)
     return -Normal(simulate(growth, theta, years, rtol), theta[NOISE].exp()).log_prob(logs).sum()
 
@@ -189,15 +192,15 @@ class Fit:
 def fit_rates(logs: Tensor, config: Config) -> Fit:
     """Maximum likelihood of theta, given `logs` `(T, 2)`, and the inverse of the Hessian there.
 
-    Long trajectories answer to rates in a tangled way: from the default guess, a search over all 21 years at once
-    stays where no trajectory follows the record. One year is simple: so first all years, as a batch, each started
-    at its own record and judged by the next.
+    Long trajectories depend on the rates in a complicated way: from the default guess, a search over all 21 years
+    at once gets stuck where no trajectory follows the record. A single year is simple. So first all years are
+    fitted as a batch, each starting at its own record and compared with the next.
 
-    Six numbers fitted to T rows leave less noise than there is: by maximum likelihood it comes out too small, and
-    with it the standard errors, by a factor of about sqrt(1 - 6 / 2T): 0.93 for 21 rows.
+    Six numbers fitted to T rows explain part of the noise: maximum likelihood underestimates the noise, and with
+    it the standard errors, by a factor of about sqrt(1 - 6 / 2T), which is 0.93 for 21 rows.
 
     Raises:
-        ValueError: the search ended where there is no maximum, so that no standard errors exist.
+        ValueError: the search did not end at a maximum, so that no standard errors exist.
     """
     growth = Growth()
 
@@ -215,7 +218,7 @@ def fit_rates(logs: Tensor, config: Config) -> Fit:
 
 
 def covariance_at_optimum(loss: Callable[[Tensor], Tensor], theta: Tensor, steps: int) -> Tensor:
-    """Inverse of the Hessian `(8, 8)` of `loss` at `theta` `(8,)`; see `fit_rates` for what it raises."""
+    """The inverse of the Hessian `(8, 8)` of `loss` at `theta` `(8,)`; see `fit_rates` for what it raises."""
     slope, curvature = grad(loss)(theta), hessian(loss)(theta)
     factor, failed = torch.linalg.cholesky_ex(curvature)
     remedy = f"after {steps} steps. Try more --steps, another --guess or more --fitted-years"
@@ -223,14 +226,14 @@ def covariance_at_optimum(loss: Callable[[Tensor], Tensor], theta: Tensor, steps
         lowest = torch.linalg.eigvalsh(curvature)[0].item()
         raise OptionError(f"no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}")
     covariance = torch.cholesky_inverse(factor)
-    gain = 0.5 * (slope @ covariance @ slope).item()  # of one more step, by Newton
+    gain = 0.5 * (slope @ covariance @ slope).item()  # of one more Newton step
     if gain > 1e-3:
         raise OptionError(f"no maximum of the likelihood: its logarithm could still grow by {gain:.3g} {remedy}")
     return covariance
 
 
 def fit_correction(rates: Fit, logs: Tensor, config: Config) -> Fit:
-    """Rates and network together, from those of `rates` on; the correction is a priori normal around 0."""
+    """Fit rates and network together, starting from `rates`; the correction has a normal prior around 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = Correction(config.hidden, centre=logs.mean(dim=0))
@@ -269,14 +272,14 @@ def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: in
 
 @dataclass(frozen=True)
 class Score:
-    """How a fit fares in some of the years."""
+    """How well a fit predicts some of the years."""
 
     rmse: float  # of the logarithms
     log_likelihood: float  # mean, of the logarithm of one number of the record
 
 
 def score(fit: Fit, logs: Tensor, config: Config) -> tuple[Score, Score]:
-    """On the fitted years, and on those of `logs` `(T, 2)` after them."""
+    """The scores on the fitted years, and on the years of `logs` `(T, 2)` after them."""
     years = torch.arange(len(logs), dtype=logs.dtype)
     with torch.no_grad():
         y = simulate(fit.growth, fit.theta, years, config.rtol)
@@ -289,7 +292,7 @@ def score(fit: Fit, logs: Tensor, config: Config) -> tuple[Score, Score]:
 
 
 def parameters_table(whole: Fit, part: Fit) -> Table:
-    """Estimates and standard errors of the rates alone, beside the published ones."""
+    """Estimates and standard errors of the rates alone, next to the published ones."""
     table = Table(
         title="ode-fit: what the record says of the rates",
         caption="fits: maximum likelihood ± standard error, from the exact Hessian\n"
@@ -322,7 +325,7 @@ def scores_table(scores: dict[str, tuple[Score, Score]], years: int) -> Table:
 
 
 def verdict(scores: dict[str, tuple[Score, Score]]) -> str:
-    """One sentence: whether the network foretells the held-out years better."""
+    """One sentence on whether the network predicts the held-out years better."""
     rates, corrected = (scores[name][1].rmse for name in ("rates", "rates + network"))
     finding = "extrapolates better" if corrected < rates else "does not extrapolate better"
     return f"The network {finding}: RMSE {corrected:.3f} on the held-out years, {rates:.3f} without it."
@@ -332,17 +335,17 @@ def verdict(scores: dict[str, tuple[Score, Score]]) -> str:
 
 
 def plot_fits(fits: Sequence[Fit], logs: Tensor, config: Config) -> Figure:
-    """Hares and lynxes over time, and against each other: the record, and the fits carried on beyond it.
+    """Draw hares and lynxes over time, and against each other: the record, and the fits extended beyond it.
 
     Args:
-        fits: rates alone, whose 95 % band for a record is drawn, and rates with network.
+        fits: rates alone, drawn with their 95 % band for a record, and rates with network.
         logs: the record, `(T, 2)`.
         config: its `years_beyond` are drawn after the last year.
     """
     figure, (hares, lynxes, plane) = new_figures(15, 4.6, 3)
     end = len(logs) - 1 + config.years_beyond
     years = torch.linspace(0, end, 10 * end + 1, dtype=logs.dtype)
-    with torch.no_grad():  # a curve that cannot be carried on ends where it fails
+    with torch.no_grad():  # a curve that cannot be extended ends where it fails
         curves = [simulate(fit.growth, fit.theta, years, config.rtol, "ignore").exp() for fit in fits]
     lower, upper = prediction_band(fits[0], years, config)
     pelts, styles = logs.exp(), ((COLOURS.main, "-"), (COLOURS.warm, "--"))
@@ -387,9 +390,9 @@ def _dots(axes: Axes, x: Tensor, y: Tensor, fitted: int) -> None:
 
 
 def prediction_band(fit: Fit, years: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Between which pelts `(T, 2)` a record lies with 95 %, if the model is right and theta nearly normal.
+    """The bounds `(T, 2)` of the 95 % band of a record, in pelts, if the model is right and theta nearly normal.
 
-    Variance of theta carried along the trajectory by its exact derivative, and that of the noise.
+    The variance is that of theta, propagated along the trajectory by its exact derivative, plus that of the noise.
     """
     assert fit.covariance is not None
     theta = fit.theta

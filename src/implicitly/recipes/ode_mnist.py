@@ -1,22 +1,23 @@
 """ode-mnist: classify images by following a differential equation for one unit of time.
 
 A residual block adds f(y) to its input: one step of Euler's method along dy/dt = f(t, y). An ODE-Net (Chen,
-Rubanova, Bettencourt and Duvenaud, "Neural Ordinary Differential Equations", NeurIPS 2018, section 3) puts the
-equation itself in the place of the blocks, and leaves it to a solver how many steps are worth taking. Two
-networks with the same stem and head are trained side by side:
+Rubanova, Bettencourt and Duvenaud, "Neural Ordinary Differential Equations", NeurIPS 2018, section 3) replaces the
+blocks by the equation itself, and leaves it to a solver how many steps are worth taking. Two networks with the
+same stem and head are trained side by side:
 
     odenet     the flow of one convolutional field from time 0 to 1
-    resnet     residual blocks of the same convolutions, each with weights of its own
+    resnet     residual blocks of the same convolutions, each with its own weights
 
-The table and the pictures say how often either reads wrongly, how many calls of f the flow takes in training,
-whether it may be solved less exactly once it is trained, and what a step of training keeps in memory.
+The table and the pictures show the test errors of both, how many calls of f the flow takes in training, whether it
+may be solved less accurately once it is trained, and how much memory a training step takes.
 
-Measured with seed 0 on a CPU. On the digits, by default (75 s on one core): 9 of 360 test images wrong for the
-odenet with 36,458 parameters, 8 for the resnet with 128,938. On MNIST, `--dataset mnist --max-steps 600`, not one
-pass over the images: 2.89 % wrong with 208,266 parameters, 2.19 % with 577,546; the calls of f in a forward pass
-rise from 14 to 26. Solved afterwards at a tolerance of 0.1 or 1 rather than 1e-3, the flow takes 14 calls rather
-than 26, and the error stays: 2.86 %. That is two steps of Dopri5, the fewest here, as the rule for the first step
-chooses a short one at any tolerance: on the digits a tolerance of 1000 changes nothing more.
+Results with seed 0 on a CPU: on the digits, with the defaults (75 s on one core), the odenet with 36,458
+parameters gets 9 of 360 test images wrong, the resnet with 128,938 parameters 8. On MNIST, with `--dataset mnist
+--max-steps 600`, which is less than one pass over the images, the odenet with 208,266 parameters gets 2.89 %
+wrong, the resnet with 577,546 parameters 2.19 %; the calls of f in a forward pass rise from 14 to 26. If the
+trained flow is solved at a tolerance of 0.1 or 1 instead of 1e-3, it takes 14 calls instead of 26, and the error
+stays at 2.86 %. That is two steps of Dopri5, the fewest possible here, as the rule for the first step chooses a
+short one at any tolerance: on the digits even a tolerance of 1000 changes nothing more.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from implicitly.recipes._options import OptionError, check_at_least
 
 ModelName = Literal["odenet", "resnet"]
 Dataset = Literal["digits", "mnist"]
-# What the dtype in which f computes can resolve.
+# The tolerances that the dtype of f can resolve.
 LEAST_TOLERANCE = {"32-true": 1e-6, "64-true": 1e-12, "16-mixed": 2e-3, "bf16-mixed": 0.016}
 DEPTH_IMAGES = 32  # of the batch whose memory is measured
 
@@ -118,9 +119,9 @@ class Config(ImageConfig):
 
 
 def field(channels: int, groups: int) -> nn.Module:
-    """f(t, y) for y `(batch, channels, height, width)`: two convolutions that see the time as one channel more.
+    """f(t, y) for y `(batch, channels, height, width)`: two convolutions that see the time as an extra channel.
 
-    Smooth, unlike that of the paper: a solver of high order loses its order at the kinks of ReLU.
+    Unlike the field of the paper it is smooth: a solver of high order loses its order at the kinks of ReLU.
     """
 
     def convolution() -> nn.Module:
@@ -178,7 +179,7 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
 
 
 class Training(ImageTraining):
-    """Trains one network, and notes the calls of f of every step."""
+    """Trains one network, and records the calls of f in every step."""
 
     recipe = "ode-mnist"
     kept: ClassVar[tuple[str, ...]] = (*ImageTraining.kept, "calls")
@@ -189,7 +190,7 @@ class Training(ImageTraining):
         self.calls: list[tuple[int, int]] = []  # of each training step, forward and backward
 
     def calls_of_f(self) -> tuple[int, int]:
-        """Calls of f, and those to take its steps again; blocks keep what they need and are not called again."""
+        """Calls of f, forward and to recompute the steps; blocks keep what they need and are not called again."""
         match self.model.body:
             case im.nn.NeuralODE() as body:
                 return body.evaluations, body.backward_evaluations
@@ -199,7 +200,7 @@ class Training(ImageTraining):
                 raise TypeError(f"no body of this recipe: {type(body).__name__}")
 
     def count_calls(self, forward: int, backward: int) -> None:
-        """Note the calls of f of this step, too."""
+        """Also record the calls of f in this step."""
         super().count_calls(forward, backward)
         self.calls.append((forward, backward))
 
@@ -209,23 +210,23 @@ class Training(ImageTraining):
             self.log(f"train/calls_{direction}", float(count))
 
     def log_body(self, split: str, samples: int) -> None:
-        """Log the calls of a forward pass without a backward one."""
+        """Log the calls of f in a forward pass without a backward pass."""
         if split != "train":
             self.log(f"{split}/calls", float(self.calls_of_f()[0]), batch_size=samples)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the calls, too."""
+        """Also keep the calls of f."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["calls"] = self.calls
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore the calls of f, too."""
         super().on_load_checkpoint(checkpoint)
         self.calls = checkpoint["calls"]
 
 
 def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Result:
-    """Train one network, or finish its training where `config.resume` and a checkpoint say so; then test it.
+    """Train one network, or with `config.resume` continue from its checkpoint, if there is one; then test it.
 
     `folder` receives `last.ckpt`, `best.ckpt` (by accuracy on the held-out images) and TensorBoard's logs.
 
@@ -240,7 +241,7 @@ def fit(name: ModelName, config: Config, data: ImageData, folder: Path) -> Resul
 
 
 class Loosened(NamedTuple):
-    """The test of a trained flow at another tolerance."""
+    """The test result of a trained flow at another tolerance."""
 
     tolerance: float
     error: float  # share of the test images
@@ -248,7 +249,7 @@ class Loosened(NamedTuple):
 
 
 def loosen(training: ImageTraining, tolerances: Sequence[float]) -> list[Loosened]:
-    """Test a trained ODE-Net with other tolerances of its solver; afterwards it has its own again."""
+    """Test a trained ODE-Net with other tolerances of its solver, and then restore its own."""
     layer = training.model.body
     assert isinstance(layer, im.nn.NeuralODE)  # the ResNet has no solver
     own, found = layer.solver, []
@@ -261,9 +262,9 @@ def loosen(training: ImageTraining, tolerances: Sequence[float]) -> list[Loosene
 
 
 def memory_against_depth(config: Config, data: ImageData) -> tuple[dict[str, list[int]], int]:
-    """Peak bytes of a training step at each of `config.depths`, by network; and those of a forward pass alone.
+    """Peak bytes of a training step at each of `config.depths`, by network, and those of a forward pass alone.
 
-    Weights and gradients, which exist before, are not counted. The steps are of constant length, so that their
+    Weights and gradients, which exist before, are not counted. The steps have a constant length, so that their
     number is known. Measured on the CPU, for networks with fresh weights.
     """
     images, labels = (tensor[:DEPTH_IMAGES] for tensor in data.train.tensors)
@@ -294,7 +295,7 @@ def memory_against_depth(config: Config, data: ImageData) -> tuple[dict[str, lis
 
 
 def table_of(results: Sequence[Result], loosened: Sequence[Loosened]) -> Table:
-    """The comparison, and under it the flow at other tolerances, for `rich` to print."""
+    """The comparison, and the flow at other tolerances under it, as a table for `rich` to print."""
     notes = [
         "calls of f: forward + backward, where the steps are taken again",
         "a block is one call; autograd keeps what it needs, so none is called again",

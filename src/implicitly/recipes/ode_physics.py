@@ -1,33 +1,33 @@
 """ode-physics: learn the motion of a mechanical system, and keep its energy.
 
-A network may be the vector field of a differential equation as it is, or through a scalar: the energy H of a
-Hamiltonian network (Greydanus, Dzamba and Yosinski, 2019, arXiv:1906.01563), the Lagrangian L of a Lagrangian one
-(Cranmer et al., 2020, arXiv:2003.04630). A scalar brings a conserved quantity with it, whatever the weights are.
+A network can be the vector field of a differential equation directly, or define it through a scalar: the energy H
+in a Hamiltonian network (Greydanus, Dzamba and Yosinski, 2019, arXiv:1906.01563), the Lagrangian L in a Lagrangian
+one (Cranmer et al., 2020, arXiv:2003.04630). A scalar implies a conserved quantity, whatever the weights are.
 
-Three networks of the same widths see short motions of a spring, a pendulum and a double pendulum, then `odeint`
-follows each over 100 times that length, and one table says how far the true energy has drifted by then:
+Three networks of the same widths see short motions of a spring, a pendulum and a double pendulum. Then `odeint`
+follows each for 100 times that length, and a table tells how far the true energy has drifted by then:
 
     plain        dy/dt is the network's output; y holds coordinates q and velocities v
-    hamiltonian  y holds q and canonical momenta p = M(q) v, which take the true mass matrix to compute
+    hamiltonian  y holds q and canonical momenta p = M(q) v; computing these takes the true mass matrix
     lagrangian   y holds q and v
-    true field   the equations of the system, by the same solver: what of a drift is the solver's
+    true field   the equations of the system, with the same solver: the part of the drift that is due to the solver
 
 As in the papers, networks fit the derivatives dy/dt along the motions by default: a training step is one call of
-the field, and all three train reliably. `--fit-to windows` fits what follows in the motions instead, through
-`odeint`; it needs no derivatives, and some 15 times as long a step.
+the field, and all three train reliably. `--fit-to windows` fits the following states of the motions instead,
+through `odeint`; it needs no derivatives, but a step takes some 15 times as long.
 
-The double pendulum is chaotic: no motion is followed for long, not even by the true field at another tolerance.
-There the error of the states says nothing in the end, and the energy is the measure.
+The double pendulum is chaotic: no motion can be followed for long, not even by the true field at another
+tolerance. In the end the error of the states says nothing there, and the energy is the measure.
 
-What the default run gave (seed 0, float64, a CPU), the median of 8 motions, as the largest |E(t) - E(0)| over the
-mean energy:
+Results of the default run (seed 0, float64, a CPU): the largest |E(t) - E(0)| over the mean energy, median of 8
+motions:
 
                      plain     hamiltonian   lagrangian   true field
     spring           8.0e-3    3.1e-3        2.3e-3       3.1e-5
     pendulum         9.1e-2    1.8e-3        7.6e-4       9.9e-5
     double pendulum  3.7e-1    1.1e-2        5.0e-2       5.1e-5
 
-On the spring the plain network is not far behind, and fits better than the Hamiltonian one on test motions. On the
+On the spring the plain network is not far behind, and fits test motions better than the Hamiltonian one. On the
 double pendulum single motions drift far with every network (worst: 0.85, 0.61 and 0.40).
 """
 
@@ -70,7 +70,7 @@ from implicitly.viz.motion import plot_energy, plot_phase
 SystemName = Literal["spring", "pendulum", "double pendulum"]
 ModelName = Literal["plain", "hamiltonian", "lagrangian"]
 TRUE_FIELD = "true field"
-REACH = 100  # rollouts are so many times as long as the motions seen in training
+REACH = 100  # rollouts are this many times as long as the motions seen in training
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ class Config:
 class System:
     """A system with kinetic energy v'M(q)v / 2 and a potential, at rest at q = 0; states are (q, v) `(..., 2n)`.
 
-    Written out by hand, and apart from `im.nn.HamiltonianField`: what a network is measured with shares no code
-    with it.
+    It is written out by hand, without `im.nn.HamiltonianField`, so that what a network is measured with shares no
+    code with it.
     """
 
     n: int
     angles: bool
-    reach: tuple[float, float]  # of q and v in the starts, evenly between these and their negatives
+    reach: tuple[float, float]  # of q and v at the start, uniform between these and their negatives
     mass: Callable[[Tensor], Tensor]  # q -> M(q) `(..., n, n)`
     potential: Callable[[Tensor], Tensor]
     acceleration: Callable[[Tensor, Tensor], Tensor]
@@ -200,7 +200,7 @@ SYSTEMS: dict[SystemName, System] = {
 
 
 def simulate(system: System, count: int, times: Tensor, seed: int) -> Tensor:
-    """True motions `(len(times), count, 2n)` from starts that `seed` decides."""
+    """True motions `(len(times), count, 2n)` from starts drawn with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     reach = torch.tensor(system.reach, dtype=torch.float64).repeat_interleave(system.n)
     starts = reach * (2 * torch.rand(count, 2 * system.n, generator=generator, dtype=torch.float64) - 1)
@@ -211,7 +211,7 @@ def simulate(system: System, count: int, times: Tensor, seed: int) -> Tensor:
 
 
 class Network(nn.Module):
-    """A network of (q, v) or (q, p) `(..., 2n)`; angles enter by cosine and sine."""
+    """A network of (q, v) or (q, p) `(..., 2n)`, which sees the cosine and sine of angles."""
 
     def __init__(self, system: System, width: int, outputs: int) -> None:
         super().__init__()
@@ -251,8 +251,8 @@ class PlainField(nn.Module):
 class Lagrangian(nn.Module):
     """L = network(y) + m |v|^2 / 2 with a learned m > 0.
 
-    The second term keeps d2L/dv2 away from singular ones at first, where accelerations are without bounds. It
-    starts at m = 2, which is right for none of the systems.
+    The second term keeps d2L/dv2 from being singular at first, where accelerations would be unbounded. It starts
+    at m = 2, which is right for none of the systems.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -288,14 +288,14 @@ class Training(L.LightningModule):
         self.times = torch.linspace(0, config.horizon, config.points, dtype=torch.float64)
         self.train_set = self._data(config.motions, 0)
         self.val_set, self.test_set = self._data(32, 1), self._data(32, 2)
-        # What errors are relative to; of training data without noise, so that it shifts no figure.
+        # What errors are relative to; from training data without noise, so that noise does not shift any figure.
         self.scale = self.train_set.tensors[1].std(dim=tuple(range(self.train_set.tensors[1].ndim - 1)))
         if config.noise > 0:
             self.train_set = self._noisy(self.train_set)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be resumed: all but where, how long and what it is measured by."""
+        """What a checkpoint must match to be resumed: all options but where, how long, and how it is measured."""
         free = {"systems", "models", "out", "resume", "epochs", "rollouts", "tolerance", "progress"}
         fields = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in free}
         return {"recipe": "ode-physics", "model": self.name, "system": self.of} | fields
@@ -306,7 +306,7 @@ class Training(L.LightningModule):
         return torch.cat([q, self.system.momentum(q, v)], dim=-1) if self.name == "hamiltonian" else y
 
     def from_own(self, y: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `to_own`."""
         q, p = y.chunk(2, dim=-1)
         return torch.cat([q, self.system.velocity(q, p)], dim=-1) if self.name == "hamiltonian" else y
 
@@ -329,17 +329,17 @@ class Training(L.LightningModule):
         return TensorDataset(*(noisy(x) for x in data.tensors))
 
     def predict(self, states: Tensor) -> Tensor:
-        """What the data hold, as the field has it."""
+        """The field's prediction of what the data hold."""
         if self.config.fit_to == "derivatives":
             return self.field(0.0, states)
         step = self.config.horizon / (self.config.points - 1)
         times = tuple(i * step for i in range(self.config.window + 1))
-        # So few steps are quickly recorded whole.
+        # For so few steps, recording all of them is fast.
         solver, adjoint = im.Dopri5(dt=step), im.UnrolledAdjoint()
         return im.odeint(self.field, states, times, solver=solver, adjoint=adjoint).value[1:].movedim(0, 1)
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch: its order depends on seed and epoch alone, in a resumed run too."""
+        """The batches of one epoch; their order depends on seed and epoch alone, in a resumed run too."""
         rows = torch.arange(len(self.train_set))
         seed = 1_000_003 * self.config.seed + self.current_epoch
         return Batches(self.train_set, rows, self.config.batch_size, seed)
@@ -353,7 +353,7 @@ class Training(L.LightningModule):
         return Batches(self.test_set, torch.arange(len(self.test_set)), len(self.test_set))
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.field.parameters(), lr=self.config.learning_rate)
         steps = self.config.epochs * len(self.train_dataloader())
         cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -368,7 +368,7 @@ class Training(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log how many digits are right, which grow as the loss falls."""
+        """Log the number of correct digits, which grows as the loss falls."""
         self.log("val/digits", -self._loss(batch).log10() / 2, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -380,12 +380,12 @@ class Training(L.LightningModule):
         return ((self.predict(states) - targets) / self.scale).square().mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose checkpoint it is."""
+        """Add the identity of the run."""
         checkpoint["identity"] = self.identity
 
 
 def train(name: ModelName, of: SystemName, config: Config, folder: Path) -> tuple[Training, float]:
-    """Train one network, or finish its training where `config.resume` and a checkpoint say so; and its test loss.
+    """Train one network, or with `config.resume` continue from its checkpoint; also returns its test loss.
 
     Raises:
         CheckpointError: the checkpoint to resume from is damaged, or was made with other options.
@@ -426,16 +426,16 @@ def train(name: ModelName, of: SystemName, config: Config, folder: Path) -> tupl
 
 @dataclass(frozen=True)
 class Rollout:
-    """Motions far beyond the horizon, and how they differ from true ones.
+    """Motions far beyond the horizon, and how they differ from the true ones.
 
     Attributes:
         times: `(T,)`, up to 100 horizons.
-        motions: `(T, B, 2n)` states (q, v), NaN from where the solver gave up.
-        energy_error: `(T, B)`, |E(t) - E(0)| by the true energy, over the mean energy of the starts; inf from
-            where the solver gave up.
-        state_error: `(T,)`, root mean square over the samples, over that of true states about their mean; where
-            motions have nothing to do with each other any more it is about 1.4.
-        calls: of f.
+        motions: states (q, v) `(T, B, 2n)`, NaN from where the solver gave up.
+        energy_error: |E(t) - E(0)| of the true energy, relative to the mean energy of the starts, `(T, B)`; inf
+            from where the solver gave up.
+        state_error: root mean square error over the samples, relative to that of true states about their mean,
+            `(T,)`; about 1.4 where motions are unrelated.
+        calls: calls of f.
     """
 
     times: Tensor
@@ -446,7 +446,7 @@ class Rollout:
 
     @property
     def drift(self) -> Tensor:
-        """`(B,)` the largest error of the energy; inf for a sample that did not reach the end."""
+        """The largest error of the energy `(B,)`; inf for a sample that did not reach the end."""
         return self.energy_error.amax(0)
 
 
@@ -457,10 +457,10 @@ def true_motions(system: System, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def roll_out(training: Training | None, system: System, times: Tensor, truth: Tensor, config: Config) -> Rollout:
-    """Follow the motions `truth` `(T, B, 2n)` by a trained field, or by the true one where there is none."""
+    """Follow the motions `truth` `(T, B, 2n)` with a trained field, or with the true one if `training` is None."""
     field, start = (system.field, truth[0]) if training is None else (training.field, training.to_own(truth[0]))
     solver = im.Dopri8(rtol=config.tolerance, atol=config.tolerance, max_steps=30_000)
-    with torch.no_grad():  # a sample that breaks off is a result, which the table tells
+    with torch.no_grad():  # a sample that breaks off is a result, and goes into the table
         found = im.odeint(field, start, times, solver=solver, batch_dims=1, on_failure="ignore")
         motions = found.value if training is None else training.from_own(found.value)
     energy = system.energy(motions)
@@ -484,12 +484,12 @@ class Result:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers."""
+        """The number of trainable parameters."""
         return 0 if self.training is None else sum(p.numel() for p in self.training.field.parameters())
 
 
 def results_table(results: list[Result], config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     table = Table(title="ode-physics", caption=_caption(results, config))
     table.add_column("\nnetwork", no_wrap=True)
     for heading in ("test\nloss", "drift,\nmedian", "drift,\nworst", "error\n1 x", "error\n100 x", "calls\nof f"):
@@ -530,9 +530,9 @@ def _caption(results: list[Result], config: Config) -> str:
 
 
 def draw(results: list[Result], config: Config, folder: Path) -> list[Path]:
-    """Write `energy.png`, and `pendulum.png` where there is one; gives their paths."""
+    """Write `energy.png`, and `pendulum.png` if there is a pendulum; returns their paths."""
     of: dict[str, dict[str, Rollout]] = {}
-    for result in reversed(results):  # the true field first
+    for result in reversed(results):  # the true field comes first
         of.setdefault(result.system, {})[result.name] = result.rollout
     of = {system: of[system] for system in config.systems}
     times = {system: next(iter(fields.values())).times for system, fields in of.items()}
@@ -552,7 +552,7 @@ def draw(results: list[Result], config: Config, folder: Path) -> list[Path]:
 
 def main(config: Config) -> list[Result]:
     """Train the networks that `config` names on each system, follow them far, and print how they compare."""
-    import matplotlib  # noqa: F401  where it is missing, say so now and not after the training
+    import matplotlib  # noqa: F401  if it is missing, say so now and not after the training
 
     console = Console()
     run = run_folder(Path("runs") / "ode-physics", "motion", config.out, config.resume)

@@ -1,28 +1,28 @@
-"""opt-hyper: thousands of hyperparameters learned through the training, on digits of which many are mislabelled.
+"""opt-hyper: learn thousands of hyperparameters through the training, on digits of which many are mislabelled.
 
-A network with one hidden layer is trained on digits, 40 % of which carry a wrong label; a few clean ones are for
-validation. What training converges to depends on its hyperparameters, and by the implicit function theorem the
-validation loss has a gradient by all of them at once (Lorraine, Vicol and Duvenaud, "Optimizing Millions of
-Hyperparameters by Implicit Differentiation", AISTATS 2020):
+A network with one hidden layer is trained on digits, 40 % of which carry a wrong label; a few clean ones are kept
+for validation. What training converges to depends on its hyperparameters, and the implicit function theorem gives
+the gradient of the validation loss with respect to all of them at once (Lorraine, Vicol and Duvenaud, "Optimizing
+Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020):
 
     inner   sum over images of s_i cross-entropy_i / n + 1/2 sum over parameters of d_k w_k^2, minimal over w
-    outer   cross-entropy of validation images at that w, lowered over s (a weight an image) and d
+    outer   cross-entropy of validation images at that w, lowered over s (a weight per image) and d
 
-    no tuning    one weight decay for all, as learning starts from
-    grid         the best of several such, by the accuracy on all clean images
-    clean only   trained on the clean images instead; the decay chosen on the held-out part of them
+    no tuning    one weight decay for all parameters, from which learning starts
+    grid         the best of several such decays, by the accuracy on all clean images
+    clean only   trained on the clean images instead, with the decay chosen on the held-out part of them
     decays       a weight decay for each parameter, learned
     weights      a weight for each training image, learned
     both         both
 
-So many hyperparameters fit the validation images too closely, in the end: a part of the clean images is held out
-to say which step was the best. Nobody tells the weights which labels are wrong; how well they know is measured
-afterwards. Learning starts from a strong decay, under which no network can learn wrong labels by heart; from a
-weak one (`--decay 1e-3`) it has to undo that, and does not get as far as the grid.
+So many hyperparameters eventually overfit the validation images, so a part of the clean images is held out to tell
+which step was the best. Nobody tells the weights which labels are wrong; how well they find out is measured
+afterwards. Learning starts from a strong decay, under which no network can memorise wrong labels; from a weak one
+(`--decay 1e-3`) it has to undo that, and does not get as far as the grid.
 
-With the defaults the weights read one to three points more than the grid and the clean images alone, at half of
-their work, and rank right labels before wrong ones with an AUC of 0.93. A decay for each parameter gains nothing
-that holds on other seeds: 150 images are too few to choose 1810 numbers by.
+With the defaults, learned weights are one to three points more accurate than the grid and the clean images alone,
+at half of their work, and rank right labels before wrong ones with an AUC of 0.93. A decay for each parameter
+gains nothing that holds on other seeds: 150 images are too few to choose 1810 numbers.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def load(seed: int, config: Config) -> Data:
 
 
 def first_weights(seed: int, config: Config) -> Params:
-    """Of a network 64 - hidden - 10."""
+    """Initial weights of a network 64 - hidden - 10."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "weight1": torch.randn(64, config.hidden, generator=generator) / 8,
@@ -181,14 +181,14 @@ class Hyper:
 
 
 def inner_loss(w: Params, decay: Params, weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """What a training minimises over `w`; see the head of this file."""
+    """What training minimises over `w`; see the top of this file."""
     losses = F.cross_entropy(network(w, x), y, reduction="none")
     penalty = sum((decay[k].exp() * w[k].square()).sum() for k in w)
     return (2 * weight.sigmoid() * losses).mean() + 0.5 * penalty
 
 
 def accuracy(w: Params, images: tuple[Tensor, Tensor]) -> float:
-    """Share of `images` that the network reads rightly."""
+    """The share of `images` that the network classifies correctly."""
     x, y = images
     return (network(w, x).argmax(1) == y).float().mean().item()
 
@@ -198,20 +198,20 @@ def accuracy(w: Params, images: tuple[Tensor, Tensor]) -> float:
 
 @dataclass
 class Costs:
-    """Work done: gradients of the inner loss, products with its Hessian, and linear solves that fell short."""
+    """The work done: gradients of the inner loss, products with its Hessian, and linear solves that fell short."""
 
     gradients: int = 0
     products: int = 0
     short: int = 0
 
     def count(self, found: Found) -> None:
-        """Take note of a backward solve."""
+        """Record a backward solve."""
         self.products += int(found.steps)
         self.short += int(found.status != im.Status.CONVERGED)
 
 
 def train(start: Params, images: tuple[Tensor, Tensor], hyper: Hyper, steps: int, costs: Costs) -> Params:
-    """Lower the inner loss from `start` by at most so many steps of L-BFGS."""
+    """Lower the inner loss from `start` by at most `steps` steps of L-BFGS."""
     w = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
     decay, weight = {k: v.detach() for k, v in hyper.decay.items()}, hyper.weight.detach()
     optimizer = torch.optim.LBFGS(
@@ -236,7 +236,7 @@ def train(start: Params, images: tuple[Tensor, Tensor], hyper: Hyper, steps: int
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method came to, for one seed."""
+    """The result of one method for one seed."""
 
     test: float  # accuracy
     seconds: float
@@ -272,7 +272,7 @@ def learn(names: Sequence[str], data: Data, start: Params, config: Config) -> Ou
             *data.train,
             linear_solver=im.CG(rtol=config.rtol),
             damping=config.damping,
-            tolerance=None,  # few steps after each change: on the way to stationary
+            tolerance=None,  # with few steps after each change, w is only on its way to a stationary point
             on_failure="ignore",  # counted instead
             listen=costs.count,
         )
@@ -299,7 +299,7 @@ def search(
     config: Config,
     again: tuple[Tensor, Tensor] | None = None,
 ) -> Outcome:
-    """Train on `images` with each decay of the grid; that which reads most `judges` rightly trains on `again`."""
+    """Train on `images` with each decay of the grid; train on `again` with the one most accurate on `judges`."""
     began, costs, best = time.perf_counter(), Costs(), (-1.0, start, Hyper({}, torch.empty(0)))
     first, last, count = config.grid
     for decay in torch.logspace(math.log10(first), math.log10(last), count).tolist():
@@ -329,12 +329,12 @@ def fit(seed: int, config: Config) -> dict[str, Outcome]:
 
 
 def separation(outcome: Outcome, wrong: Tensor) -> float:
-    """AUC of the learned weights: how often a right label has a larger one than a wrong label."""
+    """The AUC of the learned weights: how often a right label has a larger weight than a wrong label."""
     return float(roc_auc_score(~wrong.numpy(), outcome.hyper.weight.numpy()))
 
 
 def results_table(results: list[dict[str, Outcome]], wrongs: list[Tensor], config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     short = sum(run[name].costs.short for run in results for name in LEARNED)
     solves = len(results) * len(LEARNED) * config.outer_steps
     parameters = sum(v.numel() for v in results[0]["grid"].hyper.decay.values())
@@ -370,7 +370,7 @@ def results_table(results: list[dict[str, Outcome]], wrongs: list[Tensor], confi
 
 
 def draw(outcomes: dict[str, Outcome], wrong: Tensor) -> Figure:
-    """Of one seed: accuracy while the hyperparameters learn, the learned weights, and the learned decays."""
+    """Draw one seed: accuracy while the hyperparameters learn, the learned weights, and the learned decays."""
     figure, (first, second, third) = new_figures(13.5, 4.0, 3)
     for name, colour in zip(LEARNED, (COLOURS.main, COLOURS.warm, COLOURS.second)):
         first.plot(outcomes[name].path, color=colour, linewidth=2, label=name)

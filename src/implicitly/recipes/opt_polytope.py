@@ -1,19 +1,20 @@
-"""opt-polytope: the faces of a convex polygon, learned from points inside and outside.
+"""opt-polytope: learn the faces of a convex polygon from points inside and outside.
 
 The layer projects points onto a polygon whose faces are its weights:
 
     z = argmin 1/2 |z - x|^2   subject to   G z <= h
 
-It is a quadratic program (a layer of Amos and Kolter, "OptNet", ICML 2017), and the implicit function theorem says
-how z answers to G and h. The distance |z - x| that a point is moved is zero just where x lies inside. Of each
-training point it is only known whether it does, and the loss asks for that distance:
+It is a quadratic program (a layer of Amos and Kolter, "OptNet", ICML 2017), and the implicit function theorem
+gives the derivative of z with respect to G and h. The distance |z - x| that a point is moved is zero exactly if x
+lies inside. All that is known of a training point is whether it does, and the loss compares the distance with
+that:
 
     inside    |z - x| should be 0
     outside   |z - x| should be at least a margin
 
-A point that lies inside the learned polygon has nothing to say about its faces, which are somewhere else. So the
-polygon starts small, among the inside points, and is pulled open by them; no outside point gets in as long as the
-margin pushes back. A margin leaves gaps beside the outside points, hence it shrinks to zero on the way.
+A point inside the learned polygon gives no gradient to its faces, which are elsewhere. So the polygon starts
+small, among the inside points, and they pull it open; no outside point gets in as long as the margin pushes back.
+The margin leaves gaps next to the outside points, so it shrinks to zero during training.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REACH = 1.6  # points lie in the square from -REACH to REACH
-EDGE = 0.1  # a face counts where it contributes an edge of this length; the learned ones have spares
+EDGE = 0.1  # a face counts if it contributes an edge of this length; learned polygons have spare faces
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,16 @@ class Training(L.LightningModule):
         self.history = [self.faces()]
 
     def faces(self) -> tuple[Tensor, Tensor]:
-        """What G and h are now."""
+        """The current G and h."""
         return self.layer.G.detach().clone(), self.layer.h.detach().clone()
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch, in an order of its own."""
+        """The batches of one epoch, in an order of its own."""
         seed = 1_000_003 * self.config.seed + self.current_epoch
         return Batches(self.points, torch.arange(len(self.points)), self.config.batch_size, seed)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.epochs)
         return [optimizer], [schedule]
@@ -191,7 +192,7 @@ def fit(polygon: int, config: Config) -> Result:
     start = time.perf_counter()
     with quiet_lightning():
         trainer = L.Trainer(
-            accelerator="cpu",  # a GPU would wait for these few numbers
+            accelerator="cpu",  # a GPU would mostly wait, with so few numbers
             max_epochs=config.epochs,
             reload_dataloaders_every_n_epochs=1,
             callbacks=[TrainingBar(f"{polygon} faces")] if config.progress else [],
@@ -208,7 +209,7 @@ def fit(polygon: int, config: Config) -> Result:
 
 
 def count_faces(G: Tensor, h: Tensor) -> int:
-    """Rows of G that contribute an edge worth the name."""
+    """The number of rows of G that contribute an edge worth the name."""
     _, edges = viz.vertices(G, h)
     return int((edges > EDGE).sum())
 
@@ -225,7 +226,7 @@ def agreement(training: Training, G: Tensor, h: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def draw(results: list[Result], stages: int = 5) -> Figure:
-    """How each polygon was learned, from its start to its end; steps grow by about the same factor."""
+    """Draw how each polygon was learned, from start to end; the steps shown grow by about the same factor."""
     rows, truths, points = [], [], []
     for result in results:
         training = result.training
@@ -247,7 +248,7 @@ def draw(results: list[Result], stages: int = 5) -> Figure:
 
 
 def results_table(results: list[Result], config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     caption = (
         f"{config.points} points to train with, {10 * config.points} to test with; {config.epochs} epochs; "
         f"seed {config.seed}\n"

@@ -2,17 +2,17 @@
 
 The network is a single layer, an optimisation problem (Amos and Kolter, "OptNet: Differentiable Optimization as a
 Layer in Neural Networks", ICML 2017, section 4.4). Each entry of a 4x4 board is one of four digits, so a board is
-64 numbers; the puzzle has a 1 for each clue, and
+64 numbers. The puzzle has a 1 for each clue, and the layer fills it in:
 
     z = argmin  ridge/2 |z|^2 - puzzle'z   subject to   A z = A z0,  z >= 0
 
-fills it. Nobody tells the layer that rows, columns and blocks hold each digit once: these are linear equations,
-and the weight A `(40, 64)`, random at first, comes to state them, or others that mean the same. With A z0 on the
-right, for a learned z0 > 0, there is always a feasible point. The largest of the four numbers of an entry is read
+Nobody tells the layer that rows, columns and blocks hold each digit once. These rules are linear equations, and
+the weight A `(40, 64)`, random at first, comes to state them, or equivalent ones. With A z0 on the right-hand
+side, for a learned z0 > 0, there is always a feasible point. The largest of the four numbers of an entry is read
 as its digit.
 
-Beside it learns an explicit network, as in the paper a stack of convolutions. Both see the same boards, and are
-tested with two sets of others:
+For comparison an explicit network is trained, a stack of convolutions as in the paper. Both see the same boards,
+and are tested with two sets of others:
 
     known     new puzzles, whose solutions were those of other puzzles in the training
     new       puzzles whose solutions were set aside: memory does not help, rules do
@@ -105,11 +105,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Splits:
-    """Boards to train and to test with: pairs of puzzles and solutions, each float32 `(count, 4, 4, 4)`."""
+    """Boards for training and testing: pairs of puzzles and solutions, each float32 `(count, 4, 4, 4)`."""
 
     train: TensorDataset
-    known: TensorDataset  # other puzzles; each solution may be among those of the training
-    new: TensorDataset  # no solution is
+    known: TensorDataset  # other puzzles, whose solutions may be among those of the training
+    new: TensorDataset  # puzzles whose solutions are not
     name: str
 
 
@@ -159,7 +159,7 @@ class OptNet(nn.Module):
         """z for puzzles `(B, 4, 4, 4)`, in the same shape."""
         p = -puzzles.flatten(1).to(self.A.dtype)
         b = self.A @ self.log_z0.exp()
-        # One program that ends a little short of the tolerance is no reason to end the training, but it counts.
+        # A program that ends a little short of the tolerance is counted, but is no reason to end the training.
         solution = im.qp(self.Q, p, self.G, self.h, self.A, b, on_failure="ignore")
         self.programs += len(p)
         self.unsolved += int((~solution.converged).sum())
@@ -167,7 +167,7 @@ class OptNet(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolutions 3x3 over the board, and a softmax over the digits of each entry."""
+    """3x3 convolutions over the board, and a softmax over the digits of each entry."""
 
     def __init__(self, channels: int, layers: int) -> None:
         super().__init__()
@@ -191,10 +191,11 @@ def are_wrong(z: Tensor, solutions: Tensor) -> Tensor:
 def rules_found(A: Tensor) -> float:
     """How much of the rules the rows of A span: the mean squared cosine of the principal angles between the two.
 
-    1 where A states the rules and nothing else. Of random rows it is their number over 64.
+    It is 1 if A states the rules and nothing else. For random rows it is their number divided by 64.
     """
     solutions = solutions4().flatten(1).to(A)
-    # The rules are all linear equations that hold for every solution: what is orthogonal to their differences.
+    # The rules are all linear equations that hold for every solution: what is orthogonal to differences of
+    # solutions.
     basis = torch.linalg.svd(solutions - solutions.mean(dim=0)).Vh
     rules = basis[torch.linalg.matrix_rank(solutions - solutions.mean(dim=0)) :]
     cosines = torch.linalg.svdvals(rules @ torch.linalg.qr(A.T).Q)
@@ -222,13 +223,13 @@ class Training(L.LightningModule):
         self.next_test = 1  # the next step after which to test
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch, in an order of its own."""
+        """The batches of one epoch, in an order of its own."""
         seed = 1_000_003 * self.config.seed + self.current_epoch
         train = self.splits.train
         return Batches(train, torch.arange(len(train)), self.config.batch_size, seed)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
@@ -245,7 +246,7 @@ class Training(L.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook: at steps that grow by a fifth, see how many new boards are wrong."""
+        """Lightning's hook: at steps that grow by a fifth, count how many new boards are wrong."""
         self.seconds += time.perf_counter() - self._start
         steps = self.global_step
         if steps >= self.next_test or steps == self.epochs * self.steps_per_epoch:
@@ -256,7 +257,7 @@ class Training(L.LightningModule):
 
 @torch.no_grad()
 def test(model: nn.Module, boards: TensorDataset) -> tuple[float, float]:
-    """Share of boards with a wrong digit, and the mean squared error."""
+    """The share of boards with a wrong digit, and the mean squared error."""
     was_training = model.training
     model.eval()
     wrong, squares = 0, 0.0
@@ -315,7 +316,7 @@ def fit(name: Network, config: Config, splits: Splits) -> Result:
 
 
 def draw_curves(results: list[Result]) -> Figure:
-    """Mistakes with new solutions against training steps."""
+    """Draw the mistakes on new solutions against training steps."""
     curves = {result.name: result.training.curve for result in results}
     below = (
         f"share of {min(CHUNK, len(results[0].training.splits.new))} boards, their solutions unseen in training"
@@ -325,11 +326,11 @@ def draw_curves(results: list[Result]) -> Figure:
 
 @torch.no_grad()
 def draw_boards(results: list[Result], count: int = 3) -> Figure:
-    """Some boards with new solutions, those with most mistakes first."""
+    """Draw some boards with new solutions, those with most mistakes first."""
     puzzles, solutions = (tensor[:CHUNK] for tensor in results[0].training.splits.new.tensors)
     outputs = {result.name: result.training.model.eval()(puzzles) for result in results}
     mistakes = sum((z.argmax(-1) != solutions.argmax(-1)).flatten(1).sum(dim=1) for z in outputs.values())
-    assert isinstance(mistakes, Tensor)  # there is a network at least
+    assert isinstance(mistakes, Tensor)  # there is at least one network
     shown = mistakes.argsort(descending=True, stable=True)[:count]
     shown_outputs = {name: z[shown] for name, z in outputs.items()}
     note = f"of {len(puzzles)} boards those with most mistakes; small: other digits that have some weight"
@@ -337,7 +338,7 @@ def draw_boards(results: list[Result], count: int = 3) -> Figure:
 
 
 def results_table(results: list[Result], splits: Splits) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     caption = [
         f"boards to train with: {len(splits.train)}; to test with: {len(splits.known)} other puzzles, whose",
         f"solutions may be known from the training, and {len(splits.new)} whose solutions are new",

@@ -1,23 +1,24 @@
-"""opt-tv: total-variation denoising whose weights are learned through the solution.
+"""opt-tv: total-variation denoising with weights that are learned through the solution.
 
-Total variation recovers a signal that is constant between jumps from a noisy one z:
+Total variation recovers a signal that is constant between jumps from a noisy signal z:
 
     x = argmin 1/2 sum_i (x_i - z_i)^2 + sum_i w_i |x_(i+1) - x_i|
 
-With one weight it must choose: a large one removes the noise and also flattens the jumps, a small one keeps both.
-With a weight for each edge it need not. `im.prox.total_variation` finds x exactly and differentiates it, so the
-weights can be learned from pairs of noisy and clean signals by the error of x itself; that is a bilevel problem
-(Kunisch and Pock, "A bilevel optimization approach for parameter learning in variational models", SIAM J. Imaging
-Sci. 6, 2013).
+A single weight has to compromise: a large one removes the noise but also flattens the jumps, a small one keeps
+both. With a weight for each edge there is no need to. `im.prox.total_variation` finds x exactly and differentiates
+it, so the weights can be learned from pairs of noisy and clean signals by the error of x itself. That is a bilevel
+problem (Kunisch and Pock, "A bilevel optimization approach for parameter learning in variational models", SIAM J.
+Imaging Sci. 6, 2013).
 
     one weight    the best of a fine grid, for the training signals
     per place     a weight for each edge, the same in every signal: learns at what time of the day jumps come
     network       a small convolution reads the noisy signal and sets its weights: learns what a jump looks like
-    convolution   the same network without total variation, which writes the signal itself
+    convolution   the same network without total variation; it outputs the signal itself
 
-Signals are days. The default ones are made up: few levels, most changes about two times of the day. With `--signal
-hvac` they are the supply air flow of a simulated office building (from EnergyPlus, every 15 minutes): trained on
-the days of one weather year, tested on those of another. Noise is added to both, so that the truth is known.
+Each signal is one day. The default signals are synthetic, with few levels and most changes around two times of the
+day. With `--signal hvac` they are the supply air flow of a simulated office building (from EnergyPlus, every 15
+minutes): trained on the days of one weather year, tested on those of another. Noise is added to both kinds, so
+that the truth is known.
 """
 
 from __future__ import annotations
@@ -101,7 +102,10 @@ class Config:
 
 
 def made_up(days: int, generator: torch.Generator) -> Tensor:
-    """`(days, 96)`: a night level, a day level from about 7 h to about 18 h, and up to three steps anywhere."""
+    """Synthetic days `(days, 96)`: a night level, a day level, and up to three steps anywhere.
+
+    The day level lasts from about 7 h to about 18 h.
+    """
     hours = torch.arange(QUARTER_HOURS) / 4
     start, end = (torch.tensor([[7.0], [18.0]]) + 0.5 * torch.randn(2, days, generator=generator)).unsqueeze(2)
     height = 1.5 + torch.rand(days, 1, generator=generator)
@@ -113,7 +117,7 @@ def made_up(days: int, generator: torch.Generator) -> Tensor:
 
 
 def building(folder: Path | None) -> tuple[Tensor, Tensor]:
-    """The air flow on the days of two weather years, each `(364, 96)`, in kg/s; raises FileNotFoundError."""
+    """The air flow on the days of two weather years, each `(364, 96)`, in kg/s; may raise FileNotFoundError."""
     chosen = folder or (Path(os.environ["IMPLICITLY_DATA"]) if os.environ.get("IMPLICITLY_DATA") else None)
     if chosen is None:
         raise FileNotFoundError(
@@ -132,7 +136,7 @@ def building(folder: Path | None) -> tuple[Tensor, Tensor]:
 
 
 def signals(config: Config) -> tuple[TensorDataset, TensorDataset]:
-    """Noisy and clean days `(N, 96)` to train with, and to test with, scaled by those to train with."""
+    """Noisy and clean days `(N, 96)` for training and for testing, both scaled by the training days."""
     generator = torch.Generator().manual_seed(config.seed)
     if config.signal == "hvac":
         train, test = building(config.data)
@@ -150,7 +154,7 @@ def signals(config: Config) -> tuple[TensorDataset, TensorDataset]:
 
 
 def best_weight(data: TensorDataset) -> float:
-    """The one weight of the least mean squared error, of a grid whose steps are 5 %."""
+    """The single weight with the least mean squared error, from a grid with steps of 5 %."""
     noisy, clean = data.tensors
     weights = torch.logspace(-2, 1.5, 166, base=10)
     errors = [F.mse_loss(im.prox.total_variation(noisy, w), clean) for w in weights]
@@ -158,7 +162,10 @@ def best_weight(data: TensorDataset) -> float:
 
 
 def convolutions(channels: int) -> nn.Sequential:
-    """From a signal `(B, 1, n)` to `(B, 1, n - 1)`, one number an edge, first 0; it sees 12 entries each side."""
+    """A network from a signal `(B, 1, n)` to one number per edge, `(B, 1, n - 1)`, which is 0 at first.
+
+    It sees 12 entries on each side of an edge.
+    """
     last = nn.Conv1d(channels, 1, 2)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
@@ -174,7 +181,7 @@ def convolutions(channels: int) -> nn.Sequential:
 
 
 class Denoiser(nn.Module):
-    """Total variation, with weights that start at the best single one and are learned; or no total variation."""
+    """Total variation with learned weights, which start at the best single one; or a network without it."""
 
     def __init__(self, name: Name, weight: float, config: Config) -> None:
         super().__init__()
@@ -216,18 +223,18 @@ class Training(L.LightningModule):
         self.noise = torch.Generator().manual_seed(config.seed)
 
     def train_dataloader(self) -> Batches:
-        """Made anew for each epoch, in an order of its own."""
+        """The batches of one epoch, in an order of its own."""
         seed = 1_000_003 * self.config.seed + self.current_epoch
         return Batches(self.days, torch.arange(len(self.days)), self.config.batch_size, seed)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine."""
+        """Adam, with a cosine schedule that lowers the learning rate to zero."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.epochs)
         return [optimizer], [schedule]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean squared error of one batch, with noise of its own."""
+        """The mean squared error of one batch, with freshly drawn noise."""
         clean = batch[1]
         noisy = clean + self.config.noise * torch.randn(clean.shape, generator=self.noise)
         loss = F.mse_loss(self.model(noisy), clean)
@@ -252,7 +259,7 @@ def fit(name: Name, train: TensorDataset, test: TensorDataset, weight: float, co
     if name != "one weight":
         with quiet_lightning():
             trainer = L.Trainer(
-                accelerator="cpu",  # a GPU would wait for these few numbers
+                accelerator="cpu",  # a GPU would mostly wait, with so few numbers
                 max_epochs=config.epochs,
                 reload_dataloaders_every_n_epochs=1,
                 callbacks=[TrainingBar(name.ljust(11))] if config.progress else [],
@@ -277,7 +284,7 @@ def evaluate(model: Denoiser, train: TensorDataset, test: TensorDataset) -> Resu
 
 
 def jumps_of(x: Tensor) -> float:
-    """How many neighbours differ by more than 0.01 in a signal of `(B, n)`, mean."""
+    """The mean number of neighbours that differ by more than 0.01 in the signals `(B, n)`."""
     return float((x.diff(dim=1).abs() > 0.01).float().sum(1).mean())
 
 
@@ -286,7 +293,7 @@ def jumps_of(x: Tensor) -> float:
 
 @torch.no_grad()
 def draw(results: list[Result], test: TensorDataset) -> Figure:
-    """One test day, as each denoiser sees it, with the weights of its edges under it."""
+    """Draw one test day as each denoiser sees it, with the weights of its edges under it."""
     noisy, clean = (tensor[:1] for tensor in test.tensors)
     hours = torch.arange(QUARTER_HOURS) / 4
     figure, panels = new_figures(3.9 * len(results), 4.2, len(results))
@@ -318,7 +325,7 @@ def _percent(share: float) -> str:
 
 
 def results_table(results: list[Result], test: TensorDataset, weight: float, config: Config) -> Table:
-    """The comparison, for `rich` to print."""
+    """The comparison, as a table for `rich` to print."""
     caption = (
         f"error: mean squared, relative to that of the noisy signal (noise {config.noise:g} of the signal)\n"
         f"the best single weight is {weight:.3g}; training: {config.epochs} epochs, seed {config.seed}\n"

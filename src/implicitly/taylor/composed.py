@@ -1,4 +1,4 @@
-"""Operations written in others, of which each has a rule already: they take tensors, and jets alike."""
+"""Operations composed of others that have a rule, so that they take tensors and jets alike."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Taylor-mode differentiation: power series pushed through a function, at a cost polynomial in the order.
 
-f runs once, on power series that look like tensors, and each of PyTorch's operations is replaced by its rule:
-`series.py` has the series, `rules.py` rules of elementary operations, `composed.py` operations written in those.
-Nested forward mode does the same work 2^K times for the order K (Bettencourt, Johnson and Duvenaud, "Taylor-Mode
-Automatic Differentiation for Higher-Order Derivatives in JAX", 2019).
+f runs once, on power series that look like tensors, and each of PyTorch's operations is replaced by its rule. The
+series are in `series.py`, the rules of elementary operations in `rules.py`, and operations composed of those in
+`composed.py`. Nested forward mode would do the same work 2^K times for order K (Bettencourt, Johnson and Duvenaud,
+"Taylor-Mode Automatic Differentiation for Higher-Order Derivatives in JAX", 2019).
 
-Inside, x_k is the k-th derivative over k!; what users pass and get are derivatives, as in `jax.experimental.jet`.
+Internally x_k is the k-th derivative divided by k!; users pass and get derivatives, as in `jax.experimental.jet`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from implicitly.taylor.series import Series, constant, dense, scaled, unknown
 
 
 def jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Sequence[Any]]) -> tuple[Any, tuple]:
-    """The derivatives of s -> f(x(s), ...) at s = 0 from those of s -> x(s), ..., to any order.
+    """Compute derivatives of any order of s -> f(x(s), ...) at s = 0 from those of s -> x(s), ....
 
-    The result is differentiable by autograd and `torch.func`: with respect to the primals, the series, and what f
-    depends on. Memory and time grow with the square of the order, for products with constants linearly.
+    The result is differentiable by autograd and `torch.func` with respect to the primals, the series, and what f
+    depends on. Memory and time grow with the square of the order; for products with constants, linearly.
 
     Args:
-        f: takes as many arguments as there are `primals`; made of operations on tensors that have a rule.
+        f: takes as many arguments as there are `primals`, and uses only operations on tensors that have a rule.
         primals: x(0) for each argument: a tensor, or a pytree of them.
-        series: for each argument the K derivatives x'(0), x''(0), ..., not divided by factorials, like the primal
-            in structure, shapes and dtypes.
+        series: for each argument the K derivatives x'(0), x''(0), ..., not divided by factorials, each like the
+            primal in structure, shapes and dtypes.
 
     Returns:
         f(x(0), ...) and a tuple of its K derivatives, each a pytree of tensors like it.
 
     Raises:
         ValueError, TypeError: primals and series do not fit each other.
-        NotImplementedError: f uses an operation that has no rule; it is named.
+        NotImplementedError: f uses an operation that has no rule; the message names it.
 
     Source: the convention of `jax.experimental.jet`; rules of Griewank and Walther 2008, tables 13.1 and 13.2.
     """
@@ -59,16 +59,17 @@ def jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Sequence
 
 
 def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) -> tuple[Any, ...]:
-    """The derivatives d^k y/dt^k, k = 1, ..., order, of the solution of dy/dt = f(t, y) that passes y at t.
+    """The derivatives d^k y/dt^k, k = 1, ..., order, of the solution of dy/dt = f(t, y) through y at time t.
 
-    From one call of f: as coefficient k of the solution is coefficient k - 1 of f over k, each pass over the
-    operations of f finds one more coefficient of all, and none is computed twice. Differentiable like `jet`.
+    This takes one call of f. Coefficient k of the solution is coefficient k - 1 of f over k, so each pass over the
+    operations of f finds one more coefficient of every series, and none is computed twice. Differentiable like
+    `jet`.
 
     Args:
-        f: `f(t, y)` returns dy/dt, like y in structure, shapes and dtypes; of operations that have a rule.
+        f: `f(t, y)` returns dy/dt, like y in structure, shapes and dtypes; uses only operations that have a rule.
         t: the time: a tensor that broadcasts with y as f expects it, or a number.
         y: the state at t: a tensor or a pytree of them.
-        order: how many derivatives, at least 1.
+        order: the number of derivatives, at least 1.
 
     Returns:
         `order` derivatives, each like y.
@@ -76,7 +77,7 @@ def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) ->
     Raises:
         TypeError: y holds anything but tensors.
         ValueError: order is below 1, or f returns another structure or shape than y's.
-        NotImplementedError: f uses an operation that has no rule; it is named.
+        NotImplementedError: f uses an operation that has no rule; the message names it.
 
     Source: Kelly, Bettencourt, Johnson and Duvenaud, "Learning Differential Equations that are Easy to Solve",
     NeurIPS 2020, appendix A.
@@ -102,7 +103,7 @@ def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) ->
     for k in range(1, order):
         for coefficients, derivative in zip(state, outputs):
             coefficients.append(scaled(derivative[k - 1], 1 / k))
-        for made in run.made:  # in the order of f, so that none asks for what is not there yet
+        for made in run.made:  # in the order in which f made them, so that none needs what is not there yet
             made[k]
     derivatives = [[scaled(dense(x, k), float(math.factorial(k))) for x in outputs] for k in range(order)]
     return tuple(pytree.tree_unflatten(each, spec) for each in derivatives)
@@ -115,7 +116,7 @@ def _names(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Linear in their first tensor, so that they act on each coefficient alone.
+# Linear in their first tensor, so that they act on each coefficient separately.
 _LINEAR = _names(
     """
     neg positive sum mean cumsum trace real imag conj
@@ -126,9 +127,9 @@ _LINEAR = _names(
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
     """
 )
-# Linear in several tensors at once; those without a series are constants.
+# Jointly linear in several tensors; those without a series are constants.
 _JOINTLY_LINEAR = _names("cat stack hstack vstack broadcast_tensors diff")
-# Of the value alone: what does not change with s, or jumps.
+# Functions of the value x(0) alone: what they return does not change with s, or jumps.
 _OF_VALUE = _names(
     """
     shape size dim ndim ndimension dtype device layout numel nelement len stride is_contiguous requires_grad
@@ -136,7 +137,7 @@ _OF_VALUE = _names(
     new_zeros new_ones new_empty gt lt ge le eq ne isnan isfinite isinf sign argmax argmin
     """
 )
-# What operands are called, in the order in which an operation takes them.
+# Keyword names of operands, in the order in which operations take them.
 _OPERANDS = (
     *(
         "condition",
@@ -177,7 +178,8 @@ class _Run:
 
     Args:
         order: the last coefficient that is wanted.
-        known: the last coefficient of f's arguments that is known while f runs; up to it, all are found at once.
+        known: the last coefficient of f's arguments that is known while f runs; coefficients up to it are computed
+            at once.
     """
 
     _count = itertools.count()
@@ -185,14 +187,13 @@ class _Run:
     def __init__(self, order: int, known: int):
         self.order = order
         self.known = known
-        self.level = next(
-            self._count
-        )  # that of an inner call, whose coefficients are jets of the outer, is higher
+        # The level of an inner call, whose coefficients are jets of the outer call, is higher.
+        self.level = next(self._count)
         self.made: list[Series] = []
 
 
 class _Jet(Tensor):
-    """A series with the face of a tensor, which every operation of PyTorch hands to `__torch_function__`."""
+    """A series in the guise of a tensor, which every operation of PyTorch hands to `__torch_function__`."""
 
     series: Series
     run: _Run
@@ -260,13 +261,13 @@ def _refusal(func: Any, name: str, kwargs: dict[str, Any]) -> str:
 
 
 def _run_of(arguments: Any) -> _Run:
-    """The innermost call that has a jet among the arguments; jets of others are constants to it."""
+    """The innermost run that has a jet among the arguments; the jets of other runs are constants to it."""
     runs = [x.run for x in pytree.tree_leaves(arguments) if isinstance(x, _Jet)]
     return max(runs, key=lambda run: run.level)
 
 
 def _series_of(x: Any, run: _Run) -> Any:
-    """The series of a jet of this run; a constant of anything else."""
+    """The series of a jet of this run; a constant series for anything else."""
     return x.series if isinstance(x, _Jet) and x.run is run else constant(x)
 
 
@@ -275,7 +276,7 @@ def _value(x: Any, run: _Run) -> Any:
 
 
 def _apply(rule: Callable[..., Series], *args: Any, **kwargs: Any) -> Tensor:
-    """The jet that a rule of series makes."""
+    """Apply a rule for series to jets, and return a jet."""
     run = _run_of((args, kwargs))
     args, kwargs = pytree.tree_map(
         lambda x: x.series if isinstance(x, _Jet) and x.run is run else x, (args, kwargs)
@@ -284,12 +285,12 @@ def _apply(rule: Callable[..., Series], *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _coefficientwise(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], jointly: bool = False) -> Any:
-    """A linear operation, of each coefficient of its first tensor, or `jointly` of all."""
+    """Apply a linear operation to each coefficient of its first tensor or, if `jointly`, of all its tensors."""
     run = _run_of((args, kwargs))
     flat, spec = pytree.tree_flatten((args, kwargs))
     tensors = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
     chosen = {i: _series_of(flat[i], run) for i in (tensors if jointly else tensors[:1])}
-    values = [_value(x, run) for x in flat]  # of others, as that of `expand_as`, these are all that counts
+    values = [_value(x, run) for x in flat]  # all that counts of other tensors, such as that of `expand_as`
 
     def at(k: int) -> Any:
         if k and all(x[k] is None for x in chosen.values()):
@@ -299,7 +300,7 @@ def _coefficientwise(func: Callable[..., Any], args: tuple, kwargs: dict[str, An
         return func(*args, **kwargs)
 
     first = at(0)
-    if all(flat[i] is values[i] for i in chosen):  # of constants
+    if all(flat[i] is values[i] for i in chosen):  # all are constants
         return first
     if isinstance(first, Tensor):
         return _Jet(Series(first, lambda _, k: at(k)), run)
@@ -312,7 +313,7 @@ def _coefficientwise(func: Callable[..., Any], args: tuple, kwargs: dict[str, An
 
 
 def _input(run: _Run, primal: Any, terms: Sequence[Any]) -> Any:
-    """A primal with its derivatives as jets."""
+    """A primal and its derivatives, as jets."""
     flat, spec = pytree.tree_flatten(primal)
     columns = []
     for term in terms:
@@ -339,7 +340,7 @@ def _input(run: _Run, primal: Any, terms: Sequence[Any]) -> Any:
 
 
 def _output(value: Any, run: _Run, order: int) -> tuple[Any, tuple[Any, ...]]:
-    """What f returned, as its value and derivatives."""
+    """The value and the derivatives of what f returned."""
     flat, spec = pytree.tree_flatten(value)
     for x in flat:
         if not isinstance(x, Tensor):

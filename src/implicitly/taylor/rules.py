@@ -1,6 +1,6 @@
-"""The rules of elementary operations: their series from those of their operands.
+"""The rules of elementary operations: each gives the series of the result from those of the operands.
 
-Those of products, quotients, powers and elementary functions are tables 13.1 and 13.2 of Griewank and Walther,
+The rules of products, quotients, powers and elementary functions are tables 13.1 and 13.2 of Griewank and Walther,
 "Evaluating Derivatives", 2008.
 """
 
@@ -46,7 +46,7 @@ def _divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> Series:
         raise NotImplementedError(f"jet: div has no rule for rounding_mode={rounding_mode!r}, as the result jumps")
     a, b = lifted(a, b)
 
-    def rule(v: Series, k: int) -> Coefficient:  # of v b = a
+    def rule(v: Series, k: int) -> Coefficient:  # from v b = a
         found = sum_of_products((b[j], v[k - j], -1.0) for j in range(1, k + 1))
         total = add_up([a[k], found])
         return None if total is None else total / b[0]
@@ -55,7 +55,7 @@ def _divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> Series:
 
 
 def _sqrt(u: Series) -> Series:
-    def rule(v: Series, k: int) -> Coefficient:  # of v^2 = u
+    def rule(v: Series, k: int) -> Coefficient:  # from v^2 = u
         total = add_up([u[k], sum_of_products((v[j], v[k - j], -1.0) for j in range(1, k))])
         return None if total is None else total / (2 * v[0])
 
@@ -63,11 +63,11 @@ def _sqrt(u: Series) -> Series:
 
 
 def _power(u: Series, r: float) -> Series:
-    """u^r for a number r; whole r >= 0 by products, which are right at u = 0 too."""
+    """u^r for a number r; integers r >= 0 by products, which are right at u = 0 too."""
     if float(r).is_integer() and r >= 0:
         return _whole_power(u, int(r))
 
-    def rule(v: Series, k: int) -> Coefficient:  # of u v' = r u' v
+    def rule(v: Series, k: int) -> Coefficient:  # from u v' = r u' v
         total = sum_of_products((u[j], v[k - j], (r * j - (k - j)) / k) for j in range(1, k + 1))
         return None if total is None else total / u[0]
 
@@ -75,9 +75,9 @@ def _power(u: Series, r: float) -> Series:
 
 
 def _power_of_entries(u: Series, r: Tensor) -> Series:
-    """u^r for a tensor r that is constant along s."""
+    """u^r for a tensor r that does not change with s."""
 
-    def rule(v: Series, k: int) -> Coefficient:  # of u v' = r u' v
+    def rule(v: Series, k: int) -> Coefficient:  # from u v' = r u' v
         known = [(j, u[j], v[k - j]) for j in range(1, k + 1)]
         total = add_up((r * j - (k - j)) * x * y for j, x, y in known if x is not None and y is not None)
         return None if total is None else total / (k * u[0])
@@ -134,7 +134,7 @@ def _sigmoid(u: Series) -> Series:
 
 def _softplus(u: Series, beta: float = 1.0, threshold: float = 20.0) -> Series:
     slope = _sigmoid(Series(beta * u[0], lambda _, k: scaled(u[k], beta)))
-    linear = beta * u[0] > threshold  # as PyTorch has it
+    linear = beta * u[0] > threshold  # as in PyTorch
     return from_slope(
         u,
         F.softplus(u[0], beta, threshold),
@@ -159,7 +159,7 @@ def _atan(u: Series) -> Series:
 
 
 def _sine(which: int, u: Series, hyperbolic: bool = False) -> Series:
-    # Each is the other's slope, so that both are found as one series of (sin, cos), or (sinh, cosh).
+    # Each is the other's derivative up to sign, so both are found as one series of (sin, cos), or (sinh, cosh).
     first = [u[0].sinh(), u[0].cosh()] if hyperbolic else [u[0].sin(), u[0].cos()]
 
     def slope(v: Series, k: int) -> Coefficient:
@@ -217,7 +217,7 @@ def _pow(base: Any, exponent: Any) -> Series:
 
 
 def _is_number(x: Any) -> bool:
-    """Whether x is one, or a tensor of one without derivatives of any kind, which a number would lose."""
+    """Whether x is a number, or a 0-d tensor without derivatives of any kind, which a number would lose."""
     if isinstance(x, Tensor):
         return type(x) in (Tensor, torch.nn.Parameter) and x.ndim == 0 and x.is_cpu and not is_tracked(x)
     return isinstance(x, int | float)
@@ -225,7 +225,7 @@ def _is_number(x: Any) -> bool:
 
 def _softmax(u: Series, dim: int, *, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Series:
     u = _of_dtype(u, dtype)
-    weights = _exp(_add(u, -u[0].amax(dim, keepdim=True)))  # that constant drops out
+    weights = _exp(_add(u, -u[0].amax(dim, keepdim=True)))  # this constant cancels
     return _divide(weights, each(lambda x: x.sum(dim, keepdim=True), weights))
 
 
@@ -252,7 +252,7 @@ def _pad(u: Series, pad: Sequence[int], mode: str = "constant", value: float | N
     return each(lambda x: F.pad(x, pad, mode), u)
 
 
-# By the name of an operation, which is the same for the method, the function and the operator.
+# Keyed by the name of an operation, which is the same for the method, the function and the operator.
 RULES: dict[str, Callable[..., Series]] = {
     "add": _add,
     "sub": lambda a, b, alpha=1: _add(a, b, alpha=-alpha),

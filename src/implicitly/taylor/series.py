@@ -1,6 +1,6 @@
-"""Power series whose coefficients are found one after the other, and the sums that rules for them are made of.
+"""Power series whose coefficients are computed one after the other, and the sums that their rules are made of.
 
-A function of x(s) = x_0 + x_1 s + x_2 s^2 + ... is worked out coefficient after coefficient: products are Cauchy
+A function of x(s) = x_0 + x_1 s + x_2 s^2 + ... is computed coefficient by coefficient: products are Cauchy
 products, and an elementary function v = phi(u) obeys an ordinary differential equation such as v' = v u', whose
 k-th coefficient follows from those before it (Griewank and Walther, "Evaluating Derivatives", 2008, chapter 13).
 """
@@ -17,12 +17,12 @@ Coefficient = Tensor | None  # None is zero, which costs nothing
 
 
 class Series:
-    """x_0 + x_1 s + x_2 s^2 + ...: each coefficient is found when it is asked for, from those before it.
+    """The power series x_0 + x_1 s + x_2 s^2 + ...; each coefficient is computed on demand, from those before it.
 
     Args:
         first: x_0; all others have its shape and dtype. Constants of f are series too, and may be numbers.
-        rule: `rule(x, k)` is x_k; called once for each k = 1, 2, ..., in this order. It is handed the series
-            itself, as a reference to it would be a cycle that keeps its tensors until Python looks for cycles.
+        rule: `rule(x, k)` is x_k; called once for each k = 1, 2, ..., in this order. It is passed the series
+            itself: a reference to it would be a cycle, which keeps tensors alive until Python collects cycles.
     """
 
     __slots__ = ("_known", "_rule")
@@ -37,7 +37,7 @@ class Series:
         return self._known[k]
 
     def append(self, coefficient: Coefficient) -> None:
-        """Take the next coefficient, in the shape and dtype of the first."""
+        """Append the next coefficient, in the shape and dtype of the first."""
         first = self._known[0]
         if coefficient is not None and coefficient.shape != first.shape:
             coefficient = coefficient.expand(first.shape)
@@ -62,7 +62,7 @@ def unknown(_: Series, k: int) -> Coefficient:
 
 
 def dense(x: Series, k: int) -> Tensor:
-    """Coefficient k, as a tensor where it is zero, too."""
+    """Coefficient k as a tensor, even where it is zero."""
     return torch.zeros_like(x[0]) if x[k] is None else x[k]
 
 
@@ -72,7 +72,7 @@ def scaled(x: Coefficient, factor: float) -> Coefficient:
 
 
 def add_up(terms: Iterable[Coefficient]) -> Coefficient:
-    """The sum of those that are not zero."""
+    """The sum of the terms that are not zero."""
     total = None
     for term in terms:
         total = term if total is None else total if term is None else total + term
@@ -80,7 +80,7 @@ def add_up(terms: Iterable[Coefficient]) -> Coefficient:
 
 
 def sum_of_products(triples: Iterable[tuple[Coefficient, Coefficient, float]]) -> Coefficient:
-    """The sum of a * b * factor, elementwise, over the triples (a, b, factor) in which nothing is zero."""
+    """The elementwise sum of a * b * factor over the triples (a, b, factor) in which nothing is zero."""
     total = None
     for a, b, factor in triples:
         if a is None or b is None or factor == 0:
@@ -93,12 +93,12 @@ def sum_of_products(triples: Iterable[tuple[Coefficient, Coefficient, float]]) -
 
 
 def cauchy(a: Series, b: Series, k: int) -> Coefficient:
-    """Coefficient k of a b."""
+    """Coefficient k of the product a b."""
     return sum_of_products((a[i], b[k - i], 1.0) for i in range(k + 1))
 
 
 def from_slope(u: Series, first: Tensor, slope: Callable[[Series, int], Coefficient]) -> Series:
-    """The v with v' = w u' and v_0 = `first`, where `slope(v, k)` is w_k, found from v_0 to v_k.
+    """The series v with v' = w u' and v_0 = `first`, where `slope(v, k)` computes w_k from v_0, ..., v_k.
 
     k v_k = sum_j j u_j w_{k-j}, j = 1..k.
     """
@@ -112,12 +112,12 @@ def from_slope(u: Series, first: Tensor, slope: Callable[[Series, int], Coeffici
 
 
 def each(op: Callable[[Tensor], Tensor], u: Series) -> Series:
-    """A linear operation, of each coefficient alone."""
+    """Apply a linear operation to each coefficient."""
     return Series(op(u[0]), lambda _, k: None if u[k] is None else op(u[k]))
 
 
 def jointly(op: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Series:
-    """A bilinear operation: the Cauchy product by it."""
+    """Apply a bilinear operation: a Cauchy product in which it multiplies the coefficients."""
     a, b = lifted(a, b)
 
     def rule(_: Series, k: int) -> Coefficient:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def plot_learning(
     curves: Mapping[str, Sequence[tuple[float, float]]], heading: str, below: str, label: str, unit: str
 ) -> Figure:
-    """Draw a share of mistakes against the steps of training, one line a network.
+    """Draw the share of mistakes against training steps, one line per network.
 
     Args:
         curves: by name, `(training step from 1 on, share between 0 and 1)`.
         heading, below: title, and a line of grey text.
-        label: of the vertical axis.
-        unit: of the horizontal axis.
+        label: label of the vertical axis.
+        unit: unit of the horizontal axis.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
@@ -46,14 +46,14 @@ def plot_learning(
 
 
 def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor], note: str = "") -> Figure:
-    """Draw puzzles and what networks make of them: a row a board, a column a network.
+    """Draw puzzles and what networks make of them: one row per board, one column per network.
 
     Each digit of an output is as dark as its weight. A cell whose heaviest digit is wrong is framed.
 
     Args:
         puzzles: `(count, n, n, n)`, one-hot; four zeros where blank.
         solutions: the same, without blanks.
-        outputs: by name, weights `(count, n, n, n)` between 0 and 1 of each digit in each cell.
+        outputs: by name, the weight of each digit in each cell, `(count, n, n, n)` between 0 and 1.
         note: a line of grey text below.
 
     Returns:
@@ -83,7 +83,7 @@ def plot_boards(puzzles: Tensor, solutions: Tensor, outputs: Mapping[str, Tensor
 
 
 def _draw_board(axes: Axes, weights: Tensor, clues: Tensor, wrong: Tensor) -> None:
-    """One board: `weights` `(n, n, n)`; which cells are clues, and which are wrong, bool `(n, n)`."""
+    """Draw one board: `weights` `(n, n, n)`; which cells are clues, and which are wrong, bool `(n, n)`."""
     from matplotlib.patches import Rectangle
 
     n = len(weights)
@@ -105,7 +105,7 @@ def _draw_board(axes: Axes, weights: Tensor, clues: Tensor, wrong: Tensor) -> No
 
 
 def _write_digits(axes: Axes, weights: list[float], row: int, column: int, clue: bool, wrong: bool) -> None:
-    """The heaviest digit in the middle of a cell, the others small, in corners of their own."""
+    """Write the heaviest digit in the middle of a cell, the others small, each in its own corner."""
     chosen = max(range(len(weights)), key=weights.__getitem__)
     for digit, weight in enumerate(weights):
         if weight < 0.03:

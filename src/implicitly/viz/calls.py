@@ -1,4 +1,4 @@
-"""How often a solver calls f: while it trains, and at other tolerances afterwards."""
+"""How often a solver calls f: during training, and at other tolerances afterwards."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def plot_calls(calls: Mapping[str, Sequence[float]], window: int, subtitle: str = "") -> Figure:
-    """Draw the calls of f in each training step, faint, and their mean over the steps before, bold.
+    """Draw the calls of f in each training step, faint, and their running mean, bold.
 
     Args:
         calls: by name, such as "forward", the calls in each training step from the first on.
-        window: steps that a mean goes over; at the start, as many as there are.
+        window: number of previous steps in a mean; at the start, as many as there are.
         subtitle: a line of grey text.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
 
     Raises:
-        ValueError: a line without a step, or a window without one.
+        ValueError: a line or the window has no steps.
     """
     if window < 1 or not all(len(values) for values in calls.values()):
         raise ValueError(f"expected a window of at least 1 step and at least one step a line; got {window}")

@@ -1,4 +1,4 @@
-"""How fast solvers converge: recorded, and drawn."""
+"""Record and draw how fast solvers converge."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def plot_convergence(
     """Draw relative residuals against calls of f: the median over the samples, and where 80 % of them lie.
 
     Args:
-        histories: for each solver's name, what a `ResidualRecorder` kept: tensors `(B,)`, one a call.
-        tolerance: drawn as a line, where given.
+        histories: for each solver's name, what a `ResidualRecorder` kept: tensors `(B,)`, one per call.
+        tolerance: drawn as a line, if given.
         subtitle: a line of grey text under the title.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Gradients beside what they should be."""
+"""Gradients compared with a reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def relative_difference(gradient: Tensor, reference: Tensor) -> Tensor:
-    """|gradient - reference| / max |reference|, elementwise: entries near zero are held to the same scale."""
+    """|gradient - reference| / max |reference|, elementwise, so that entries near zero have the same scale."""
     return (gradient - reference).abs() / reference.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""What differentiation costs in memory: measured, and drawn."""
+"""Measure and draw what differentiation costs in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def saved_bytes(fn: Callable[[], object]) -> int:
     """Bytes that autograd saves for the backward pass while `fn` runs.
 
-    Each storage counts once, however many operations save it, and whole, even where only a view is saved.
+    Each storage counts once, however many operations save it, and as a whole, even if only a view is saved.
     Parameters (`nn.Parameter`, and views of one) exist anyway and don't count.
 
     Args:
@@ -46,13 +46,13 @@ def saved_bytes(fn: Callable[[], object]) -> int:
 
 
 def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes that `fn` has alive at once, beyond what was alive before.
+    """Peak memory of `fn` in bytes, beyond what was alive before.
 
     Args:
         fn: for instance a training step: forward and backward. Its result is discarded.
-        device: where it runs. On CUDA the caching allocator is asked. Elsewhere the storages of the tensors
-            that come out of PyTorch's operations are followed until they die; what an operation uses only
-            inside itself, such as the workspace of a convolution, is not seen.
+        device: where it runs. On CUDA the number comes from the caching allocator. Elsewhere the storages of
+            tensors that PyTorch's operations return are tracked until they are freed; memory used only inside an
+            operation, such as the workspace of a convolution, is not seen.
 
     Returns:
         Bytes.
@@ -71,13 +71,13 @@ def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> 
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that are born while the mode is on, and have not died yet."""
+    """Counts the bytes of storages that were allocated while the mode is on, and are not freed yet."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        # A weak reference to a storage calls back when its last tensor, in Python or in C++, is gone.
+        # A weak reference to a storage calls back once its last tensor, in Python or in C++, is gone.
         self._followed: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def __torch_dispatch__(
@@ -118,7 +118,7 @@ def plot_memory(
     subtitle: str = "the same layer, differentiated in two ways",
     label: str = "solver steps",
 ) -> Figure:
-    """Draw the memory of a training step against the number of solver steps, one line an adjoint or a network.
+    """Draw the memory of a training step against the number of solver steps, one line per adjoint or network.
 
     Args:
         steps: numbers of solver steps, ascending.
@@ -126,7 +126,7 @@ def plot_memory(
         unit: bytes that make one unit of the vertical axis, for instance those of one call of f.
         unit_name: what the unit is, for the axis label.
         subtitle: a line of grey text.
-        label: of the horizontal axis.
+        label: label of the horizontal axis.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.

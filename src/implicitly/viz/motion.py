@@ -1,4 +1,4 @@
-"""Motions of mechanical systems: what becomes of their energy, and their phase portraits."""
+"""Motions of mechanical systems: the drift of their energy, and their phase portraits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def plot_energy(
     times: Mapping[str, Tensor], errors: Mapping[str, Mapping[str, Tensor]], horizon: Mapping[str, float]
 ) -> Figure:
-    """Draw how far energies have drifted by each time, one panel a system, one line a vector field.
+    """Draw how far energies have drifted by each time, one panel per system, one line per vector field.
 
     Args:
         times: for each system, `(T,)`.
-        errors: for each system and each field, `(T,)`: the error of the energy, relative to its scale, the median
-            of several motions. The line shows the largest so far, and ends where that is not finite any more.
+        errors: for each system and each field, `(T,)`: the error of the energy relative to its scale, as the
+            median of several motions. The line shows the largest so far, and ends where that is no longer finite.
         horizon: for each system, the length of the motions that were seen in training.
 
     Returns:
@@ -34,7 +34,7 @@ def plot_energy(
     }
     lines = [e[e.isfinite() & (e > 0)] for fields in so_far.values() for e in fields.values()]
     lines = [line for line in lines if len(line)]
-    # The first moments, when no field has drifted, would take most of the height.
+    # The first moments, before any field has drifted, would take up most of the height.
     bottom, top = min(float(line[len(line) // 50]) for line in lines), max(float(line[-1]) for line in lines)
     for axes, (system, fields) in zip(panels, so_far.items()):
         ends = []
@@ -54,11 +54,11 @@ def plot_energy(
 
 
 def plot_phase(motions: Mapping[str, Tensor], name: str) -> Figure:
-    """Draw the phase portraits of a system with one angle, one panel a vector field.
+    """Draw the phase portraits of a system with one angle, one panel per vector field.
 
     Args:
         motions: for each field, `(T, B, 2)`: the angle and its velocity; NaN where a motion broke off.
-        name: of the system.
+        name: name of the system.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.

@@ -1,4 +1,4 @@
-"""Convex polygons, as they are learned."""
+"""Pictures of how convex polygons are learned."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class PolytopeStage(NamedTuple):
-    """One panel: the polytope {z : G z <= h} of the plane at one time of its learning."""
+    """One panel: the polytope {z : G z <= h} of the plane at one time during its training."""
 
     title: str
     below: str  # a line in grey
     G: Tensor  # (m, 2)
     h: Tensor  # (m,)
-    projections: Tensor  # (N, 2), where it takes the points of the picture
+    projections: Tensor  # (N, 2), where it maps the points of the picture
 
 
 def vertices(G: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def vertices(G: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The vertices `(k, 2)`, where k is 0 for an empty set; and for each row of G the length of its edge, `(m,)`,
-        0 where it touches a vertex at most. Both in float64.
+        0 if it touches at most a vertex. Both in float64.
     """
     length = G.norm(dim=1)
     G, h = (G / length.unsqueeze(1)).double(), (h / length).double()
@@ -64,14 +64,14 @@ def plot_polytopes(
     points: Sequence[tuple[Tensor, Tensor]],
     reach: float,
 ) -> Figure:
-    """Draw how polygons are learned: a row for each, a panel for each stage.
+    """Draw how polygons are learned: one row per polygon, one panel per stage.
 
     The learned polygon is filled, the true one dashed; a faint line leads from each point to its projection.
 
     Args:
-        rows: the stages of each polygon, as many in each row.
-        truths: `G` and `h` of each.
-        points: for each, points `(N, 2)`, and which lie inside, bool `(N,)`.
+        rows: the stages of each polygon, the same number in each row.
+        truths: `G` and `h` of each true polygon.
+        points: for each polygon, points `(N, 2)`, and which lie inside, bool `(N,)`.
         reach: the panels show -reach to reach.
 
     Returns:

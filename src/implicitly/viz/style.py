@@ -1,4 +1,4 @@
-"""One look for all pictures."""
+"""The common look of all pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERIES = (COLOURS.main, COLOURS.warm, COLOURS.second, COLOURS.third, COLOURS.gre
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:
-    """A figure of `width` x `height` inches at 150 dots an inch, and its one empty pair of axes."""
+    """A figure of `width` x `height` inches at 150 dots per inch, and its one empty pair of axes."""
     figure, axes = new_figures(width, height, 1)
     return figure, axes[0]
 
@@ -47,7 +47,7 @@ def new_figures(width: float, height: float, columns: int) -> tuple[Figure, list
 
 
 def tidy(axes: Axes) -> None:
-    """Light grid, two spines, dark grey text."""
+    """Give axes a light grid, two spines and dark grey text."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -65,8 +65,8 @@ def label_ends(
     """Write labels to the right of where lines end, at least `gap` points apart.
 
     Args:
-        figure, axes: that hold the lines.
-        labels: `(x, y, text, colour)`, x and y in the data's coordinates.
+        figure, axes: the figure and axes with the lines.
+        labels: `(x, y, text, colour)`, x and y in data coordinates.
         gap: in points, 1/72 inch.
     """
     figure.draw_without_rendering()  # settles limits and layout
@@ -88,6 +88,6 @@ def label_ends(
 
 
 def title(axes: Axes, text: str, below: str = "") -> None:
-    """A bold title at the left, and a line in grey under it."""
+    """Write a bold title at the left, and a grey line under it."""
     axes.set_title(text, loc="left", fontsize=13, fontweight="bold", color=COLOURS.ink, pad=26)
     axes.text(0, 1.04, below, transform=axes.transAxes, fontsize=9.5, color=COLOURS.grey, va="bottom")

@@ -1,4 +1,4 @@
-"""How a training went, and what the trained classifier says."""
+"""How training went, and what the trained classifier predicts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plot_training(loss: Points, accuracy: Points, solver_steps: Points) -> Figur
 
 
 def plot_predictions(images: Tensor, labels: Tensor, predictions: Tensor, columns: int = 12) -> Figure:
-    """Draw images in a grid, each with its predicted class, and the right one where that is wrong.
+    """Draw images in a grid, each with its predicted class, and the true one where that is wrong.
 
     Args:
         images: `(count, height, width)` of grey values, or `(count, 3, height, width)` of colours in [0, 1].

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def facing(paths: Tensor, normal: Tensor, offset: float = 0.0) -> Tensor:
-    """Paths in more dimensions as seen by somebody who looks along a plane.
+    """Project paths in more dimensions onto two, as seen when looking along a plane.
 
     Args:
         paths: `(T, N, n)`.
-        normal: `(n,)`, of the plane normal . y + offset = 0.
+        normal: `(n,)`, the normal of the plane normal . y + offset = 0.
 
     Returns:
         `(T, N, 2)`: the signed distance to the plane, and the coordinate along the direction within the plane in
@@ -32,7 +32,7 @@ def facing(paths: Tensor, normal: Tensor, offset: float = 0.0) -> Tensor:
     within = paths - across.unsqueeze(-1) * unit
     flat = within.reshape(-1, paths.shape[-1])
     direction = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[0]
-    # The sign that an SVD gives is arbitrary; this one is not.
+    # The sign from an SVD is arbitrary; this choice is not.
     direction = direction * direction[direction.abs().argmax()].sign()
     return torch.stack([across + offset / length, within @ direction], dim=-1)
 
@@ -40,7 +40,7 @@ def facing(paths: Tensor, normal: Tensor, offset: float = 0.0) -> Tensor:
 def plot_flows(
     flows: Mapping[str, Tensor], labels: Tensor, subtitles: Mapping[str, str], boundary: bool = True
 ) -> Figure:
-    """Draw paths in a plane, one panel a flow: thin lines, a dot at the end of each, coloured by class.
+    """Draw paths in a plane, one panel per flow: thin lines with a dot at the end, coloured by class.
 
     Args:
         flows: by title, `(T, N, 2)`; with T = 1 only the dots are drawn.
@@ -64,7 +64,7 @@ def plot_flows(
 
 
 def _draw_paths(axes: Axes, paths: Tensor, colour: str) -> None:
-    """`paths` `(T, N, 2)` and their ends."""
+    """Draw `paths` `(T, N, 2)` and their ends."""
     from matplotlib.collections import LineCollection
 
     if len(paths) > 1:
@@ -79,13 +79,13 @@ def plot_trajectories(
     subtitles: Mapping[str, str],
     label: str = "y(t)",
 ) -> Figure:
-    """Draw one-dimensional states over time, one panel a flow, coloured by where they start.
+    """Draw one-dimensional states over time, one panel per flow, coloured by where they start.
 
     Args:
         trajectories: by title, the times `(T,)` and the states `(T, N)`.
-        targets: `(N,)` where they should end: a grey ring each.
+        targets: `(N,)`, where they should end; drawn as grey rings.
         subtitles: by title, a line of grey text.
-        label: of the vertical axis.
+        label: label of the vertical axis.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.

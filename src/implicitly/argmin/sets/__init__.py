@@ -1,3 +1,5 @@
-"""Sets and penalties, each by the nearest point of it. Where to begin reading: `project.py` (`im.project`),
-`prox.py` (`im.prox`) and `ranking.py`; one kind of set a file beside them, with its derivative.
+"""Projections onto sets and proximal maps of penalties.
+
+Start reading at `project.py` (`im.project`), `prox.py` (`im.prox`) and `ranking.py`. The other files hold one kind
+of set each, with its derivative.
 """

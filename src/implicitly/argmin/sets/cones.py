@@ -12,11 +12,11 @@ from implicitly.transforms import Operation
 
 @in_full_precision
 def second_order_cone(z: Tensor) -> Tensor:
-    """The nearest point (t, x) with |x| <= t; t is the first entry, as in SCS and Clarabel.
+    """Project onto the second-order cone |x| <= t; t is the first entry, as in SCS and Clarabel.
 
-    With z = (t, x) outside of the cone and of its polar: (t + |x|) / 2 * (1, x / |x|) (Boyd and Vandenberghe,
-    Convex Optimization, exercise 8.3). At kinks, where |x| = t or |x| = -t, and at 0, the derivative is that of
-    the cone's inside (the identity) or of the polar's (zero).
+    For z = (t, x) outside of the cone and of its polar the nearest point is (t + |x|) / 2 * (1, x / |x|) (Boyd and
+    Vandenberghe, Convex Optimization, exercise 8.3). At kinks, where |x| = t or |x| = -t, and at 0, the derivative
+    is that of the inside of the cone (the identity) or of the polar (zero).
 
     Args:
         z: `(..., n)` with n >= 1; n = 1 is the half-line t >= 0.
@@ -33,7 +33,7 @@ def _second_order(z: Tensor) -> Tensor:
     if z.shape[-1] == 1:
         return torch.where(z.detach() >= 0, z, 0.0)
     t, x = z[..., :1], z[..., 1:]
-    # A norm without overflow; scaling by a constant commutes with the projection onto a cone.
+    # Scaled so that the norm cannot overflow; scaling by a constant commutes with the projection onto a cone.
     scale = z.detach().abs().amax(-1, keepdim=True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
     t, x = t / scale, x / scale
@@ -52,20 +52,20 @@ def _second_order(z: Tensor) -> Tensor:
 
 @in_full_precision
 def psd_cone(Z: Tensor) -> Tensor:
-    """The nearest symmetric positive semidefinite matrix in the Frobenius norm, of the symmetric part of Z.
+    """Project the symmetric part of Z onto the positive semidefinite matrices, in the Frobenius norm.
 
-    With eigenvalues l and eigenvectors V of Z it is X = V max(l, 0) V'. X and X - Z are a pair of complementary
-    matrices, X (X - Z) = 0, and differentiating that gives a Lyapunov equation,
+    With the eigenvalues l and eigenvectors V of Z the projection is X = V max(l, 0) V'. X and X - Z are
+    complementary, X (X - Z) = 0, and differentiating that gives a Lyapunov equation,
 
         |Z| dX + dX |Z| = X dZ + dZ X,       |Z| = 2 X - Z,
 
     whose solution has the coefficients (l_i^+ + l_j^+) / (|l_i| + |l_j|) of Daleckii and Krein's formula (Higham,
-    Functions of Matrices, theorem 3.11), but needs no distinct eigenvalues, and is itself differentiable as a
-    solution of its equation: that gives every order. Where two eigenvalues are zero, to rounding, there is no
-    derivative, and 0 is taken for their block.
+    Functions of Matrices, theorem 3.11). It does not need distinct eigenvalues, and it can itself be
+    differentiated as the solution of its equation, which gives derivatives of every order. Where two eigenvalues
+    are zero up to rounding, there is no derivative, and their block gets 0.
 
     Args:
-        Z: `(..., n, n)`, n >= 1. One eigenvalue decomposition, O(n^3), serves value and derivatives.
+        Z: `(..., n, n)`, n >= 1. One eigenvalue decomposition, O(n^3), serves the value and the derivatives.
 
     Raises:
         TypeError: `Z` is not of a floating dtype.
@@ -118,7 +118,7 @@ class _PositivePart(Operation):
 
 
 class _Lyapunov(Operation):
-    """Y with S Y + Y S = C, for symmetric C and S >= 0, whose eigenvectors and eigenvalues are known."""
+    """Y with S Y + Y S = C, for symmetric C and S >= 0; the eigenvectors and eigenvalues of S are known."""
 
     @staticmethod
     def forward(S, C, vectors, sizes):
@@ -157,22 +157,22 @@ class _Lyapunov(Operation):
 
 # ----------------------------------------------------------------------------------------- exponential cone
 
-# Newton steps that carry the derivative: each doubles the orders that are exact, 1, 3, 7.
+# Newton steps that carry the derivatives; these are exact up to order 1, 3, 7 after one, two, three steps.
 CARRYING_STEPS = 3
-# Steps of the search; a few take 25, and bisection alone would take 60.
+# The most steps of the search; a few rows take 25, and bisection alone would take 60.
 SEARCH_STEPS = 100
 
 
 @in_full_precision
 def exponential_cone(z: Tensor) -> Tensor:
-    """The nearest point of the closure of {(x, y, z): y > 0, y exp(x / y) <= z}.
+    """Project onto the exponential cone, the closure of {(x, y, z): y > 0, y exp(x / y) <= z}.
 
-    That is the order of SCS, Clarabel and cvxpy.
+    The order of x, y and z is that of SCS, Clarabel and cvxpy.
 
-    Outside of the cone, its polar and the flat face, the answer lies on the curved surface at the slope rho = x /
-    y that solves one equation in one unknown (Friberg, "Projection onto the exponential cone: a univariate root-
-    finding problem", Optimization Methods and Software 38, 2023). A guarded Newton iteration finds rho in double
-    precision; three more Newton steps at the root, recorded by autograd, carry its derivatives up to order 7.
+    Outside of the cone, its polar and the flat face, the nearest point lies on the curved surface. Its slope
+    rho = x / y solves one equation in one unknown (Friberg, "Projection onto the exponential cone: a univariate
+    root-finding problem", Optimization Methods and Software 38, 2023). A safeguarded Newton iteration finds rho in
+    double precision; three more Newton steps at the root, recorded by autograd, carry derivatives up to order 7.
 
     Args:
         z: `(..., 3)`.
@@ -187,9 +187,10 @@ def exponential_cone(z: Tensor) -> Tensor:
 
 @in_full_precision
 def dual_exponential_cone(z: Tensor) -> Tensor:
-    """The nearest point of the closure of {(u, v, w): u < 0, -u exp(v / u) <= e w}, the dual cone.
+    """Project onto the dual of the exponential cone, the closure of {(u, v, w): u < 0, -u exp(v / u) <= e w}.
 
-    By Moreau it is z + P(-z), with P the projection onto the exponential cone. Args and errors as there.
+    By Moreau's decomposition the nearest point is z + P(-z), with the projection P onto the exponential cone.
+    Arguments and errors are those of `exponential_cone`.
     """
     _check_triples("dual_exponential_cone", z)
     return without_bad_rows(lambda z: z + _exponential(-z), z, infinite=True)
@@ -220,18 +221,18 @@ def _exponential(z: Tensor) -> Tensor:
     return torch.where(kind == CURVED, surface, other).to(dtype)
 
 
-# A point whose projection is at slope 0, which stands in for rows without a slope.
+# A point whose projection has the slope 0; it stands in for rows without a slope.
 _ON_THE_CURVE = (1.0, 1.0, 0.0)
 
 
 def _parts(rho: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """y of the projection at slope rho, and -x of the dual point; both positive at the answer."""
+    """y of the projection at slope rho, and -x of the dual point; both are positive at the solution."""
     q = rho * (rho - 1) + 1
     return ((rho - 1) * r + s) / q, (r - rho * s) / q
 
 
 def _height(rho: Tensor, scale: Tensor, r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(-scale) h(rho), increasing, zero at the answer (Friberg's theorem 2), and its derivative."""
+    """exp(-scale) h(rho), increasing and zero at the solution (Friberg's theorem 2), and its derivative."""
     q = rho * (rho - 1) + 1
     y, u = _parts(rho, r, s)
     dy, du = (r - (2 * rho - 1) * y) / q, (-s - (2 * rho - 1) * u) / q
@@ -247,7 +248,7 @@ def _on_surface(slope: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
         rho = rho - value / derivative
     rho = torch.where(slope.isfinite() & rho.detach().isfinite(), rho, slope)
     y, u = _parts(rho, r, s)
-    # Two expressions of one number; the one without a large exponential keeps its digits.
+    # Two expressions for the same number; the one without a large exponential keeps its digits.
     steep = slope > 0
     lowered = torch.where(steep, -rho, rho)
     z = torch.where(steep, t + lowered.exp() * u, lowered.exp() * y)
@@ -255,7 +256,7 @@ def _on_surface(slope: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _slope(r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """For each `(...)` the case its projection is in, and the slope rho on the curved surface (else 0)."""
+    """The case `(...)` that each projection is in, and its slope rho on the curved surface (else 0)."""
     ratio = r / torch.where(s > 0, s, 1.0)
     inside = ((s > 0) & (s * ratio.exp() <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
     against = s / torch.where(r > 0, r, 1.0)
@@ -271,7 +272,7 @@ def _slope(r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bracket(r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes between which the root lies: where both parts are positive, cut off where h has changed its sign."""
+    """Bounds on the root: the slopes where both parts are positive, narrowed to where h changes its sign."""
     low = torch.where(r > 0, 1 - s / torch.where(r > 0, r, 1.0), -float("inf"))
     high = torch.where(s > 0, r / torch.where(s > 0, s, 1.0), float("inf"))
     reach = torch.ones_like(r)
@@ -290,13 +291,13 @@ def _bracket(r: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(low: Tensor, high: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """The zero of h between `low` and `high`: Newton's step where it stays inside, else the middle."""
+    """The root of h between `low` and `high`: by Newton's steps where they stay inside, else by bisection."""
     rho, change = (low + high) / 2, high - low
     for _ in range(SEARCH_STEPS):
         value, derivative = _height(rho, rho.abs(), r, s, t)
         low, high = torch.where(value < 0, rho, low), torch.where(value > 0, rho, high)
         newton = rho - value / derivative
-        # Far out Newton moves by one at a time, and the middle is better.
+        # Far from the root Newton's steps have length one, and the midpoint is better.
         fits = (newton >= low) & (newton <= high) & (2 * (newton - rho).abs() <= change)
         new = torch.where(fits, newton, (low + high) / 2)
         found = value.abs() <= 8 * torch.finfo(r.dtype).eps * _size_of_terms(rho, r, s, t)
@@ -308,7 +309,7 @@ def _root(low: Tensor, high: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _size_of_terms(rho: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """What roundings of `_height` are relative to."""
+    """The size that rounding errors of `_height` are relative to."""
     scale, r, s = rho.abs(), r.abs(), s.abs()
     y, u = (rho - 1).abs() * r + s, r + scale * s
     return ((rho - scale).exp() * y + (-rho - scale).exp() * u) / (rho * (rho - 1) + 1) + (-scale).exp() * t.abs()

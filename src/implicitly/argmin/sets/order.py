@@ -1,4 +1,4 @@
-"""Projections onto orders: isotonic regression, and the permutahedron that follows from it."""
+"""Isotonic regression, and the projection onto the permutahedron that follows from it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from implicitly.argmin.sets.rows import (
 
 @in_full_precision
 def isotonic(z: Tensor, weights: Tensor | None = None, increasing: bool = True) -> Tensor:
-    """The nearest x with x_1 <= x_2 <= ... <= x_n, in the sum of weights * (x - z)^2.
+    """Isotonic regression: the x with x_1 <= x_2 <= ... <= x_n that minimises the sum of weights * (x - z)^2.
 
-    x is constant on blocks, with the (weighted) mean of z there. Blocks are found by merging neighbours, halves of
-    the row at a time: a half that is sorted already meets the other at one level v, x = min(x, v) on the left and
-    max(x, v) on the right, with v the root of a piecewise linear function that one sort gives. O(n log^2 n) for
-    each row, all rows and all pairs of halves at once. (That parts may be pooled first, in any order: Barlow,
-    Bartholomew, Bremner and Brunk, Statistical Inference under Order Restrictions, 1972.)
+    x is constant on blocks, where it is the (weighted) mean of z. The blocks are found by merging neighbouring
+    parts of the row, as in merge sort. Two parts that are sorted already meet at one level v: x = min(x, v) on the
+    left and max(x, v) on the right, with v the root of a piecewise linear function that one sort gives. This costs
+    O(n log^2 n) per row, and treats all rows and all pairs of parts at once. (Parts may be pooled first, in any
+    order: Barlow, Bartholomew, Bremner and Brunk, Statistical Inference under Order Restrictions, 1972.)
 
     Args:
         z: `(..., n)`.
         weights: positive, broadcast with z; None: all one.
-        increasing: False: x_1 >= x_2 >= ... instead.
+        increasing: if False, x_1 >= x_2 >= ... instead.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
@@ -56,9 +56,9 @@ def _isotonic(z: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _blocks(z: Tensor, weights: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
-    """Which block `(..., n)` int64, counted from 0, each entry of the isotonic regression is in.
+    """The block `(..., n)` int64, counted from 0, that each entry of the isotonic regression is in.
 
-    Equal neighbours share one, unless they are `apart` `(..., n - 1)` and nothing has moved them.
+    Equal neighbours share a block, unless they are `apart` `(..., n - 1)` and nothing has moved them.
     """
     n = z.shape[-1]
     if z.numel() == 0:
@@ -66,7 +66,7 @@ def _blocks(z: Tensor, weights: Tensor | None = None, apart: Tensor | None = Non
     levels = (n - 1).bit_length()
     z = z * 0.5 ** (levels + 1)  # no sum of differences overflows
     weights = torch.ones_like(z) if weights is None else weights
-    missing = 2**levels - n  # filled up by copies of the largest entry, which no block has a reason to join
+    missing = 2**levels - n  # filled with copies of the largest entry, which no block has a reason to join
     x = torch.cat([z, z.amax(-1, keepdim=True).expand(*z.shape[:-1], missing)], dim=-1)
     w = F.pad(weights, (0, missing), value=1.0)
     for level in range(levels):
@@ -80,17 +80,17 @@ def _blocks(z: Tensor, weights: Tensor | None = None, apart: Tensor | None = Non
 
 
 def _merged(x: Tensor, w: Tensor, half: int) -> Tensor:
-    """`x` `(..., 2 half)`, increasing in each half, as the isotonic regression of the whole."""
+    """The isotonic regression of `x` `(..., 2 half)`, of which each half is increasing already."""
     t, order = x.sort(dim=-1, stable=True)
     w = w.gather(-1, order)
     of_left = order < half
     left, right = torch.where(of_left, w, 0.0), torch.where(of_left, 0.0, w)
-    # Between t_k and t_(k+1): what of the left is above, and what of the right is at or below.
+    # Between t_k and t_(k+1): the weight of the left half that is above, and of the right half at or below.
     above, below = F.pad(_summed_from_behind(left)[..., 1:], (0, 1)), right.cumsum(-1)
-    # Sums of gaps, none of which is negative, keep the digits of small numbers beside large ones.
+    # Sums of gaps, none of which is negative, keep the digits of small numbers next to large ones.
     gaps = F.pad(t.diff(dim=-1), (0, 1))
     above_sum, below_sum = _summed_from_behind(gaps * above), F.pad((gaps * below).cumsum(-1)[..., :-1], (1, 0))
-    surplus = above_sum - below_sum  # at the level v = t_k; falls with k, and ends <= 0
+    surplus = above_sum - below_sum  # at the level v = t_k; decreases with k, and ends <= 0
     k = ((surplus >= 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     size = (above + below).gather(-1, k)
     low, high = t.gather(-1, k), t.gather(-1, (k + 1).clamp(max=2 * half - 1))
@@ -100,21 +100,21 @@ def _merged(x: Tensor, w: Tensor, half: int) -> Tensor:
 
 
 def _summed_from_behind(x: Tensor) -> Tensor:
-    """For each entry the sum of it and all that follow."""
+    """The sum of each entry and all that follow it."""
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
 @in_full_precision
 def permutahedron(z: Tensor, w: Tensor) -> Tensor:
-    """The nearest point of the convex hull of all permutations of w.
+    """Project onto the permutahedron, the convex hull of all permutations of w.
 
-    With z sorted downwards by sigma it is z_sigma - v, put back into its order, where v is the decreasing isotonic
-    regression of z_sigma - w sorted downwards: Blondel, Teboul, Berthet and Djolonga, "Fast Differentiable Sorting
-    and Ranking", ICML 2020, proposition 3.
+    Let sigma sort z, and let w be sorted, both in descending order. Then the nearest point is z_sigma - v, put
+    back into the order of z, where v is the decreasing isotonic regression of z_sigma - w: Blondel, Teboul,
+    Berthet and Djolonga, "Fast Differentiable Sorting and Ranking", ICML 2020, proposition 3.
 
     Args:
         z: `(..., n)`.
-        w: broadcasts with z, and gets its gradient.
+        w: broadcasts with z; differentiable.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
@@ -133,16 +133,17 @@ def nearest_permuted(z: Tensor, w: Tensor) -> Tensor:
         dim=-1, descending=True, stable=True
     )  # ties alike in every derivative, on any device
     descending = z.gather(-1, order)
-    # No block spans a gap of z larger than all of w: cut short, it hides no digits of the others.
+    # No block spans a gap of z larger than the range of w; cut short, such a gap hides no digits of the others.
     gaps = descending.detach()[..., :-1] - descending.detach()[..., 1:]
     reach = (w[..., :1] - w[..., -1:]).detach()
     falls = F.pad(torch.minimum(gaps, 2 * reach).cumsum(-1), (1, 0))
-    # Equals of z that stand at equals of w take these alike, and do so too when they part: no block is theirs.
+    # Equal entries of z that meet equal entries of w get these, and still do when they separate: they form no
+    # block.
     apart = (gaps == 0) & (w[..., :-1] == w[..., 1:]).detach()
     begins = outside(lambda s, apart: _blocks(s, None, apart), w - w[..., :1] + falls, apart).diff(dim=-1) > 0
     begins = F.pad(begins | (gaps > reach), (1, 0), value=False)
     blocks = begins.cumsum(-1)
-    # A block keeps its differences, of which digits are lost beside large numbers, and takes the mean of w.
+    # A block keeps its differences, which would lose digits next to large numbers, and takes the mean of w.
     index = torch.arange(z.shape[-1], device=z.device).expand_as(blocks)
     first = torch.where(begins, index, 0).cummax(-1).values
     own = descending - descending.detach().gather(-1, first)

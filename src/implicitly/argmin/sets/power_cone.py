@@ -11,30 +11,32 @@ from implicitly.argmin.sets.cones import CARRYING_STEPS
 from implicitly.argmin.sets.rows import check_state, outside, without_bad_rows
 from implicitly.checks import NUMBERS, check_kind
 
-# The search is for theta with |theta| below this: at its ends r is 1e-43 of what bounds it, and derivatives of
-# theta, which grow as much, are numbers in every order.
+# The search is for a theta with |theta| below this: at its ends r is 1e-43 of its bound, and derivatives of theta,
+# which grow as much, do not overflow in any order.
 REACH = 100.0
-# Halvings of that, down to rounding errors.
+# Bisections of that range, down to rounding errors.
 SEARCH_STEPS = 58
-# A bounded entry so much smaller than the others is zero: products with it are below all numbers.
+# A bounded entry so much smaller than the others counts as zero: products with it underflow.
 NOTHING = 1e-120
 
 
 def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
-    """The nearest point of {(x, t): x >= 0, x_1^a_1 ... x_k^a_k >= |t|} for exponents a > 0 that sum to one.
+    """Project onto the power cone {(x, t): x >= 0, x_1^a_1 ... x_k^a_k >= |t|}.
 
-    Outside of the cone and its polar the answer is x_i = (z_i + sqrt(z_i^2 + 4 a_i r (|t| - r))) / 2, where r, its
-    last entry but for the sign, solves one equation in one unknown (Hien, "Differential properties of Euclidean
-    projection onto power cone", Mathematical Methods of Operations Research 82, 2015, proposition 2.2). A search
-    finds r in double precision; three Newton steps there, recorded by autograd, carry derivatives up to order 7.
-    They leave r where it is: near the cone, and near its polar, rounding errors are long steps.
+    The exponents a are positive and sum to one.
+
+    Outside of the cone and its polar the nearest point is x_i = (z_i + sqrt(z_i^2 + 4 a_i r (|t| - r))) / 2, where
+    r, the absolute value of its last entry, solves one equation in one unknown (Hien, "Differential properties of
+    Euclidean projection onto power cone", Mathematical Methods of Operations Research 82, 2015, proposition 2.2).
+    A search finds r in double precision; three Newton steps there, recorded by autograd, carry derivatives up to
+    order 7. These steps do not move r: near the cone and near its polar, rounding errors would make them long.
 
     Args:
-        z: `(..., k + 1)`, the bounded entry last.
-        exponents: the k of them.
+        z: `(..., k + 1)`, the bounded entry t last.
+        exponents: a_1, ..., a_k.
 
     Raises:
-        TypeError: `z` is not of a floating dtype, or exponents are no numbers.
+        TypeError: `z` is not of a floating dtype, or exponents are not numbers.
         ValueError: exponents that are not positive or don't sum to one, or don't fit z.
     """
     _check("power_cone", z, exponents)
@@ -42,7 +44,11 @@ def power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
 
 
 def dual_power_cone(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
-    """The nearest point of the dual of `power_cone`; by Moreau z + P(-z). Args and errors as there."""
+    """Project onto the dual of the power cone.
+
+    By Moreau's decomposition the nearest point is z + P(-z), with the projection P onto the power cone. Arguments
+    and errors are those of `power_cone`.
+    """
     _check("dual_power_cone", z, exponents)
     return without_bad_rows(lambda z: z + _power(-z, exponents), z, infinite=True)
 
@@ -85,41 +91,41 @@ def _power(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
 
 
 def _on_the_curve(v: Tensor) -> Tensor:
-    """A point whose projection is at theta = 0, which stands in for rows without one."""
+    """A point whose projection has theta = 0; it stands in for rows without a theta."""
     stand_in = torch.zeros_like(v)
     stand_in[..., -1] = 1.0
     return stand_in
 
 
 def _parts(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x `(..., k)` and r `(...)` of the point at theta, log(x / r) and its derivative by theta, less than 0.
+    """x `(..., k)`, r `(...)` and log(x / r) of the point at theta, and the derivative of log(x / r), negative.
 
-    r = |t| sigmoid(theta), so that both r and |t| - r keep their digits where they are small; near the polar the
-    logarithms of x and of r have derivatives that are nearly the same, so that no r is in those of x < 0.
+    r = |t| sigmoid(theta), so that both r and |t| - r keep their digits where they are small. Near the polar the
+    logarithms of x and of r have nearly the same derivatives, so for x < 0 the factor r is cancelled from x / r.
     """
     x, t = v[..., :-1], v[..., -1:].abs()
     theta = theta.unsqueeze(-1)
     low = theta.detach() < 0
-    small = torch.where(low, theta, -theta).sigmoid()  # of one near 1 the derivative, s (1 - s), has no digits
+    small = torch.where(low, theta, -theta).sigmoid()  # near 1 the derivative s (1 - s) would lose its digits
     share, other = torch.where(low, small, 1 - small), torch.where(low, 1 - small, small)
     g = a * share * other * t.square()
     root = (x.square() + 4 * g).sqrt()
     negative = x.detach() < 0
     far = root + torch.where(negative, -x, x)
-    part = 2 * g / (root * far)  # at most a half, so that no digits are lost in the derivative
+    part = 2 * g / (root * far)  # at most a half, so that the derivative loses no digits
     slope = torch.where(negative, -share - (other - share) * part, -other + (other - share) * part)
     ratio = torch.where(negative, (2 * a * t * other).log() - far.log(), (far / 2).log() - (t * share).log())
     return torch.where(negative, 2 * g / far, far / 2), (t * share).squeeze(-1), ratio, slope
 
 
 def _excess(theta: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """log of x_1^a_1 ... x_k^a_k / r, decreasing, zero at the answer; and its derivative."""
+    """log(x_1^a_1 ... x_k^a_k / r), which decreases and is zero at the solution, and its derivative."""
     _, _, ratio, slope = _parts(theta, v, a)
     return (a * ratio).sum(-1), (a * slope).sum(-1)
 
 
 def _on_surface(theta: Tensor, rounding: Tensor, v: Tensor, a: Tensor) -> Tensor:
-    """The projection at the detached theta, where the excess is `rounding`; Newton steps carry its derivatives."""
+    """The projection at the detached theta, where the excess is `rounding`; Newton steps carry the derivatives."""
     for _ in range(CARRYING_STEPS):
         value, derivative = _excess(theta, v, a)
         theta = theta - (value - rounding) / derivative
@@ -128,7 +134,7 @@ def _on_surface(theta: Tensor, rounding: Tensor, v: Tensor, a: Tensor) -> Tensor
 
 
 def _search(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each `(...)` the case its projection is in; theta on the curved surface (else 0), and its excess."""
+    """The case `(...)` that each projection is in, theta on the curved surface (else 0), and the excess there."""
     x, t = v[..., :-1], v[..., -1].abs()
     log_t = t.log()
     inside = (x >= 0).all(-1) & ((a * x.clamp(min=0).log()).sum(-1) >= log_t)

@@ -1,18 +1,18 @@
-"""`im.project`: the nearest point of a convex set, with its exact derivative.
+"""`im.project`: Euclidean projections onto convex sets, with exact derivatives.
 
     P(z) = argmin 1/2 |x - z|^2  over x in the set
 
-Each function acts on the last dimension of `z` `(..., n)` (matrices: on the last two); leading dimensions are a
-batch, of any shape, also empty. Every parameter may be a number or a tensor and gets its gradient: one number a
-row (a radius) broadcasts with the leading dimensions of z, a vector with z itself. dtype and device in = out; of
-half precision, what lies between is computed in float32, as it is under autocast.
+Each function acts on the last dimension of `z` `(..., n)` (for matrices, on the last two); leading dimensions are
+a batch of any shape, which may be empty. Every parameter may be a number or a tensor and is differentiable: a
+number per row (a radius) broadcasts with the leading dimensions of z, a vector with z itself. The result has the
+dtype and device of z; half precision is computed in float32 internally, also under autocast.
 
-P is found by whatever finds it (a sort, a Newton iteration, an eigenvalue decomposition) outside of autograd;
-which face or case it ended in is then known, and on that face P is a smooth map of z and the parameters, written
-in operations that differentiate to any order in both modes and under `vmap`. On the boundary between two faces P
-has no derivative; the one of the face that was found is taken, which is an element of Clarke's generalised
-Jacobian. Rows that hold NaN, or an infinity that has no nearest point, are NaN, with zero gradient; no other row
-sees them.
+P is found outside of autograd, by whatever is best (a sort, a Newton iteration, an eigenvalue decomposition). That
+tells which face or case the nearest point is in, and on that face P is a smooth map of z and the parameters,
+written in operations that are differentiable to any order, in both modes and under `vmap`. On the boundary between
+two faces P has no derivative; that of the face that was found is used, which is an element of Clarke's generalised
+Jacobian. Rows that hold NaN, or an infinity that has no nearest point, give NaN with zero gradient, and do not
+affect other rows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from implicitly.argmin.sets.transport import sinkhorn
 from implicitly.host import maybe_any
 
 A_NUMBER = Must("a number", lambda x: ~x.isnan())
-# How often a projection onto an affine set is refined, and how many roundings may be left.
+# How often a projection onto an affine set is refined at most, and how many rounding errors may be left.
 REFINEMENTS = 6
 ROUNDINGS = 32
 
@@ -68,7 +68,7 @@ __all__ = [
 
 @in_full_precision
 def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) -> Tensor:
-    """The nearest point with lower <= x <= upper, entry by entry.
+    """Project onto the box lower <= x <= upper, entry by entry.
 
     Args:
         z: `(..., n)`.
@@ -84,7 +84,7 @@ def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) 
     check_values(least <= most, least - most, "box: lower must be <= upper everywhere; lower - upper")
 
     def core(z: Tensor) -> Tensor:
-        inside = torch.where(low == high, low, z)  # one point does not move with z, also where z is that point
+        inside = torch.where(low == high, low, z)  # a single point does not move with z, even if z is that point
         return torch.where(z < low, low, torch.where(z > high, high, inside))
 
     return without_bad_rows(core, z)
@@ -92,9 +92,9 @@ def box(z: Tensor, lower: Number = -float("inf"), upper: Number = float("inf")) 
 
 @in_full_precision
 def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
-    """The nearest point with x >= 0 and sum(x) = radius.
+    """Project onto the simplex x >= 0, sum(x) = radius.
 
-    x = max(z - tau, 0), with the tau that makes the sum right; found by sorting, O(n log n). Held, Wolfe and
+    x = max(z - tau, 0), with the tau that makes the sum right, which sorting finds in O(n log n). Held, Wolfe and
     Crowder, "Validation of subgradient optimization", Mathematical Programming 6 (1974); Duchi et al., ICML 2008.
 
     Args:
@@ -109,19 +109,19 @@ def simplex(z: Tensor, radius: Number = 1.0) -> Tensor:
     given, radius = radius, per_row("simplex", "radius", radius, z, must=NOT_NEGATIVE)
     check_all("simplex", "radius", given, radius, FINITE)
     shareless = ~z.detach().amax(-1, keepdim=True).isfinite()
-    if maybe_any(shareless):  # rows that have an entry of inf, or none that is finite: no point is the nearest
+    if maybe_any(shareless):  # rows with an entry of inf, or without a finite one, have no nearest point
         z = torch.where(shareless, float("nan"), z)
     return without_bad_rows(lambda z: _simplex(z, radius), z)
 
 
 def _simplex(z: Tensor, radius: Tensor) -> Tensor:
-    z = z - z.detach().amax(-1, keepdim=True)  # x does not change, and its digits are kept
+    z = z - z.detach().amax(-1, keepdim=True)  # does not change x, and keeps its digits
     sorted_z, order = z.detach().sort(-1, descending=True)
     counts = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     levels = (sorted_z.cumsum(-1) - radius.detach()) / counts
     count = (sorted_z > levels).sum(-1, keepdim=True)
     support = z.detach() > levels.gather(-1, (count - 1).clamp(min=0))
-    # Of a radius of 0 the first entry is what grows with it.
+    # For a radius of 0, the largest entry is the one that grows with it.
     support = support | ((count == 0) & (torch.arange(z.shape[-1], device=z.device) == order[..., :1]))
     z, support = torch.broadcast_tensors(z, support)
     total = torch.where(support, z, 0.0).sum(-1, keepdim=True)
@@ -131,9 +131,9 @@ def _simplex(z: Tensor, radius: Tensor) -> Tensor:
 
 @in_full_precision
 def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
-    """The nearest point with sum |x| <= radius: z itself inside, else signs of z on a projection to the simplex.
+    """Project onto the l1 ball sum |x| <= radius: z if inside, else |z| projected to the simplex, with z's signs.
 
-    Args and errors as of `simplex`, but that the radius may be infinite.
+    Arguments and errors are those of `simplex`, except that the radius may be infinite.
     """
     check_state("l1_ball", z)
     radius = per_row("l1_ball", "radius", radius, z, must=NOT_NEGATIVE)
@@ -143,30 +143,30 @@ def l1_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
 def _l1_ball(z: Tensor, radius: Tensor) -> Tensor:
     sign = z.detach().sign()
     inside = z.detach().abs().sum(-1, keepdim=True) <= radius
-    inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+    inner = torch.where(radius > 0, z, 0.0)  # the one point of a ball of radius 0 does not move with z
     return torch.where(inside, inner, sign * _simplex(sign * z, radius))
 
 
 @in_full_precision
 def l2_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
-    """The nearest point with |x| <= radius in the 2-norm: z, or radius * z / |z|.
+    """Project onto the ball |x| <= radius in the 2-norm: z if inside, else radius * z / |z|.
 
-    Args and errors as of `simplex`, but that the radius may be infinite.
+    Arguments and errors are those of `simplex`, except that the radius may be infinite.
     """
     check_state("l2_ball", z)
     radius = per_row("l2_ball", "radius", radius, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > radius
-        finite = torch.where(beyond, radius, 1.0)  # no derivative of an infinite one that is not reached
-        inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+        finite = torch.where(beyond, radius, 1.0)  # keeps an infinite radius, never reached, out of the derivative
+        inner = torch.where(radius > 0, z, 0.0)  # the one point of a ball of radius 0 does not move with z
         return torch.where(beyond, z * (finite / norm(torch.where(beyond, z, 1.0))), inner)
 
     return without_bad_rows(core, z, infinite=True)
 
 
 def norm(x: Tensor) -> Tensor:
-    """The 2-norm `(..., 1)` of rows, without overflow; a row of zeros has no finite derivative."""
+    """The 2-norm `(..., 1)` of each row, without overflow; a row of zeros has no finite derivative."""
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     return scale * (x / scale).square().sum(-1, keepdim=True).sqrt()
@@ -174,12 +174,12 @@ def norm(x: Tensor) -> Tensor:
 
 @in_full_precision
 def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
-    """The nearest point with |x_i| <= radius for every i. Args and errors as of `l2_ball`."""
+    """Project onto |x_i| <= radius for every i; arguments and errors are those of `l2_ball`."""
     check_state("linf_ball", z)
     radius = per_row("linf_ball", "radius", radius, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
-        inner = torch.where(radius > 0, z, 0.0)  # the one point of a radius of 0 does not move with z
+        inner = torch.where(radius > 0, z, 0.0)  # the one point of a ball of radius 0 does not move with z
         return torch.where(z < -radius, -radius, torch.where(z > radius, radius, inner))
 
     return without_bad_rows(core, z)
@@ -187,11 +187,11 @@ def linf_ball(z: Tensor, radius: Number = 1.0) -> Tensor:
 
 @in_full_precision
 def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
-    """The nearest point with a'x <= b: z less a * max(a'z - b, 0) / a'a.
+    """Project onto the halfspace a'x <= b: z - a * max(a'z - b, 0) / a'a.
 
     Args:
         z: `(..., n)`.
-        a: the normal, not 0 (where b >= 0 it may be: then every point is feasible), broadcasts with z.
+        a: the normal, broadcasts with z; it may be 0 only where b >= 0, so that every point is feasible.
         b: a number or a tensor that broadcasts with `(...)`.
 
     Raises:
@@ -217,21 +217,23 @@ def halfspace(z: Tensor, a: Tensor, b: Number) -> Tensor:
 
 
 def _power_of_two(rows: Tensor) -> Tensor:
-    """The size `(..., 1)` of the largest entry of each row, as a power of two, by which division does not round; 1
-    of rows of zeros."""
+    """The size of the largest entry of each row, as a power of two, `(..., 1)`; 1 for rows of zeros.
+
+    Dividing by a power of two does not round.
+    """
     size = rows.detach().abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
-    # By the mantissa: arithmetic on integer exponents is what `torch.compile` may fail to make code of.
+    # By the mantissa, since `torch.compile` may fail to generate code for arithmetic on integer exponents.
     return size / (2 * torch.frexp(size).mantissa)
 
 
 @in_full_precision
 def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """The nearest point with A x = b: z - A^+ (A z - b), with the pseudoinverse A^+.
+    """Project onto the affine set A x = b: z - A^+ (A z - b), with the pseudoinverse A^+.
 
-    The rows of A may depend on each other, as long as the equations agree; the derivative with respect to A is
-    then that along matrices of the same rank (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973). One singular
-    value decomposition of A, O(n m^2).
+    The rows of A may be linearly dependent, as long as the equations are consistent; the derivative with respect
+    to A is then the one along matrices of the same rank (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973). This
+    takes one singular value decomposition of A, O(n m^2).
 
     Args:
         z: `(..., n)`.
@@ -252,7 +254,7 @@ def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
         )
     for name, value in (("A", A), ("b", b)):
         check_values(value.isfinite(), value, f"affine: {name} must be finite")
-    # Equations are the same in every unit of each; the cutoff of singular values is not.
+    # Scaling an equation does not change it, but it does change the cutoff of singular values.
     unit = _power_of_two(A)
     A, b = A / unit, b / unit.squeeze(-1)
     inverse = torch.linalg.pinv(A)
@@ -262,8 +264,11 @@ def affine(z: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 
 def _nearest(z: Tensor, A: Tensor, b: Tensor, inverse: Tensor) -> Tensor:
-    """z - A^+ (A z - b). Once more the step changes nothing, but for what rounding errors of the pseudoinverse,
-    which are relative to the condition of A, left of it."""
+    """z - A^+ (A z - b), refined.
+
+    Repeating the step would change nothing in exact arithmetic. It removes what the rounding errors of the
+    pseudoinverse left, which grow with the condition number of A.
+    """
     left = _apply(A, z) - b
     for _ in range(REFINEMENTS):
         z = z - _apply(inverse, left)
@@ -274,7 +279,7 @@ def _nearest(z: Tensor, A: Tensor, b: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _terms(A: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    """What roundings of A x - b are relative to."""
+    """The size that rounding errors of A x - b are relative to."""
     return (_apply(A.abs(), x.abs()) + b.abs()).detach()
 
 
@@ -283,7 +288,7 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _check_consistent(A: Tensor, b: Tensor, x: Tensor, unit: Tensor) -> None:
-    """Raise ValueError where the least-squares solution `x` of A x = b, each in its `unit`, is none."""
+    """Raise ValueError if A x = b fails at its least-squares solution `x`, where each equation has its `unit`."""
     left = (_apply(A, x) - b).detach().abs()
     limit = torch.finfo(A.dtype).eps ** 0.75 * _terms(A, x, b)
     check_values(

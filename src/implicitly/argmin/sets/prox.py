@@ -1,9 +1,10 @@
-"""`im.prox`: proximal maps, with their exact derivatives.
+"""`im.prox`: proximal maps, with exact derivatives.
 
     prox(z) = argmin 1/2 |x - z|^2 + weight * g(x)
 
-Shapes, broadcasting, derivatives of every order and rows with NaN are as in `im.project`. Weights are >= 0, and
-get their gradients. With a projection P onto a set, prox of the set's support function is z - P(z) (Moreau).
+Shapes, broadcasting, derivatives of every order and rows with NaN are as in `im.project`. Weights are >= 0 and
+differentiable. If P is the projection onto a set, the proximal map of the set's support function is z - P(z)
+(Moreau).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ __all__ = ["l1", "l2", "linf", "nuclear", "total_variation"]
 
 @in_full_precision
 def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
-    """g = sum |x|: soft thresholding, sign(z) * max(|z| - weight, 0).
+    """The proximal map of g = sum |x|: soft thresholding, sign(z) * max(|z| - weight, 0).
 
     Args:
         z: `(..., n)`.
-        weight: >= 0; a number, or a tensor that broadcasts with z, one an entry.
+        weight: >= 0; a number, or a tensor that broadcasts with z, one per entry.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
@@ -46,7 +47,7 @@ def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
     weight = per_entry("prox.l1", "weight", weight, z, must=NOT_NEGATIVE)
 
     def core(z: Tensor) -> Tensor:
-        small = torch.where(weight > 0, 0.0, z)  # without a weight it is the identity, also at 0
+        small = torch.where(weight > 0, 0.0, z)  # for a weight of 0 it is the identity, also at z = 0
         return torch.where(z > weight, z - weight, torch.where(z < -weight, z + weight, small))
 
     return without_bad_rows(core, z)
@@ -54,11 +55,13 @@ def l1(z: Tensor, weight: Number = 1.0) -> Tensor:
 
 @in_full_precision
 def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
-    """g = |x| in the 2-norm (not squared), of each row: z * max(1 - weight / |z|, 0), the threshold of a group.
+    """The proximal map of g = |x|, the 2-norm (not squared) of each row: z * max(1 - weight / |z|, 0).
+
+    Also called group soft thresholding.
 
     Args:
         z: `(..., n)`, n >= 1.
-        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one a row.
+        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one per row.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
@@ -69,8 +72,8 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
 
     def core(z: Tensor) -> Tensor:
         beyond = norm(z.detach()) > weight
-        finite = torch.where(beyond, weight, 0.0)  # no derivative of an infinite one that is not reached
-        small = torch.where(weight > 0, 0.0, z)  # without a weight it is the identity, also at 0
+        finite = torch.where(beyond, weight, 0.0)  # an infinite weight, never exceeded, has no derivative
+        small = torch.where(weight > 0, 0.0, z)  # for a weight of 0 it is the identity, also at z = 0
         return torch.where(beyond, z * (1 - finite / norm(torch.where(beyond, z, 1.0))), small)
 
     return without_bad_rows(core, z, infinite=True)
@@ -78,7 +81,10 @@ def l2(z: Tensor, weight: Number = 1.0) -> Tensor:
 
 @in_full_precision
 def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
-    """g = max |x| of each row: z less its projection onto the l1 ball of radius `weight`. Args as of `l2`."""
+    """The proximal map of g = max |x| of each row: z minus its projection onto the l1 ball of radius `weight`.
+
+    Arguments are those of `l2`.
+    """
     check_state("prox.linf", z)
     per_row("prox.linf", "weight", weight, z, must=NOT_NEGATIVE)
     return without_bad_rows(lambda z: z - l1_ball(z, weight), z, infinite=True)
@@ -86,14 +92,14 @@ def linf(z: Tensor, weight: Number = 1.0) -> Tensor:
 
 @in_full_precision
 def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
-    """g = the sum of singular values: each is lowered by `weight`, at most to 0.
+    """The proximal map of the nuclear norm: each singular value is lowered by `weight`, at most to 0.
 
-    The symmetric matrix [[0, Z], [Z', 0]] has the eigenvalues +s and -s for each singular value s; thresholding
-    them by two positive parts gives derivatives that need no distinct singular values. O((n + m)^3).
+    The symmetric matrix [[0, Z], [Z', 0]] has the eigenvalues +s and -s for each singular value s. Thresholding
+    them by two positive parts gives derivatives that do not need distinct singular values. O((n + m)^3).
 
     Args:
         Z: `(..., n, m)`, n, m >= 1.
-        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one a matrix.
+        weight: >= 0; a number, or a tensor that broadcasts with `(...)`, one per matrix.
 
     Raises:
         TypeError: `Z` is not of a floating dtype.
@@ -105,14 +111,14 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
     eye = torch.eye(n + m, dtype=Z.dtype, device=Z.device)
 
     def core(Z: Tensor) -> Tensor:
-        most = 2 * Z.detach().abs().sum((-2, -1), keepdim=True)  # no singular value is half as large
+        most = 2 * Z.detach().abs().sum((-2, -1), keepdim=True)  # at least twice any singular value
         shift = torch.where(weight < most, weight, most) * eye
         padded = torch.nn.functional.pad(Z, (n, 0, 0, m))
         both = padded + padded.mT
         return (positive_part(both - shift) - positive_part(-both - shift))[..., :n, n:]
 
     def whole(Z: Tensor) -> Tensor:
-        # Without a weight it is the identity, also where singular values are 0 and have no derivative above.
+        # For a weight of 0 it is the identity, also where singular values are 0 and `core` has no derivative.
         free = weight == 0
         return core(torch.where(free, Z.detach(), Z)) + torch.where(free, Z - Z.detach(), 0.0)
 
@@ -121,16 +127,16 @@ def nuclear(Z: Tensor, weight: Number = 1.0) -> Tensor:
 
 @in_full_precision
 def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
-    """g = sum |x_(i+1) - x_i|, each with its weight: the exact piecewise constant answer ("taut string").
+    """The proximal map of g = sum |x_(i+1) - x_i|, each edge with its weight ("taut string"); it is exact.
 
-    Which edges jump, and in which direction, is found exactly (see `chain.py`: O(n log n) for each of usually
-    about 2 log2(n) rounds, all rows at once); then x is, on each constant part, the mean of z plus the weight of
-    an edge that jumps, up or down, over the length: a linear map of z and the weights.
+    Which edges jump, and in which direction, is found exactly (see `chain.py`: usually about 2 log2(n) rounds of
+    O(n log n), all rows at once). On each constant part, x is then the mean of z plus or minus the weights of the
+    edges that jump at its ends, divided by its length: a linear map of z and the weights.
 
     Args:
         z: `(..., n)`, along the chain.
-        weight: >= 0 and finite; a number, or a tensor that broadcasts with `(..., n - 1)`, one an edge:
-            weight[i] is that between entries i and i + 1. One number a row is `(..., 1)`.
+        weight: >= 0 and finite; a number, or a tensor that broadcasts with `(..., n - 1)`, one per edge:
+            weight[i] belongs to the edge between entries i and i + 1. One number per row is `(..., 1)`.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
@@ -148,7 +154,7 @@ def total_variation(z: Tensor, weight: Number | Tensor = 1.0) -> Tensor:
     def core(z: Tensor) -> Tensor:
         z = z.expand(*lead, n)
         sign = outside(jumps, z, w)
-        parts = torch.where(w.detach() > 0, sign, 1.0)  # an edge without a weight ties nothing, not even equals
+        parts = torch.where(w.detach() > 0, sign, 1.0)  # an edge of weight 0 ties nothing, not even equal entries
         return block_means(pulled(z, w, sign), None, blocks_of(parts))
 
     return without_bad_rows(core, z, infinite=True)

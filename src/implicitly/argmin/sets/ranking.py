@@ -12,14 +12,14 @@ from implicitly.argmin.sets.rows import POSITIVE, Number, check_state, in_full_p
 
 @in_full_precision
 def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
-    """Probabilities, some of them exactly 0: the projection of `z` onto the probability simplex along `dim`.
+    """Sparsemax: probabilities, some exactly 0, by projecting `z` onto the probability simplex along `dim`.
 
     Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Entries of -inf get probability 0.
 
     Raises:
         TypeError: `z` is not of a floating dtype.
         IndexError: `z` has no such dimension.
-        ValueError: nothing along `dim`.
+        ValueError: `z` has no entries along `dim`.
     """
     check_state("sparsemax", z, least=0)
     if z.movedim(dim, -1).shape[-1] == 0:
@@ -29,15 +29,17 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
 
 @in_full_precision
 def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
-    """The entries of `z` `(..., n)` sorted, but pulled towards their mean so that they have a useful derivative.
+    """Soft sorting: the sorted entries of `z` `(..., n)`, pulled towards their mean for a useful derivative.
 
-    The projection of (1, ..., n) / strength onto the hull of the permutations of z: Blondel, Teboul, Berthet and
-    Djolonga, "Fast Differentiable Sorting and Ranking", ICML 2020, with the quadratic regulariser. O(n log^2 n).
+    It is the projection of (1, ..., n) / strength onto the convex hull of the permutations of z: Blondel, Teboul,
+    Berthet and Djolonga, "Fast Differentiable Sorting and Ranking", ICML 2020, with the quadratic regulariser.
+    O(n log^2 n).
 
     Args:
         z: `(..., n)`, n >= 1.
-        strength: > 0, in one over the unit of z; a number or a tensor that broadcasts with `(...)`. As it falls to
-            0 the result becomes the sorted z (at a positive strength already, where gaps are below 1 / strength).
+        strength: > 0, in the inverse of the unit of z; a number or a tensor that broadcasts with `(...)`. As it
+            falls to 0, the result becomes the sorted z (already at a positive strength if all gaps are below
+            1 / strength).
         descending: largest first.
 
     Raises:
@@ -47,7 +49,8 @@ def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
     check_state("soft_sort", z)
     strength = _strength("soft_sort", strength, z)
     places = _ranks(z)
-    # Beyond some 1 / strength every gap of z is smaller, the result is sorted z, and nothing need overflow.
+    # From some 1 / strength on, every gap of z is smaller and the result is the sorted z: clamp, to avoid
+    # overflow.
     hardest = 4 * z.shape[-1] ** 2 * torch.finfo(z.dtype).tiny
     places = (places.flip(-1) if descending else places) / strength.clamp(min=hardest)
     return without_bad_rows(lambda z: nearest_permuted(places, z), z, infinite=True)
@@ -55,16 +58,16 @@ def soft_sort(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Te
 
 @in_full_precision
 def soft_rank(z: Tensor, strength: Number = 1.0, descending: bool = False) -> Tensor:
-    """The rank, 1 of the smallest to n of the largest, of each entry of `z` `(..., n)`, as a piecewise linear map.
+    """Soft ranking: the rank of each entry of `z` `(..., n)`, 1 for the smallest, as a piecewise linear map.
 
-    The projection of z / strength onto the hull of the permutations of (1, ..., n). Args and errors as of
-    `soft_sort`, but that `strength` is in the unit of z: ranks are exact where gaps are larger than it.
-    `descending`: rank 1 is that of the largest.
+    It is the projection of z / strength onto the convex hull of the permutations of (1, ..., n). Arguments and
+    errors are those of `soft_sort`, except that `strength` is in the unit of z: ranks are exact where gaps are
+    larger than it. With `descending`, rank 1 is that of the largest entry.
     """
     check_state("soft_rank", z)
     strength = _strength("soft_rank", strength, z)
     sign = -1.0 if descending else 1.0
-    # In the unit of z, as z / strength may be beyond all numbers.
+    # In the unit of z, as z / strength may overflow.
     return without_bad_rows(
         lambda z: nearest_permuted(sign * z, strength * _ranks(z)) / strength, z, infinite=True
     )

@@ -1,4 +1,4 @@
-"""What projections and proximal maps share: checks at the door, bad rows, averages over blocks."""
+"""What projections and proximal maps share: checks of their inputs, bad rows, averages over blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 def in_full_precision(f: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """`f`, a map of a state z, without autocast; for a z of half precision in float32, but for what it returns."""
+    """Decorate `f`, a map of z, to run without autocast; for half precision it computes in float32."""
 
     @functools.wraps(f)
     def call(z: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -40,7 +40,7 @@ def in_full_precision(f: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[C
 
 
 def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
-    """Raise TypeError / ValueError unless `z` is floating with at least `dims` dimensions, the last >= `least`."""
+    """Raise TypeError / ValueError unless z is floating, with at least `dims` dimensions, the last >= `least`."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
         came = z.dtype if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(f"{name}: z must be a tensor of real floating numbers, got {came}; convert it with .to()")
@@ -50,7 +50,7 @@ def check_state(name: str, z: Any, dims: int = 1, least: int = 1) -> None:
 
 
 def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
-    """`value`, a number or a tensor, as a tensor of z's dtype; raises TypeError / ValueError where it is none."""
+    """`value`, a number or a tensor, as a tensor of z's dtype; raises TypeError / ValueError if it is neither."""
     if not isinstance(value, Tensor):
         check_kind(name, parameter, value, NUMBERS, "a number or a tensor, got {type}")
         return torch.full((), float(value), dtype=z.dtype, device=z.device)
@@ -62,14 +62,14 @@ def as_parameter(name: str, parameter: str, value: Any, z: Tensor) -> Tensor:
 
 
 def in_view(given: Any, value: Tensor) -> Tensor:
-    """`value`, made of what was `given`, where it is looked at: a number on the host, which waits for nobody."""
+    """`value`, made from `given`, in a form to look at: a number on the host, where nobody waits for a device."""
     return value if isinstance(given, Tensor) else torch.full((), float(given), dtype=value.dtype, device="cpu")
 
 
 def per_row(name: str, parameter: str, given: Any, z: Tensor, dims: int = 1, must: Must | None = None) -> Tensor:
-    """A number for each row of `z` `(..., n)`, or matrix where `dims=2`, with the row's dimensions as ones.
+    """One number per row of `z` `(..., n)` (per matrix with `dims=2`), with size one in the row's dimensions.
 
-    Raises ValueError where one is not what it `must` be.
+    Raises ValueError if a number is not what it `must` be.
     """
     value = as_parameter(name, parameter, given, z)
     lead = z.shape[: z.ndim - dims]
@@ -94,7 +94,7 @@ def per_entry(
 ) -> Tensor:
     """Numbers that broadcast against `z` `(..., n)`, or against `(..., *entries)` where these are given.
 
-    Raises ValueError where one is not what it `must` be.
+    Raises ValueError if a number is not what it `must` be.
     """
     value = as_parameter(name, parameter, given, z)
     wanted = z.shape if entries is None else (*z.shape[:-1], *entries)
@@ -118,9 +118,10 @@ def check_broadcast(name: str, parameter: str, came: Any, wanted: Any, meaning: 
 
 
 def check_values(fine: Tensor, value: Tensor, message: str) -> None:
-    """Raise ValueError with `message`, the first of `value` where `fine`, of its shape, is false, and its place.
+    """Raise ValueError if `fine` is false anywhere, with the first such entry of `value` and its index.
 
-    Values are not looked at while a graph is made.
+    The error starts with `message`; `value` has the shape of `fine`.
+    Values are not looked at while a graph is traced.
     """
     if written_down():
         return
@@ -133,14 +134,17 @@ def check_values(fine: Tensor, value: Tensor, message: str) -> None:
 
 
 def check_all(name: str, parameter: str, given: Any, value: Tensor, must: Must | None) -> None:
-    """Raise ValueError where an entry of `value`, made of what was `given`, is not what it `must` be."""
+    """Raise ValueError if an entry of `value`, made from `given`, is not what it `must` be."""
     if must is not None and not written_down():
         value = in_view(given, value)
         check_values(must.holds(value), value, f"{name}: {parameter} must be {must.words}")
 
 
 def without_bad_rows(core: Callable[[Tensor], Tensor], z: Tensor, dims: int = 1, infinite: bool = False) -> Tensor:
-    """`core(z)`, but NaN, with zero derivative, for rows (matrices: `dims=2`) that hold NaN (or infinities)."""
+    """`core(z)`, but NaN with zero derivative for rows (matrices with `dims=2`) that hold NaN.
+
+    With `infinite`, also for rows that hold infinities.
+    """
     places = tuple(range(-dims, 0))
     bad = (z.detach().isfinite().logical_not() if infinite else z.detach().isnan()).any(dim=places, keepdim=True)
     if not maybe_any(bad):
@@ -149,7 +153,7 @@ def without_bad_rows(core: Callable[[Tensor], Tensor], z: Tensor, dims: int = 1,
 
 
 def block_means(x: Tensor, weights: Tensor | None, blocks: Tensor) -> Tensor:
-    """Of `x` `(..., n)` the (weighted) mean of its block at every entry; `blocks` `(..., n)` int64 names them."""
+    """The (weighted) mean of `x` `(..., n)` over each entry's block; `blocks` `(..., n)` int64 numbers these."""
     x, blocks = torch.broadcast_tensors(x, blocks)
     w = torch.ones_like(x) if weights is None else weights.expand_as(x)
     total = torch.zeros_like(x).scatter_add(-1, blocks, x if weights is None else w * x)
@@ -158,12 +162,12 @@ def block_means(x: Tensor, weights: Tensor | None, blocks: Tensor) -> Tensor:
 
 
 def mapped_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """`tensors`, of which `vmap` maps the dimensions `in_dims`, each with that dimension, of `size`, first."""
+    """`tensors`, each with the dimension that `vmap` maps moved to the front, or added there with `size`."""
     return [t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims)]
 
 
 def outside(f: Callable[..., Any], *tensors: Tensor) -> Any:
-    """`f(*tensors)` without derivatives, outside of every transform: what `vmap` maps is a first dimension to f.
+    """`f(*tensors)` without derivatives and outside of every transform: f sees what `vmap` maps as dimension 0.
 
     All `tensors` must have the same leading dimensions; f returns tensors, or a tuple of them, that have them too.
     """

@@ -1,4 +1,4 @@
-"""Entropic projection onto the transport polytope: Sinkhorn's fixed point in the log domain."""
+"""Entropic optimal transport: Sinkhorn's fixed point in the log domain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from implicitly.linear import Affine, LinearSolver, dense
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
-# From a temperature of the size of the costs down to the one asked for, by halves.
+# The temperature starts at the size of the costs and is halved, at most this often, down to the one asked for.
 HALVINGS = 60
 NEWTON_STEPS = 50
 TOO_COLD = (
@@ -39,22 +39,22 @@ FORBIDDEN = (
     "more finite costs, or other marginals: every plan has infinite costs for {} of them, as some rows hold more "
     "mass than all columns that they may go to"
 )
-# The largest changes along an eigenvector of the Hessian that are tried, in temperatures: where parts of the plan
-# hardly touch, Newton's step is far too long, and what is right is of the size of the costs.
+# Bounds on the change along an eigenvector of the Hessian that are tried, in units of the temperature: where parts
+# of the plan hardly touch, Newton's step is far too long, and the right one is of the size of the costs.
 STEP_LENGTHS = (0.5, 2.0, 8.0, 32.0, 128.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Solver):
-    """Sinkhorn's sweeps: the potential of the rows that fits them, given that of the columns, and so on.
+    """Sinkhorn's sweeps: update the potential of the columns, then that of the rows, to fit their sums.
 
-    `max_steps` counts sweeps after the start, which is by falling temperatures and then Newton's method.
+    `max_steps` counts the sweeps after the start, which uses decreasing temperatures and Newton's method.
     """
 
     max_steps: int = 1000
 
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
+        """No memory is needed."""
         return ()
 
     def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
@@ -64,11 +64,12 @@ class Sinkhorn(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class MinimumNorm(LinearSolver):
-    """The least-squares solution of least norm, by a singular value decomposition of the dense matrix.
+    """The minimum-norm least-squares solution, by a singular value decomposition of the dense matrix.
 
-    Where a cold plan falls into parts that hardly touch, moving mass between them takes potentials beyond any
-    number, and changes nothing: directions that the matrix takes to 0, to rounding, are left out, of the residual
-    too. That is a backward error, |b - M u| relative to |b| + |u| (Rigal and Gaches, J. ACM 14, 1967).
+    Where a plan at a low temperature falls into parts that hardly touch, moving mass between them would take
+    potentials too large to represent, and would change nothing. So directions that the matrix maps to 0, up to
+    rounding, are left out of the solution and of the residual. The residual is a backward error, |b - M u|
+    relative to |b| + |u| (Rigal and Gaches, J. ACM 14, 1967).
     """
 
     recurrent: ClassVar[bool] = False
@@ -87,12 +88,12 @@ class MinimumNorm(LinearSolver):
         return U * keep.unsqueeze(1), torch.where(keep, 1 / S, 0.0).unsqueeze(2) * V, M
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The solution; once more for the residual that rounding left."""
+        """The solution; a further step removes the residual that rounding left."""
         U, scaled, M = memory
         z = z + (scaled.mT @ (U.mT @ r.unsqueeze(2))).squeeze(2)
         left = F.b.unsqueeze(2) - M @ z.unsqueeze(2)
         left = (U @ (U.mT @ left)).squeeze(2)
-        # The largest singular value is about 1, so |z| is what rounding is relative to.
+        # The largest singular value is about 1, so rounding errors are relative to |z|.
         b_norm = row_norm(F.b).unsqueeze(1)
         size = b_norm + row_norm(z).unsqueeze(1)
         return Proposal(z, memory, left * (b_norm / torch.where(size > 0, size, 1.0)), 1)
@@ -108,23 +109,24 @@ def sinkhorn(
     linear_solver: Solver = MinimumNorm(),
     on_failure: str = "raise",
 ) -> Tensor:
-    """The plan with the row sums `row` and column sums `column` that costs least, less its entropy.
+    """The entropy-regularised optimal transport plan with the row sums `row` and column sums `column`.
 
     X >= 0 minimises <cost, X> + epsilon * sum X (log X - 1). It is the projection, in the Kullback-Leibler
     divergence, of exp(-cost / epsilon) onto the transport polytope: X_ij = exp((f_i + g_j - cost_ij) / epsilon).
-    Cuturi, "Sinkhorn Distances", NeurIPS 2013. Potentials are found in the log domain, and differentiated through
-    the condition that they are a fixed point of the sweep, which holds whatever found them: any order, both modes,
-    memory of one sweep.
+    Cuturi, "Sinkhorn Distances", NeurIPS 2013. Potentials are found in the log domain. The derivative follows from
+    the condition that they are a fixed point of the sweep, which holds however they were found: any order, both
+    modes, in the memory of one sweep.
 
     Args:
         cost: `(..., n, m)`.
         row: `(..., n)`, positive. Leading dimensions of the three broadcast.
-        column: `(..., m)`, positive, with the same sum as `row`, to the rounding of their dtypes; what they differ
-            by is taken from `row`, of which only the proportions have a derivative.
-        epsilon: > 0 in the unit of the cost; a number or a tensor that broadcasts with `(...)`.
+        column: `(..., m)`, positive, with the same sum as `row` up to the rounding of their dtypes; `row` is
+            rescaled to remove the difference, and only its proportions have a derivative.
+        epsilon: > 0, in the unit of the cost; a number or a tensor that broadcasts with `(...)`.
         solver: its tolerances are relative to the potentials (in units of epsilon).
-        linear_solver: of the derivative's systems, (n, n) a plan: `MinimumNorm`, O(n^3), or a matrix-free one such
-            as `im.GMRES()` for large, not too cold plans. Fewer rows than columns is cheaper.
+        linear_solver: for the linear systems of the derivative, (n, n) per plan: `MinimumNorm`, O(n^3), or a
+            matrix-free one such as `im.GMRES()` for large plans, if epsilon is not too small. Fewer rows than
+            columns is cheaper.
         on_failure: "raise", "warn" or "ignore" plans that do not converge; ignored ones have zero gradient.
 
     Raises:
@@ -144,7 +146,7 @@ def sinkhorn(
     p, q = p.expand(*batch, n).reshape(-1, n), q.expand(*batch, m).reshape(-1, m)
     theta = (K, p, q)
     condition = _condition(cost.dtype, on_failure)
-    # Of plans alone: what is solved for their derivative is linear.
+    # This message is about plans only: the systems solved for their derivatives are linear.
     said = replace(condition.report, message=partial(_explained, *(t.detach() for t in theta)))
     found = find(solver, replace(condition, report=said), outside(_potentials, *theta), theta)
     usable = is_usable(found.status)
@@ -159,19 +161,19 @@ def sinkhorn(
 
 
 def _in_units_of(epsilon: Tensor, cost: Tensor) -> Tensor:
-    """cost / epsilon, which where the cost is infinite does not depend on epsilon: its derivative there is 0."""
+    """cost / epsilon; where the cost is infinite it does not depend on epsilon, and its derivative is 0."""
     finite = cost.detach().isfinite()
     return torch.where(finite, torch.where(finite, cost, 0.0) / epsilon, cost)
 
 
 def _condition(dtype: torch.dtype, on_failure: str) -> Condition:
-    """That of the potentials of the rows."""
+    """The condition on the potentials of the rows."""
     how = {"relative_to_iterate": True, "sample_dims": (0, 0, 0), "examine": _examined}
     return Condition(_sweep, "sinkhorn", dtype, Report(on_failure), **how)
 
 
 def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the dtype of `cost`; raises TypeError / ValueError unless some plan has them."""
+    """Both marginals in the dtype of `cost`; raises TypeError / ValueError unless some plan has them."""
     marginals = []
     precision = max(torch.finfo(t.dtype).eps for t in (cost, row, column) if t.is_floating_point())
     for name, value, size in (("row", row, cost.shape[-2]), ("column", column, cost.shape[-1])):
@@ -204,19 +206,22 @@ def _rows(psi: Tensor, K: Tensor, p: Tensor) -> Tensor:
 
 
 def _sweep(K: Tensor, p: Tensor, q: Tensor) -> Map:
-    """The residual of the sweep. A constant may be moved from one potential to the other: the mean of phi is 0."""
+    """The residual of the sweep; as a constant may move between the potentials, the mean of phi is fixed at 0."""
 
     def residual(phi: Tensor) -> Tensor:
         moved = _rows(_columns(phi, K, q), K, p) - phi
-        # Without the means A would be singular; with -mean(phi) it is regular, and holds the mean at 0.
+        # Without the means the Jacobian would be singular; with -mean(phi) it is regular, and the mean stays at 0.
         return moved - moved.mean(1, keepdim=True) - phi.mean(1, keepdim=True)
 
     return residual
 
 
 def _examined(F: Map, found: Found) -> Found:
-    """The residual, which is by how much the logarithms of the row sums are off, may be a rounding error of large
-    potentials, and yet show in the plan."""
+    """Mark plans whose residual passed the test but is too large for the plan to be right.
+
+    The residual is the error in the logarithms of the row sums. It may be a mere rounding error of large
+    potentials, and still show in the plan.
+    """
     limit = torch.finfo(found.z.dtype).eps ** 0.4 * found.z.shape[1] ** 0.5
     off = found.residual > limit
     return found._replace(
@@ -225,7 +230,7 @@ def _examined(F: Map, found: Found) -> Found:
 
 
 def _explained(K: Tensor, p: Tensor, q: Tensor, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    """What is said of plans that `failed`."""
+    """The message about plans that `failed`."""
     remedy = REMEDY | {Status.STAGNATED: TOO_COLD}
     if len(K) == len(found.z):  # not so under `vmap`
         count = int(_is_impossible(found.z[failed], *(t[failed] for t in (K, p, q))).sum())
@@ -235,8 +240,10 @@ def _explained(K: Tensor, p: Tensor, q: Tensor, name: str, solver: Solver, found
 
 
 def _is_impossible(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Which plans `(B,)` are seen not to exist, as some rows have not enough columns that they may go to (Hall's
-    condition). Those are rows whose potentials have grown beyond all others."""
+    """Which plans `(B,)` provably do not exist, as some rows hold more mass than the columns they may go to.
+
+    (Hall's condition.) Candidates are the rows whose potentials have grown beyond all others.
+    """
     allowed = ~K.isposinf()
     order = phi.masked_fill(~allowed.any(2), torch.inf).argsort(1, descending=True)
     reached = allowed.gather(1, order.unsqueeze(2).expand_as(K)).cumsum(1) > 0
@@ -251,7 +258,7 @@ def _plan(phi: Tensor, K: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Potentials of the rows, by Newton's method on the dual at temperatures that fall to the one asked for."""
+    """Potentials of the rows, by Newton's method on the dual at temperatures decreasing to the one asked for."""
     lead, (n, m) = K.shape[:-2], K.shape[-2:]
     K, p, q = K.reshape(-1, n, m), p.reshape(-1, n), q.reshape(-1, m)
     phi = torch.zeros_like(p)
@@ -270,10 +277,10 @@ def _potentials(K: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Tensor:
-    """Newton's method on the dual, until the row sums are off by less than `accuracy`, relative to all mass.
+    """Newton's method on the dual, until the error of the row sums, relative to all mass, is below `accuracy`.
 
-    The Hessian is diag(X 1) - X diag(1 / q) X'. Of steps cut short and a sweep, the best takes the place of one
-    that does not halve the error.
+    The Hessian is diag(X 1) - X diag(1 / q) X'. A step that does not halve the error is replaced by the best of a
+    sweep and of shortened steps.
     """
     row, n = p.exp(), phi.shape[1]
     ones = torch.full((n, n), 1 / n, dtype=phi.dtype, device=phi.device)  # a constant in phi changes nothing
@@ -293,7 +300,7 @@ def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Te
         cut = ((vectors @ along.clamp(-most, most).unsqueeze(2)).squeeze(2) for most in STEP_LENGTHS)
         tries = [swept, *(phi + shorter for shorter in cut)]
         gains = torch.stack([_dual(new, K, row, q) for new in tries]).nan_to_num(-float("inf"))
-        gains[0] += 16 * torch.finfo(phi.dtype).eps * (row * phi.abs()).sum(1)  # no long step for a rounding
+        gains[0] += 16 * torch.finfo(phi.dtype).eps * (row * phi.abs()).sum(1)  # no long step for mere rounding
         best = torch.stack(tries)[gains.argmax(0), torch.arange(len(phi), device=phi.device)]
         left = (row - _plan(phi + step, K, p, q).sum(2)).abs().sum(1)
         new = torch.where((left < 0.5 * error)[:, None], phi + step, best)
@@ -302,5 +309,5 @@ def _newton(phi: Tensor, K: Tensor, p: Tensor, q: Tensor, accuracy: float) -> Te
 
 
 def _dual(phi: Tensor, K: Tensor, row: Tensor, q: Tensor) -> Tensor:
-    """What the potentials maximise, `(B,)`."""
+    """The dual objective `(B,)`, which the potentials maximise."""
     return (row * phi).sum(1) + (q.exp() * _columns(phi, K, q)).sum(1)
