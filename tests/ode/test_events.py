@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -707,3 +708,119 @@ def test_a_far_last_time_leaves_events_as_they_are(dtype):
         assert (int(far.event), int(far.event_count)) == (1, int(near.event_count))
         torch.testing.assert_close(far.t, near.t, rtol=4 * torch.finfo(dtype).eps, atol=0)
         torch.testing.assert_close(far.value[-1], near.value[-1], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- when they all happened
+
+
+@each_adjoint
+def test_the_times_of_all_bounces_have_the_derivatives_of_the_closed_form(adjoint):
+    given = tensor(2.0, 1.0, grad=True), tensor(9.81, grad=True), tensor(0.7, grad=True)
+
+    def solved(*given):
+        return im.odeint(fall, given[0], (0.0, 1.0, 3.0), *given[1:], solver=SOLVER, adjoint=adjoint, event=BOUNCE)
+
+    solution, (value, times) = solved(*given), bouncing(*given, 3.0)
+    torch.testing.assert_close(solution.event_times, torch.stack(times), rtol=1e-12, atol=0)
+    assert solution.event_indices.tolist() == [0] * 4
+    weights = tensor(1.0, -2.0, 0.5, 3.0)
+    both = [
+        (weights * t.sin()).sum() + y.cos().sum()
+        for t, y in ((solution.event_times, solution.value[-1]), (torch.stack(times), value))
+    ]
+    first = [torch.autograd.grad(x, given, create_graph=True) for x in both]
+    for a, b in zip(*first):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    second = [torch.autograd.grad(sum(x.sum() for x in g), given) for g in first]
+    for a, b in zip(*second):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda *given: solved(*given).event_times, given, check_forward_ad=True)
+    mapped = func.vmap(lambda e: solved(*given[:2], e).event_times)(tensor(0.7, 0.9))
+    torch.testing.assert_close(mapped[0], torch.stack(times), rtol=1e-9, atol=0)
+    fewer = torch.stack(bouncing(*given[:2], tensor(0.9), 3.0)[1])
+    torch.testing.assert_close(mapped[1, : len(fewer)], fewer, rtol=1e-9, atol=0)
+    assert len(fewer) < 4
+    assert mapped[1, len(fewer) :].isnan().all()
+
+
+@pytest.mark.parametrize("in_dims", [None, (0, None)])
+@each_adjoint
+def test_each_sample_has_times_of_its_own_events(adjoint, in_dims):
+    y0 = tensor([[2.0, 1.0], [0.5, 0.0], [100.0, 0.0], [1.0, -3.0], [0.4, 0.0]], grad=True)
+    gravity, restitution = tensor([9.81, 1.62, 9.81, 3.7, 9.81], grad=True), tensor(0.6, grad=True)
+    ends = [1.9, 2.0, 2.1, 1.2, 0.5]
+    t = tensor([[0.0, end] for end in ends])
+    options = {"adjoint": adjoint, "event": BOUNCE, "batch_dims": 1, "in_dims": in_dims}
+    solution = im.odeint(fall, y0, t, gravity, restitution, **options)
+    alone = [bouncing(y, g, restitution, end)[1] for y, g, end in zip(y0, gravity, ends) if y[0] < 100]
+    alone.insert(2, [])
+    assert solution.event_count.tolist() == [len(times) for times in alone]
+    assert solution.event_times.shape == solution.event_indices.shape == (max(map(len, alone)), 5)
+    for i, times in enumerate(alone):
+        for time, expected in zip(solution.event_times[:, i], times):
+            torch.testing.assert_close(time, expected, rtol=1e-12, atol=0)
+        assert solution.event_times[len(times) :, i].isnan().all()
+        assert solution.event_indices[:, i].eq(0).sum() == len(times)
+        assert solution.event_indices[len(times) :, i].eq(-1).all()
+    given = (y0, gravity, restitution)
+    found = torch.autograd.grad(solution.event_times.nansum(), given)
+    for a, b in zip(found, torch.autograd.grad(torch.stack([*itertools.chain(*alone)]).sum(), given)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@each_adjoint
+def test_times_of_events_before_a_sample_failed_are_known_and_have_no_derivative(adjoint):
+    """The second ball's bounces accumulate."""
+    y0, restitution = tensor([[2.0, 1.0], [0.1, 0.0]], grad=True), tensor(0.5)
+    options = {"adjoint": adjoint, "event": BOUNCE, "batch_dims": 1, "on_failure": "ignore"}
+    solution = im.odeint(fall, y0, (0.0, 1.0), tensor([1.0, 9.81]), restitution, **options)
+    assert solution.status.tolist() == [im.Status.CONVERGED, im.Status.STEP_UNDERFLOW]
+    first, speed = hit(y0[1].detach(), tensor(9.81))
+    expected = torch.stack([first, first + speed / 9.81, first + 1.5 * speed / 9.81])
+    torch.testing.assert_close(solution.event_times[:3, 1], expected, rtol=1e-10, atol=0)
+    assert len(solution.event_times) == int(solution.event_count[1]) > 10
+    (gradient,) = torch.autograd.grad(solution.event_times.nansum(), y0)
+    assert torch.equal(gradient, torch.zeros_like(y0))
+
+
+def test_times_of_several_events_and_the_states_there():
+    y0 = tensor(0.5, 0.3, 1.0, 0.4)
+    solution = im.odeint(lambda t, y: torch.cat([y[2:], 0 * y[2:]]), y0, (0.0, 2.0), event=(*box(0), *box(1)))
+    torch.testing.assert_close(solution.event_times, tensor(0.5, 1.5, 1.75), rtol=1e-12, atol=0)
+    assert solution.event_indices.tolist() == [1, 0, 3]
+    there = solution.interpolate(solution.event_times)
+    torch.testing.assert_close(there[[0, 1, 2], [0, 0, 1]], tensor(1.0, 0.0, 1.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(there[0, 2:], y0[2:])  # before it turns around
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_without_events_there_are_no_times_of_them(batch_dims):
+    y0 = torch.ones(3, 2, dtype=D)
+    for event in (None, im.Event(lambda t, y: y.sum(-1) + 1 if batch_dims else y.sum() + 1)):
+        solution = im.odeint(lambda t, y: -y, y0, (0.0, 1.0), batch_dims=batch_dims, event=event)
+        shape = (0, 3) if batch_dims else (0,)
+        assert solution.event_times.shape == solution.event_indices.shape == shape
+        assert (solution.event_times.dtype, solution.event_indices.dtype) == (D, torch.int64)
+
+
+def test_a_count_in_the_state_stops_after_so_many_events():
+    def turned(t, y):
+        return torch.stack([y[0], -0.8 * y[1], y[2] + 1])
+
+    bounce = im.Event(lambda t, y: torch.where(y[2] < 3, y[0], 1.0), -1, restart=turned)
+    stop = im.Event(lambda t, y: torch.where(y[2] < 3, 1.0, y[0]), -1)
+    y0 = tensor(1.0, 0.0, 0.0, grad=True)
+    f = lambda t, y: torch.stack([y[1], 0 * y[0] - 9.81, 0 * y[0]])  # noqa: E731
+    solution = im.odeint(f, y0, (0.0, 30.0), event=(bounce, stop))
+    expected = torch.stack(bouncing(y0[:2], tensor(9.81), 0.8, 2.3)[1])
+    assert solution.event_indices.tolist() == [0, 0, 0, 1]
+    assert solution.status == im.Status.EVENT
+    torch.testing.assert_close(solution.event_times, expected, rtol=1e-12, atol=0)
+    found, wanted = (torch.autograd.grad(x.sum(), y0)[0] for x in (solution.event_times, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_g_returns_is_named_once():
+    event = im.Event(lambda t, y: y)
+    with pytest.raises(ValueError, match=r"^g of event 0 must return one number a sample"):
+        im.odeint(lambda t, y: -y, torch.ones(2, dtype=D), (0.0, 1.0), event=event)

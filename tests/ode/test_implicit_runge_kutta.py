@@ -278,6 +278,21 @@ def test_a_sample_without_a_solution_ends_and_no_other():
     torch.testing.assert_close(solution.value[-1, 1], torch.tensor([-math.exp(-1)], dtype=D), rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("kind", ["to_sparse_csr", "to_sparse_coo", "to_dense"])
+def test_gradients_of_slopes_by_a_sparse_matrix(kind):
+    """Of a string of 20 masses, whose Jacobian takes the derivative of a product with the matrix."""
+    dense = torch.diag(torch.full((20,), -2.0)) + torch.diag(torch.ones(19), 1) + torch.diag(torch.ones(19), -1)
+    dense = dense.double()
+    A, y0, rate = getattr(dense, kind)(), torch.linspace(0, 1, 20, dtype=D), torch.tensor(0.7, dtype=D)
+    rate.requires_grad_()
+    solver = im.Kvaerno5(rtol=1e-9, atol=1e-11)
+    value = im.odeint(lambda t, y, rate: rate * (A @ y), y0, (0.0, 1.0), rate, solver=solver).value[-1]
+    expected = torch.linalg.matrix_exp(rate * dense) @ y0
+    found, wanted = (torch.autograd.grad(x.square().sum(), rate)[0] for x in (value, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=0)
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="stage_tolerance"):
         im.Kvaerno5(stage_tolerance=2.0)

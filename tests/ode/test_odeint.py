@@ -801,3 +801,41 @@ def test_f_may_make_its_time_a_tracked_one():
 
 def test_a_trajectory_is_written_without_the_function_it_holds():
     assert "interpolate" not in repr(im.odeint(decay, Y, (0.0, 1.0)))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_a_failure_under_vmap_carries_all_that_is_mapped(batch_dims):
+    y0, t = torch.ones(2, 3, dtype=D), torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.5, 1.0]], dtype=D)
+    t, ones = (t, 4) if batch_dims else (t[1], 2)
+
+    def solve(rate):
+        solver = im.Dopri5(max_steps=3)
+        return im.odeint(lambda t, y, rate: rate * y, y0, t, rate, batch_dims=batch_dims, solver=solver).value
+
+    with pytest.raises(im.SolverError, match="MAX_STEPS") as caught:
+        torch.func.vmap(solve)(torch.tensor([1e-3, 100.0], dtype=D))
+    solution = caught.value.solution
+    assert solution.value.shape == ((3, ones, 3) if batch_dims else (3, ones, 2, 3))
+    assert solution.status.tolist() == [0] * (ones // 2) + [im.Status.MAX_STEPS] * (ones // 2)
+    assert solution.value[:, : ones // 2].isfinite().all()
+    assert solution.value[-1, ones // 2 :].isnan().all()
+
+
+def test_a_first_step_that_times_do_not_resolve_is_named():
+    t = (1e6, 1e6 + 10.0)
+    with pytest.raises(
+        im.SolverError, match=r"float32, times there resolve no steps shorter than 0\.48.*from the start"
+    ):
+        im.odeint(lambda t, y: torch.sin(t) - y, torch.zeros(1), t)
+
+
+@pytest.mark.parametrize(("dtype", "real"), [(torch.bfloat16, torch.float32), (torch.complex128, D), (D, D)])
+def test_what_times_are_to_be_converted_to_can_be_passed(dtype, real):
+    """`t.to(y0)` would be bfloat16 or complex numbers again."""
+    y0, t, solver = torch.ones(2, dtype=dtype), torch.tensor([0.0, 1.0]).half(), im.Dopri5(rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match=r"pass t\.to\(") as caught:
+        im.odeint(lambda t, y: -y, y0, t, solver=solver)
+    passed = str(caught.value).split("pass t.to(")[1].split(")")[0]
+    converted = t.to(y0) if passed == "y0" else t.to("cpu", getattr(torch, passed.split("torch.")[1]))
+    assert converted.dtype == real
+    assert im.odeint(lambda t, y: -y, y0, converted, solver=solver).value.dtype == dtype

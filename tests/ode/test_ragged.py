@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import implicitly as im
 
@@ -54,6 +55,75 @@ def test_samples_of_fewer_times_have_the_values_and_gradients_of_solves_alone(na
             torch.testing.assert_close(gradient[i], alike[0], **near)
 
 
+@pytest.mark.parametrize("in_dims", [0, None])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_series_of_one_time_is_its_start(name, in_dims):
+    options, counts = CHOICES[name], [5, 1, 2, 1]
+    t = torch.tensor([SERIES[0], [0.7] * 5, [0.0] + [1.5] * 4, [-0.3] * 5], dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (t, Y0, RATES)]
+    sol = im.odeint(swing, leaves[1], leaves[0], leaves[2], batch_dims=1, in_dims=in_dims, **options)
+    assert torch.equal(sol.value[:, 1::2], Y0[1::2].expand(5, -1, -1))
+    assert sol.converged.all()
+    assert sol.steps[1::2].tolist() == [0, 0]
+    torch.testing.assert_close(sol.t, t[:, -1], rtol=0, atol=0)
+    gradients = torch.autograd.grad((WEIGHTS * sol.value).sum(), leaves)
+    torch.testing.assert_close(gradients[1][1::2], WEIGHTS.sum(0)[1::2])
+    assert not gradients[0][1::2].any()
+    assert not gradients[2][1::2].any()
+    others = [x[::2].detach().clone().requires_grad_() for x in leaves]
+    value = solved(*others, **options).value
+    near = {"rtol": 1e-5, "atol": 1e-7} if name == "backsolve" else {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(sol.value[:, ::2], value, **near)
+    wanted = torch.autograd.grad((WEIGHTS[:, ::2] * value).sum(), others)
+    for gradient, alike in zip(gradients, wanted):
+        torch.testing.assert_close(gradient[::2], alike, **near)
+    assert counts == [len(row.unique()) for row in t]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_series_may_be_of_one_time(name, count):
+    t, y0 = torch.arange(4.0).double()[:, None].repeat(1, count).requires_grad_(), Y0.clone().requires_grad_()
+    sol = solved(t, y0, RATES.clone().requires_grad_(), **CHOICES[name])
+    assert torch.equal(sol.value, Y0.expand(count, -1, -1))
+    assert torch.equal(torch.autograd.grad(sol.value.sum(), y0, retain_graph=True)[0], torch.ones_like(Y0) * count)
+    assert torch.equal(sol.t, t[:, 0])
+    assert sol.evaluations <= 3
+    assert torch.equal(sol.interpolate(t[:, :1].detach()), Y0[None])
+    with pytest.raises(ValueError, match="between the first and the last"):
+        sol.interpolate(t[:, :1].detach() + 0.1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_series_of_one_time_as_one_graph(traced):
+    t, y0 = PADDED.clone(), Y0.clone().requires_grad_()
+    t[1] = 0.7
+    found, wanted = (solved(t, y0, RATES, compile=compile).value for compile in (True, False))
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad((WEIGHTS * value).sum(), y0)[0] for value in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_series_of_one_time_with_events_and_times_to_be_hit():
+    seen, t, y0 = [], PADDED.clone().requires_grad_(), Y0.clone().requires_grad_()
+    with torch.no_grad():
+        t[1] = 0.5
+    solver = im.Dopri5(tstops=(0.5,), progress=seen.append)
+    sol = solved(t, y0, RATES, event=im.Event(lambda t, y, rate: y[:, 0]), solver=solver)
+    assert torch.equal(sol.value[:, 1], Y0[1].expand(5, -1))
+    assert sol.event_count[1] == 0
+    assert sol.status[1] == im.Status.CONVERGED
+    assert max(seen) == 1
+    by_t, by_y0 = torch.autograd.grad(sol.value[:, 1].sum() + sol.t[1], (t, y0))
+    assert by_t[1].tolist() == [1, 0, 0, 0, 0]
+    assert by_y0[1].tolist() == [5, 5]
+
+
+def test_a_layer_takes_series_of_one_time():
+    layer = im.nn.NeuralODE(im.nn.Autonomous(nn.Linear(2, 2).double()), batch_dims=1)
+    assert torch.equal(layer(Y0, t=PADDED[:, :1]), Y0[None])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_as_one_graph(traced):
     torch.testing.assert_close(solved(PADDED, Y0, RATES, compile=True).value, solved(PADDED, Y0, RATES).value)
@@ -84,7 +154,6 @@ def test_many_repetitions_of_a_last_time_in_float32():
 @pytest.mark.parametrize(
     ("t", "message"),
     [
-        ([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]], r"t\[1\] holds one time only, 3"),
         ([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]], r"t\[0\] and t\[1\] of sample 1 are the same .* repeats its last"),
         ([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0]], "t of sample 1 must increase throughout"),
         ([[1.0, 1.0 + 1e-7, 1.0 + 1e-7], [0.0, 1.0, 2.0]], r"t\[0\] repeats its last time 1 times, but .*float32"),
@@ -122,3 +191,12 @@ def test_times_in_disorder_are_refused_under_vmap(times):
     t = torch.tensor([[0.0, 0.5, 1.0], times])
     with pytest.raises(ValueError, match=r"for each entry that torch\.vmap maps.*batch_dims=1"):
         torch.vmap(lambda t: im.odeint(lambda t, y: -y, torch.ones(2), t).value)(t)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_lone_sample_may_repeat_its_last_time(kind):
+    value = im.odeint(lambda t, y: -y, torch.ones(1, 1), kind([[0.0, 1.0, 1.0]]), batch_dims=1).value
+    torch.testing.assert_close(
+        value[:, 0, 0], torch.tensor([1.0, 1.0, 1.0]).mul(torch.tensor([0.0, -1, -1]).exp())
+    )
+    assert im.odeint(lambda t, y: -y, torch.ones(1, 1), kind([[0.5]]), batch_dims=1).value.tolist() == [[[1.0]]]

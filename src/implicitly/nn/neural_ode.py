@@ -400,9 +400,9 @@ def _check_times(t: Any, batch_dims: int) -> None:
             [x.tolist() if isinstance(x, Tensor | np.ndarray) else x for x in t], dtype=torch.float64, device="cpu"
         )
     times = t.detach().to(torch.float64)
-    if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < 2:
-        allowed = "(T,) or (B, T)" if batch_dims else "(T,)"
-        raise ValueError(f"t must have the shape {allowed} with T >= 2, got {tuple(times.shape)}")
+    if times.ndim not in (1, 1 + batch_dims) or times.shape[-1] < (2 if times.ndim == 1 else 1):
+        allowed = "(T,) with T >= 2, or (B, T)" if batch_dims else "(T,) with T >= 2"
+        raise ValueError(f"t must have the shape {allowed}, got {tuple(times.shape)}")
     gaps = times.diff(dim=-1)
     ends = (gaps == 0) if times.ndim == 2 else torch.zeros_like(gaps, dtype=torch.bool)  # where a series has ended
     if not bool(times.isfinite().all() & ((ends | (gaps > 0)).all(-1) | (ends | (gaps < 0)).all(-1)).all()):

@@ -1,4 +1,4 @@
-"""Vector fields of mechanics: the motion that a scalar, such as a network, is the energy or the Lagrangian of."""
+"""Vector fields of mechanics, given by a scalar function, such as a network: a Hamiltonian or a Lagrangian."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
+from torch.utils import _pytree as pytree
 
 from implicitly.tree import LOW_PRECISION
 
 
 class HamiltonianField(nn.Module):
-    """dq/dt = dH/dp, dp/dt = -dH/dq: whatever H is, it stays constant along the motion.
+    """Hamiltonian dynamics: dq/dt = dH/dp, dp/dt = -dH/dq, so that H stays constant along the motion.
 
-    A vector field for `odeint`, alike with `batch_dims` 0 and 1. Its parameters are those of H. Derivatives of any
-    order go through it, so that H may be trained through a trajectory.
+    It is a vector field for `odeint`, with `batch_dims` 0 and 1 alike. Its parameters are those of H. It can be
+    differentiated to any order, so H can be trained through a trajectory. A state may also be a pair (q, p) of
+    tensors `(..., n)`, which symplectic methods such as `Leapfrog` need; these require H = T(p) + V(q).
 
     Args:
-        hamiltonian: `hamiltonian(y, *args)` maps states `(..., 2n)`, coordinates q before canonical momenta p, to
-            energies `(...)` or `(..., 1)`, each state by itself. A network needs a smooth activation, such as
-            tanh or softplus.
+        hamiltonian: `hamiltonian(y, *args)` maps states `(..., 2n)`, coordinates q followed by canonical momenta
+            p, to energies `(...)` or `(..., 1)`, each state independently. A network needs a smooth activation,
+            such as tanh or softplus.
 
     Source: Greydanus, Dzamba and Yosinski, "Hamiltonian Neural Networks", NeurIPS 2019.
     """
@@ -30,36 +32,40 @@ class HamiltonianField(nn.Module):
         super().__init__()
         self.hamiltonian = hamiltonian
 
-    def forward(self, t: Any, y: Tensor, *args: Any) -> Tensor:
-        """(dq/dt, dp/dt) at `y` `(..., 2n)`; t counts for nothing.
+    def forward(self, t: Any, y: Any, *args: Any) -> Any:
+        """(dq/dt, dp/dt) at `y`, `(..., 2n)` or a pair, in the form of `y`; t is not used.
 
         Raises:
-            ValueError: y cannot be split in two, or the energy is not one number a state.
+            ValueError: y cannot be split in two, or the energy is not one number per state.
         """
-        _check_state(y, "a coordinate q and a momentum p")
-        slope = grad(lambda y: self.energy(y, *args).sum())(y)
+        state = _joined(y)
+        _check_state(state, "a coordinate q and a momentum p")
+        slope = grad(lambda y: self.energy(y, *args).sum())(state)
         dq, dp = slope.chunk(2, dim=-1)
-        return torch.cat([dp, -dq], dim=-1)
+        if isinstance(y, Tensor):
+            return torch.cat([dp, -dq], dim=-1)
+        return pytree.tree_unflatten([dp, -dq], pytree.tree_structure(y))
 
-    def energy(self, y: Tensor, *args: Any) -> Tensor:
-        """H `(...)` at `y` `(..., 2n)`."""
-        return _scalar(self.hamiltonian(y, *args), y, "hamiltonian")
+    def energy(self, y: Any, *args: Any) -> Tensor:
+        """H `(...)` at `y`, `(..., 2n)` or a pair."""
+        state = _joined(y)
+        return _scalar(self.hamiltonian(state, *args), state, "hamiltonian")
 
 
 class LagrangianField(nn.Module):
-    """dq/dt = v, and dv/dt from d/dt dL/dv = dL/dq: M dv/dt = dL/dq - (d2L/dv dq) v with M = d2L/dv2.
+    """Lagrangian dynamics: dq/dt = v, and dv/dt from the Euler-Lagrange equation d/dt dL/dv = dL/dq.
 
-    A vector field for `odeint`, alike with `batch_dims` 0 and 1. Its parameters are those of L. It needs no
-    canonical momenta: states are coordinates and their velocities. Where M is singular the acceleration is NaN,
-    which `odeint` reports as `Status.NON_FINITE`.
+    That is M dv/dt = dL/dq - (d2L/dv dq) v with M = d2L/dv2. It is a vector field for `odeint`, with `batch_dims`
+    0 and 1 alike. Its parameters are those of L. It does not need canonical momenta: states are coordinates and
+    their velocities. Where M is singular the acceleration is NaN, which `odeint` reports as `Status.NON_FINITE`.
 
     Args:
-        lagrangian: `lagrangian(y, *args)` maps states `(..., 2n)`, coordinates q before velocities v, to `(...)`
-            or `(..., 1)`, each state by itself. A network needs an activation with second derivatives, such as
-            softplus or tanh; those of ReLU are zero.
+        lagrangian: `lagrangian(y, *args)` maps states `(..., 2n)`, coordinates q followed by velocities v, to
+            `(...)` or `(..., 1)`, each state independently. A network needs an activation with second derivatives,
+            such as softplus or tanh; those of ReLU are zero.
 
     Source: Cranmer, Greydanus, Hoyer, Battaglia, Spergel and Ho, "Lagrangian Neural Networks", 2020, equation 6; a
-    solve stands for their pseudo-inverse.
+    linear solve replaces their pseudo-inverse.
     """
 
     def __init__(self, lagrangian: Callable[..., Tensor]):
@@ -67,10 +73,10 @@ class LagrangianField(nn.Module):
         self.lagrangian = lagrangian
 
     def forward(self, t: Any, y: Tensor, *args: Any) -> Tensor:
-        """(dq/dt, dv/dt) at `y` `(..., 2n)`; t counts for nothing.
+        """(dq/dt, dv/dt) at `y` `(..., 2n)`; t is not used.
 
         Raises:
-            ValueError: y cannot be split in two, or L is not one number a state.
+            ValueError: y cannot be split in two, or L is not one number per state.
         """
         _check_state(y, "a coordinate q and a velocity v")
         velocity = y.chunk(2, dim=-1)[1]
@@ -84,7 +90,7 @@ class LagrangianField(nn.Module):
         mixed, mass = rows.movedim(0, -2).chunk(2, dim=-1)
         force = slope.chunk(2, dim=-1)[0]
         right = force - (mixed @ velocity.unsqueeze(-1)).squeeze(-1)
-        wide = torch.float32 if mass.dtype in LOW_PRECISION else mass.dtype  # as a solve needs it
+        wide = torch.float32 if mass.dtype in LOW_PRECISION else mass.dtype  # as the linear solve needs
         acceleration, singular = torch.linalg.solve_ex(mass.to(wide), right.unsqueeze(-1).to(wide))
         acceleration = torch.where(singular[..., None] != 0, float("nan"), acceleration.squeeze(-1))
         return torch.cat([velocity, acceleration.to(y.dtype)], dim=-1)
@@ -106,6 +112,17 @@ class LagrangianField(nn.Module):
         return grad(lambda y: self._value(y, *args).sum())(y)
 
 
+def _joined(y: Any) -> Tensor:
+    """`y`, or the tensors of a pair (q, p) side by side; raises ValueError for what is neither."""
+    if isinstance(y, Tensor):
+        return y
+    flat = pytree.tree_leaves(y)
+    if len(flat) != 2 or not all(isinstance(x, Tensor) and x.ndim for x in flat) or flat[0].shape != flat[1].shape:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in flat]
+        raise ValueError(f"y must be a tensor (..., 2n), or a pair (q, p) of tensors (..., n), got {shapes}")
+    return torch.cat(flat, dim=-1)
+
+
 def _check_state(y: Tensor, pairs: str) -> None:
     if y.ndim == 0 or y.shape[-1] == 0 or y.shape[-1] % 2:
         raise ValueError(
@@ -115,7 +132,7 @@ def _check_state(y: Tensor, pairs: str) -> None:
 
 
 def _scalar(value: Tensor, y: Tensor, name: str) -> Tensor:
-    """`value` `(...)` or `(..., 1)` of states `y` `(..., 2n)`, as `(...)`."""
+    """The `value` `(...)` or `(..., 1)` of states `y` `(..., 2n)`, in the shape `(...)`."""
     batch = y.shape[:-1]
     if value.shape == (*batch, 1):
         return value.squeeze(-1)

@@ -25,6 +25,7 @@ from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph
 from implicitly.ode.hybrid import HybridStepper
 from implicitly.ode.integrate import (
+    USUAL,
     Bound,
     Ended,
     Integrated,
@@ -60,8 +61,9 @@ from implicitly.transforms import (
     unwrapped,
 )
 
-# Where in `Integrated` the times are that samples got to.
+# Where in `Integrated` the times are that samples got to; and where in what `_Trajectory` gives those of events.
 REACHED = Integrated._fields.index("t")
+EVENTS = USUAL + len(Taken._fields)
 
 # At most so many steps, and steps from states of so many bytes together, are pulled back through at once.
 AT_ONCE = 4
@@ -156,7 +158,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             with torch.no_grad():
                 return work.run(*inputs), work.calls
         output = _Trajectory.apply(work, *inputs)
-        return Integrated(*output[: len(Integrated._fields)]), work.calls
+        return Integrated(*output[:USUAL], *output[EVENTS:]), work.calls
 
 
 @dataclass
@@ -166,7 +168,7 @@ class Work:
     With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
     `keep` is as of `Condition`. `known` is what it finds, the states got to, and the calls that took, where it has
     been done before. `failed` says whether any sample failed, and `warns` whether to warn of those that make a
-    gradient NaN.
+    gradient NaN. `most` is how many events any sample had.
     """
 
     method: Method
@@ -185,11 +187,17 @@ class Work:
     snapshot: Callable[[], Callable[[], AbstractContextManager[None]]] = _unnoted
     failed: bool = False
     warns: bool = False
+    most: int = 0
 
     @property
     def hybrid(self) -> bool:
         """Whether steps end elsewhere than at times known; the times got to are then differentiable."""
         return bool(self.events or self.method.tstops or self.arc_length)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where in what `_Trajectory` gives is what has a derivative: `outputs`."""
+        return (0, REACHED, EVENTS)[: 3 if self.events else 2 if self.hybrid else 1]
 
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
@@ -212,6 +220,8 @@ class Work:
         known, self.known = self.known, None  # as an output of autograd's it would refer to this
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
+        if found.event_times is not None:
+            self.most = found.event_times.shape[1]
         # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
         usual = not bool(to_host(found.status).any())  # all CONVERGED, which is 0
         self.failed = not usual and not bool(is_success(found.status).all())
@@ -303,18 +313,27 @@ class Work:
     def outputs(
         self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor
     ) -> tuple[Tensor, ...]:
-        """The values `(B, T, n)` of noted steps, by plain differentiable operations, and where `hybrid` the times
-        `(B,)` they got to; 0 for failed samples."""
+        """The values `(B, T, n)` of noted steps, by plain differentiable operations; where `hybrid` the times
+        `(B,)` they got to; and where events are watched their times `(B, K)`, 0 behind the last. 0 for failed
+        samples."""
         inputs = (times, y0, *theta)
         if (self.failed or len(y0) == 0) and not maybe_any(ended.finished):
-            shape = (len(y0), times.shape[1], y0.shape[1])
-            none = (y0.new_zeros(shape), times.new_zeros(shape[0]))[: 2 if self.hybrid else 1]
-            return tuple(constant(x, inputs) for x in none)
+            values, *others = self.shapes(times, y0)
+            return tuple(constant(x, inputs) for x in (y0.new_zeros(values), *map(times.new_zeros, others)))
         work, steps, good, (times, y0, *rest) = self._of_good(steps, ended, inputs)
         host = on_host(times, *steps)
-        values, t = replay(work.stepper(host, times, *rest), unstacked(steps, host), y0, good)
+        stepper, most = work.stepper(host, times, *rest), self.most
+        values, t, events = replay(stepper, unstacked(steps, host), y0, good, most)
         values = torch.where(ended.finished[:, None, None], values, 0.0)
-        return (values,) if t is None else (values, torch.where(ended.finished, t, 0.0))
+        if t is None:
+            return (values,)
+        t = torch.where(ended.finished, t, 0.0)
+        return (values, t, torch.where(ended.finished[:, None], events, 0.0)) if self.events else (values, t)
+
+    def shapes(self, times: Tensor, y0: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Those of `outputs`."""
+        batch, count = len(y0), 3 if self.events else 2 if self.hybrid else 1
+        return ((batch, times.shape[1], y0.shape[1]), (batch,), (batch, self.most))[:count]
 
     def joined(self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
         """`outputs` as one tensor, each flattened, one behind the other."""
@@ -385,17 +404,17 @@ class _Trajectory(Operation):
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Any:
         # Parameters as they are, not detached: they would have to be exchanged in every call.
         found = work.run(times.detach(), y0.detach(), k0, *theta)
-        return *found, *(work.record or Record()).stacked(times)
+        events = () if found.event_times is None else found[USUAL:]
+        return *found.usual, *(work.record or Record()).stacked(times), *events
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.work, times, y0, _, *theta = inputs
         ctx.restored = ctx.work.snapshot()
-        status, t, steps = output[1], output[REACHED], output[len(Integrated._fields) :]
+        status, t, steps = output[1], output[REACHED], output[USUAL:EVENTS]
         ctx.save_for_backward(status, *steps, t, times, y0, *theta)
         ctx.save_for_forward(status, *steps, t, times, y0, *theta)
-        differentiable = (0, REACHED) if ctx.work.hybrid else (0,)
-        ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in differentiable))
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in ctx.work.places))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -405,10 +424,9 @@ class _Trajectory(Operation):
         _, times, y0, _, *theta = asked(ctx)
         wanted = [i for i, needed in enumerate((times, y0, *theta)) if needed]
         gradients: list[Tensor | None] = [None] * (2 + len(theta))
-        bars, (ended, steps, inputs) = [cotangents[0], cotangents[REACHED]], _saved(ctx.saved_tensors)
+        bars, (ended, steps, inputs) = [cotangents[i] for i in ctx.work.places], _saved(ctx.saved_tensors)
         if any(g is not None for g in bars):
-            batch, count, n = len(inputs[1]), inputs[0].shape[1], inputs[1].shape[1]
-            shapes = ((batch, count, n), (batch,))[: 2 if ctx.work.hybrid else 1]
+            shapes = ctx.work.shapes(*inputs[:2])
             # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
             with ctx.restored(), full_precision(inputs[1].device.type):
@@ -429,11 +447,10 @@ class _Trajectory(Operation):
             directions = tuple(d for d in moves if d is not None)
             of_moving = of_places(partial(ctx.work.joined, steps, ended), inputs, moving)
             moved = push(of_moving, tuple(inputs[i] for i in moving), directions)
-        out: list[Tensor | None] = [None] * (len(Integrated._fields) + len(Taken._fields))
-        shape = (len(inputs[1]), inputs[0].shape[1], inputs[1].shape[1])
-        out[0] = moved[: math.prod(shape)].reshape(shape)
-        if ctx.work.hybrid:
-            out[REACHED] = moved[math.prod(shape) :]
+        out: list[Tensor | None] = [None] * (EVENTS + (2 if ctx.work.events else 0))
+        shapes = ctx.work.shapes(*inputs[:2])
+        for i, shape, part in zip(ctx.work.places, shapes, moved.split([math.prod(shape) for shape in shapes])):
+            out[i] = part.reshape(shape)
         return tuple(out)
 
     @staticmethod
@@ -463,7 +480,7 @@ class _Trajectory(Operation):
 
         mapped = replace(work, field=field, sample_dims=None, key=None)  # a graph is of f, not of the mapped one
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
-        work.calls, work.failed = mapped.calls, mapped.failed
+        work.calls, work.failed, work.most = mapped.calls, mapped.failed, mapped.most
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
@@ -489,24 +506,15 @@ def sweep(
     g: Tensor,
     *reached: Tensor,
 ) -> list[Tensor]:
-    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, and
-    `(B,)` of the times reached where states carry those."""
+    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, `(B,)` of
+    the times `reached` where states carry those, and `(B, K)` of those of events where these are watched."""
     (times, y0, *theta), failed = inputs, work.failed and maybe_any(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
     sums = {i: torch.zeros_like(inputs[i]) for i in shared}
-    # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
-    # What was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and
-    # as a parameter: each would get the gradient of both.
-    leaves = [
-        x
-        if i > 1 and stays(x, inputs) and (x.requires_grad or i not in shared)
-        else x.detach().requires_grad_(i in shared)
-        for i, x in enumerate(inputs)
-    ]
-    record = work.record
+    leaves, record, host = _leaves(inputs, shared), work.record, on_host(times)
     assert record is not None
-    host = on_host(times)
+    reached, clocks = reached[:1], None if len(reached) < 2 else _clock_bars(stacked, reached[1])
     steps, plain = unstacked(stacked, host), work.stepper(host, times, *theta)
     stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
     y_bar, memory_bar = g[:, -1], None
@@ -522,13 +530,14 @@ def sweep(
         start = (state.y, *state.memory)
         start = (finite_start(x, ended.finished) for x in start) if failed else start
         y, *memory = (x.detach().requires_grad_() for x in start)
-        after, pieces = _recorded(stepper, steps[begin:stop], State(y, tuple(memory)))
+        after, pieces, shown = _recorded(stepper, steps[begin:stop], State(y, tuple(memory)))
+        ticks = [] if clocks is None else list(zip(shown, clocks[:, begin:stop].split(1, dim=1)))
         stop = begin
         if memory_bar is None:
             memory_bar = [torch.zeros_like(m) for m in after.memory]
             memory_bar[len(memory_bar) - len(reached) :] = [x.unsqueeze(1) for x in reached]
-        outputs = [after.y, *after.memory, *(p.values for p in pieces)]
-        bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces)]
+        outputs = [after.y, *after.memory, *(p.values for p in pieces), *(t for t, _ in ticks)]
+        bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces), *(bar for _, bar in ticks)]
         y_bar, *found = pulled(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
         memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
@@ -542,14 +551,41 @@ def sweep(
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
 
 
+def _leaves(inputs: tuple[Tensor, ...], shared: list[int]) -> list[Tensor]:
+    """What stands for the inputs (times, y0, theta), of which a derivative is wanted by the `shared` ones.
+
+    Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice. What
+    was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and as a
+    parameter: each would get the gradient of both.
+    """
+    return [
+        x
+        if i > 1 and stays(x, inputs) and (x.requires_grad or i not in shared)
+        else x.detach().requires_grad_(i in shared)
+        for i, x in enumerate(inputs)
+    ]
+
+
 @torch.enable_grad()
-def _recorded(stepper: Stepper, steps: list[Taken], state: State) -> tuple[State, list[Piece]]:
-    """Where noted `steps` from `state` lead, and the outputs that they pass, with a graph of both."""
+def _recorded(stepper: Stepper, steps: list[Taken], state: State) -> tuple[State, list[Piece], list[Tensor]]:
+    """Where noted `steps` from `state` lead, the outputs that they pass, and the last tensor that a method or
+    clock carries after each, with a graph of all."""
     pieces: list[Piece] = []
+    carried: list[Tensor] = []
     for taken in steps:
         _, state, passed = again(stepper, taken, state)
         pieces += passed
-    return state, pieces
+        carried += state.memory[-1:]
+    return state, pieces, carried
+
+
+def _clock_bars(stacked: tuple[Tensor, ...], g: Tensor) -> Tensor:
+    """The cotangents `(B, N)` of the times at the ends of noted steps, for those `g` `(B, K)` of events."""
+    happens = Taken(*stacked).ends > 0
+    if not g.shape[1]:
+        return g.new_zeros(happens.shape)
+    place = (happens.cumsum(1) - 1).clamp(min=0, max=g.shape[1] - 1)
+    return torch.where(happens, g.gather(1, place), 0.0)
 
 
 def _at_once(y0: Tensor) -> int:
@@ -576,8 +612,8 @@ def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[In
     start = (times, problem.y0, problem.k0, *problem.theta)
     if any(is_batched(x) for x in start):
         # Nothing can be decided here, so that all that is mapped is solved as one batch first.
-        output, fields = _Trajectory.apply(work, *(x.detach() for x in start)), len(Integrated._fields)
-        found, steps = Integrated(*output[:fields]), output[fields:]
+        output = _Trajectory.apply(work, *(x.detach() for x in start))
+        found, steps = Integrated(*output[:USUAL], *output[EVENTS:]), output[USUAL:EVENTS]
         ended = Ended(found.status, found.t.detach())
     else:
         # The search for an event is not to be recorded, only the steps that it leads to.
@@ -592,7 +628,11 @@ def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[In
     values, *t = work.outputs(steps, ended, times, problem.y0, *theta)
     values = torch.where(ended.finished[:, None, None], values, found.values.detach())
     reached = torch.where(ended.finished, t[0], ended.t) if t else found.t
-    return found._replace(values=values, t=reached), work.calls
+    found = found._replace(values=values, t=reached)
+    if found.event_times is not None and found.event_indices is not None:
+        known = ended.finished[:, None] & (found.event_indices >= 0)
+        found = found._replace(event_times=torch.where(known, t[1], found.event_times.detach()))
+    return found, work.calls
 
 
 def _listened(x: Tensor, tell: Callable[[Sequence[Tensor]], None]) -> Tensor:

@@ -18,7 +18,7 @@ from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
-from implicitly.ode.integrate import Bound, Ended, Integrated, Stepper, finite_start, march, stand_ins
+from implicitly.ode.integrate import USUAL, Bound, Ended, Integrated, Stepper, finite_start, march, stand_ins
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
@@ -138,7 +138,7 @@ class _Backsolve(Operation):
         adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor
     ):
         # Parameters as they are, not detached: they would have to be exchanged in every call.
-        return tuple(work.run(times.detach(), y0.detach(), k0, *theta))
+        return work.run(times.detach(), y0.detach(), k0, *theta).usual
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -157,9 +157,8 @@ class _Backsolve(Operation):
         gradients: list[Tensor | None] = [None] * (2 + len(theta))
         g = cotangents[0]
         if g is not None:
-            count = len(Integrated._fields)
             saved = ctx.saved_tensors  # once: checkpointing lets them be had a single time
-            found, inputs = Integrated(*saved[:count]), list(saved[count:])
+            found, inputs = Integrated(*saved[:USUAL]), list(saved[USUAL:])
             if any(is_wrapped(x) for x in (g, *inputs)):
                 _refuse("a transform of torch.func")
             with torch.no_grad(), ctx.restored(), full_precision(g.device.type):
@@ -229,7 +228,7 @@ def _of_finished(
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
     # Eagerly: a graph would be made for each number of samples that failed.
     eager = replace(work, key=None, as_graph=False)
-    alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found)), None, part, wanted, g[rows])
+    alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found.usual)), None, part, wanted, g[rows])
     for place, i in enumerate(wanted):
         if (d := dims[i]) is not None:
             alone[place] = torch.zeros_like(inputs[i]).index_copy(d, rows, alone[place])
@@ -286,6 +285,8 @@ class Backwards:
             rows = stand_ins(self.finished, self.finished | (found.steps > 0))
             values = torch.where(self.finished[:, None, None], self.values, y0[rows].unsqueeze(1))
             self.values, self.times = finite_start(values, self.finished), self.times[rows]
+        if bool((alone := self.times[:, :1] == self.times[:, -1:]).any()):  # of one time: no step passed an output
+            self.values = torch.where(alone.unsqueeze(2), self.values[:, :1], self.values)
         self.shared = shared = [i - 2 for i in wanted if i > 1]
         self.sums: list[Tensor] = []  # the gradients by the shared theta, once there are some
         joint = bool(shared) and not adjoint.seminorm

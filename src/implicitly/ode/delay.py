@@ -32,7 +32,7 @@ from implicitly.ode.piecewise import KnotRecorder, Piecewise, knots
 from implicitly.ode.problem import Problem, series_of, times_of
 from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
-from implicitly.ode.solve import Trajectory, check_choices, tell
+from implicitly.ode.solve import Trajectory, check_choices, each_in_turn, tell
 from implicitly.ode.stiffness import Halt
 from implicitly.solution import Status, is_success
 from implicitly.transforms import full_precision, is_cpu, unhooked
@@ -424,6 +424,7 @@ class Chain:
         found, layout = self.found, self.delayed.layout
         assert found is not None
         each, times = layout.per_sample, self.delayed.times
+        event_times, event_indices = each_in_turn(found, layout)
         return Trajectory(
             self.at(times),
             each(found.status),
@@ -435,6 +436,8 @@ class Chain:
             interpolate=self.interpolate,
             event=each(found.event),
             event_count=each(found.event_count),
+            event_times=event_times,
+            event_indices=event_indices,
         )
 
     def at(self, t: Tensor) -> Any:

@@ -17,10 +17,13 @@ class Event:
     """Something that happens where a number changes its sign along a trajectory.
 
     An event happens where g reaches 0 or passes it, after the first time. Where g is 0 at the start, or after a
-    restart, the sign just after counts: a ball that leaves the floor does not hit it. It is looked for at the ends
-    of every accepted step and at a few points between, so two changes of sign much closer than a step can be
-    missed; `dt_max` of the method shortens the steps. Where restarts follow each other so fast that rounding does
-    not tell them apart, as the bounces of a ball do in the end, the sample ends as `Status.STEP_UNDERFLOW`.
+    restart, the sign just after counts: a ball that leaves the floor does not hit it, and where a restart takes
+    the g of another event over 0, that one does not happen. It is looked for at the ends of every accepted step
+    and at a few points between, so two changes of sign much closer than a step can be missed; `dt_max` of the
+    method shortens the steps. Where restarts follow each other so fast that rounding does not tell them apart, as
+    the bounces of a ball do in the end, the sample ends as `Status.STEP_UNDERFLOW`, and has no gradient, not even
+    of the events before. To stop earlier, let a component of y count, which `restart` increases: with it, g of the
+    bounce may be `torch.where(count < 3, height, 1.0)`, and that of an event without restart the opposite.
 
     Args:
         g: `g(t, y, *args)` is one number a sample: 0-d for one system, `(B,)` with `batch_dims=1`, in the dtype of

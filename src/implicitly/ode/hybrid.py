@@ -73,8 +73,8 @@ class HybridStepper(Stepper):
 
     @cached_property
     def sign(self) -> Array:
-        """In which direction `(B,)` time goes."""
-        return library(self.end).sign(self.end - self.begin)
+        """In which direction `(B,)` time goes; forward where it stands still."""
+        return library(self.end).where(self.end >= self.begin, filled(self.end, 1.0), -1.0)
 
     def ahead(self, t: Array) -> tuple[Array, Array]:
         """Where `(B,)` the next step from t must end at the latest, and whether that is before the end."""

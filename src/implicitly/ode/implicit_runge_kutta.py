@@ -11,6 +11,7 @@ Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -449,7 +450,12 @@ def _attached_once(F: Field, stage: Stage, z: Tensor, limit_gib: float) -> Tenso
     slope = F(stage.moment, leaf)
     length = stage.length.detach() if isinstance(stage.length, Tensor) else stage.length
     moment = stage.moment.detach()
-    J = _rows(slope, leaf) if rows else jacobian(F, moment, z.detach(), limit_gib).detach()
+    if rows:
+        J = _rows(slope, leaf)
+    else:
+        # What nobody differentiates needs no transform, under which some operations fail, as on sparse matrices.
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else torch.no_grad():
+            J = jacobian(F, moment, z.detach(), limit_gib).detach()
     return z.detach() + _times(inverse_of(J, length), stage.base + stage.length * slope - z.detach())
 
 

@@ -23,7 +23,7 @@ from implicitly.iterate import DROP_BELOW, repeat, some_dropped, where_rows
 from implicitly.ode.control import first_step, rms_norm, shortest_step
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.problem import Field
-from implicitly.ode.record import Record, State, Taken
+from implicitly.ode.record import Record, State, Taken, spread
 from implicitly.solution import Status, is_running, is_success
 from implicitly.transforms import is_batched, is_cpu, is_tracked
 
@@ -67,7 +67,8 @@ class Carry(NamedTuple):
 class Integrated(NamedTuple):
     """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`.
 
-    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did.
+    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did. Where events
+    are watched, `event_times` and `event_indices` `(B, K)` tell of all of them, NaN and -1 behind a sample's last.
     """
 
     values: Tensor
@@ -79,6 +80,17 @@ class Integrated(NamedTuple):
     length: Tensor
     event: Tensor
     event_count: Tensor
+    event_times: Tensor | None = None
+    event_indices: Tensor | None = None
+
+    @property
+    def usual(self) -> tuple[Tensor, ...]:
+        """What a solve without events has, too."""
+        return tuple(x for x in self[:USUAL] if x is not None)
+
+
+# So many fields does a solve without events have.
+USUAL = Integrated._fields.index("event_times")
 
 
 @dataclass
@@ -168,10 +180,13 @@ class Stepper:
         length = clamped(length, None, method.dt_max)
         zeros, status = filled(span, 0, "int64"), None
         finite = None if seen_finite else finite_rows(y.detach(), k.detach())
+        ones = filled(length, 1.0)
         if finite is not None and (maybe_any(~finite) or len(y) == 0):  # without samples, none is running
             status = xp.where(finite, int(Status.RUNNING), filled(zeros, int(Status.NON_FINITE)))
+        if maybe_any(there := span == 0):  # of one time only
+            status = filled(zeros, int(Status.RUNNING)) if status is None else status
+            status = xp.where(there & is_running(status), int(Status.CONVERGED), status)
         memory = method.start(self.bound.F, t, y, k)
-        ones = filled(length, 1.0)
         before = (ones,) if method.dt is None and method.controller.derivative else ()
         return Carry(y, memory, t, length, ones, status, zeros, zeros, before=before)
 
@@ -204,7 +219,8 @@ class Stepper:
         """Tell the method's `progress` how far the samples that are running have come."""
         if self.method.progress is None:
             return
-        part = abs(c.t - self.begin) / abs(self.end - self.begin)
+        span = abs(self.end - self.begin)
+        part = abs(c.t - self.begin) / library(span).where(span == 0, 1.0, span)
         if c.status is not None:
             part = library(part).where(is_running(c.status), part, 1.0)
         self.method.progress(float(part.min()) if len(part) else 1.0)
@@ -421,6 +437,7 @@ class Run:
     listen: Listen | None = None
     rows: Tensor | None = None  # the samples that still take part; None: all
     calls: int = 0
+    happened: list[Happened] = given(default_factory=list)
 
     @property
     def called(self) -> int:
@@ -434,6 +451,8 @@ class Run:
         if not maybe_any(taken.accepted):
             return new
         self.outputs.add(of_all(piece, self.rows) for piece in self.stepper.outputs(step, taken))
+        if new.watch and maybe_any(now := taken.ends > 0):
+            self.happened.append(Happened(now, taken.ends - 1, new.t).of_all(self.rows, self.batch))
         if self.record is not None:
             memory = (*(m.detach() for m in c.memory), *self.stepper.clock(c.t))
             state = State(c.y.detach(), memory, self.rows)
@@ -451,6 +470,36 @@ class Run:
         self.rows = keep if self.rows is None else self.rows[keep]
         self.stepper = self.stepper.take(keep)
         return Carry(*pytree.tree_map(lambda x: x[keep if isinstance(x, Tensor) else to_host(keep)], tuple(carry)))
+
+
+class Happened(NamedTuple):
+    """Events that ended a step, each `(B,)`: of which samples, their indices, and when."""
+
+    now: Array
+    index: Array
+    t: Array
+
+    def of_all(self, rows: Tensor | None, batch: int) -> Happened:
+        """Those of the samples `rows` as ones of all."""
+        return self if rows is None else Happened(*(spread(x, rows, batch) for x in self))
+
+
+def told(happened: list[Happened], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The times, like those `(B,)` of `like`, and the indices of all events `(B, K)`, each sample's in turn."""
+    if not happened:
+        return like.new_zeros(len(like), 0), like.new_zeros(len(like), 0, dtype=torch.int64)
+    now, index, t = (torch.stack([to_tensor(x) for x in part], dim=1) for part in zip(*happened))
+    place, known = in_turn(now, int(now.sum(1).max()))
+    return torch.where(known, t.gather(1, place), float("nan")), torch.where(
+        known, index.gather(1, place).long(), -1
+    )
+
+
+def in_turn(now: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of steps `(B, M)` that events end or not: the places `(B, K)` of each sample's first `count` ones, and how
+    many of these there are."""
+    place = now.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    return place, torch.arange(place.shape[1], device=now.device) < now.sum(1, keepdim=True)
 
 
 def of_all(piece: Piece, rows: Tensor | None) -> Piece:
@@ -471,9 +520,10 @@ def integrate(
     assert ended.status is not None
     numbers = (ended.status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
     status, *others = (to_tensor(x) for x in (*numbers, *stepper.happened(ended)))
+    events = told(run.happened, others[3]) if ended.watch else ()
     usual = not maybe_any(ended.status)  # all are 0, CONVERGED
     values = assemble(run.outputs, ended.y, None if usual else Ended(status, to_tensor(ended.t)))
-    return Integrated(values, status, *others), ended.y, run.called
+    return Integrated(values, status, *others, *events), ended.y, run.called
 
 
 def march(
@@ -627,17 +677,35 @@ def finite_start(y: Tensor, finished: Tensor) -> Tensor:
     return y.nan_to_num(0.0, 0.0, 0.0) if maybe_any(~finished) else y
 
 
-def replay(stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended) -> tuple[Tensor, Tensor | None]:
+def replay(
+    stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended, events: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program; also the times
-    `(B,)` they got to, where states carry theirs."""
+    `(B,)` they got to, where states carry theirs; and the times `(B, K)` of as many `events`, 0 behind a sample's
+    last."""
     y0 = finite_start(y, ended.finished)
     state = restart(stepper, y0)
     outputs = Outputs(stepper.times, y0)
     mapped = any(is_batched(x) for x in (*state.memory, y0, stepper.times, *ended))
+    happened: list[tuple[Tensor, Tensor]] = []
     for taken in steps:
         _, state, passed = again(stepper, taken, state, mapped=mapped)
         outputs.add(passed)
-    return assemble(outputs, state.y, ended), stepper.reached(state)
+        if events and (reached := stepper.reached(state)) is not None:
+            happened.append((to_tensor(taken.ends > 0), reached))
+    return assemble(outputs, state.y, ended), stepper.reached(state), _times_of(happened, events, stepper.times)
+
+
+def _times_of(happened: list[tuple[Tensor, Tensor]], count: int, times: Tensor) -> Tensor:
+    """The times `(B, K)` of up to `count` events of each sample, from which steps `(B,)` they end, and when."""
+    if len(happened) < count:  # those that only failed samples had are left out
+        none = torch.zeros_like(times[:, 0], dtype=torch.bool), times[:, 0]
+        happened = [*happened, *[none] * (count - len(happened))]
+    if not count:
+        return times[:, :0]
+    now, t = (torch.stack(part, dim=1) for part in zip(*happened))
+    place, known = in_turn(now, count)
+    return torch.where(known, t.gather(1, place), 0.0)
 
 
 def states_before(

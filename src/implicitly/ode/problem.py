@@ -197,7 +197,7 @@ class Problem:
     def asked(self, values: Tensor) -> Any:
         """Outputs `(B, T, n)` at the times as those that the user asked for, see `stacked`."""
         if self.places is not None:
-            values = values.gather(1, self.places.unsqueeze(2).expand_as(values))
+            values = values.gather(1, self.places.unsqueeze(2).expand(-1, -1, values.shape[2]))
         return self.stacked(values)
 
     def stacked(self, values: Tensor) -> Any:
@@ -265,13 +265,12 @@ def _check_events(
             with torch.enable_grad(), unhooked():
                 call = (which, _shown(layout)(moment[None])[0])
                 value = watched(lambda y, call=call: opened((*call, layout.unpack(y)), *theta), probe)
+            if name == "g":
+                check_number(value, i, layout)
             try:
-                if name == "g":
-                    check_number(value, i, layout)
-                    rows = value
-                else:
+                if name == "restart":
                     layout.check(value, "y0")
-                    rows = layout.pack(value)
+                rows = value if name == "g" else layout.pack(value)
                 if checking:
                     refuse_captured(opening, rows, known, inputs=2)
             except (TypeError, ValueError) as error:
@@ -301,6 +300,10 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
     Raises TypeError / ValueError for what cannot be such times.
     """
     rows = _rows_of(t, layout)
+    of_samples = len(rows) > 1 or _is_nested(t)
+    if of_samples and rows.shape[1] == 1 and not captured():  # series that all are one time
+        rows = rows.expand(-1, 2)
+        return rows, torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
     if rows.shape[1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got {rows.shape[1]} in all")
     if captured():  # of numbers, which `unroll.plan` has looked at
@@ -316,12 +319,19 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
         raise ValueError("t holds NaN or inf")
     if all_now((gaps > 0).all(1) | (gaps < 0).all(1)):
         return rows, None
-    of_samples = (isinstance(t, Tensor) and t.ndim == 2) or len(rows) > 1
     mapped = is_batched(rows)
     told = told_apart(rows) if of_samples and not mapped else None
     if told is None:
         raise ValueError(_MAPPED if mapped else _disorder(unwrapped(rows.detach())))
     return told
+
+
+def _is_nested(t: Any) -> bool:
+    """Whether times hold a row for each sample."""
+    if isinstance(t, Tensor | np.ndarray):
+        return t.ndim == 2
+    first = t[0]
+    return first.ndim == 1 if isinstance(first, Tensor | np.ndarray) else isinstance(first, Sequence)
 
 
 def _in_order(row: list[float]) -> bool:
@@ -346,9 +356,11 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"t must hold numbers only, got {t!r}: {error}") from error
     if t.dtype != layout.work_dtype or t.device != layout.device:
+        # Of a y0 in bfloat16 or of complex numbers, times are in another dtype.
+        wanted = "y0" if layout.leaves[0].dtype == layout.work_dtype else f'"{layout.device}", {layout.work_dtype}'
         raise ValueError(
             f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "
-            "pass t.to(y0), or what is converted: an array or a tuple of numbers"
+            f"pass t.to({wanted}), or what is converted: an array or a tuple of numbers"
         )
     allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
     if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):

@@ -14,8 +14,8 @@ def told_apart(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Of times `(B, T)`, where some samples repeat their last one: as many without repetition, and `(B, T)` which
     of these each of `rows` is. None where they are no such times.
 
-    Derivatives go to the first of equal times. Raises ValueError where a row is one time only, or too fine for its
-    dtype to hold times between.
+    Derivatives go to the first of equal times. A row of one time stays one: it has nowhere to go, and all of its
+    outputs are the start. Raises ValueError where a row is too fine for its dtype to hold times between.
     """
     seen = rows.detach()
     gaps = seen.diff()
@@ -26,25 +26,20 @@ def told_apart(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     one_way = (gaps >= 0).all(1) | (gaps <= 0).all(1)
     if not bool((at_first & one_way).all()):
         return None
-    if bool((length == 1).any()):
-        i = int((length == 1).flatten().nonzero()[0])
-        raise ValueError(
-            f"t[{i}] holds one time only, {float(seen[i, 0]):.9g}, again and again; every sample needs its start "
-            "and at least one other time. Leave such samples out: they are where they start"
-        )
+    alone = length == 1
     spare = seen.shape[1] - length
     begin = gaps.abs().argmax(1, keepdim=True)  # of the longest gap
     behind = column > begin + spare
     source = torch.where(behind, column - spare, torch.minimum(column, begin))
     part = torch.where(behind, 0.0, (column - begin).clamp(min=0) / (spare + 1).to(seen.dtype))
     between = seen.gather(1, source) + part * gaps.gather(1, begin)
-    if not bool((between.diff() != 0).all()):
-        i = int((between.diff() == 0).any(1).nonzero()[0])
+    if bool((same := (between.diff() == 0) & ~alone).any()):
+        i = int(same.any(1).nonzero()[0])
         raise ValueError(
             f"t[{i}] repeats its last time {int(spare[i])} times, but the others are so close together that "
             f"{seen.dtype} has no times between; measure times from the start, or pass y0, t and the arguments in "
             "float64"
         )
-    times = torch.where(part == 0, rows.gather(1, source), between)
+    times = torch.where((part == 0) | alone, rows.gather(1, source), between)
     places = torch.where(column > begin, column + spare, column).clamp(max=seen.shape[1] - 1)
-    return times, places
+    return times, torch.where(alone, 0, places)

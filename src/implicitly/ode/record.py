@@ -19,6 +19,13 @@ STOP = -1
 CHECKPOINTS = 32
 
 
+def spread(x: np.ndarray, rows: Tensor, batch: int) -> np.ndarray:
+    """What is known `(R,)` of the samples `rows`, as of all of `batch`: 0 for others."""
+    full = np.zeros(batch, dtype=x.dtype)
+    full[to_host(rows)] = x
+    return full
+
+
 class Taken(NamedTuple):
     """A step that some samples accepted, each `(B,)`: from t, dt long, or up to the end where `last`.
 
@@ -33,15 +40,7 @@ class Taken(NamedTuple):
 
     def of_all(self, rows: Tensor | None, batch: int) -> Taken:
         """The step of the samples `rows` as one of all, which others did not accept."""
-        if rows is None:
-            return self
-
-        def spread(x: np.ndarray) -> np.ndarray:
-            full = np.zeros(batch, dtype=x.dtype)
-            full[to_host(rows)] = x
-            return full
-
-        return Taken(*(spread(x) for x in self))
+        return self if rows is None else Taken(*(spread(x, rows, batch) for x in self))
 
 
 class State(NamedTuple):

@@ -28,6 +28,7 @@ from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
 from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
 from implicitly.transforms import full_precision, is_tracked, unwrapped, version
+from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
 
@@ -54,6 +55,10 @@ class Trajectory(Solution):
             else f uses were changed in place since the solve.
         event: `(B,)` int64, which event happened last, by its index; -1: none.
         event_count: `(B,)` int64, how many events happened.
+        event_times: `(K, B)`, or `(K,)` for one system, when all events happened, in turn, differentiable; K is
+            the largest `event_count`, and behind the last event of a sample there are NaN.
+            `interpolate(event_times)` of one system is its states there, before restarts.
+        event_indices: `(K, B)` or `(K,)` int64, which events these were; -1: none.
     """
 
     t: Tensor
@@ -61,6 +66,8 @@ class Trajectory(Solution):
     interpolate: Callable[[Any], Any] = field(repr=False)
     event: Tensor
     event_count: Tensor
+    event_times: Tensor
+    event_indices: Tensor
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the numbers. Neither the graph of their derivative is, nor the f of `interpolate`."""
@@ -108,7 +115,7 @@ def odeint(
         y0: the start: a tensor or a pytree of tensors.
         t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, an array, or
             numbers; y0 is at `t[0]`. With `batch_dims=1` also `(B, T)`: shorter series repeat their last time, of
-            which the first gets the derivatives.
+            which the first gets the derivatives. A series of one time has y0 as all of its outputs.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
@@ -179,12 +186,15 @@ def _solved(
 
 
 def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Integrated, calls: int) -> Trajectory:
+    many = len(found.status) != problem.layout.batch
+    problem = _of_mapped(problem, len(found.status)) if many else problem
     each = problem.layout.per_sample
     reached = found.t if problem.events else found.t.detach()
-    moving = torch.compiler.is_dynamo_compiling() or is_tracked(problem.times)
+    moving = not many and (torch.compiler.is_dynamo_compiling() or is_tracked(problem.times))
     if moving and not problem.events:  # it moves with the end, where that was reached
         whole = found.status.detach() == int(Status.CONVERGED)
         reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached)
+    event_times, event_indices = each_in_turn(found, problem.layout)
     return Trajectory(
         problem.asked(found.values),
         each(found.status),
@@ -196,7 +206,26 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
         interpolate=interpolate,
         event=each(found.event),
         event_count=each(found.event_count),
+        event_times=event_times,
+        event_indices=event_indices,
     )
+
+
+def _of_mapped(problem: Problem, rows: int) -> Problem:
+    """A problem as one of all `rows` that `vmap` makes of it, which the solution that an error carries has."""
+    layout, places = problem.layout, problem.places
+    times = rows // max(1, layout.batch)
+    places = None if places is None else places.repeat(times, 1)
+    return replace(problem, layout=replace(layout, batch=rows, batch_dims=1), places=places)
+
+
+def each_in_turn(found: Integrated, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The times and indices of events as users see them: `(K, B)`, or `(K,)` of one system."""
+    times, indices = found.event_times, found.event_indices
+    if times is None or indices is None:
+        shape = (0, len(found.t)) if layout.batch_dims else (0,)
+        return found.t.new_empty(shape), found.event.new_empty(shape)
+    return (times.T, indices.T) if layout.batch_dims else (times[0], indices[0])
 
 
 # A tensor that a solve depends on: what it is, and how often it had been changed in place.
@@ -216,7 +245,7 @@ def _interpolated(
     wanted = times_of(t, problem.layout)
     begin, end = problem.times[:, :1], problem.times[:, -1:]
     sign = (end - begin).detach().sign()
-    outside = (sign * (wanted - begin) < 0) | (sign * (wanted - end) > 0)
+    outside = (wanted < torch.minimum(begin, end)) | (wanted > torch.maximum(begin, end))
     if maybe_any(outside.any(1)) and bool(unwrapped(outside).any()):
         raise ValueError("interpolate: times must lie between the first and the last one of the solve")
     order = (sign * wanted.detach()).argsort(dim=1)
@@ -327,7 +356,7 @@ def tell(
     """Announce samples that did not reach the end of a `solve`: "raise" with the `solution`, "warn", "ignore"."""
     if on_failure == "ignore" or not maybe_any(found.status != int(Status.CONVERGED)):  # one operation, usually
         return
-    found = Integrated(*(unwrapped(x.detach()) for x in found))
+    found = Integrated(*(unwrapped(x.detach()) for x in found.usual))
     failed = (~is_success(found.status)).nonzero()[:, 0]
     if len(failed) == 0:
         return
@@ -339,6 +368,11 @@ def tell(
         remedy = (
             f"{events} events happened before, the last one event {int(found.event[i])}; where their times "
             f"accumulate, end the sample by an event without restart. Or {remedy}"
+        )
+    elif status is Status.STEP_UNDERFLOW and int(found.steps[i]) == 0 and float(found.t[i]) != 0:
+        remedy += (
+            f". In {found.t.dtype}, times there resolve no steps shorter than {float(found.length[i]):.2g}: where "
+            "that is too long, measure times from the start"
         )
     component = halt.component(method, i, status)
     message = (
