@@ -160,6 +160,21 @@ REMEDIES = [
 ]
 
 
+@pytest.mark.parametrize("constant", [1.0, torch.tensor([0.0, 0, 0, 1e-30], dtype=D), 1j], ids=str)
+def test_an_operator_with_a_constant_term_is_refused(constant):
+    b = B.to(torch.result_type(B, constant))
+    refused = pytest.raises(ValueError, match=r"not linear: of u = 0 it makes 1.*subtract it from b")
+    with refused:
+        im.linear_solve(lambda u: 2 * u + constant, b, on_failure="ignore")
+    with refused:
+        torch.func.vmap(lambda b: im.linear_solve(lambda u: 2 * u + constant, b, batch_dims=0).value)(b)
+
+
+def test_where_no_residual_falls_the_operator_is_asked_after():
+    with pytest.raises(im.SolverError, match=r"STAGNATED.*Try: .*look whether the operator is linear in u"):
+        im.linear_solve(lambda u: u**2, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize(("A", "solver", "status", "remedy"), REMEDIES, ids=[r[2] for r in REMEDIES])
 def test_what_to_try_is_said_of_linear_systems(A, solver, status, remedy):
     with pytest.raises(im.SolverError, match=f"{status}.*Try: .*{remedy}"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from implicitly.condition import LINEAR_REMEDY, REMEDY, Map, explain
 from implicitly.graph_break import one_break
@@ -18,6 +19,7 @@ from implicitly.linear import GMRES, check_linear_solver
 from implicitly.problem import Problem
 from implicitly.pullback import pullback
 from implicitly.solution import Solution, Status
+from implicitly.transforms import is_cpu, unwrapped
 from implicitly.tree import Layout
 
 
@@ -45,14 +47,16 @@ def linear_solve(
         `Solution`: `residual` is |b - operator(u)|, relative to |b| in the tolerances.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant.
+        TypeError, ValueError: for input that cannot be meant, on a CPU an operator that does not take 0 to 0 too.
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
     """
     check_linear_solver(solver)
     layout = Layout.of(b, batch_dims, "b")
     solver.tolerances(layout.computed_dtype)
-    problem = Problem.of(operator, b, args, lambda u, Mu: Mu, layout=layout, in_dims=in_dims, recording=False)
-    zero = torch.zeros_like(problem.z0)
+    start = pytree.tree_map(torch.zeros_like, b)
+    problem = Problem.of(operator, start, args, lambda u, Mu: Mu, layout=layout, in_dims=in_dims, recording=False)
+    zero = problem.z0
+    _check_at_zero(problem.r0)
 
     def bind(zero: Tensor, *theta: Tensor) -> Map:
         apply = problem.bind(*theta)
@@ -70,9 +74,24 @@ def linear_solve(
     return problem.solution(found, attach_usable(found, condition, theta, Backward(solver)))
 
 
+def _check_at_zero(image: Tensor) -> None:
+    """Raise ValueError where the operator's value at 0 `(B, n)` is not 0, as that of a linear one is, exactly."""
+    if torch.compiler.is_dynamo_compiling() or not is_cpu(image):
+        return
+    image = unwrapped(image)
+    constant = image[(image != 0) & image.isfinite()]  # others come of operators that hold NaN or inf
+    if constant.numel():
+        raise ValueError(
+            f"the operator is not linear: of u = 0 it makes {float(constant[0]):.3g}, not 0. Leave its constant "
+            "term out of the operator, and subtract it from b"
+        )
+
+
 _REMEDY = {
     **LINEAR_REMEDY,
     Status.MAX_STEPS: REMEDY[Status.MAX_STEPS],
+    Status.STAGNATED: "the residual no longer falls: look whether the operator is linear in u, or loosen rtol, "
+    "use a wider dtype, or try another solver",
     Status.SINGULAR: "the operator is singular, or, for CG, not positive definite: use GMRES there",
     Status.NON_FINITE: "b (of a derivative, the gradient that comes in), or what the operator returns, holds NaN "
     "or inf",

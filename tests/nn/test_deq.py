@@ -654,6 +654,49 @@ def test_a_state_of_another_structure_than_x_is_told_how_to_start(second):
     assert im.nn.DEQ(Scaled(), init=start_of_first)(x).shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("state", "x", "error"),
+    [
+        (lambda z, x: {"h": 0.5 * torch.tanh(z["h"]) + x}, torch.ones(3, 4), TypeError),
+        (lambda z, x: {"h": 0.5 * torch.tanh(z["h"]) + x["image"]}, {"image": torch.ones(3, 4)}, KeyError),
+        (lambda z, x: (0.5 * z[1] + x, z[0]), torch.ones(1, 4), IndexError),
+        (lambda z, x: torch.stack([z[:, 5], x[:, 0]], 1), torch.ones(3, 4), IndexError),
+        (lambda z, x: z.fine + x, torch.ones(3, 4), AttributeError),
+    ],
+    ids=["a dict", "a dict of other keys", "a tuple", "wider", "an object"],
+)
+def test_whatever_of_z_the_cell_does_not_find_the_start_is_told_of(state, x, error):
+    class Cell(nn.Module):
+        def forward(self, z, x):
+            return state(z, x)
+
+    with pytest.raises(error) as caught:
+        im.nn.DEQ(Cell())(x)
+    assert "pass init=lambda x: " in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("second", [None, 3], ids=str)
+def test_an_x_of_more_than_tensors_is_told_how_to_start(second):
+    with pytest.raises(TypeError, match="zeros_like") as caught:
+        im.nn.DEQ(Scaled())((torch.ones(3, 4), second))
+    assert "init=lambda x: torch.zeros_like(x[0]), or z0" in caught.value.__notes__[-1]
+    assert im.nn.DEQ(Scaled(), init=start_of_first)((torch.ones(3, 4), 0.5)).shape == (3, 4)
+
+
+def test_iterates_tell_of_the_start_as_forward_does():
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        im.nn.DEQ(Wider()).iterates(torch.randn(2, 3), (2,))
+    assert "pass init=lambda x: " in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("index", [torch.arange(6), [0, 1, 2, 3, 4, 5]], ids=["beyond the size", "a list"])
+def test_a_wrong_index_is_no_matter_of_the_start(index):
+    layer = im.nn.DEQ(Dense(), warm_start=im.nn.LastEpoch(3))
+    with pytest.raises((ValueError, TypeError), match="LastEpoch") as caught:
+        layer(torch.randn(6, 4), index=index)
+    assert not hasattr(caught.value, "__notes__")
+
+
 class OfNeighbours(Dense):
     """Of each node of a graph, from those that it has edges to."""
 

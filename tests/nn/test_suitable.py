@@ -48,6 +48,7 @@ class Attention(nn.MultiheadAttention):
         (lambda: nn.Sequential(nn.Tanh(), nn.AlphaDropout(0.1)), r"AlphaDropout \(inner\.1\)"),
         (lambda: Attention(4, 2, dropout=0.1, batch_first=True), r"Attention \(inner\)"),
         (lambda: spectral_norm(nn.Linear(4, 4)), r"_SpectralNorm \(inner\.parametrizations\.weight\.0\)"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), r"spectral_norm of Linear \(inner\)"),
     ],
 )
 def test_what_draws_or_iterates_in_every_call_is_told_of_once(layer, module, inner, named):
@@ -84,6 +85,7 @@ def test_batch_norm_in_training_is_told_of_where_samples_are_solved_one_by_one(l
         lambda: im.nn.Dropout(0.1),
         lambda: im.nn.BatchNorm(4),
         lambda: im.nn.SpectralNorm(nn.Linear(4, 4)),
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)).eval(),
     ],
 )
 def test_what_is_one_function_through_a_solve_is_not(layer, module, inner):

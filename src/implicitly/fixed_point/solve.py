@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from implicitly.adjoints import Adjoint, ImplicitAdjoint, check_choices
 from implicitly.compiled import as_graphs
+from implicitly.condition import Condition
 from implicitly.fixed_point.adjoints import JacobianFreeAdjoint, PhantomAdjoint
 from implicitly.fixed_point.anderson import Anderson
 from implicitly.fixed_point.broyden import Broyden
 from implicitly.fixed_point.newton import Newton
 from implicitly.fixed_point.picard import FixedPointIteration
+from implicitly.fixed_point.remedies import explained
 from implicitly.graph_break import LONGEST, one_break_unless
 from implicitly.iterate import Solver
 from implicitly.problem import Problem
@@ -90,7 +93,7 @@ def fixed_point(
     problem = Problem.of(
         f, z0, args, lambda z, fz: fz - z, layout=layout, in_dims=in_dims, recording=how.recording
     )
-    condition = problem.condition("fixed_point", on_failure, relative_to_iterate=True)
+    condition = _telling(problem.condition("fixed_point", on_failure, relative_to_iterate=True))
     condition = as_graphs(condition, problem.key) if compile else condition
     found = how.find(solver, condition, problem)
     return problem.solution(found, how.attach(found, condition, problem))
@@ -111,8 +114,10 @@ def root(
     """Solve residual(z, *args) = 0 and differentiate the solution.
 
     Tolerances are relative to the norm of the residual at `z0`. `FixedPointIteration` here iterates
-    z - damping * residual(z). Adjoints that differentiate iterations of f (`PhantomAdjoint`,
-    `JacobianFreeAdjoint`) have none to differentiate and are refused. All else is as in `fixed_point`.
+    z - damping * residual(z), and `Anderson` and `Broyden` begin with that: they need a residual of such a sign
+    and size that it leads to the root. For a steady state of dz/dt = F(z) pass them -F. `Newton` and
+    `NewtonKrylov` take any. Adjoints that differentiate iterations of f (`PhantomAdjoint`, `JacobianFreeAdjoint`)
+    have none to differentiate and are refused. All else is as in `fixed_point`.
     """
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, iterates=False)
@@ -125,7 +130,12 @@ def root(
         in_dims=in_dims,
         recording=how.recording,
     )
-    condition = problem.condition("root", on_failure)
+    condition = _telling(problem.condition("root", on_failure))
     condition = as_graphs(condition, problem.key) if compile else condition
     found = how.find(solver, condition, problem)
     return problem.solution(found, how.attach(found, condition, problem))
+
+
+def _telling(condition: Condition) -> Condition:
+    """`condition`, whose report tells what to try with the solvers of this folder."""
+    return replace(condition, report=replace(condition.report, message=explained))

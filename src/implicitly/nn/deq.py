@@ -72,7 +72,8 @@ class DEQ(nn.Module):
 
     Args:
         cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise; numbers (0-d
-            tensors) in x are for all samples.
+            tensors) in x are for all samples. Make all else that samples share, such as a mask `(T, T)`, a buffer
+            of the cell: in x it would be taken for one entry a sample where T happens to be B.
         solver, adjoint, on_failure, compile: as in `implicitly.fixed_point`.
         batch_dims: 1: samples are independent, and finished ones are dropped from the calls of the cell. 0: the
             whole batch is one system, for cells that couple samples.
@@ -145,9 +146,9 @@ class DEQ(nn.Module):
             index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`. Without a warm start it
                 is refused.
         """
+        start, held = self._begin(x, z0, index)
         with self._hinting(x, z0):
-            z0, held = self._begin(x, z0, index)
-            solution = self._solve(x, z0, held, self.solver, self._listening(), self.on_failure)
+            solution = self._solve(x, start, held, self.solver, self._listening(), self.on_failure)
         self._remember(solution, index)
         return self.readout(solution.value)
 
@@ -168,7 +169,8 @@ class DEQ(nn.Module):
         states = []
         for steps in (b - a for a, b in zip((0, *at), at)):
             segment = replace(self.solver, max_steps=steps)
-            z = self._solve(x, z, held, segment, PhantomAdjoint(steps=1), "ignore").value
+            with self._hinting(x, z0):
+                z = self._solve(x, z, held, segment, PhantomAdjoint(steps=1), "ignore").value
             states.append(self.readout(z))
         solution = self._solve(x, z, held, self.solver, self._listening(), self.on_failure)
         self._remember(solution, index)
@@ -219,8 +221,11 @@ class DEQ(nn.Module):
                 cold, held = decided_in(self.cell.begin, self.cell, x)
             cold = cold if unrolled else pytree.tree_map(torch.detach, cold)
             return self._warmed(cold, index) if z0 is None else z0, held
-        z0 = self._warmed(self.init(x), index) if z0 is None else z0
-        return z0, decide_once(self.cell, pytree.tree_map(torch.detach, z0), x)
+        with self._hinting(x, z0):
+            start = self.init(x) if z0 is None else z0
+        start = self._warmed(start, index) if z0 is None else start
+        with self._hinting(x, z0):
+            return start, decide_once(self.cell, pytree.tree_map(torch.detach, start), x)
 
     def _warmed(self, cold: Any, index: Tensor | None) -> Any:
         if self.warm_start is None or not self.training or _is_mapped(cold, index):
@@ -275,7 +280,9 @@ def _of_samples(x: Any, z0: Any) -> Any:
 
 
 # One of these is in what is raised where z is not as the cell has it, by the cell, what it calls, or the solve.
-_OF_ITS_FORM = ("shape", "size", "dimension", "structure", "tuple", "dict", " list", "unpack", "z0")
+# The last ones: where a tensor is asked for an attribute, or a key of a dict, and where x is more than tensors.
+_OF_ITS_FORM = ["shape", "size", "dimension", "structure", "tuple", "dict", " list", "unpack", "z0"]
+_OF_ITS_FORM += ["'Tensor' object", "data type 'str'", "zeros_like()"]
 
 
 @contextmanager
@@ -283,9 +290,11 @@ def _start_unlike_z(x: Any) -> Iterator[None]:
     """Where the form of z may be what is wrong, tell that the start was zeros like `x`."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         known = isinstance(error, SolverError) or hasattr(error, "__notes__")
-        if not known and any(word in str(error) for word in _OF_ITS_FORM):
+        # A key or an index that is not there may be one of z, whatever the words.
+        of_its_form = isinstance(error, LookupError) or any(word in str(error) for word in _OF_ITS_FORM)
+        if of_its_form and not known:
             first = next(iter(x), 0) if isinstance(x, dict) else 0
             start = "x.new_zeros(len(x), size)" if isinstance(x, Tensor) else f"torch.zeros_like(x[{first!r}])"
             error.add_note(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from implicitly.changing import PerCallWarning, drops_out
 from implicitly.condition import users_line
@@ -49,7 +50,7 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
     named = [(name, m) for name, m in module.named_modules() if m.training]
     changing = [(name, m) for name, m in named if _changes(m, per_sample)]
     if changing:
-        listed = ", ".join(f"{type(m).__name__} ({name})" if name else type(m).__name__ for name, m in changing)
+        listed = ", ".join(f"{_kind(m)} ({name})" if name else _kind(m) for name, m in changing)
         warnings.warn(
             f"{type(layer).__name__}: in training, {listed} makes another function of what is solved in every "
             "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout, BatchNorm or "
@@ -65,4 +66,14 @@ def _changes(module: nn.Module, per_sample: bool) -> bool:
     if isinstance(module, PerSolve):
         return False
     couples = per_sample and isinstance(module, _BatchNorm)
-    return couples or isinstance(module, _SpectralNorm) or drops_out(module)
+    return couples or isinstance(module, _SpectralNorm) or _iterates_by_hook(module) or drops_out(module)
+
+
+def _iterates_by_hook(module: nn.Module) -> bool:
+    """Whether its weight is from `torch.nn.utils.spectral_norm`, which is no module but a hook."""
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"spectral_norm of {name}" if _iterates_by_hook(module) else name
