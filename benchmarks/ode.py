@@ -318,11 +318,14 @@ def memory(effort: Effort) -> list[Row]:
 
 
 def kept_bytes(solve: Callable[[], Tensor]) -> int:
-    """What autograd saves while `solve` runs, plus the states that `RecursiveCheckpointAdjoint` keeps."""
-    value: list[Tensor] = []
-    saved = saved_bytes(lambda: value.append(solve()))
-    node = value[0].grad_fn
+    """What autograd saves while `solve` runs, and what `RecursiveCheckpointAdjoint` keeps besides.
+
+    That is the states before some steps, and the recording of a short solve.
+    """
+    saved = saved_bytes(solve)
+    node = solve().grad_fn  # without the hooks of `saved_bytes`, under which nothing is recorded
     while node is not None and not hasattr(node, "work"):
         node = node.next_functions[0][0]
     assert node is not None
-    return saved + sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))
+    states = sum(x.nbytes for state in node.work.record.states.values() for x in (state.y, *state.memory))
+    return saved + states + (0 if node.work.kept is None else node.work.kept.nbytes)

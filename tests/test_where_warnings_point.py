@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 
 import pytest
@@ -36,3 +37,48 @@ def test_what_is_in_the_package_or_in_torch_is_not_the_users(folder):
         warnings.simplefilter("always")
         names["solve"]()
     assert [w.filename for w in caught] == [__file__]
+
+
+LOOP = """
+def train(values, **options):
+    for value in values:
+        x = torch.full((3, 2), value)
+        im.fixed_point(lambda z, x: torch.tanh(1.5 * z) + x, torch.zeros(3, 2), x, **options)
+"""
+
+
+def loop(file):
+    """A training's loop in a module of its own."""
+    names = {"im": im, "torch": torch}
+    exec(compile(LOOP, file, "exec"), names)
+    return names["train"]
+
+
+def test_a_loop_whose_steps_run_out_is_told_of_once_with_numbers():
+    train, few = loop("train.py"), im.FixedPointIteration(max_steps=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        train([0.1, 0.2, 0.3], solver=few)
+        assert len(caught) == 1
+        assert "residual norm" in str(caught[0].message)
+        train([0.1, 0.2], solver=im.FixedPointIteration(max_steps=4))  # of what was changed it is told anew
+        assert len(caught) == 2
+        loop("other.py")([0.1, 0.2], solver=few)  # and elsewhere
+        assert len(caught) == 3
+        warnings.simplefilter("always")
+        train([0.1, 0.2], solver=few)
+        assert len(caught) == 5
+
+
+def test_a_graver_status_is_told_of_too():
+    train = loop("train.py")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        train([0.1, float("nan"), 0.2, float("nan")], solver=im.FixedPointIteration(max_steps=3))
+    assert ["NON_FINITE" in str(w.message) for w in caught] == [False, True]
+
+
+def test_the_warning_can_be_pickled():
+    warning = im.ConvergenceWarning("17 samples", ("a.py", 1))
+    again = pickle.loads(pickle.dumps(warning))
+    assert (again.args, again.kind) == (warning.args, warning.kind)

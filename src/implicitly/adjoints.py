@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.checks import check_listener
-from implicitly.condition import Condition, is_usable, users_line
+from implicitly.condition import Condition, is_usable, warn_of_failure
 from implicitly.history import add_combined, combine, products
 from implicitly.host import maybe_any
 from implicitly.implicit import (
@@ -28,7 +27,7 @@ from implicitly.implicit import (
 from implicitly.iterate import Found, Solver, where_rows
 from implicitly.linear import GMRES, DenseLU, check_linear_solver
 from implicitly.problem import Problem
-from implicitly.solution import ConvergenceWarning, Status
+from implicitly.solution import Status
 from implicitly.transforms import is_recorded, is_wrapped, unwrapped
 from implicitly.unrolled import UnrolledAdjoint
 
@@ -230,11 +229,10 @@ def _with_a_step(found: Found, condition: Condition, problem: Problem) -> Found:
     if condition.relative_to_iterate:
         return found._replace(z=where_rows(at_once, problem.z0 + problem.r0, found.z))
     if condition.report.on_failure != "ignore":
-        warnings.warn(
+        warn_of_failure(
             f"{condition.name}: {int(unwrapped(at_once).sum())} of {len(at_once)} samples start at a solution, so "
             "that there is no step to unroll, and their gradient is zero: use im.ImplicitAdjoint()",
-            ConvergenceWarning,
-            stacklevel=users_line(),
+            condition.name,
         )
     return _tied(found, problem)
 

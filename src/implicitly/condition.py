@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,7 +119,16 @@ class Report:
         if self.on_failure == "raise":
             solution = self.unpack(found) if self.unpack is not None else as_solution(found)
             raise SolverError(message, solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+        # By the gravest status, as what they end with changes from batch to batch.
+        warn_of_failure(message, name, repr(solver), int(found.status[failed].max()))
+
+
+def warn_of_failure(message: str, *kind: Hashable) -> None:
+    """A `ConvergenceWarning` at the user's line, by default once for that line and `kind`."""
+    level = users_line()
+    # Cells of a notebook are one module whose lines all begin at 1, and files of their own.
+    file = sys._getframe(level - 1).f_code.co_filename
+    warnings.warn(ConvergenceWarning(message, (file, *kind)), stacklevel=level)
 
 
 def all_converged(status: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -93,4 +94,39 @@ class SolverError(RuntimeError):
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve or a backward solve fell short for some samples."""
+    """A solve or a backward solve fell short for some samples.
+
+    By default each line of a program shows it once for each `kind` of failure (the solver with its tolerances, and
+    the gravest status), with the numbers of the first such failure. `warnings.simplefilter("always",
+    im.ConvergenceWarning)` shows all of them.
+    """
+
+    def __init__(self, message: str, kind: Hashable = None):
+        super().__init__(message)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return super().__str__() if self.kind is None else _OfAKind(super().__str__(), self.kind)
+
+
+class _OfAKind(str):
+    """The text of a warning that equals all others of its kind, whatever numbers they hold.
+
+    Python's default filter shows a text once for each line, so that it then shows a kind once.
+    """
+
+    __slots__ = ("kind",)
+
+    def __new__(cls, text: str, kind: Hashable) -> _OfAKind:
+        self = super().__new__(cls, text)
+        self.kind = kind
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self.kind == other.kind if isinstance(other, _OfAKind) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:  # str has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.kind)

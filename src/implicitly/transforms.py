@@ -61,6 +61,23 @@ def loses(recording: bool) -> bool:
     return not (recording or torch.compiler.is_dynamo_compiling()) and records()
 
 
+def records_plainly(*tensors: Tensor | None) -> bool:
+    """Whether autograd alone records what is computed from `tensors` now.
+
+    That is, there is no transform, no forward mode, and there are no hooks on saved tensors.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    hooked = autograd._top_saved_tensors_default_hooks(False) is not None
+    return not hooked and not any(x is not None and is_wrapped(x) for x in tensors)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is under way is asked to retain the graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def has_tangent(x: Tensor) -> bool:
     """Whether forward mode has a tangent for `x`, at any level."""
     if forward_ad._current_level < 0:

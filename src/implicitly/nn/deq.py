@@ -93,8 +93,8 @@ class DEQ(nn.Module):
 
     Warns:
         ConvergenceWarning: as `on_failure` says. Where running out of steps is meant, as with few of them in
-            training, it would tell so in every pass: pass "ignore" and look at `solution`, or take exactly
-            `max_steps` by `rtol=0`.
+            training, it tells nothing new: pass "ignore" and look at `solution`, or take exactly `max_steps` by
+            `rtol=0`.
         PerCallWarning: the cell holds a dropout or a batch norm of `torch.nn`, in training. Those that are called
             as functions are not seen.
     """

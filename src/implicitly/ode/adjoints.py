@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp, vmap
 
+from implicitly.checks import check_count
 from implicitly.compiled import Check
 from implicitly.condition import users_line
 from implicitly.host import maybe_any, on_host, to_host
@@ -39,6 +40,7 @@ from implicitly.ode.integrate import (
     stand_ins,
     states_before,
 )
+from implicitly.ode.kept import Kept, Meter
 from implicitly.ode.method import Method, Step
 from implicitly.ode.planned import integrate_planned, planned
 from implicitly.ode.problem import Field, Problem
@@ -54,9 +56,12 @@ from implicitly.transforms import (
     is_cpu,
     is_plain,
     is_recorded,
+    is_tracked,
     is_wrapped,
+    keeps_graph,
     merge_rows,
     one_by_one,
+    records_plainly,
     unhooked,
     unwrapped,
 )
@@ -104,6 +109,11 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     solution is accurate: a neighbouring solution would jump inside a long step. `arc_length=True` fixes the steps'
     arc lengths instead, so that they move with the jump.
 
+    The steps of a short solve by an explicit method are recorded by autograd while they are taken, as long as that
+    takes at most `keep_bytes`. Its backward pass then takes no step again. Second derivatives and transforms of
+    `torch.func` do not use such a recording, and under hooks on saved tensors, such as those of
+    `torch.utils.checkpoint`, none is made.
+
     The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
     moves with all that it depends on, by the implicit function theorem.
 
@@ -114,10 +124,13 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         arc_length: whether derivatives take the arc lengths of adaptive steps for constant, not the times that
             they take.
         listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
+        keep_bytes: the most bytes of recorded steps that are kept for the backward pass, beside the states that a
+            longer solve keeps; 0: none are.
     """
 
     arc_length: bool = False
     listen: Callable[[int], None] | None = None
+    keep_bytes: int = 2**22
 
     hybrid = True
 
@@ -127,6 +140,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             raise TypeError(f"{name}: arc_length must be True or False, got {self.arc_length!r}")
         if self.listen is not None and not callable(self.listen):
             raise TypeError(f"{name}: listen must be a function of a number, got {self.listen!r}")
+        check_count(name, "keep_bytes", self.keep_bytes, least=0)
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
         """The trajectory, its `values` differentiable, and the calls of f."""
@@ -157,6 +171,8 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             work.record = None
             with torch.no_grad():
                 return work.run(*inputs), work.calls
+        if self.keep_bytes and work.can_be_kept and records_plainly(*inputs) and not is_tracked(inputs[0]):
+            work.meter = Meter(self.keep_bytes)
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[:USUAL], *output[EVENTS:]), work.calls
 
@@ -168,7 +184,8 @@ class Work:
     With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
     `keep` is as of `Condition`. `known` is what it finds, the states got to, and the calls that took, where it has
     been done before. `failed` says whether any sample failed, and `warns` whether to warn of those that make a
-    gradient NaN. `most` is how many events any sample had.
+    gradient NaN. `most` is how many events any sample had. With a `meter` the steps are recorded while they are
+    taken, and `kept` is that recording.
     """
 
     method: Method
@@ -188,6 +205,14 @@ class Work:
     failed: bool = False
     warns: bool = False
     most: int = 0
+
+    meter: Meter | None = None
+    kept: Kept | None = None
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the steps are such that autograd may record them while they are taken."""
+        return self.method.nodes is not None and self.key is None and not self.hybrid
 
     @property
     def hybrid(self) -> bool:
@@ -230,6 +255,21 @@ class Work:
             self.report(self.method, found, halt, self.calls)
         return found
 
+    def run_kept(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
+        """As `run`, with a recording of the steps that the first backward pass uses, unless that is too large."""
+        inputs = (times, y0, *theta)
+        start, slope = y0.detach().requires_grad_(), k0.detach().requires_grad_()
+        leaves = tuple(x if stays(x, inputs) else x.detach().requires_grad_(x.requires_grad) for x in theta)
+        with torch.enable_grad():
+            found = self.run(times, start, slope, *leaves)
+        meter, self.meter, record = self.meter, None, self.record
+        assert meter is not None
+        assert record is not None
+        # As for `solve_unrolled`: a graph with NaN in it is of no use.
+        if not (meter.full or self.failed) and record.clean and found.values.requires_grad:
+            self.kept = Kept(found.values, start, slope, leaves, meter.spent)
+        return found._replace(values=found.values.detach())
+
     def _tried(self, times: Tensor, theta: tuple[Tensor, ...], found: Integrated, y: Tensor) -> Step:
         """One more step tried from where a solve through `times` ended, the states `y` `(B, n)`."""
         host = is_cpu(times)
@@ -263,7 +303,7 @@ class Work:
         if plan is None:
             return None
         record = None if self.record is None else Record()
-        F = self.field(*theta)
+        F = self.metered(*theta)
         found = integrate_planned(plan, self.method, F, times, y0, k0, record)
         if found is None:
             self.calls += F.calls
@@ -271,11 +311,16 @@ class Work:
         self.record = record
         return *found, F.calls
 
+    @property
+    def metered(self) -> Callable[..., Field]:
+        """The field, whose calls are counted while they are recorded."""
+        return self.field if self.meter is None else self.meter.of(self.field)
+
     def stepper(
         self, host: bool, times: Tensor, *theta: Tensor, once: bool = False, moving: bool | None = None
     ) -> Stepper:
         """What takes the steps at these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
-        bound = Bound(self.field, theta, self.sample_dims, once)
+        bound = Bound(self.metered, theta, self.sample_dims, once)
         if self.hybrid:
             return HybridStepper(
                 self.method, bound, times, host, moving, events=self.events, arc_length=self.arc_length
@@ -286,6 +331,10 @@ class Work:
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
         """What `sweep` gives, 0 where no sample finished."""
+        if (kept := self.kept) is not None:
+            retain = keeps_graph()
+            self.kept = kept if retain else None
+            return kept.pull(self.field, inputs[0][:, 0], bars[0], wanted, retain)
         if not self.failed:
             return self._swept(steps, ended, inputs, wanted, *bars)
         if not bool(ended.finished.any()):
@@ -403,7 +452,10 @@ class _Trajectory(Operation):
     @unhooked()
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Any:
         # Parameters as they are, not detached: they would have to be exchanged in every call.
-        found = work.run(times.detach(), y0.detach(), k0, *theta)
+        if work.meter is None or k0 is None:
+            found = work.run(times.detach(), y0.detach(), k0, *theta)
+        else:
+            found = work.run_kept(times, y0, k0, *theta)
         events = () if found.event_times is None else found[USUAL:]
         return *found.usual, *(work.record or Record()).stacked(times), *events
 

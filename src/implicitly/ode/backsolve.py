@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
-from implicitly.condition import users_line
+from implicitly.condition import users_line, warn_of_failure
 from implicitly.host import Array, on_host, to_host, to_tensor
 from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
@@ -23,7 +23,7 @@ from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
 from implicitly.pullback import pulled
-from implicitly.solution import ConvergenceWarning, Status
+from implicitly.solution import Status
 from implicitly.transforms import Operation, asked, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
@@ -259,7 +259,7 @@ def _gradients(
             "which spares this attempt; "
             "tighter tolerances or BacksolveAdjoint(solver=...); more output times, at each of which y starts anew"
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+        warn_of_failure(message, "odeint", repr(adjoint))
     return checkpointed(work, inputs, wanted, g)
 
 

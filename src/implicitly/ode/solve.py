@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from implicitly.checks import check_on_failure
 from implicitly.compiled import CompileWarning
-from implicitly.condition import users_line
+from implicitly.condition import users_line, warn_of_failure
 from implicitly.graph_break import LONGEST, one_break, one_break_unless
 from implicitly.host import captured, maybe_any
 from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
@@ -26,7 +26,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
-from implicitly.solution import ConvergenceWarning, Solution, SolverError, Status, is_success
+from implicitly.solution import Solution, SolverError, Status, is_success
 from implicitly.transforms import full_precision, is_tracked, unwrapped, version
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
@@ -383,7 +383,7 @@ def tell(
     )
     if on_failure == "raise":
         raise SolverError(message, solution())
-    warnings.warn(message, ConvergenceWarning, stacklevel=users_line())
+    warn_of_failure(message, solve, repr(method), int(status))
 
 
 def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...], compile: bool) -> None:
