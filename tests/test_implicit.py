@@ -303,3 +303,13 @@ def test_a_failed_sample_beside_an_arg_that_is_a_lazy_conjugate():
         gradients += torch.autograd.grad(solution.value.real.sum(), c)
     assert torch.equal(*gradients)
     assert gradients[0][1] == 0
+
+
+def test_where_the_default_falls_short_some_hundred_unknowns_have_a_dense_matrix():
+    """A Jacobian for which GMRES would take more steps than it has by default."""
+    n = 400
+    A = torch.logspace(0, 6, n, dtype=D).diag() + 0.01 * matrix(n, 1.0, 3)
+    b = draw(1, n, seed=4).requires_grad_()
+    z = im.root(lambda z, b: z @ A.T - b, torch.zeros_like(b), b, solver=im.Newton()).value
+    (found,) = torch.autograd.grad(z.sum(), b)
+    torch.testing.assert_close(found[0], torch.linalg.solve(A.T, torch.ones(n, dtype=D)), rtol=1e-8, atol=1e-12)

@@ -108,7 +108,7 @@ class ImplicitAdjoint(Adjoint):
     Args:
         linear_solver: solves the backward system; `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or any solver
             of fixed points such as `Anderson`. The default is `GMRES()`, followed by `DenseLU()` where that falls
-            short for states of up to 256 numbers.
+            short for states of up to 1024 numbers.
         rtol, max_steps: replace those of `linear_solver`.
         inverse: what to do with the estimate of the inverse Jacobian that `Broyden` ends with: "ignore" it,
             "start" the backward solve from it, or "precondition" the backward solve by it.

@@ -20,11 +20,13 @@ class PerCallWarning(UserWarning):
 
 
 def drops_out(module: nn.Module) -> bool:
-    """Whether `module`, when in training mode, draws a dropout mask in each call."""
+    """Whether `module`, when in training mode, draws random numbers in each call, such as a dropout mask."""
     if isinstance(module, _DropoutNd):
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
+    if isinstance(module, nn.RReLU):  # its slopes are drawn
+        return module.lower < module.upper
     return hasattr(type(module), "draws") and bool(module.draws)  # a failed lookup on an instance takes long
 
 

@@ -170,7 +170,8 @@ REMEDY = {
 # Remedies for the linear solve of a derivative.
 LINEAR_REMEDY = {
     **REMEDY,
-    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one",
+    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one, "
+    "such as im.DenseLU() for up to some thousand unknowns",
     Status.DIVERGED: "lower damping, or use GMRES, which needs no contraction",
     Status.SINGULAR: "the Jacobian is singular there (or, for CG, not positive definite: use GMRES): the solution "
     "is not locally unique, or does not exist",

@@ -66,7 +66,7 @@ from implicitly.tree import real_parts, row_norm
 GOOD_ENOUGH = 0.1
 HOPELESS = 0.5
 # Where the first solver falls short, dense matrices are formed for systems with up to so many unknowns and bytes.
-FEW, SMALL = 256, 2**26
+FEW, SMALL = 1024, 2**26
 
 
 # ------------------------------------------------------------------------------------------ finding a point

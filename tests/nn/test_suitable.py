@@ -64,6 +64,14 @@ def test_what_draws_or_iterates_in_every_call_is_told_of_once(layer, module, inn
         called(layer)
 
 
+def test_slopes_that_are_drawn_in_every_call_are_told_of():
+    with pytest.warns(im.nn.PerCallWarning, match=r"in training, RReLU \(inner\) makes"):
+        called(im.nn.DEQ(Around(nn.RReLU())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        called(im.nn.DEQ(Around(nn.RReLU(0.2, 0.2))))
+
+
 @pytest.mark.parametrize(("layer", "module"), [(im.nn.DEQ, Around), (im.nn.NeuralODE, Field)])
 def test_batch_norm_in_training_is_told_of_where_samples_are_solved_one_by_one(layer, module):
     few = im.FixedPointIteration(rtol=0, max_steps=3) if layer is im.nn.DEQ else im.RK4(dt=0.5)
