@@ -172,7 +172,8 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
             with torch.no_grad():
                 return work.run(*inputs), work.calls
         if self.keep_bytes and work.can_be_kept and records_plainly(*inputs) and not is_tracked(inputs[0]):
-            work.meter = Meter(self.keep_bytes)
+            # Whether f uses one of the suspects is only seen where nothing else is recorded.
+            work.meter = None if problem.opened.suspects else Meter(self.keep_bytes)
         output = _Trajectory.apply(work, *inputs)
         return Integrated(*output[:USUAL], *output[EVENTS:]), work.calls
 
