@@ -9,8 +9,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import implicitly as im
 from implicitly.argmin.programs.condensed import Condensed
-from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Factors, base_matrix, jacobian_product
+from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Factors, base_matrix, jacobian_product, plus_gram
 from implicitly.argmin.programs.program import QuadraticProgram, equilibrate, natural_residual
+from implicitly.viz import peak_bytes
 from tests.argmin.programs import D, program
 from tests.problems import seeded
 
@@ -222,3 +223,14 @@ def test_with_smoothing_the_slack_is_that_of_the_exact_point_with_the_derivative
 def test_a_tolerance_that_the_dtype_cannot_reach_is_refused_before_the_solve():
     with pytest.raises(ValueError, match=r"KKTAdjoint: torch.float64 cannot reach rtol=1e-20"):
         im.qp(torch.eye(1, dtype=D), torch.ones(1, dtype=D), adjoint=im.KKTAdjoint(rtol=1e-20))
+
+
+def test_products_of_columns_are_formed_for_many_samples_only():
+    """For a few they would take many times the memory, and the time, of the matrices that are asked for."""
+    G, base = torch.randn(50, 40, generator=seeded(1), dtype=D), torch.eye(40, dtype=D)
+    for batch in (4, 200):
+        d = torch.rand(batch, 50, generator=seeded(2), dtype=D)
+        expected = base + torch.einsum("mi,bm,mj->bij", G, d, G)
+        torch.testing.assert_close(plus_gram(base, G, d), expected, rtol=1e-12, atol=1e-12)
+        peak = peak_bytes(lambda d=d: plus_gram(base, G, d))
+        assert peak < 50 * 40 * 40 * D.itemsize or batch == 200

@@ -29,8 +29,9 @@ from implicitly.condition import Map
 from implicitly.host import maybe_any, on_host
 from implicitly.tree import row_norm
 
-# Of a matrix that all samples share, the products of its columns are made once if they fit in so many numbers.
-SHARED_GRAM_LIMIT = 2**23
+# The products of the columns of a matrix that all samples share are formed if they fit into so many numbers, and
+# if there are so many times more samples than columns. Otherwise one product for each sample takes less time.
+SHARED_GRAM_LIMIT, SHARED_GRAM_SAMPLES = 2**20, 2
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Factors:
     @classmethod
     def of(cls, program: QuadraticProgram, base: Tensor, alpha: Tensor, beta: Tensor) -> Factors:
         """Factorise. `base` is that of the program, see `base_matrix`; `alpha` and `beta` of its rows."""
-        L, info = _factor(_plus_gram(base, program.G, -alpha / beta))
+        L, info = _factor(plus_gram(base, program.G, -alpha / beta))
         V = program.A.mT.expand(len(L), -1, -1)
         if not V.shape[2]:
             return cls(program, alpha, beta, L, V, V.mT[:, :, :0], info == 0)
@@ -247,10 +248,11 @@ def _factor(H: Tensor) -> tuple[Tensor, Tensor]:
     return L, info
 
 
-def _plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
+def plus_gram(base: Tensor, G: Tensor, d: Tensor) -> Tensor:
     """base + G' diag(d) G `(B, n, n)` for d `(B, m)`."""
     m, n = G.shape[-2:]
-    if G.ndim == 2 and m * n * n <= SHARED_GRAM_LIMIT:  # one product for all samples
+    many = len(d) >= SHARED_GRAM_SAMPLES * n
+    if G.ndim == 2 and many and m * n * n <= SHARED_GRAM_LIMIT:  # one product for all samples
         outer = (G.unsqueeze(2) * G.unsqueeze(1)).reshape(m, n * n)
         return (d @ outer).reshape(len(d), n, n) + base
     G = G.expand(len(d), -1, -1)
