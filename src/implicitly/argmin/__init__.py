@@ -1,7 +1,9 @@
-"""Optimisation problems as layers. Where to begin reading:
+"""Optimisation problems as layers.
 
-- `argmin`: `solve.py`, then `conditions.py` (what a minimum satisfies), a solver such as `lbfgs.py`, and for sets
-  and equations `projection.py` and `equality.py`.
+Where to begin reading:
+
+- `argmin`: `solve.py`, then `conditions.py` (what a minimum satisfies), a solver such as `lbfgs.py`, and for
+  constraints `projection.py` and `equality.py`.
 - `implicit_gradient`, `proximal`: `bilevel.py`.
 - `qp`: the folder `programs`.
 - `im.project`, `im.prox`: the folder `sets`.

@@ -14,16 +14,19 @@ from implicitly.iterate import PATIENCE, Proposal, Residual, repeat, where_rows
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
-# How much longer the next step may be than the last, and how much where the last says nothing of the curvature.
+# By which factor a step may grow, in general, and where the last step was far from the limit set by the curvature.
 GROWTH, LEAP = 1.1, 4.0
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Accelerated(NamedTuple):
-    """Where momentum leads `(B, n)`, the objective `(B,)` and minus its gradient `(B, n)` there; the momentum's
-    age, the step length, the objective at first, the least objective and residual norm yet and the number of steps
-    that led there, `(B,)` each; the objective's `bottom`."""
+    """The memory of accelerated steps.
+
+    The extrapolated point `(B, n)`, the objective `(B,)` and minus its gradient `(B, n)` there; the momentum's
+    age, the step size, the first objective, the least objective and residual norm so far and the number of steps
+    that led there, `(B,)` each; the objective's `bottom`.
+    """
 
     y: Tensor
     value: Tensor
@@ -38,7 +41,7 @@ class Accelerated(NamedTuple):
 
     @classmethod
     def start(cls, evaluate: Evaluate, z: Tensor, step: float | None) -> Accelerated:
-        """At rest at z."""
+        """The memory at z, without momentum."""
         value, r = evaluate(z)
         one = torch.ones_like(value, dtype=r.dtype)
         length = step * one if step is not None else inverse_norm(r)[:, 0]
@@ -67,19 +70,19 @@ class _Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class ProximalStep:
-    """Steps down the gradient, projected, with momentum.
+    """Projected gradient steps with momentum (FISTA).
 
-    Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sci. 2 (2009), with
-    steps that shrink until the quadratic model bounds the objective, and grow again; momentum is dropped where it
-    leads uphill (O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", Found. Comput. Math.
-    15, 2015, the gradient scheme).
+    Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sci. 2 (2009). The step
+    size shrinks until the quadratic model bounds the objective, and grows again afterwards. Momentum is reset
+    where it leads uphill (O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", Found.
+    Comput. Math. 15, 2015, the gradient scheme).
 
     Attributes:
-        evaluate: z to the objective and minus its gradient.
-        project: onto the feasible set.
-        residual: from z and minus the gradient there.
-        fixed: whether steps keep their length.
-        momentum: whether there is any.
+        evaluate: maps z to the objective and minus its gradient.
+        project: the projection onto the feasible set.
+        residual: maps z and minus the gradient there to the residual.
+        fixed: whether the step size is fixed.
+        momentum: whether to use momentum.
     """
 
     evaluate: Evaluate
@@ -89,7 +92,7 @@ class ProximalStep:
     momentum: bool = True
 
     def take(self, k: int | Tensor, z: Tensor, r: Tensor, m: Accelerated) -> Proposal:
-        """The step from z, whose residual is `r`: zero for samples that have finished."""
+        """The step from z, whose residual `r` is zero for samples that have finished."""
         calls = torch.ones((), dtype=torch.int64, device=z.device) if torch.compiler.is_dynamo_compiling() else 1
         trial = self._attempt(m, m.step, calls)
         idle = ~(m.value.isfinite() & m.r.isfinite().all(1)) | (row_norm(r) == 0)
@@ -102,7 +105,7 @@ class ProximalStep:
         moves = torch.ones_like(trial.good) if self.fixed else trial.good
         new = where_rows(moves, trial.z, z)
         y, age = self._extrapolated(m, moves, z, new)
-        # At rest y is z, so what is known there is known at z.
+        # Without momentum y is z, so the values at y are those at z.
         value, minus_g, calls = (
             torch.where(moves, trial.value, m.value),
             where_rows(moves, trial.r, m.r),
@@ -122,14 +125,14 @@ class ProximalStep:
         move = to - m.y
         squared = torch.linalg.vecdot(move, move)
         bound = m.value - torch.linalg.vecdot(m.r, move) + squared / (2 * step)
-        # Where the difference drowns in rounding, which must not decide, the curvature along the move does.
+        # Where rounding errors hide the difference of the objectives, the curvature along the move decides.
         flat = (value - m.value).abs() <= noise_of(m.value)
         curvature = torch.linalg.vecdot(m.r - r, move)
         good = torch.where(flat, step * curvature <= squared, value <= bound)
         return _Trial(step, to, value, r, curvature, squared, good & value.isfinite() & r.isfinite().all(1), calls)
 
     def _extrapolated(self, m: Accelerated, moves: Tensor, z: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Where momentum leads from `new`, and its age."""
+        """The point extrapolated from `new` by momentum, and the momentum's age."""
         if not self.momentum:
             return new, m.age
         age = (1 + (1 + 4 * m.age**2).sqrt()) / 2
@@ -141,21 +144,23 @@ class ProximalStep:
     def _next_step(self, m: Accelerated, trial: _Trial) -> Tensor:
         if self.fixed:
             return m.step
-        # Far less curvature than the step allows for: it was a guess.
+        # The curvature is far less than the step allows for: the step was only a guess.
         guess = trial.step * LEAP * trial.curvature < trial.squared / LEAP
         longer = torch.where(guess, LEAP * trial.step, GROWTH * trial.step)
-        # At rest the search goes on where it stopped; of momentum, that led too far, another step says nothing.
+        # Without momentum the search for a step goes on where it stopped. With momentum, the extrapolated point
+        # was too far; that says nothing about the step from another point.
         return torch.where(trial.good, longer, torch.where(m.age > 1, m.step, trial.step))
 
 
 def _best(
     m: Accelerated, k: int | Tensor, moves: Tensor, trial: _Trial, norm: Tensor
 ) -> tuple[Accelerated, Tensor]:
-    """The memory of the best yet after step `k`, whose residual is `norm` `(B,)`, and which samples make progress.
+    """The best objective and residual so far, after step `k` with residual `norm` `(B,)`; which samples progress.
 
-    Momentum swings through the valley: on its way it may pass the minimum closer, and with less residual, than it
-    comes for many steps to follow. A swing is about as long as what led to the last one, so it has as many steps
-    again; unless it leads above the start, where nothing that descends does.
+    Momentum makes the iterates swing through the valley: in passing they may come closer to the minimum, with a
+    smaller residual, than in many steps that follow. A swing takes about as many steps as all before it, so a
+    sample may go on for as many steps again without a new best point; unless the objective is above its first
+    value, which no descending sequence exceeds.
     """
     better = moves & ((trial.value < m.least) | (norm < m.closest))
     last = torch.where(better, k + 1, m.last)
@@ -167,7 +172,7 @@ def _best(
 
 
 def _verdict(m: Accelerated, moves: Tensor, idle: Tensor, trial: _Trial) -> Tensor:
-    """How samples `(B,)` end: at rest and without a good step, or falling for ever; RUNNING: they go on."""
+    """How samples end, `(B,)`: without a good step and at rest, or falling for ever; RUNNING if they go on."""
     # Steps may be halved until they no longer change z.
     nowhere = ~(trial.squared > (torch.finfo(trial.z.dtype).eps * row_norm(m.y)) ** 2)
     status = torch.where(trial.value.isfinite(), int(Status.STAGNATED), int(Status.NON_FINITE))

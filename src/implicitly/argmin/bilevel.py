@@ -1,8 +1,9 @@
-"""Bilevel problems: what a trained model's parameters answer to its hyperparameters.
+"""Bilevel problems: how the parameters of a trained model depend on its hyperparameters.
 
-An inner problem, w* = argmin_w inner(w, lambda), was solved by any training loop. At its answer the gradient
-vanishes, and by the theorem dw*/dlambda = -H^-1 d(grad inner)/dlambda with the Hessian H of the inner loss; one
-linear solve by products with H gives the gradient of any outer loss, however many hyperparameters there are::
+Any training loop may solve the inner problem, w* = argmin_w inner(w, lambda). At its solution the gradient
+vanishes, so by the implicit function theorem dw*/dlambda = -H^-1 d(grad inner)/dlambda, with H the Hessian of
+the inner loss. One linear solve, by products with H, gives the gradient of any outer loss, however many
+hyperparameters there are::
 
     def inner_loss(w, decay):                              # one weight decay per parameter
         data = cross_entropy(functional_call(model, w, (x,)), y)
@@ -58,40 +59,40 @@ def implicit_gradient(
     on_failure: str = "warn",
     listen: Callable[[Found], None] | None = None,
 ) -> Any:
-    """The trained `params`, with the derivative by `hyper` of params = argmin inner_loss(params, *hyper)::
+    """The trained `params`, with their derivative with respect to `hyper`, as the minimum of inner_loss::
 
         w = im.implicit_gradient(inner_loss, dict(model.named_parameters()), decay)
         validation_loss(functional_call(model, w, (x,)), y).backward()      # fills decay.grad
 
-    Nothing of the training is recorded or run again. At a stationary point the derivative is exact, of any order,
-    in both modes. One gradient of the loss is recorded, and each step of `linear_solver` is one product with the
-    Hessian through it: memory does not grow with the steps.
+    The training is neither recorded nor repeated. At a stationary point the derivative is exact, of any order and
+    in both modes. One gradient of the loss is recorded, and each step of `linear_solver` takes one Hessian-vector
+    product through it: memory does not grow with the steps.
 
     Args:
         inner_loss: `inner_loss(params, *hyper)`, the whole training loss, deterministic and 0-d; `(B,)` with
             `batch_dims=1`. Parameters of modules that it uses are hyperparameters too, unless they are among
-            `params`. Of a stochastic loss give a closure on a large batch.
-        params: where the training ended: a tensor or a pytree of tensors of one dtype. No gradient flows to them.
-        hyper: tensors, pytrees of them, or anything else. What is not used gets a zero gradient.
-        linear_solver: `CG` for a minimum; it reports SINGULAR where it meets no positive curvature.
+            `params`. For a stochastic loss, pass a closure over a large batch.
+        params: the result of the training: a tensor or a pytree of tensors of one dtype. They get no gradient.
+        hyper: tensors, pytrees of them, or anything else. Hyperparameters that are not used get a zero gradient.
+        linear_solver: `CG` for a minimum; it reports SINGULAR if it meets a direction without positive curvature.
             `Neumann(damping=step)`, with a step below 2 / (largest eigenvalue). `GMRES` for any stationary point;
-            `DenseLU` for few parameters. With `rtol=0` exactly `max_steps` steps, a truncated solve unreported.
-        damping: added to the Hessian where that is singular, ill-conditioned or slightly indefinite. It biases the
-            gradient, to that of params held back by damping / 2 * |w - params|^2.
-        tolerance: how far `params` may be from stationary: the best step along the gradient, by the second
-            derivative, relative to |params|; a lower bound of the distance. None saves this one product.
+            `DenseLU` for few parameters. `rtol=0`: a truncated solve of exactly `max_steps` steps, no report.
+        damping: added to a Hessian that is singular, ill-conditioned or slightly indefinite. It biases the
+            gradient: the result is that of an inner loss with the extra term damping / 2 * |w - params|^2.
+        tolerance: how far `params` may be from stationary, as the length, relative to |params|, of the best step
+            along the gradient: a lower bound of the distance. None skips this test and its Hessian product.
         batch_dims: 0: one problem. 1: dimension 0 of every tensor of params holds independent problems.
-        in_dims: with `batch_dims=1`, which of `hyper` hold one entry a problem, as in `torch.vmap`.
-        on_failure: "warn", "raise" or "ignore" where params are not stationary or a linear solve falls short.
-            The derivative is zero where params or gradients are NaN, and where a linear solve breaks down or ends
-            (as after `max_steps`, but for `rtol=0`) with a relative residual above 0.1.
+        in_dims: with `batch_dims=1`, which of `hyper` have one entry per problem, as in `torch.vmap`.
+        on_failure: "warn", "raise" or "ignore" if params are not stationary or a linear solve falls short. The
+            derivative is zero where params or gradients are NaN, and where a linear solve breaks down or ends
+            (as after `max_steps`, except with `rtol=0`) with a relative residual above 0.1.
         listen: called with the `Found` (residual, steps) of every backward solve, for logging.
 
     Returns `params`: same values, structure, dtype and device.
 
     Raises:
-        TypeError, ValueError: for a loss that is no scalar or ignores params, options that cannot be meant, or a
-            tensor that requires gradients and is neither in `hyper` nor a parameter of a module.
+        TypeError, ValueError: for a loss that is not a scalar or ignores params, invalid options, or a tensor that
+            requires gradients and is neither in `hyper` nor a parameter of a module.
         SolverError: with `on_failure="raise"`.
     """
     layout = Layout.of(params, batch_dims, "params")
@@ -99,7 +100,7 @@ def implicit_gradient(
     gradient = _gradient(inner_loss, batch_dims)
     options = {"layout": layout, "in_dims": in_dims, "recording": False}
     state = partial(Problem.of, gradient, params, hyper, lambda w, dw: -dw, **options)
-    tolerance = tolerance if records() else None  # nobody could be misled by a derivative
+    tolerance = tolerance if records() else None  # without a derivative the test would serve nothing
     look = partial(_looked_at, state, inner_loss, params, tolerance, on_failure)
     problem, theta, found = explained("implicit_gradient", inner_loss, look)
     condition = _condition(problem, damping, on_failure)
@@ -108,10 +109,10 @@ def implicit_gradient(
 
 
 def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any]:
-    """The inner objective of implicit meta learning: `objective(w, w0, weight, *args)` is
-    loss(w, *args) + weight / 2 * |w - w0|^2.
+    """The inner objective of implicit meta-learning, loss(w, *args) + weight / 2 * |w - w0|^2.
 
-    Parameters w adapted to a task that stay near the shared w0 answer to w0 and `weight`, whatever adapted them::
+    Returns the function `objective(w, w0, weight, *args)`. The parameters w that are adapted to a task, but kept
+    near the shared w0, depend on w0 and `weight`, however they were adapted::
 
         objective = im.proximal(task_loss, batch_dims=1)          # task_loss(w, x, y) gives (B,), one a task
         w = adapt(objective, w0, weight, x, y)                    # any loop; every tensor of w is (B, ...)
@@ -120,10 +121,10 @@ def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any
 
     Args:
         loss: `loss(w, *args)`, 0-d; with `batch_dims=1` `(B,)`.
-        batch_dims: 1: dimension 0 of every tensor of w holds a task; those of w0 may have it or be shared.
+        batch_dims: 1: dimension 0 of every tensor of w is over tasks; tensors of w0 may have it or be shared.
 
-    In the objective `weight` is a number, a 0-d tensor, or `(B,)`; it must be larger than minus the smallest
-    eigenvalue of the loss's Hessian for the adapted parameters to be a minimum.
+    In the objective `weight` is a number, a 0-d tensor, or `(B,)`. For the adapted parameters to be a minimum, it
+    must be larger than minus the smallest eigenvalue of the loss's Hessian.
 
     Source: Rajeswaran et al. 2019, equation 3; the meta-gradient of w0 is weight * (H + weight)^-1 g.
     """
@@ -155,7 +156,7 @@ def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any
 
 
 def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., Any]:
-    """(w, *hyper) -> the gradient of the inner loss by w; checks what the loss returns."""
+    """The function (w, *hyper) -> gradient of the inner loss by w, which checks what the loss returns."""
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be callable, got a {type(inner_loss).__name__}")
 
@@ -170,8 +171,10 @@ def _gradient(inner_loss: Callable[..., Any], batch_dims: int) -> Callable[..., 
 
 
 def _checked(value: Any, like: Tensor, batch_dims: int, name: str) -> Tensor:
-    """The `value` of a loss by this name; raises TypeError / ValueError unless it is one real number for each
-    problem of parameters `like`."""
+    """The `value` that the loss returned.
+
+    Raises TypeError / ValueError unless it is one real number for each problem of the parameters `like`.
+    """
     shape = tuple(like.shape[:batch_dims])
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a tensor, got a {type(value).__name__}")
@@ -185,7 +188,7 @@ def _checked(value: Any, like: Tensor, batch_dims: int, name: str) -> Tensor:
 
 
 def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[Any, ...]) -> Any:
-    """inner_loss(w, *hyper), which leaves buffers of modules, such as running statistics, as they are."""
+    """inner_loss(w, *hyper), without changing buffers of modules, such as running statistics."""
     host = open_function(inner_loss, hyper, pytree.tree_leaves(w)[0].device).opened.host
     buffers = {name: b.clone() for name, b in host.named_buffers()}
     if not buffers:
@@ -194,8 +197,10 @@ def _without_side_effects(inner_loss: Callable[..., Any], w: Any, hyper: tuple[A
 
 
 def _condition(problem: Problem, damping: float, on_failure: str) -> Condition:
-    """-grad inner(z) - damping (z - anchor) = 0 with theta = (anchor, ...), so that M of its derivatives is the
-    damped Hessian: positive definite at a minimum."""
+    """The condition -grad inner(z) - damping (z - anchor) = 0, with theta = (anchor, ...).
+
+    Its signs make the matrix of its linear systems the damped Hessian, which is positive definite at a minimum.
+    """
     plain = problem.condition("implicit_gradient", on_failure)
 
     def bind(anchor: Tensor, *theta: Tensor) -> Map:
@@ -233,17 +238,19 @@ def _looked_at(
     tolerance: float | None,
     on_failure: str,
 ) -> tuple[Problem, tuple[Tensor, ...], Found]:
-    """The problem, its theta of which a derivative is wanted, and the params as a found point."""
+    """The problem, its theta as `_wanted`, and the params as the point that a solver would have found."""
     problem = state()
     theta = _wanted(problem, inner_loss, params)
     return problem, theta, _as_given(problem, theta, tolerance, on_failure)
 
 
 def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tuple[Tensor, ...]:
-    """The theta of `problem`, in which parameters that `inner_loss` does not use, or that are the `params`, are
-    detached: a module whose parameters are exchanged for w is closed over, but is no hyperparameter.
+    """The theta of `problem`, with module parameters detached that are no hyperparameters.
 
-    Raises ValueError where the loss does not depend on params.
+    Those are parameters that `inner_loss` does not use, or that are the `params`: the loss closes over a module
+    whose parameters it replaces by w, but these are not hyperparameters.
+
+    Raises ValueError if the loss does not depend on params.
     """
     inner = pytree.tree_leaves(params)
     first = len(problem.theta) - len(problem.opened.parameters)
@@ -268,17 +275,17 @@ def _wanted(problem: Problem, inner_loss: Callable[..., Any], params: Any) -> tu
     return tuple(t.detach() if i in unused else t for i, t in enumerate(problem.theta))
 
 
-# ------------------------------------------------------------------------------------- the point, as it came
+# --------------------------------------------------------------------------- the trained params as a solution
 
 
 @dataclass(frozen=True, kw_only=True)
 class _AsGiven(Solver):
-    """In place of a solver where the user has solved: keeps the point, which the loop judges."""
+    """Stands in for a solver, as the user has already solved: keeps the point, and lets the loop test it."""
 
     max_steps: int = 1
 
     def start(self, F: Any, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
+        """The memory: nothing."""
         return ()
 
     def propose(self, F: Any, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
@@ -287,7 +294,7 @@ class _AsGiven(Solver):
 
 
 def _as_given(problem: Problem, theta: tuple[Tensor, ...], tolerance: float | None, on_failure: str) -> Found:
-    """The params as a found point: MAX_STEPS where they are not stationary, NON_FINITE where that is NaN."""
+    """The params as a found point: MAX_STEPS if they are not stationary, NON_FINITE if the test gives NaN."""
     plain = problem.condition("implicit_gradient", on_failure, relative_to_iterate=True)
     plain = replace(plain, report=replace(plain.report, message=_not_stationary))
     if tolerance is None:
@@ -297,7 +304,7 @@ def _as_given(problem: Problem, theta: tuple[Tensor, ...], tolerance: float | No
 
 
 def _cauchy_step(residual: Map) -> Map:
-    """z -> the step along the gradient g to the minimum of the second-order model, -g / (curvature along g)."""
+    """The Cauchy step z -> -g / (curvature along g), to the minimum of the quadratic model along the gradient."""
 
     def step(z: Tensor) -> Tensor:
         r, pull = pullback(residual, z)

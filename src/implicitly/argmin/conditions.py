@@ -1,7 +1,8 @@
-"""What a minimum must satisfy, in its forms: a condition of first order, and a check of the second.
+"""Optimality conditions of a minimum: a residual of first order, and a check of second order.
 
-The condition is a residual like any other, so the theorem differentiates it. Each form says too which operator,
-symmetric on `(B, n)`, must have no negative eigenvalue for a stationary point to be a minimum.
+The first-order condition is a residual like any other, so the implicit function theorem gives the derivative of
+the minimum. Each form of the problem (without constraints, with a projection, with equations) also says which
+symmetric operator on `(B, n)` must have no negative eigenvalue for a stationary point to be a minimum.
 """
 
 from __future__ import annotations
@@ -35,39 +36,39 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """A form in which an optimisation problem is stated as a condition."""
+    """Base class: a form in which an optimisation problem is stated as a condition."""
 
-    # Of the entry point, in messages.
+    # The name of the entry point, in messages.
     name: ClassVar[str] = "argmin"
     # What it gives solvers besides the residual, by name (`Solver.needs`) and by type (`Condition.kind`).
     offers: ClassVar[tuple[str, ...]]
     kind: ClassVar[type]
     # Whether z + residual is an iteration that inexact adjoints may differentiate.
     iterates: ClassVar[bool] = False
-    # What to name where a solver does not fit.
+    # Which solvers to suggest where the user's does not fit.
     try_solver: ClassVar[str]
 
     def noise(self, F: Any, z: Tensor, slope: Tensor) -> Tensor:
-        """How far the residual at z moves, `(B,)`, where a gradient does by `slope` `(B,)`."""
+        """How far the residual at z moves, `(B,)`, when the gradient changes by `slope` `(B,)`."""
         return slope
 
     @abstractmethod
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
-        """The residual, opened; raises TypeError / ValueError for what the functions should not return."""
+        """The opened problem; raises TypeError / ValueError if its functions return what they should not."""
 
     @abstractmethod
     def curvature(self, F: Any, z: Tensor) -> tuple[Map, Tensor]:
-        """The operator that is positive semidefinite at a minimum `z`, and a matrix `(B, n)` like its argument."""
+        """The operator that is positive semidefinite at a minimum `z`, and a tensor like its argument `(B, n)`."""
 
     def condition(
         self, problem: Problem, on_failure: str, convex: bool, rounding: float, rtol: float
     ) -> Condition:
-        """What `problem` states; stationary points are checked to be minima unless all are.
+        """The condition of `problem`; the points found are checked to be minima, unless the problem is `convex`.
 
-        `rounding`, relative to what makes it up, is what a gradient need not fall below, whatever `rtol`; nor that
-        of a sample which no step improves.
+        A gradient that is as small as its rounding error, `rounding` relative to the terms that it is made of,
+        counts as zero whatever `rtol`, also for samples that no step improves any more.
         """
         report = Report(on_failure, partial(self.solution, problem))
         plain = problem.condition(self.name, on_failure)
@@ -80,14 +81,17 @@ class Form(ABC):
         return how.attach(found, condition, problem)
 
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
-        """What the user gets: `attached` `(B, n)` is the found point with its derivative."""
+        """The `Solution` for the user; `attached` `(B, n)` is the found point with its derivative."""
         return problem.solution(found, attached)
 
     def _examine(
         self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Any, found: Found
     ) -> Found:
-        """`found`, where samples that only rounding kept from their tolerances are CONVERGED, and converged ones
-        from which the objective falls in second order NOT_MINIMUM."""
+        """`found` with corrected statuses.
+
+        Samples that only rounding kept from their tolerance are CONVERGED. Converged ones at which the objective
+        has a direction of negative curvature are NOT_MINIMUM.
+        """
         stuck = (found.status == int(Status.STAGNATED)) | (found.status == int(Status.DIVERGED))
         if rounding > 0 and found.z.shape[1] > 0 and maybe_any(stuck):
             scale = rounding_scale(self.noise, 1.0, F, found.z, F(found.z))
@@ -97,22 +101,25 @@ class Form(ABC):
         if convex or not maybe_any(converged) or found.z.shape[1] == 0:
             return found
         least, most = smallest_curvature(*self.curvature(F, found.z))
-        # Less than this is what rounding, and the distance to the exact point, leave of a zero.
+        # Rounding, and the distance to the exact point, may turn a zero into an eigenvalue of this size.
         falls = least < -(torch.finfo(dtype).eps ** 0.5) * most
         return found._replace(status=torch.where(converged & falls, int(Status.NOT_MINIMUM), found.status))
 
 
 def gradient_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
-    """What a residual is small beside, `(B,)`: that at the start, or what rounding is relative to, as a start at
-    the answer has nothing to gain."""
+    """The scale of tolerances, `(B,)`: the residual at the start, or the scale of its rounding errors if larger.
+
+    The latter matters for a start at the solution, where the residual cannot shrink.
+    """
     return torch.maximum(row_norm(r), rounding_scale(noise, share, F, z, r))
 
 
 def rounding_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor, r: Tensor) -> Tensor:
-    """What rounding of a residual r at z is relative to, `(B,)`: its change over the length of z.
+    """The scale of rounding errors in a residual r at z, `(B,)`: how much r changes over a step of length |z|.
 
-    That is what rounding of z alone makes of it. At zero this tells nothing; but terms that add up to an objective
-    f have slopes of about (curvature * f)^(1/2), of which `share` is taken, and the `noise` they are in F.
+    Times eps, that is the effect of rounding z. At z = 0 it says nothing. But the terms that add up to an
+    objective f have slopes of about (curvature * f)^(1/2): their effect on the residual, by `noise`, times
+    `share`, is a lower bound of the scale.
     """
     norm, at_zero = row_norm(r), (z == 0).all(1)
     if share == 0 and not maybe_any(~at_zero):
@@ -128,7 +135,7 @@ def rounding_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor
     if share == 0:
         return scale
     length = row_norm(along)
-    if not isinstance(F, Descent):  # whose residual is the slope
+    if not isinstance(F, Descent):  # of a Descent, the residual is itself the slope
         change = change_of(lambda z: F.evaluate(z)[-1])
     curvature = change / torch.where(length == 0, 1.0, length)
     slope = (curvature * F.evaluate(z)[0].abs().to(norm.dtype)).sqrt()
@@ -137,7 +144,7 @@ def rounding_scale(noise: Callable[..., Tensor], share: float, F: Any, z: Tensor
 
 @dataclass(frozen=True)
 class Unconstrained(Form):
-    """The gradient of the objective vanishes."""
+    """Unconstrained minimisation: the gradient of the objective vanishes."""
 
     offers: ClassVar[tuple[str, ...]] = ("objective",)
     kind: ClassVar[type] = Descent
@@ -146,7 +153,7 @@ class Unconstrained(Form):
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
-        """Of an objective with one value a sample."""
+        """The problem for an objective with one value per sample."""
         opening = open_function(objective, args, layout.device)
         opened = opening.opened
 
@@ -167,7 +174,10 @@ class Unconstrained(Form):
 
 @dataclass(frozen=True)
 class LeastSquares(Form):
-    """The gradient of half the sum of squares vanishes; its objective returns the residuals to be squared."""
+    """Nonlinear least squares: the gradient of half the sum of squares of the residuals vanishes.
+
+    Its objective returns these residuals.
+    """
 
     name: ClassVar[str] = "least_squares"
     offers: ClassVar[tuple[str, ...]] = ("objective", "residuals")
@@ -177,14 +187,14 @@ class LeastSquares(Form):
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
-        """Of residuals `(B, ...)`, or a pytree of them."""
+        """The problem for residuals `(B, ...)`, or a pytree of them."""
         opening = open_function(objective, args, layout.device)
         opened = opening.opened
 
         def squares_of(call: Function, theta: tuple[Tensor, ...]) -> Descent:
             def residuals(z: Tensor) -> Tensor:
                 real = [real_parts(x) for x in pytree.tree_leaves(call(layout.unpack(z)))]
-                # Of no width where there are no residuals for lack of samples.
+                # The slice gives the width of a sample also for an empty batch, where it is zero.
                 rows = [x.reshape(len(z), x[:1].numel() if layout.batch_dims else x.numel()) for x in real]
                 return torch.cat(rows, 1).to(z.dtype)
 
@@ -206,7 +216,7 @@ class LeastSquares(Form):
 
 
 def rows_of(call: Function, layout: Layout) -> Callable[[Tensor], Tensor]:
-    """An objective `call` of states as a function of matrices `(B, n)`, with values `(B,)`."""
+    """The objective `call` as a function of matrices `(B, n)` instead of states, with values `(B,)`."""
     return lambda z: call(layout.unpack(z)).reshape(len(z))
 
 
@@ -215,7 +225,7 @@ def descent_of(
     theta: tuple[Tensor, ...],
     residuals: Callable[[Tensor], Tensor] | None = None,
 ) -> Descent:
-    """The descent of an `objective` of matrices, which depends on `theta` besides."""
+    """The `Descent` of an `objective` of matrices, which also depends on `theta`."""
     return Descent(
         lambda z: value_and_descent(objective, z, theta)[1],
         lambda z: value_and_descent(objective, z, theta),
@@ -224,13 +234,13 @@ def descent_of(
 
 
 def hessian_at(F: Descent, z: Tensor) -> Map:
-    """v `(B, n)` to H v, with H the Hessian at z."""
+    """The map from v `(B, n)` to H v, with H the Hessian at z."""
     _, pull = pullback(F.residual, z)
     return lambda v: -pull(v)[0]
 
 
 def check_values(values: Any, layout: Layout) -> Tensor:
-    """`values`, which the objective returned; raises TypeError / ValueError unless it is one a sample."""
+    """The `values` that the objective returned; raises TypeError / ValueError unless there is one per sample."""
     if not isinstance(values, Tensor):
         raise TypeError(f"objective must return a tensor, one value a sample; got a {type(values).__name__}")
     expected = (layout.batch,) if layout.batch_dims else ()
@@ -247,7 +257,7 @@ def check_values(values: Any, layout: Layout) -> Tensor:
 
 
 def check_residuals(residuals: Any, layout: Layout) -> Any:
-    """`residuals`, which the function returned; raises TypeError / ValueError unless each sample has its own."""
+    """The `residuals` that the function returned; raises TypeError / ValueError unless each sample has its own."""
     leaves = pytree.tree_leaves(residuals)
     if not leaves:
         raise ValueError("residuals must return a tensor, or a pytree of them; got none")

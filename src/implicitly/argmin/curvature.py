@@ -1,4 +1,4 @@
-"""Is a stationary point a minimum? The smallest eigenvalue of a symmetric operator, a sample each."""
+"""The smallest eigenvalue of a symmetric operator, which says whether a stationary point is a minimum."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from implicitly.host import maybe_any
 from implicitly.linear import dense
 from implicitly.tree import row_norm
 
-# Up to so many dimensions as many products give the whole matrix; beyond, Lanczos' method takes at most so many.
+# Up to this many dimensions, products give the whole matrix; beyond, the Lanczos method takes at most so many.
 PRODUCTS = 48
-# So many at a time, after which it looks at what it knows and keeps no more directions than that.
+# The products of one round; after it the method checks what it knows and keeps no more directions than that.
 ROUND = 12
 
 
 def smallest_curvature(operator: Map, like: Tensor, products: int = PRODUCTS) -> tuple[Tensor, Tensor]:
     """The smallest eigenvalue and the largest in size, `(B,)` each, of a symmetric operator on `like` `(B, n)`.
 
-    The smallest is 0 where it is known to be no more negative than rounding may make of a zero. In more than
-    `products` dimensions these are Ritz values, which lie between the eigenvalues: a negative one is certain. But
-    a negative eigenvalue may go unnoticed that is small beside the largest one, r times its size: k products from
-    a random vector, without restarts, miss it with a probability below 1.65 n^(1/2) exp(-(2 k - 1) r^(1/2)). NaN
-    where the operator is not finite.
+    The smallest is given as 0 where it is known to be at most as negative as a rounded zero. NaN where the
+    operator is not finite. In more than `products` dimensions these are Ritz values, which lie between the
+    eigenvalues. So a negative one is certain, but a negative eigenvalue may go unnoticed if it is small beside the
+    largest: if it is r times its size, k products from a random vector, without restarts, miss it with a
+    probability below 1.65 n^(1/2) exp(-(2 k - 1) r^(1/2)).
 
     Source: Kuczyński and Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with
     a random start", SIAM J. Matrix Anal. Appl. 13 (1992), theorem 4.2. After `2 * ROUND` products the method goes
@@ -34,7 +34,7 @@ def smallest_curvature(operator: Map, like: Tensor, products: int = PRODUCTS) ->
         return _lanczos(operator, like, products)
     matrix = dense(operator, like, limit_gib=float("inf"))
     matrix, nan = _finite((matrix + matrix.mT) / 2)
-    # Whether a matrix is positive definite a factorisation tells in a tenth of the time.
+    # A Cholesky factorisation tells in a tenth of the time whether a matrix is positive definite.
     most = matrix.diagonal(dim1=1, dim2=2).abs().amax(1)
     shift = torch.finfo(matrix.dtype).eps ** 0.5 * most
     _, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift[:, None].expand_as(like)))
@@ -45,14 +45,17 @@ def smallest_curvature(operator: Map, like: Tensor, products: int = PRODUCTS) ->
 
 
 def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix` `(B, k, k)` with zeros in place of those that are not finite, and 0 or there NaN `(B,)`."""
+    """`matrix` `(B, k, k)` with zeros for samples that are not finite, and `(B,)` NaN for those, 0 for others."""
     finite = matrix.isfinite().all(-1).all(-1)
     nan = torch.zeros_like(matrix[:, 0, 0]).masked_fill(~finite, torch.nan)
     return torch.where(finite[:, None, None], matrix, 0.0), nan
 
 
 def _lanczos(operator: Map, like: Tensor, products: int) -> tuple[Tensor, Tensor]:
-    """The least Ritz value and the largest in size; `products` at most, fewer where the least is known."""
+    """The least Ritz value and the largest in size, from at most `products` products.
+
+    It stops earlier once the sign of the least eigenvalue is known for all samples.
+    """
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(like.shape[1], generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     v = (first / first.norm()).expand_as(like)
@@ -78,8 +81,10 @@ def _lanczos(operator: Map, like: Tensor, products: int) -> tuple[Tensor, Tensor
 def _extended(
     operator: Map, basis: Tensor, images: Tensor, v: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The orthonormal `basis` `(B, k, n)` and its images with `count` more directions, v `(B, n)` and what follows
-    from it; and the direction that comes next."""
+    """The orthonormal `basis` `(B, k, n)` and its images, extended by `count` Lanczos directions; the next one.
+
+    The first of them is v `(B, n)`.
+    """
     rows, products = list(basis.unbind(1)), list(images.unbind(1))
     for _ in range(count):
         rows.append(v)
@@ -88,7 +93,8 @@ def _extended(
         for _ in range(2):
             left = left - torch.einsum("bkn,bk->bn", basis, torch.einsum("bkn,bn->bk", basis, left))
         norm = row_norm(left)
-        # An invariant space: what rounding leaves is no direction, and a zero vector adds a zero eigenvalue.
+        # In an invariant subspace what is left is rounding error and no direction. The zero vector in its place
+        # adds a zero eigenvalue.
         alive = norm > 100 * torch.finfo(left.dtype).eps * row_norm(products[-1])
         v = torch.where(alive[:, None], left / torch.where(alive, norm, 1.0)[:, None], 0.0)
     return basis, torch.stack(products, 1), v

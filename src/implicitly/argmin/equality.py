@@ -1,4 +1,4 @@
-"""Minima under equality constraints: the condition of Karush, Kuhn and Tucker, and `NewtonKKT`."""
+"""Minima under equality constraints: the Karush-Kuhn-Tucker (KKT) equations, and `NewtonKKT`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from implicitly.solution import Solution, Status
 from implicitly.transforms import is_recorded
 from implicitly.tree import Layout, row_norm
 
-# How far Newton's step may lead, in the scale of z, is 1 / FAR.
+# A Newton step may be at most 1 / FAR times the scale of z.
 FAR = 0.01
-# Where no more than this share of a step is of use, the next one is damped; and so much of that the ones after it.
+# Where at most the share SHORT of a step is of use, the next step is damped; later ones keep LASTING of that.
 SHORT, LASTING = 1e-4, 1 / 16
 
 
 @dataclass(frozen=True)
 class Lagrangian:
-    """The residual -(gradient of f + y' h) of w = (z, y), `(B, n + m)`, with its parts in the open.
+    """The KKT residual at w = (z, y), `(B, n + m)`, minus the gradient of f + y' h, and what it is made of.
 
     Attributes:
-        residual: w to (-(gradient of f + y' h), -h).
-        evaluate: w to f `(B,)`, h `(B, m)` and the residual, in one call.
-        given: w to the residual in the units that f and h came in.
+        residual: maps w to (-(gradient of f + y' h by z), -h).
+        evaluate: maps w to f `(B,)`, h `(B, m)` and the residual, in one call.
+        given: maps w to the residual in the units of the user's f and h.
     """
 
     residual: Residual
@@ -51,9 +51,10 @@ class Lagrangian:
         return self.residual(w)
 
     def in_units(self, units: Tensor, n: int) -> Lagrangian:
-        """That of c f and c u h, in which w over `units` (1, u) `(B, n + m)` has the residual of w times c (1, u).
+        """The Lagrangian of c f and c u h, as a function of w / `units`, with `units` = (1, u) `(B, n + m)`.
 
-        c makes the least of these 1, so that no residual looks smaller than it is to an absolute tolerance.
+        Its residual is that of w times c (1, u). The factor c makes the least of c (1, u) equal to 1, so that to
+        an absolute tolerance no residual looks smaller than it is.
         """
         factors = _factors(units)
 
@@ -66,11 +67,11 @@ class Lagrangian:
 
 @dataclass(frozen=True)
 class ConstrainedSolution(Solution):
-    """What a minimisation under equality constraints returns.
+    """The result of a minimisation under equality constraints: a `Solution` with the multipliers.
 
     Attributes:
-        dual_equality: the multipliers y, like what h returns, with which gradient of (f + y' h) = 0; gradients
-            attached.
+        dual_equality: the multipliers y, with which the gradient of f + y' h vanishes; structured like the result
+            of h, and differentiable like `value`.
     """
 
     dual_equality: Any
@@ -78,7 +79,7 @@ class ConstrainedSolution(Solution):
 
 @dataclass(frozen=True)
 class _Both:
-    """What is to be opened: the objective and the constraints, of the same arguments."""
+    """Objective and constraints as one function, so that `open_function` opens both at once."""
 
     objective: Function
     h: Function
@@ -89,14 +90,14 @@ class _Both:
 
 @dataclass(frozen=True)
 class Equality(Form):
-    """The feasible set as equations h(z, *args) = 0; a minimum is where the gradient of f + y' h vanishes too.
+    """A feasible set given by equations h(z, *args) = 0; at a minimum the gradient of f + y' h vanishes, too.
 
-    The derivative of the minimum, and of the multipliers y, is that of these equations. Nocedal and Wright,
+    The derivatives of the minimum and of the multipliers y follow from these equations. Nocedal and Wright,
     "Numerical Optimization", theorems 12.1 and 12.6.
 
     Args:
-        h: `h(z, *args)` returns a tensor `(B, ...)` (with `batch_dims=0` of any shape) or a pytree of them, of the
-            dtype of z0 and with no more numbers a sample than z has.
+        h: `h(z, *args)` returns a tensor `(B, ...)` (of any shape with `batch_dims=0`) or a pytree of them, of the
+            dtype of z0 and with at most as many numbers per sample as z.
     """
 
     h: Function
@@ -112,7 +113,7 @@ class Equality(Form):
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
-        """Of an objective with one value a sample; its state is (z, y), from y = 0."""
+        """The problem for an objective with one value per sample; its state is (z, y), starting at y = 0."""
         y0 = pytree.tree_map(torch.zeros_like, self._first_constraints(z0, args, layout))
         opening = open_function(_Both(objective, self.h), args, layout.device)
         pair, duals = Layout.of((z0, y0), layout.batch_dims), Layout.of(y0, layout.batch_dims)
@@ -168,7 +169,7 @@ class Equality(Form):
         return h0
 
     def curvature(self, F: Lagrangian, z: Tensor) -> tuple[Map, Tensor]:
-        """The Hessian of the Lagrangian on the tangent space of the constraints; zero on the normal space."""
+        """The Hessian of the Lagrangian, restricted to the tangent space of the constraints; zero elsewhere."""
         w = z
         _, h, _ = F.evaluate(w)
         m = h.shape[1]
@@ -180,12 +181,12 @@ class Equality(Form):
         return lambda u: (reduced @ u.unsqueeze(2))[:, :, 0], w[:, : w.shape[1] - m]
 
     def attach(self, how: Adjoint, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found (z, y) with its derivative, of the same condition in the units that balance it there.
+        """The found (z, y) with its derivative, from the same condition in the units that balance it there.
 
-        In others a solve may leave nothing in the objective's units, and yet all of what the equations say.
+        In other units a backward solve might be exact by the norm of the residual, and yet ignore the constraints.
         """
         tracked = any(is_recorded(t) for t in problem.theta) and not torch.compiler.is_dynamo_compiling()
-        if not tracked or how.recording or found.estimate:  # which knows the problem's units only
+        if not tracked or how.recording or found.estimate:  # an estimate is in the problem's units only
             return how.attach(found, condition, problem)
         balanced = _in_units(problem, condition.bind, found.z)
         restated = replace(
@@ -197,7 +198,7 @@ class Equality(Form):
         return how.attach(found._replace(z=found.z / units), restated, balanced) * units
 
     def solution(self, problem: Problem, found: Found, attached: Tensor | None = None) -> Solution:
-        """The z part, and the multipliers beside it."""
+        """The `ConstrainedSolution`: the z part of the state as its value, with the multipliers."""
         pair = problem.solution(found, (found.z if attached is None else attached) * problem.theta[0])
         z, y = pair.value
         rest = {f.name: getattr(pair, f.name) for f in fields(pair) if f.name != "value"}
@@ -206,7 +207,7 @@ class Equality(Form):
     def _examine(
         self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Lagrangian, found: Found
     ) -> Found:
-        """As of any form, with the residual in the user's units; of what is INFEASIBLE, that of the equations."""
+        """As for any form, with the residual in the user's units; for INFEASIBLE samples that of the equations."""
         found = super()._examine(dtype, convex, rounding, rtol, F, found)
         if found.z.shape[1] == 0:
             return found
@@ -217,8 +218,10 @@ class Equality(Form):
 
 
 def _in_units(problem: Problem, bind: Callable[..., Any], w: Tensor) -> Problem:
-    """`problem`, with the Lagrangian that `bind` gives, in the `_units` of `w`, which lead its theta; its state is
-    in them, and w over them."""
+    """`problem` with the Lagrangian from `bind`, restated in the `_units` at `w`.
+
+    Its state is divided by the units, which become the first of its theta.
+    """
     n = sum(leaf.width for leaf in Layout.of(problem.layout.unpack(w)[0], problem.layout.batch_dims).leaves)
     units = _units(bind(*(t.detach() for t in problem.theta)), w.detach(), n)
     dims = None if problem.sample_dims is None else (0, *problem.sample_dims)
@@ -233,17 +236,18 @@ def _in_units(problem: Problem, bind: Callable[..., Any], w: Tensor) -> Problem:
 
 
 def _factors(units: Tensor) -> Tensor:
-    """c `(1, u)` with c of `Lagrangian.in_units`."""
+    """c (1, u) `(B, n + m)`, with c as in `Lagrangian.in_units`."""
     return units / units.amin(1, keepdim=True) if units.shape[1] else units
 
 
 def _units(residual: Map, w: Tensor, n: int) -> Tensor:
-    """`(B, n + m)`, powers of two: 1 for the `n` of z, and for each multiplier what makes its equation as steep as
-    the Lagrangian is curved, so that both ask for z to the same accuracy.
+    """The units `(B, n + m)` of (z, y), powers of two: 1 for the `n` entries of z, and one for each multiplier.
 
-    Two directions that nothing is orthogonal to, but by accident, tell how large derivatives are. An equation h
-    that bends by b has a slope of (h b)^(1/2), if not here, then where it vanishes; and its multiplier, which may
-    be far from its value yet, will be about what makes its slope that of the objective.
+    The unit of a multiplier makes its equation about as steep as the Lagrangian is curved, so that both determine
+    z to the same accuracy. Two fixed directions, to which a derivative is orthogonal only by accident, give the
+    size of the derivatives. An equation h with second derivative b has a slope of about (h b)^(1/2), if not here,
+    then where it vanishes. Its multiplier may still be far from its value; it is estimated as what makes the slope
+    of the equation equal to that of the objective.
     """
     if w.shape[1] == n or len(w) == 0:
         return torch.ones_like(w)
@@ -268,7 +272,7 @@ def _units(residual: Map, w: Tensor, n: int) -> Tensor:
 
 
 def _blocks(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The Hessian `(B, n, n)` and the constraints' Jacobian `(B, m, n)` in a KKT matrix, finite."""
+    """The Hessian `(B, n, n)` and the constraints' Jacobian `(B, m, n)` in a KKT matrix, made finite by zeros."""
     n = matrix.shape[1] - m
     matrix = torch.where(matrix.isfinite(), matrix, 0.0)
     matrix = (matrix + matrix.mT) / 2
@@ -276,8 +280,11 @@ def _blocks(matrix: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 class _Split(NamedTuple):
-    """A Jacobian J `(B, m, n)` in its singular vectors `(B, m, m)` and `(B, m, n)`, with 1 / the singular values
-    `(B, m)`, 0 where they vanish; the projector on its kernel `(B, n, n)`; and whether its rank is full `(B,)`."""
+    """The singular value decomposition of a Jacobian J `(B, m, n)`.
+
+    Singular vectors `(B, m, m)` and `(B, m, n)`; reciprocals of the singular values `(B, m)`, 0 where these
+    vanish; the projector onto the kernel of J `(B, n, n)`; whether J has full rank `(B,)`.
+    """
 
     left: Tensor
     right: Tensor
@@ -295,45 +302,52 @@ class _Split(NamedTuple):
         return cls(U, rows, inverse, eye - rows.mT @ rows, known.all(1))
 
     def solve(self, h: Tensor, damping: Tensor) -> Tensor:
-        """J' (J J' + damping)^-1 h `(B, n)` for h `(B, m)`: undamped the shortest x with J x = h, or of least
-        squares."""
+        """J' (J J' + damping)^-1 h `(B, n)`, for h `(B, m)`.
+
+        Without damping this is the shortest x with J x = h, in the sense of least squares.
+        """
         share = 1 / (1 + damping[:, None] * self.inverse**2)
         return _times(self.right.mT, share * self.inverse * _times(self.left.mT, h))
 
     def is_damped(self, damping: Tensor) -> Tensor:
-        """Whether `damping` `(B,)` matters beside the least singular values."""
+        """Whether `damping` `(B,)` matters beside the smallest singular value."""
         return damping * row_norm(self.inverse) ** 2 > 0.1
 
     def next_damping(self, damping: Tensor, length: Tensor) -> Tensor:
-        """The damping `(B,)` after a step of which a share of `length` was of use.
+        """The damping `(B,)` after a step of which only the share `length` was of use.
 
-        Where J is nearly singular one direction would take all of a step, and the search along it end there,
-        though the others lead on (Powell, "A hybrid method for nonlinear equations", 1970, section 5). A step as
-        long as what was of use is had by the damping that makes the least singular value that much larger.
+        Where J is nearly singular, one direction would take up the whole step, and the line search would get stuck
+        although the other directions lead on (Powell, "A hybrid method for nonlinear equations", 1970, section 5).
+        The new damping raises the smallest singular value until the step is about as long as its useful part was.
         """
         return torch.where(length < SHORT, (damping + row_norm(self.inverse) ** -2) / length, LASTING * damping)
 
     def solve_transposed(self, g: Tensor) -> Tensor:
-        """The shortest y `(B, m)` with J' y = g `(B, n)`, or the least squares."""
+        """The shortest y `(B, m)` with J' y = g `(B, n)`, in the sense of least squares."""
         return _times(self.left, self.inverse * _times(self.right, g))
 
 
 @dataclass(frozen=True)
 class NewtonKKT(Solver):
-    """Newton's method on the KKT equations with dense matrices, made to descend.
+    """Newton's method on the KKT equations (sequential quadratic programming) with dense matrices and line search.
 
-    The step solves the linearised constraints by the shortest step onto them, and minimises on their tangent
-    space a quadratic model whose eigenvalues count by their size. It is halved until the merit function f + nu |h|
-    falls, or, where the model needed no change, the residual of the KKT equations does (which keeps full steps
-    near the answer). Nocedal and Wright, "Numerical Optimization", sections 18.1 to 18.4.
+    Each step takes the shortest way onto the linearised constraints, and minimises a quadratic model, with the
+    absolute values of its eigenvalues, on their tangent space. It is halved until the merit function f + nu |h|
+    decreases, or, where the model needed no change, until the KKT residual does (which keeps full steps near the
+    solution). Nocedal and Wright, "Numerical Optimization", sections 18.1 to 18.4.
 
-    A sample is done when |(gradient of f + y' h, h)| has shrunk to atol + rtol |the same at z0|, each equation in
-    the unit in which it is about as steep at z0 as the Lagrangian is curved; the user's decide nothing, but that
-    atol holds in them, too. Constraints that depend on each other get the shortest multipliers. These
-    differentiate like z in all that they add up to, J'y; one alone has no derivative: its gradient is zero, and
-    reported as SINGULAR, so leave out equations that others imply. Where the constraints contradict each other it
-    ends as INFEASIBLE, at a point from where, to first order, nothing leads to less violation in those units; and
-    as SINGULAR where they have no slope at the start: take another z0.
+    A sample has converged when |(gradient of f + y' h, h)| is at most atol + rtol |the same at z0|. Each equation
+    is measured in the unit in which it is about as steep at z0 as the Lagrangian is curved, so the user's units do
+    not matter, except that atol holds in them, too.
+
+    Dependent constraints get the shortest multipliers. Their combination J'y is differentiable like z, but a
+    single multiplier has no derivative: its gradient is zero, and reported as SINGULAR. So leave out equations
+    that others imply. If the constraints contradict each other, a sample ends as INFEASIBLE, at a point where, to
+    first order, no direction reduces their violation in those units; and as SINGULAR if their Jacobian vanishes at
+    the start: take another z0.
+
+    Args:
+        limit_gib: dense KKT matrices larger than this are refused.
     """
 
     limit_gib: float = 4.0
@@ -344,11 +358,11 @@ class NewtonKKT(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """True, for its line search."""
         return True
 
     def start(self, F: Lagrangian, z: Tensor, r: Tensor) -> Any:
-        """See `_Memory`."""
+        """The initial `_Memory`."""
         value, h, _ = F.evaluate(z)
         one = torch.ones_like(value, dtype=r.dtype)
         rtol, atol = self.tolerances(z.dtype)
@@ -357,7 +371,7 @@ class NewtonKKT(Solver):
         return _Memory(value, h, 0 * one, one, 0 * one, one, torch.zeros_like(h), limit, lowest)
 
     def propose(self, F: Lagrangian, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The step, halved until it leads on."""
+        """The point reached by the step, halved until it makes progress."""
         last = _Memory(*memory)
         h = last.h
         n = z.shape[1] - h.shape[1]
@@ -365,14 +379,14 @@ class NewtonKKT(Solver):
         hessian, jacobian = _blocks(dense(lambda u: -pull(u)[0], z, self.limit_gib), h.shape[1])
         split = _Split.of(jacobian)
         d, slope, unchanged, led_astray = _step(hessian, jacobian, split, z, r, last)
-        # Large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36.
-        # Where equations depend on each other, |h| falls by less than all of it. The weight that a step needed
-        # is forgotten, or where the equations were nearly flat it would keep all others short.
+        # nu is large enough for the merit function to fall along d: Nocedal and Wright, equation 18.36. Where
+        # equations depend on each other, a full step removes only a part of |h|. The weight that a step needed is
+        # forgotten over time: one from where the equations were nearly flat would keep all later steps short.
         violation = row_norm(h)
         relief = -torch.linalg.vecdot(h, _times(jacobian, d[:, :n])) / torch.where(violation > 0, violation, 1.0)
         enough = 2 * slope / torch.where(relief > 0, relief, 1.0)
         nu = torch.where(relief > 0, torch.maximum(last.nu / 2, enough), last.nu / 2)
-        nu = torch.maximum(nu, row_norm((z + d)[:, n:]))  # so that merit is least at the answer
+        nu = torch.maximum(nu, row_norm((z + d)[:, n:]))  # so that the merit function is least at the solution
         merit = _Merit(last.value + nu * violation, slope - nu * relief, nu, row_norm(r), unchanged)
         trial = merit.search(F, z, d, last.length, row_norm(r) > 0)
         steep = torch.maximum(last.steep, torch.linalg.vector_norm(jacobian, dim=2))
@@ -380,7 +394,7 @@ class NewtonKKT(Solver):
         infeasible = status == int(Status.INFEASIBLE)
         moves = trial.good & ~infeasible
         new, residual = where_rows(moves, trial.z, z), where_rows(moves, trial.r, r)
-        # All that is left to tell points apart is how far they violate the constraints.
+        # Infeasible points differ only in how much they violate the constraints.
         residual = where_rows(infeasible, torch.nn.functional.pad(-h, (n, 0)), residual)
         memory = _Memory(
             torch.where(moves, trial.value, last.value),
@@ -401,9 +415,12 @@ class NewtonKKT(Solver):
 
 
 class _Memory(NamedTuple):
-    """f `(B,)` and h `(B, m)`; the weight nu of |h| in the merit function, what share of a step to try first, the
-    damping of the step onto the constraints, and within what share of the scale of z a step along them stays,
-    `(B,)` each; the largest gradients of h so far `(B, m)`; the tolerance of |h| `(B,)`; the `bottom` of f."""
+    """The memory of `NewtonKKT`.
+
+    f `(B,)` and h `(B, m)`; the weight nu of |h| in the merit function, the share of a step to try first, the
+    damping of the step onto the constraints, and the limit of a step along them, relative to the scale of z,
+    `(B,)` each; the largest gradients of h so far `(B, m)`; the tolerance of |h| `(B,)`; the `bottom` of f.
+    """
 
     value: Tensor
     h: Tensor
@@ -419,8 +436,11 @@ class _Memory(NamedTuple):
 def _step(
     hessian: Tensor, jacobian: Tensor, split: _Split, z: Tensor, r: Tensor, last: _Memory
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The step of (z, y), the slope of f along it, where neither it nor the model needed a change, and where most
-    of it is along the constraints, as far as the scale of z allowed, for lack of curvature."""
+    """The step of (z, y), the slope of f along it, and two masks `(B,)`.
+
+    The first says where neither the step nor the model was modified. The second says where most of the step is
+    along the constraints and, for lack of curvature, as long as the scale of z allowed.
+    """
     n = hessian.shape[1]
     y, finite = z[:, n:], r.isfinite().all(1, keepdim=True)
     r, h = torch.where(finite, r, 0.0), torch.where(finite, last.h, 0.0)
@@ -428,10 +448,10 @@ def _step(
     normal = -split.solve(h, last.damping)
     eye = torch.eye(n, dtype=z.dtype, device=z.device)
     normal_space = eye - split.tangent
-    # The normal space gets eigenvalues among those of the tangent space, and no part in the step.
+    # The normal space gets an eigenvalue of the scale of the tangent space's, but takes no part in the step.
     reduced = split.tangent @ hessian @ split.tangent
     right = -_times(split.tangent, gradient + _times(hessian, normal))
-    # Curvature that would not keep the step within the scale of z is none.
+    # Curvature that would not keep the step within the scale of z does not count as curvature.
     reach = row_norm(right) / (last.within * (1 + row_norm(z[:, :n])))
     scale = torch.linalg.matrix_norm(reduced)
     scale = torch.where(scale > 0, scale, torch.where(reach > 0, reach, 1.0))
@@ -464,16 +484,19 @@ class _Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class _Merit:
-    """What must fall along a step: the merit function, or the norm of the residual."""
+    """The test that a step must pass: the merit function or the norm of the residual decreases."""
 
     value: Tensor
     slope: Tensor
     nu: Tensor
     norm: Tensor
-    by_residual: Tensor  # where the residual may decide
+    by_residual: Tensor  # where a decrease of the residual is enough
 
     def search(self, F: Lagrangian, z: Tensor, d: Tensor, length: Tensor, running: Tensor) -> _Trial:
-        """What is found along d at the first good one of `length`, a half, a quarter..., where `running`."""
+        """Backtracking along d: the trial at the first good one of `length`, its half, its quarter, and so on.
+
+        The search goes on while samples that are `running` have no good one.
+        """
 
         def attempt(length: Tensor, calls: Any) -> _Trial:
             to = torch.addcmul(z, length[:, None], d)
@@ -493,14 +516,15 @@ class _Merit:
 
 
 def _verdict(trial: _Trial, split: _Split, jacobian: Tensor, z: Tensor, d: Tensor, m: _Memory) -> Tensor:
-    """How samples `(B,)` at z end that cannot go on; RUNNING: they can."""
+    """How samples at z end, `(B,)`; RUNNING if they can go on."""
     n = jacobian.shape[2]
     size, violation = torch.linalg.matrix_norm(jacobian), row_norm(m.h)
     eps = torch.finfo(z.dtype).eps
     violated = (violation > eps**0.5 * size * (1 + row_norm(z[:, :n]))) & (violation > m.limit)
-    # The slope of |h|^2 / 2: whether there is, to first order, a direction in which the constraints are violated
-    # less. Linear ones tell at once. Of others the gradients vanish only as z comes to the least violation: steps
-    # fall short, and gradients are little beside what they were and beside what would matter at the scale of z.
+    # The slope of |h|^2 / 2 tells whether, to first order, a direction reduces the violation of the constraints.
+    # For linear constraints the answer is exact. For others the slope vanishes only as z approaches the point of
+    # least violation: steps fall short, and the slope is small beside what the largest gradients so far would give
+    # and beside what would matter at the scale of z.
     slope = row_norm(_times(jacobian.mT, m.h))
     stuck = ~split.full & (slope <= eps**0.5 * size * violation)
     short = ~trial.good | (trial.length < 1) | split.is_damped(m.damping)

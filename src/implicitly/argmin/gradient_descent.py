@@ -12,7 +12,7 @@ from implicitly.argmin.accelerated import Accelerated, ProximalStep, check_step
 from implicitly.descent import Descent, bottom, inverse_norm, stopped, wolfe
 from implicitly.iterate import Proposal, Solver
 
-# How much of the average of the last values each step keeps.
+# How much weight the average of the last values keeps with each step.
 FORGETTING = 0.85
 
 
@@ -21,11 +21,11 @@ class GradientDescent(Solver):
     """Gradient descent, for smooth objectives.
 
     Args:
-        step: the length that multiplies the gradient. None: the one that the last step's curvature suggests
-            (Barzilai and Borwein, "Two-point step size gradient methods", IMA J. Numer. Anal. 8, 1988), shortened
+        step: the step size, which multiplies the gradient. None: the Barzilai-Borwein step, from the curvature
+            along the last step ("Two-point step size gradient methods", IMA J. Numer. Anal. 8, 1988), shortened
             until the objective falls below an average of its last values (Zhang and Hager, "A nonmonotone line
-            search technique", SIAM J. Optim. 14, 2004); one a step and a sample.
-        accelerated: Nesterov's momentum, restarted where it leads uphill; see `ProjectedGradient`.
+            search technique", SIAM J. Optim. 14, 2004); chosen at each step and for each sample.
+        accelerated: whether to use Nesterov's momentum, restarted where it leads uphill; see `ProjectedGradient`.
     """
 
     step: float | None = None
@@ -36,7 +36,7 @@ class GradientDescent(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """Whether it runs a line search."""
         return self.step is None
 
     def __post_init__(self):
@@ -44,8 +44,11 @@ class GradientDescent(Solver):
         check_step(self, self.step)
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Of plain steps nothing; of a line search the length, the objective, its average and that average's
-        weight, `(B,)` each, and the objective's `bottom`; of acceleration see `Accelerated`."""
+        """The memory: nothing with a fixed step; with momentum that of `Accelerated`.
+
+        With a line search, the step size, the objective, its average and that average's weight, `(B,)` each, and
+        the objective's `bottom`.
+        """
         if self.accelerated:
             return Accelerated.start(F.evaluate, z, self.step)
         if self.step is not None:
@@ -54,7 +57,7 @@ class GradientDescent(Solver):
         return inverse_norm(r)[:, 0], value, value, torch.ones_like(value, dtype=r.dtype), bottom(value, z, r)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The point down the gradient."""
+        """The point reached by a step down the gradient."""
         if self.accelerated:
             step = ProximalStep(F.evaluate, lambda z: z, lambda z, r: r, fixed=self.step is not None)
             return step.take(k, z, r, Accelerated(*memory))

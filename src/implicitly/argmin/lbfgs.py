@@ -26,20 +26,20 @@ from implicitly.tree import row_norm
 
 @dataclass(frozen=True)
 class LBFGS(Solver):
-    """L-BFGS with a line search, one length a sample: for smooth objectives of any size.
+    """L-BFGS with a line search for each sample, for smooth objectives of any size.
 
-    The inverse Hessian H is estimated from the last steps s_i and changes of the gradient y_i in compact form,
+    The inverse Hessian H is estimated from the last steps s_i and gradient differences y_i in compact form,
 
-        H = g I + [S', g Y'] [[T'(D + g Y Y')T, -T'], [-T, 0]] [S; g Y],   T^-1 the upper triangle of S Y',
+        H = g I + [S', g Y'] [[T'(D + g Y Y')T, -T'], [-T, 0]] [S; g Y],   T^-1 the upper triangle of S Y'.
 
-    of which T gains one column a step and loses its oldest row and column; so a step reads the history twice
-    whatever its length. Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Byrd, Nocedal and
+    At each step T gains one column and loses its oldest row and column, so a step reads the history only twice,
+    however long it is. Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Byrd, Nocedal and
     Schnabel, "Representations of quasi-Newton matrices", Math. Programming 63 (1994), theorem 2.2.
 
-    A sample is done when its gradient has shrunk to atol + rtol |gradient at z0|.
+    A sample has converged when the norm of its gradient is at most atol + rtol |gradient at z0|.
 
     Args:
-        history: steps kept; memory is `2 * history` states.
+        history: number of steps kept; they take the memory of `2 * history` states.
     """
 
     history: int = 10
@@ -49,7 +49,7 @@ class LBFGS(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """True, for its line search."""
         return True
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class LBFGS(Solver):
         d = torch.where(descends[:, None], d, g * r)
         new = wolfe(F, z, value, r, d, torch.ones_like(value, dtype=z.dtype))
         failed = new.length[:, 0] == 0
-        # An estimate that led nowhere is forgotten; without one, nothing is left to try.
+        # An estimate along which the line search failed is forgotten; without one, there is nothing left to try.
         keep = (descends & ~failed)[:, None]
         status = stopped(new, failed & (D == 0).all(1), lowest)
         T, YY, D = T * keep[:, :, None], YY * keep[:, :, None], D * keep
@@ -97,18 +97,18 @@ def _apply(S: Tensor, Y: Tensor, T: Tensor, YY: Tensor, D: Tensor, g: Tensor, r:
 
 
 def _learn(history: tuple[Tensor, ...], k: int | Tensor, s: Tensor, y: Tensor) -> Any:
-    """The history with step s and change of the gradient y in place of the oldest."""
+    """The history after step s with gradient difference y, which replace the oldest."""
     S, Y, T, YY, D, g = history
     slots = T.shape[1]
     slot, count = k % slots, k + 1 if isinstance(k, Tensor) else min(k + 1, slots)
     along, squared = torch.linalg.vecdot(s, y), torch.linalg.vecdot(y, y)
-    # Without curvature along s there is no update that keeps H positive definite; finished samples have s = 0.
+    # Without positive curvature along s no update keeps H positive definite; finished samples have s = 0.
     curved = along > 10 * torch.finfo(s.dtype).eps * row_norm(s) * row_norm(y)
     s, y = s * curved[:, None], y * curved[:, None]
     along, inverse = torch.where(curved, along, 0.0), 1 / torch.where(curved, along, 1.0) * curved
     S, Y = with_room(S, slot, slots), with_room(Y, slot, slots)
     S, Y = write(S, slot, s), write(Y, slot, y)
-    T = write_cross(T, slot, torch.zeros_like(T[:, 0]))  # the oldest goes: T of the others is what is left of T
+    T = write_cross(T, slot, torch.zeros_like(T[:, 0]))  # drops the oldest; the rest is the T of the others
     known = T.shape[1] if isinstance(count, Tensor) else count
     S_y = torch.nn.functional.pad(products(y, filled(S, count)), (0, slots - known))
     column = -combine(S_y, T.mT) * inverse[:, None]

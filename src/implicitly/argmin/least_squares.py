@@ -1,4 +1,4 @@
-"""Solvers of nonlinear least squares, which know the residuals whose squares add up to the objective."""
+"""Solvers for nonlinear least squares, which use the residuals whose squares add up to the objective."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from implicitly.tree import row_norm
 
 
 def jacobian_of(residuals: Map, z: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The residuals `(B, m)` at z `(B, n)`, their Jacobian `(B, m, n)`, and the calls that took.
+    """The residuals `(B, m)` at z `(B, n)`, their Jacobian `(B, m, n)`, and the number of calls for that.
 
-    By rows or by columns, whichever are fewer, all in one batched product.
+    The Jacobian is computed by rows or by columns, whichever are fewer, all in one batched product.
     """
     value, pull = pullback(residuals, z)
     (batch, m), n = value.shape, z.shape[1]
@@ -44,10 +44,13 @@ def _check_size(solver: Solver, limit_gib: float, z: Tensor, m: int) -> None:
 
 @dataclass(frozen=True)
 class GaussNewton(Solver):
-    """Newton's method with J'J in place of the Hessian of half the sum of squares, and a line search.
+    """The Gauss-Newton method, which uses J'J in place of the Hessian, with a line search.
 
-    Quick where residuals are small or nearly linear at the answer and J has full column rank; else see
+    Fast if the residuals are small or nearly linear at the solution and J has full column rank; otherwise see
     `LevenbergMarquardt`. Nocedal and Wright, "Numerical Optimization", section 10.3.
+
+    Args:
+        limit_gib: dense Jacobians larger than this are refused.
     """
 
     limit_gib: float = 4.0
@@ -61,22 +64,22 @@ class GaussNewton(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """True, for its line search."""
         return True
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The objective `(B,)`."""
+        """The memory: the objective `(B,)`."""
         value, _ = F.evaluate(z)
         return (value,)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The point that the line search finds along the step to the least squares of the linearised residuals."""
+        """The point that the line search finds along the step to the minimum of the linearised residuals."""
         assert F.residuals is not None
         (value,) = memory
         _, J, products = jacobian_of(F.residuals, z)
         _check_size(self, self.limit_gib, z, J.shape[1])
         normal = J.mT @ J
-        # Rank-deficient J: a step all the same, one that cannot be endless.
+        # A rank-deficient J still gives a step, which cannot be infinitely long.
         floor = torch.finfo(z.dtype).eps * normal.diagonal(dim1=-2, dim2=-1).amax(1)
         d = _solved(normal, floor[:, None], r)
         d = torch.where((torch.linalg.vecdot(d, r) > 0)[:, None], d, r)
@@ -88,15 +91,15 @@ class GaussNewton(Solver):
 
 @dataclass(frozen=True)
 class LevenbergMarquardt(Solver):
-    """Gauss-Newton steps, damped as far as the linearised residuals turn out to be wrong.
+    """The Levenberg-Marquardt method: Gauss-Newton steps, damped where the linearised residuals prove wrong.
 
     The damping mu of (J'J + mu D) d = -J'r, with D the largest diagonal of J'J so far (Moré, "The
     Levenberg-Marquardt algorithm", 1978), follows Nielsen's rule: Madsen, Nielsen and Tingleff, "Methods for
-    non-linear least squares problems", 2004, algorithm 3.16. A step that does not lead down is not taken, and
-    counts.
+    non-linear least squares problems", 2004, algorithm 3.16. A step that does not decrease the objective is
+    rejected, but still counts as a step.
 
     Args:
-        damping: mu at first, relative to J'J.
+        damping: the initial mu, relative to J'J.
         limit_gib: dense Jacobians larger than this are refused.
     """
 
@@ -112,13 +115,13 @@ class LevenbergMarquardt(Solver):
         check_number("LevenbergMarquardt", "limit_gib", self.limit_gib, POSITIVE_OR_INFINITE)
 
     def start(self, F: Descent, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The objective, mu and its factor of growth, `(B,)` each, and D `(B, n)`."""
+        """The memory: the objective, mu and its growth factor, `(B,)` each, and D `(B, n)`."""
         value, _ = F.evaluate(z)
         one = torch.ones_like(value, dtype=r.dtype)
         return value, self.damping * one, 2 * one, torch.zeros_like(z)
 
     def propose(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The damped step, or none where it leads uphill."""
+        """The point reached by the damped step; the old point where that leads uphill."""
         assert F.residuals is not None
         value, mu, growth, D = memory
         _, J, products = jacobian_of(F.residuals, z)
@@ -129,10 +132,10 @@ class LevenbergMarquardt(Solver):
         d = _solved(normal, mu[:, None] * D, r)
         trial = z + d
         trial_value, trial_r = F.evaluate(trial)
-        # What the linearised residuals promise: half d'(mu D d + J'r).
+        # The decrease that the linearised residuals promise: half of d'(mu D d - g), with the gradient g = -r.
         promised = torch.linalg.vecdot(d, mu[:, None] * D * d + r) / 2
         gain = (value - trial_value) / torch.where(promised > 0, promised, 1.0)
-        # Where the difference drowns in rounding, a smaller gradient says the same.
+        # Where rounding errors hide the decrease of the objective, a smaller gradient counts instead.
         flat = (promised <= torch.finfo(value.dtype).eps * 100 * value) & (row_norm(trial_r) < row_norm(r))
         good = ((gain > 1e-4) | flat) & (promised > 0) & trial_value.isfinite() & trial_r.isfinite().all(1)
         gain = torch.where(flat, 1.0, gain)
@@ -140,7 +143,7 @@ class LevenbergMarquardt(Solver):
         mu = torch.where(good, shrunk, mu * growth).clamp(torch.finfo(z.dtype).tiny, torch.finfo(z.dtype).max)
         growth = torch.where(good, 2.0, 2 * growth)
         status = torch.full_like(growth, int(Status.RUNNING), dtype=torch.int64)
-        # Damped this much, a step is too short to change z.
+        # With this much damping, a step is too short to change z.
         stuck = ~good & (row_norm(d) <= torch.finfo(z.dtype).eps * row_norm(z)) | ~value.isfinite()
         ending = torch.where(
             trial_value.isfinite() & value.isfinite(), int(Status.STAGNATED), int(Status.NON_FINITE)
@@ -148,7 +151,7 @@ class LevenbergMarquardt(Solver):
         status = torch.where(stuck, ending, status)
         new, new_r = where_rows(good, trial, z), where_rows(good, trial_r, r)
         memory = (torch.where(good, trial_value, value), mu, growth, D)
-        # To damp more is progress too.
+        # A step that is rejected makes progress too: it raises the damping.
         return Proposal(new, memory, new_r, products + 1 + (k == 0), None, status, torch.ones_like(good))
 
 

@@ -1,4 +1,4 @@
-"""Minima over a set that can be projected on: the condition, and `ProjectedGradient`."""
+"""Minima over a set given by its projection: the optimality condition, and `ProjectedGradient`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from implicitly.tree import Layout, row_norm
 
 @dataclass(frozen=True)
 class Projected:
-    """The residual P(z - t gradient) - z, with its parts in the open.
+    """The residual R(z) = P(z - t gradient) - z, and the functions it is made of.
 
     Attributes:
-        residual: z `(B, n)` to R(z).
-        evaluate: z to the objective `(B,)` and minus its gradient `(B, n)`, in one call.
-        project: P.
-        from_descent: z and minus the gradient there to R(z).
+        residual: maps z `(B, n)` to R(z).
+        evaluate: maps z to the objective `(B,)` and minus its gradient `(B, n)`, in one call.
+        project: the projection P.
+        from_descent: maps z and minus the gradient there to R(z).
     """
 
     residual: Residual
@@ -45,7 +45,7 @@ class Projected:
 
 @dataclass(frozen=True)
 class _Pair:
-    """What is to be opened: two functions of the same arguments."""
+    """Objective and constraint as one function, so that `open_function` opens both at once."""
 
     objective: Function
     constraint: Function
@@ -56,19 +56,22 @@ class _Pair:
 
 @dataclass(frozen=True)
 class Projection(Form):
-    """The feasible set as its Euclidean projection; a minimum is where z = P(z - step * gradient).
+    """A feasible set given by its Euclidean projection P; at a minimum z = P(z - step * gradient).
 
     A bare function P as `constraint` means `Projection(P)`. The derivative of the minimum is that of this fixed
-    point, so P must be differentiable there (it is wherever no constraint is active by accident) in whatever of
-    `args` it uses. Every `step` states the same condition; it decides how well conditioned the backward solve is
-    (best near one over the curvature of the objective), and is the length of the steps that `FixedPointIteration`
-    and `PhantomAdjoint` take. One that is lost beside z, as the gradient is so small, ends a sample as STAGNATED.
+    point, so P must be differentiable there with respect to z and to the `args` it uses (it is, except where a
+    constraint is active with a multiplier of zero). Every `step` states the same condition. But `step` decides how
+    well conditioned the backward solve is (best near one over the curvature of the objective), and it is the step
+    size of `FixedPointIteration` and `PhantomAdjoint`. If the step is so short that rounding loses it beside z,
+    the sample ends as STAGNATED.
 
     Args:
-        P: `P(z, *args)` gives the nearest point of the set, like z; for example
+        P: `P(z, *args)` returns the nearest point of the set, like z; for example
             `lambda z, x, radius: im.project.l2_ball(z, radius)`.
-            A proximal map adds a term g instead, as `im.prox.l1(z, step * weight)` does weight * |z|_1 of a lasso;
-            `ProjectedGradient` cannot descend that, but `FixedPointIteration` and `Anderson` find z = P(...).
+            A proximal map adds a term to the objective instead: `im.prox.l1(z, step * weight)` adds
+            weight * |z|_1, as in a lasso. `ProjectedGradient` cannot minimise such a sum, but
+            `FixedPointIteration` and `Anderson` find z = P(...).
+        step: the factor of the gradient.
     """
 
     P: Function
@@ -85,7 +88,10 @@ class Projection(Form):
         check_step(self, self.step)
 
     def noise(self, F: Projected, z: Tensor, slope: Tensor) -> Tensor:
-        """Nothing where the set leaves no room; of a direction that nothing is orthogonal to, but by accident."""
+        """How far the residual moves when the gradient changes by `slope`; zero where the set leaves no room.
+
+        The change is along a fixed direction, to which nothing is orthogonal except by accident.
+        """
         angles = torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device).square()
         along = (angles.cos() / torch.linalg.vector_norm(angles.cos())).expand_as(z)
         moved = push(lambda r: F.from_descent(z, r), (F.evaluate(z)[1],), (slope[:, None] * along,))
@@ -94,7 +100,7 @@ class Projection(Form):
     def problem(
         self, objective: Function, z0: Any, args: tuple[Any, ...], layout: Layout, in_dims: Any, recording: bool
     ) -> Problem:
-        """Of an objective with one value a sample."""
+        """The problem for an objective with one value per sample."""
         opening = open_function(_Pair(objective, self.P), args, layout.device)
         of_objective, of_P = (replace(opening.opened, f=f) for f in (objective, self.P))
 
@@ -121,11 +127,11 @@ class Projection(Form):
         return Problem.stated(opening, layout, z0, bind, first, sample_dims=sample_dims, recording=recording)
 
     def curvature(self, F: Projected, z: Tensor) -> tuple[Map, Tensor]:
-        """D - D (I - t H) D with H the Hessian of the objective, D the (symmetric) derivative of P.
+        """D - D (I - t H) D, with H the Hessian of the objective and D the (symmetric) derivative of P.
 
-        On the range of D, which is the tangent space of the active constraints, D = (I + t K)^-1 with K the
-        curvature of the set times the multiplier; the operator then is t D (H + K) D, and zero elsewhere. What
-        rounding may make of the difference is added, as t H may be less than that.
+        On the range of D, the tangent space of the active constraints, D = (I + t K)^-1 with K the curvature of
+        the set times the multiplier; so the operator is t D (H + K) D there, and zero elsewhere. The possible
+        rounding error of the difference is added, since t H may be smaller than that.
         """
         rounding = 10 * torch.finfo(z.dtype).eps
         _, hessian = pullback(lambda z: F.evaluate(z)[1], z)
@@ -140,8 +146,11 @@ class Projection(Form):
     def _examine(
         self, dtype: torch.dtype, convex: bool, rounding: float, rtol: float, F: Projected, found: Found
     ) -> Found:
-        """As of any form; where the step down the gradient is next to nothing beside z, that the residual is small
-        says little, and samples that a longer step moves about as far as it is long have STAGNATED."""
+        """As for any form, with another test where the gradient step is tiny beside z.
+
+        There a small residual says little: samples that a longer step moves about as far as it is long have
+        STAGNATED.
+        """
         found = super()._examine(dtype, convex, rounding, rtol, F, found)
         converged = found.status == int(Status.CONVERGED)
         if not maybe_any(converged) or found.z.shape[1] == 0:
@@ -155,7 +164,7 @@ class Projection(Form):
         longer = small * size / torch.where(length > 0, length, 1.0)
         slope = row_norm(F.project(torch.addcmul(z, longer[:, None], r)) - z) / torch.where(doubtful, longer, 1.0)
         change = row_norm(pullback(lambda z: F.evaluate(z)[1], z)[1](z)[0])
-        # Rounding of z makes `small` of the gradient a slope along the set.
+        # Rounding of z turns a share `small` of the gradient into a slope along the set.
         lost = doubtful & (slope > max(10 * small, 10 * rtol) * torch.maximum(change, length))
         residual = torch.where(lost, self.step * slope, found.residual)
         return found._replace(status=torch.where(lost, int(Status.STAGNATED), found.status), residual=residual)
@@ -163,13 +172,13 @@ class Projection(Form):
 
 @dataclass(frozen=True)
 class ProjectedGradient(Solver):
-    """Projected gradient descent, accelerated and with backtracking, for any projection: see `ProximalStep`.
+    """Projected gradient descent with momentum and backtracking (FISTA), for any projection: see `ProximalStep`.
 
-    A sample is done when |P(z - gradient) - z|, with the step of `Projection`, has shrunk to
-    atol + rtol |the same at z0|. z0 need not be feasible; the answer is.
+    A sample has converged when |P(z - gradient) - z|, with the step of `Projection`, is at most
+    atol + rtol |the same at z0|. z0 need not be feasible; the solution is.
 
     Args:
-        step: the length that multiplies the gradient. None: found by backtracking, one a sample.
+        step: the step size, which multiplies the gradient. None: found by backtracking for each sample.
         accelerated: whether to use momentum, restarted where it leads uphill.
     """
 
@@ -181,7 +190,7 @@ class ProjectedGradient(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its backtracking."""
+        """Whether it backtracks."""
         return self.step is None
 
     def __post_init__(self):
@@ -189,10 +198,10 @@ class ProjectedGradient(Solver):
         check_step(self, self.step)
 
     def start(self, F: Projected, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """See `Accelerated`; at rest at the nearest feasible point."""
+        """The memory `Accelerated` at the nearest feasible point, without momentum."""
         return Accelerated.start(F.evaluate, F.project(z), self.step)
 
     def propose(self, F: Projected, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The point down the gradient, projected."""
+        """The point reached by a projected gradient step."""
         step = ProximalStep(F.evaluate, F.project, F.from_descent, self.step is not None, self.accelerated)
         return step.take(k, z, r, Accelerated(*memory))

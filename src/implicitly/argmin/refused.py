@@ -1,4 +1,4 @@
-"""Objectives that torch cannot differentiate, twice or by `torch.func`: what its errors mean to a user."""
+"""Objectives that torch cannot differentiate twice, or by `torch.func`: its errors explained to the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 Result = TypeVar("Result")
 
-# Part of what torch says, what the function does then, and what it may do instead.
+# Part of torch's message, what the function does that causes it, and what it may do instead.
 REFUSALS = (
     (
         "would mutate a captured Tensor",
@@ -61,9 +61,9 @@ REFUSALS = (
 
 
 def explained(entry: str, f: Callable[..., Any], solve: Callable[[], Result]) -> Result:
-    """`solve()`; raises ValueError where torch cannot differentiate `f`, with what f does and what to do about it.
+    """Return `solve()`; if torch cannot differentiate `f`, raise a ValueError with the cause and a remedy.
 
-    All other errors pass, and those of the tracer, which says itself what it cannot trace.
+    All other errors pass unchanged, as do those of the tracer, which explains itself what it cannot trace.
     """
     if torch.compiler.is_dynamo_compiling():
         return solve()

@@ -1,4 +1,4 @@
-"""`argmin` and `least_squares`: state the condition, find the point, attach the derivative."""
+"""`argmin` and `least_squares`: state the optimality condition, find the minimum, attach its derivative."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from implicitly.solution import Solution, Status
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
-# The default of `argmin`, which gives way to that of the constraint.
+# The default solver of `argmin`; where there is a constraint, its default solver replaces this one.
 _UNCONSTRAINED = LBFGS()
 
 
@@ -46,41 +46,41 @@ def argmin(
 ) -> Solution:
     """Minimise objective(z, *args) over z and differentiate the minimum with respect to `args` and parameters.
 
-    The derivative comes from a condition that the minimum satisfies, and the constraint decides which: without
-    one, that the gradient vanishes; of a projection P, the projected-gradient fixed point z = P(z - gradient); of
-    `Equality(h)`, the equations of Karush, Kuhn and Tucker. Sets that can be stated in two of these ways have the
-    same derivative in both. Args that enter through the constraint get theirs, too.
+    The derivative comes from the optimality condition: without a constraint, the gradient vanishes; with a
+    projection P, z = P(z - gradient), the fixed point of projected gradient descent; with `Equality(h)`, the
+    Karush-Kuhn-Tucker (KKT) equations. A set that can be stated as a projection and as equations has the same
+    derivative in both. Gradients reach `args` also through the constraint.
 
     Args:
-        objective: `objective(z, *args)` gives one value a sample, `(B,)`; with `batch_dims=0` a single one. It is
-            twice differentiable near the answer. A module, a method or a function, as in `fixed_point`.
-        z0: where to start: a tensor or a pytree of tensors `(B, ...)` of one floating (or complex) dtype.
-        args: what else the objective and the constraint take.
-        constraint: a projection `P(z, *args)` to the nearest feasible z, or `Projection(P, step)` (a bare
-            `im.project.simplex` gets args, too: for its radius); `Equality(h)` for h(z, *args) = 0; None: any z.
+        objective: `objective(z, *args)` returns one value per sample, `(B,)`; with `batch_dims=0`, a single value.
+            Twice differentiable near the minimum. A module, a method or a function, as in `fixed_point`.
+        z0: the starting point: a tensor or a pytree of tensors `(B, ...)` of one floating (or complex) dtype.
+        args: further arguments of the objective and of the constraint.
+        constraint: a projection `P(z, *args)` onto the feasible set, or `Projection(P, step)` (P gets all args: a
+            bare `im.project.simplex` takes the first as its radius); `Equality(h)` for h(z, *args) = 0; or None.
         solver: without a constraint `LBFGS`, `GradientDescent`, `Newton` or `NewtonKrylov`; with a projection
-            `ProjectedGradient()` (the default there), or any solver of fixed points; with equations `NewtonKKT()`
-            (the default there), or any solver of roots. `NewtonKrylov` may find saddles: prefer `LBFGS`.
+            `ProjectedGradient()` (the default there), or any fixed-point solver; with equations `NewtonKKT()`
+            (the default there), or any root finder. `NewtonKrylov` may find saddle points: prefer `LBFGS`.
         adjoint: `ImplicitAdjoint` or `UnrolledAdjoint`; with a projection also `PhantomAdjoint` and
-            `JacobianFreeAdjoint`. The backward systems of unconstrained problems are symmetric positive definite:
-            `ImplicitAdjoint(CG())` fits them.
+            `JacobianFreeAdjoint`. The backward systems of unconstrained problems are symmetric positive definite,
+            which suits `ImplicitAdjoint(CG())`.
         batch_dims, in_dims: as in `fixed_point`.
-        convex: whether every stationary point is known to be a minimum. Else the points found are checked in
-            second order (on the tangent space of the active constraints); those that are not end as NOT_MINIMUM.
-            Beyond 48 dimensions a negative eigenvalue a hundredth the size of the largest may go unnoticed.
+        convex: whether every stationary point is known to be a minimum. If not, a second-order check (on the
+            tangent space of the active constraints) marks points that are not minima as NOT_MINIMUM. Beyond 48
+            dimensions it may miss a negative eigenvalue that is a hundredth the size of the largest one.
         on_failure: "raise", "warn" or "ignore" when samples do not converge. Samples that diverged, met NaN, have
-            no minimum, or fall without end (UNBOUNDED) have zero gradient. An objective such as -log z, whose
-            gradient vanishes at infinity, cannot be told from one with a minimum: it ends as CONVERGED, far away.
-        compile: run the solve as one graph, and the linear solve of `ImplicitAdjoint`, as in `fixed_point`.
+            no minimum, or whose objective falls without end (UNBOUNDED) get a zero gradient. An objective such as
+            -log z, whose gradient vanishes at infinity, seems to have a minimum: it ends as CONVERGED, far away.
+        compile: run the solve, and the linear solve of `ImplicitAdjoint`, as one graph each, as in `fixed_point`.
 
     Returns:
         `Solution`: `value` like z0; `status`, `residual` (the norm of the condition's residual) and `steps`
         `(B,)`; `evaluations` of the objective with its gradient. With `Equality` a `ConstrainedSolution`, which
-        has the multipliers too. Tolerances are relative to the residual at z0, or to |J z0| with its Jacobian J
-        there if that is larger; `atol=None` is relative, too, to (|J| objective)^(1/2). See also `NewtonKKT`.
+        also has the multipliers. `rtol` is relative to the residual at z0, or to |J z0|, with J its Jacobian
+        there, if that is larger; `atol=None` is relative to (|J| objective)^(1/2). See also `NewtonKKT`.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, before any work.
+        TypeError, ValueError: for invalid arguments, before any work.
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
 
     Source: Gould et al., "Deep declarative networks", IEEE TPAMI 44 (2022); Blondel et al., "Efficient and modular
@@ -105,14 +105,16 @@ def least_squares(
     on_failure: str = "raise",
     compile: bool = False,
 ) -> Solution:
-    """Minimise half the sum of squares of residuals(z, *args) over z and differentiate the minimum, exactly.
+    """Solve a nonlinear least-squares problem and differentiate the minimum, exactly.
 
-    `residuals` returns a tensor `(B, ...)` or a pytree of them, of the dtype of z0. `solver` is
-    `LevenbergMarquardt`, `GaussNewton` or one for any objective, such as `LBFGS`. The derivative is that of the
-    minimum, with the whole Hessian, not that of the linearised residuals. Beyond 256 unknowns a sample, and where
-    that is ill-conditioned, as in bundle adjustment, `ImplicitAdjoint(im.DenseLU())` finds what `GMRES` does not.
-    Unknowns in units that differ by a million or more are to be scaled: a gradient counts as one vector.
-    All else is as in `argmin`.
+    Minimises half the sum of squares of residuals(z, *args) over z. `residuals` returns a tensor `(B, ...)` or a
+    pytree of them, of the dtype of z0. `solver` is `LevenbergMarquardt`, `GaussNewton`, or one for general
+    objectives, such as `LBFGS`. The derivative uses the full Hessian, not the Gauss-Newton approximation J'J.
+
+    With more than 1024 unknowns per sample and an ill-conditioned Hessian, as in bundle adjustment,
+    `ImplicitAdjoint(im.DenseLU())` solves the backward systems on which `GMRES` falls short. Rescale unknowns
+    whose units differ by a factor of a million or more: the test of convergence takes the norm of the whole
+    gradient. Everything else is as in `argmin`.
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
     solve = partial(_minimum, LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
@@ -146,7 +148,7 @@ def _minimum(
     in_dims: Any,
     convex: bool,
 ) -> Solution:
-    """The minimum of an `objective` in a form of the condition."""
+    """The solution of a minimisation, whose optimality condition takes the given `form`."""
     if not callable(objective):
         raise TypeError(f"the function to minimise must be callable, got a {type(objective).__name__}")
     if solver is _UNCONSTRAINED and isinstance(form, Equality | Projection):
@@ -154,20 +156,20 @@ def _minimum(
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, form.iterates, form.offers, form.try_solver)
     problem = form.problem(objective, z0, args, layout, in_dims, how.recording)
-    # Objectives come in any units, so that no absolute tolerance but the user's says when a gradient is small: the
-    # default one is relative, to what rounding of the objective at z0 makes of its gradient.
+    # Objectives come in any units, so only the user can say which absolute size of a gradient is small. The
+    # default tolerance is therefore relative to the error in the gradient from rounding of the objective at z0.
     rtol, rounding = solver.tolerances(layout.computed_dtype)
     rounding, solver = (rounding, replace(solver, atol=0.0)) if solver.atol is None else (0.0, solver)
     condition = form.condition(problem, on_failure, convex, rounding, rtol)
     condition = replace(condition, report=replace(condition.report, message=partial(_explained, form)))
-    # With what the form has besides functions, such as the step of a projection.
+    # The key of the graph includes the form's numbers, such as the step of a projection.
     condition = as_graphs(condition, (problem.key, rounding, exact(form))) if compile else condition
     found = how.find(solver, condition, problem)
     return form.solution(problem, found, form.attach(how, found, condition, problem))
 
 
 def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    """What is said of samples that `failed`, of the minimum or of its derivative."""
+    """The message about the samples that `failed`, in the minimisation or the linear solve of its derivative."""
     if name != form.name:
         return explain(name, solver, found, failed, LINEAR_REMEDY)
     remedy = {**REMEDY, Status.DIVERGED: "start closer (z0), or try another solver"}

@@ -1,12 +1,12 @@
-"""Parametrised convex programs of cvxpy in canonical form: numbers that are affine in the parameters.
+"""Parametrised convex programs of cvxpy in canonical form, with coefficients that are affine in the parameters.
 
 cvxpy turns a problem that follows its rules of disciplined parametrised programming (DPP) into
 
     minimise 1/2 x'Px + q'x  subject to  Ax + s = b,  s in K
 
 where every entry of P, q, A and b is an affine function of the parameters (Agrawal, Amos, Barratt, Boyd, Diamond
-and Kolter, "Differentiable Convex Optimization Layers", NeurIPS 2019). Those functions are found once; then values
-of parameters become a program by one sparse product, without cvxpy.
+and Kolter, "Differentiable Convex Optimization Layers", NeurIPS 2019). These functions are determined once. Then
+one sparse product turns the values of the parameters into a program, without cvxpy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from implicitly.argmin.convex.optional import require
 from implicitly.transforms import Operation, merge_rows
 from implicitly.tree import columns_of
 
-# Of numbers that are not finite, in messages.
+# What messages say about numbers that are not finite.
 NOT_FINITE = "NaN or inf is in a parameter's value, or in what the problem makes of it"
 
 # ------------------------------------------------------------------------------- from parameters to numbers
@@ -34,12 +34,12 @@ NOT_FINITE = "NaN or inf is in a parameter's value, or in what the problem makes
 
 @dataclass(frozen=True, eq=False)
 class SparseMap:
-    """A sparse matrix M for products with rows: x `(B, columns)` to x M' `(B, size)`.
+    """A sparse matrix M for products with batches of rows: it maps x `(B, columns)` to x M' `(B, size)`.
 
     Attributes:
-        column, coefficient: `(size,)`, the first entry of each row.
-        empty: rows that have none.
-        more: rows, columns and coefficients of the others.
+        column, coefficient: `(size,)`, the first entry of each row of M.
+        empty: the rows without entries.
+        more: rows, columns and coefficients of all further entries.
     """
 
     column: Tensor
@@ -49,7 +49,7 @@ class SparseMap:
 
     @classmethod
     def of(cls, matrix: Any, like: Tensor) -> SparseMap:
-        """From a SciPy matrix, with the dtype and on the device of `like`."""
+        """The map of a SciPy matrix, with the dtype and on the device of `like`."""
         matrix = matrix.tocsr()
         matrix.eliminate_zeros()
         counts, starts = np.diff(matrix.indptr), matrix.indptr[:-1]
@@ -68,19 +68,21 @@ class SparseMap:
         return cls(torch.from_numpy(column).to(like.device), torch.from_numpy(coefficient).to(like), empty, more)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The product."""
+        """The product x M'."""
         if x.shape[1] == 0:
             return x.new_zeros(len(x), len(self.column))
         product = columns_of(x, self.column).mul_(self.coefficient)
-        if len(self.empty):  # zero times what an entry has, which may be infinite, is not always zero
+        if len(self.empty):  # zero times an infinite entry would not be zero
             product = product.index_fill_(1, self.empty, 0.0)
         rows, columns, coefficients = self.more
         return product.index_add_(1, rows, columns_of(x, columns).mul_(coefficients)) if len(rows) else product
 
 
 class _Linear(Operation):
-    """A product with a sparse matrix, whose derivative is one with the transpose: quicker than picking entries, as
-    autograd does it."""
+    """A product with a sparse matrix, whose derivative is a product with its transpose.
+
+    That is faster than the derivative of indexing, which autograd would use.
+    """
 
     @staticmethod
     def forward(x, M, transpose):
@@ -112,11 +114,11 @@ class AffineMap:
     constant: Tensor
     M: SparseMap
     transpose: SparseMap
-    fixed: bool  # whether M is zero, so that no derivative has to find that out
+    fixed: bool  # whether M is zero, which makes the derivative zero without any computation
 
     @classmethod
     def of(cls, matrix: Any, like: Tensor) -> AffineMap:
-        """From a SciPy matrix `(size, N + 1)` whose last column is the constant."""
+        """The map of a SciPy matrix `(size, N + 1)` whose last column is the constant."""
         matrix = matrix.tocsc()
         constant = torch.from_numpy(matrix[:, [-1]].toarray()[:, 0].astype(np.float64))
         varying = matrix[:, :-1]
@@ -132,11 +134,11 @@ class AffineMap:
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """Several vectors of numbers, each affine in the parameters, by one sparse product.
+    """Several vectors of numbers, each affine in the parameters, computed with one sparse product.
 
     Attributes:
-        matrices: SciPy's, `(size, N + 1)` each, whose last columns are the constants.
-        parameters: what the N numbers are.
+        matrices: SciPy matrices, `(size, N + 1)` each, whose last columns are the constants.
+        parameters: where the N numbers come from.
     """
 
     matrices: tuple[Any, ...]
@@ -144,8 +146,10 @@ class Assembly:
     _plans: dict[Any, list[tuple[list[int], AffineMap]]] = field(default_factory=dict)
 
     def __call__(self, values: Sequence[Tensor], batch: int) -> list[Tensor]:
-        """The vectors, each `(B, size)`, or `(1, size)` where the batch shares it, for one value a parameter,
-        `(B, ...)` or without B where shared."""
+        """The vectors, each `(B, size)`, or `(1, size)` where it is shared by the batch.
+
+        `values` has one tensor per parameter, `(B, ...)`, or without B where it is shared.
+        """
         flat: list[tuple[int, Tensor]] = []
         for value, slot in zip(values, self.parameters):
             rows = slot.rows(value)
@@ -162,7 +166,7 @@ class Assembly:
         return [found[i] for i in range(len(self.matrices))]
 
     def _plan(self, flags: tuple[bool, ...], parts: list[Tensor]) -> list[tuple[list[int], AffineMap]]:
-        """Which vectors the batch shares, and which it does not, and the maps to all of either."""
+        """The vectors that the batch shares, and those that it does not, with one affine map for either group."""
         like = parts[0]
         key = (flags, like.dtype, like.device)
         if key not in self._plans:
@@ -172,7 +176,7 @@ class Assembly:
             for wanted in (False, True):
                 members = [i for i, o in enumerate(own) if o == wanted]
                 stacked = [self.matrices[i] for i in members] or [self.matrices[0][:0]]
-                # They outlive the transform of torch.func that may be active now.
+                # The maps are kept, and so outlive the transform of torch.func that may be active now.
                 with torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
                     plan.append((members, AffineMap.of(require("scipy.sparse").vstack(stacked), like)))
             self._plans[key] = plan
@@ -181,19 +185,19 @@ class Assembly:
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """Where the value of one parameter goes in the vector of all.
+    """Where the value of a parameter goes in the vector of all parameters.
 
     Attributes:
-        name: as the user knows it.
-        shape: of one value.
-        source: `(width,)` positions, row-major, of the entries that are wanted.
-        places: where the first of them goes, and whether it is the logarithm that does (geometric programs, of
-            which one may want both).
+        name: the user's name for it.
+        shape: the shape of a single value.
+        source: `(width,)` positions, row-major, of the entries that are used.
+        places: where the first of them goes, and whether the logarithm is stored there (in geometric programs,
+            which may use both).
         symmetric: whether only a triangle of the value is read, so that it must be symmetric.
-        sign: 1 where it must not be negative, -1 where not positive, else 0; `strict`: nor zero.
-        definite: 1 where it must be positive semidefinite, -1 where negative, else 0.
+        sign: 1 if it must not be negative, -1 if not positive, else 0; `strict`: nor zero.
+        definite: 1 if it must be positive semidefinite, -1 if negative semidefinite, else 0.
         absent: positions, row-major, of the entries that must be zero; `kind` says why.
-        bounds: what each entry, row-major, must lie between.
+        bounds: lower and upper bounds of the entries, row-major.
     """
 
     name: str
@@ -210,17 +214,17 @@ class ParameterSlot:
 
     @property
     def promises(self) -> bool:
-        """Whether there is anything that a value may break."""
+        """Whether it declares anything that a value could violate."""
         declared = self.symmetric or self.sign or self.is_log
         return len(self.source) > 0 and bool(declared or self.absent is not None or self.bounds is not None)
 
     @property
     def is_log(self) -> bool:
-        """Whether its logarithm is wanted."""
+        """Whether its logarithm is used."""
         return any(log for _, log in self.places)
 
     def rows(self, value: Tensor) -> Tensor:
-        """The entries `(B or 1, width)` of a value."""
+        """The entries of a value that are used, `(B or 1, width)`."""
         if value.ndim == len(self.shape):
             value = value.unsqueeze(0)
         if self.symmetric:
@@ -230,14 +234,14 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class VariableSlot:
-    """Where the value of one variable comes from.
+    """Where the value of a variable comes from.
 
     Attributes:
-        shape: of one value.
-        dual: whether from the multipliers rather than x.
-        source: position for each of its entries, row-major.
-        scale: factor for each entry.
-        exp: whether the exponential is wanted (geometric programs).
+        shape: the shape of a single value.
+        dual: whether it comes from the multipliers instead of x.
+        source: the position of each of its entries, row-major.
+        scale: a factor for each entry.
+        exp: whether to take the exponential (geometric programs).
     """
 
     shape: tuple[int, ...]
@@ -254,7 +258,7 @@ class VariableSlot:
 
 @dataclass(frozen=True, eq=False)
 class CanonicalProgram:
-    """A family of programs: the functions from parameters to P, q, A and b, and what those mean."""
+    """A family of programs: the maps from parameters to P, q, A and b, and from solutions to variables."""
 
     pattern: Pattern
     cones: Cones
@@ -263,27 +267,27 @@ class CanonicalProgram:
     variables: tuple[VariableSlot, ...]
 
     def wanted(self) -> Tensor:
-        """`(n + m,)`, 1 for those entries of (x, multipliers) on which the variables depend, else 0."""
+        """A mask `(n + m,)`: 1 for the entries of (x, multipliers) on which the variables depend, else 0."""
         entries = torch.zeros(self.pattern.n + self.pattern.m, dtype=torch.float64, device="cpu")
         for v in self.variables:
             entries[v.source + (self.pattern.n if v.dual else 0)] = 1.0
         return entries
 
 
-# ---------------------------------------------------------------------------------- what cvxpy makes of it
+# ------------------------------------------------------------------------------- the canonical form by cvxpy
 
 
 def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], gp: bool) -> CanonicalProgram:
     """The canonical form of a cvxpy `problem`; raises TypeError, ValueError or NotImplementedError.
 
     Args:
-        parameters: all of the problem's, in the order of the values to come.
-        variables: those whose values are wanted, or dual variables of equalities and inequalities.
+        parameters: all parameters of the problem, in the order in which values are passed.
+        variables: the variables whose values to return, or dual variables of equalities and inequalities.
         gp: whether it is a geometric program.
     """
     cp = require("cvxpy")
     clarabel = require("clarabel")
-    del clarabel  # cvxpy asks for it by name
+    del clarabel  # cvxpy asks for it by name; here it only has to be installed
     _check(cp, problem, parameters, variables, gp)
     logs: dict[int, Any] = {}
     dcp, renamed = problem, {}
@@ -293,7 +297,7 @@ def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[An
         logs = {p.id: lowered for p, lowered in reduction.canon_methods._parameters.items()}
         renamed = {old: new[0] for old, new in reduction.var_id_map.items()}
     with warnings.catch_warnings(), cp.utilities.scopes.quad_form_dpp_scope():
-        # cvxpy, of its own code, where a parameter is sparse.
+        # cvxpy warns of its own code if a parameter is sparse.
         warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
         data, chain, _ = dcp.get_problem_data(solver="CLARABEL")
     form = data[cp.settings.PARAM_PROB]
@@ -313,7 +317,7 @@ def canonicalise(problem: Any, parameters: Sequence[Any], variables: Sequence[An
 
 @dataclass(frozen=True)
 class _Names:
-    """Where cvxpy's reductions have put variables, parameters and constraints."""
+    """The places to which cvxpy's reductions have moved variables, parameters and constraints."""
 
     form: Any
     chain: Any
@@ -321,12 +325,12 @@ class _Names:
     logs: dict[int, Any]
 
     def column(self, variable: Any) -> int:
-        """The first entry of x that is `variable`'s."""
+        """The position in x of the first entry of `variable`."""
         key = self.renamed.get(variable.id, variable.id)
         return self.form.var_id_to_col[_latest(self.chain.compose_var_id_map(), key)]
 
     def places(self, parameter: Any) -> tuple[tuple[int, bool], ...]:
-        """The first entry of the vector of parameters that is `parameter`'s, and whether that is its logarithm."""
+        """The positions in the vector of parameters of the first entry of `parameter`, and of its logarithm."""
         renamed, columns = self.chain.compose_param_id_map(), self.form.param_id_to_col
         keys = [(parameter.id, False)]
         if parameter.id in self.logs:
@@ -335,7 +339,7 @@ class _Names:
         return tuple((columns[key], log) for key, log in latest if key in columns)
 
     def row(self, constraint: Any) -> int:
-        """The first row of A that is `constraint`'s."""
+        """The first row of A that belongs to `constraint`."""
         key = _latest(self.chain.compose_constr_id_map(), constraint.id)
         row = 0
         for c in self.form.constraints:
@@ -351,7 +355,7 @@ def _latest(renamed: Any, key: Any) -> int:
 
 
 def _quadratic(form: Any) -> tuple[Any, tuple[Any, Any]]:
-    """The upper triangle of P, column by column, and its rows and columns."""
+    """The map to the upper triangle of P, column by column, and the rows and columns of its entries."""
     reduced = form.reduced_P
     if reduced.problem_data_index is None:
         none = np.zeros(0, dtype=np.int64)
@@ -362,9 +366,12 @@ def _quadratic(form: Any) -> tuple[Any, tuple[Any, Any]]:
 
 
 def _constraints(form: Any) -> tuple[Any, Any, tuple[Any, Any]]:
-    """A, column by column, all of b, and the rows and columns of A. cvxpy has -A and b side by side."""
+    """The maps to A, column by column, and to all of b, and the rows and columns of the entries of A.
+
+    cvxpy stores -A and b side by side.
+    """
     reduced, n, m = form.reduced_A, form.x.size, form.constr_size
-    if reduced.problem_data_index is None:  # cvxpy's word for a matrix without any entries
+    if reduced.problem_data_index is None:  # how cvxpy marks a matrix without any entries
         none = np.zeros(0, dtype=np.int64)
         zeros = require("scipy.sparse").csr_array((m, form.q.shape[1]))
         return zeros[:0], zeros, (none, none)
@@ -378,13 +385,13 @@ def _constraints(form: Any) -> tuple[Any, Any, tuple[Any, Any]]:
 
 
 def _places(index: Any) -> tuple[Any, Any]:
-    """Rows and columns of the entries of a matrix given as (row of each entry, column starts, shape)."""
+    """The rows and columns of a matrix's entries, from its `index` (row of each entry, column starts, shape)."""
     rows, starts, _ = index
     return np.asarray(rows, dtype=np.int64), np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 def _check(cp: Any, problem: Any, parameters: Sequence[Any], variables: Sequence[Any], gp: bool) -> None:
-    """Raise TypeError or ValueError unless `problem` can be a layer from `parameters` to `variables`."""
+    """Raise TypeError or ValueError unless `problem` can be a layer that maps `parameters` to `variables`."""
     if not isinstance(problem, cp.Problem):
         raise TypeError(f"problem must be a cvxpy.Problem, got a {type(problem).__name__}")
     for name, given in (("parameters", parameters), ("variables", variables)):
@@ -428,7 +435,7 @@ def _named(leaf: Any) -> str:
 
 
 def _why_not_dpp(problem: Any, gp: bool) -> str:
-    """cvxpy's own explanation, led by what it is about."""
+    """Why the problem is not DPP: a reason, with the parts of the problem that break the rules."""
     rules = "geometric programming (DGP)" if gp else "convex programming (DCP)"
     if not (problem.is_dgp() if gp else problem.is_dcp()):
         reason = f"the problem does not follow cvxpy's rules of {rules}"
@@ -470,12 +477,12 @@ def _parameter_slot(parameter: Any, names: _Names) -> ParameterSlot:
 
 
 def _flat(bound: Any, shape: tuple[int, ...]) -> Tensor:
-    """A bound of every entry, row-major."""
+    """The bound of every entry, row-major."""
     return torch.from_numpy(np.broadcast_to(np.asarray(bound, dtype=np.float64), shape).reshape(-1).copy())
 
 
 def _entries(leaf: Any) -> Any:
-    """Row-major positions of those entries of a parameter or variable that the canonical form has, in order."""
+    """Row-major positions of the entries of a parameter or variable that the canonical form uses, in its order."""
     positions = np.arange(leaf.size).reshape(leaf.shape)
     if any(leaf.attributes[kind] for kind in ("symmetric", "PSD", "NSD")):
         if leaf.ndim != 2:

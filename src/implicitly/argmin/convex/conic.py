@@ -1,16 +1,16 @@
-"""Conic programs: what their solutions satisfy, and the linear systems of that condition.
+"""Conic programs: their optimality condition, and its linear systems.
 
     minimise 1/2 x'Px + q'x  subject to  Ax + s = b,  s in K
 
-With y the multiplier of the equality, x and v = y - s say all: y is the projection of v onto the dual cone K*, and
-s is y - v (Moreau). So the condition is, for z = (x, v),
+With y the multiplier of the equality, x and v = y - s determine everything: y is the projection of v onto the dual
+cone K*, and s is y - v (Moreau). So the condition is, for z = (x, v),
 
     Px + q + A'y = 0,      Ax + y - v - b = 0,      y = proj_K*(v),
 
-which has no inequality left in it. Busseti, Moursi and Boyd, "Solution refinement at regular points of conic
-problems", 2019, have it for linear objectives, in homogeneous form; here the solution is known to exist, so that
-the scale of the homogeneous form is not wanted, and P is as easy as none. Its Jacobian is, with D that of the
-projection,
+without any inequality. Busseti, Moursi and Boyd, "Solution refinement at regular points of conic problems", 2019,
+state it for linear objectives, in homogeneous form. Here the solution is known to exist, so the scale variable of
+the homogeneous form is not needed, and a quadratic objective is no harder than a linear one. With D the Jacobian
+of the projection, that of the condition is
 
     [ P   A'D   ]
     [ A   D - I ].
@@ -37,24 +37,28 @@ from implicitly.tree import columns_of, row_norm
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Cones of one kind and size: the rows of A that each takes `(count, d)`, and the projection of
-    `(..., d)` onto their dual."""
+    """Cones of one kind and size: the rows of A that each takes, `(count, d)`, and the projection onto their dual.
+
+    The projection acts on `(..., d)`.
+    """
 
     rows: Tensor
     project_dual: Callable[[Tensor], Tensor]
 
     def take(self, v: Tensor) -> Tensor:
-        """Their parts `(B, count, d)` of `v` `(B, m)`."""
+        """The parts of `v` `(B, m)` in these cones, `(B, count, d)`."""
         return columns_of(v, self.rows.reshape(-1)).reshape(len(v), *self.rows.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Cones:
-    """The product K of cones, in the order of Clarabel and cvxpy: zero, nonnegative, second-order, positive
-    semidefinite (upper triangle by columns, off the diagonal times sqrt 2), exponential, power.
+    """The product K of cones, in the order of Clarabel and cvxpy.
+
+    The order is zero, nonnegative, second-order, positive semidefinite (the upper triangle by columns, with
+    entries off the diagonal times sqrt 2), exponential, power.
 
     Attributes:
-        powers: the exponents of each power cone, of which the last entry of its vector is the bounded one.
+        powers: the exponents of each power cone; the last entry of a vector in it is the bounded one.
     """
 
     zero: int
@@ -66,25 +70,25 @@ class Cones:
 
     @classmethod
     def of(cls, dims: Any) -> Cones:
-        """From cvxpy's `ConeDims`."""
+        """The cones from cvxpy's `ConeDims`."""
         powers = [(float(a), 1 - float(a)) for a in dims.p3d] + [tuple(float(a) for a in p) for p in dims.pnd]
         return cls(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, tuple(powers))
 
     @property
     def size(self) -> int:
-        """How many rows A has."""
+        """The number of rows of A."""
         semidefinite = sum(k * (k + 1) // 2 for k in self.semidefinite)
         powers = sum(len(p) + 1 for p in self.powers)
         return self.linear + sum(self.second_order) + semidefinite + 3 * self.exponential + powers
 
     @property
     def linear(self) -> int:
-        """How many rows, the first ones, are equalities or inequalities."""
+        """The number of rows that are equalities or inequalities; these come first."""
         return self.zero + self.nonnegative
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All cones but the linear ones, those alike together."""
+        """All cones except the linear ones, grouped by kind and size."""
         found: dict[Any, list[int]] = {}
         row = self.linear
         for kind, width in self._each():
@@ -122,13 +126,15 @@ class Cones:
 
     @cached_property
     def _order(self) -> Tensor:
-        """Where each row stands once the blocks follow each other."""
+        """The position of each row when the blocks follow one another."""
         rows = [torch.arange(self.linear, device="cpu"), *(block.rows.reshape(-1) for block in self.blocks)]
         return torch.cat(rows).argsort()
 
     def jacobians(self, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The derivative of the dual projection at `v` `(B, m)`: the diagonal `(B, linear)` of linear rows, and
-        `(B, count, d, d)` of each block."""
+        """The derivative of the dual projection at `v` `(B, m)`, block by block.
+
+        The diagonal `(B, linear)` for the linear rows, and `(B, count, d, d)` for each block.
+        """
         diagonal = torch.ones_like(v[:, : self.linear])
         diagonal[:, self.zero :] = (v[:, self.zero : self.linear] > 0).to(v.dtype)
         found = []
@@ -154,8 +160,10 @@ class Cones:
         return D
 
     def least_eigenvalue(self, v: Tensor) -> Tensor:
-        """How near `v` `(B, m)` is to where the projection has a kink: `(B,)`, the eigenvalue of least size of its
-        parts in linear, second-order and semidefinite cones."""
+        """How near `v` `(B, m)` is to a kink of the projection, `(B,)`.
+
+        That is the eigenvalue of least size of its parts in linear, second-order and semidefinite cones.
+        """
         sizes = [v.new_full((len(v), 1), float("inf")), v[:, self.zero : self.linear].abs()]
         row = self.linear
         for kind, width in self._each():
@@ -176,8 +184,11 @@ def _project_triangle(v: Tensor) -> Tensor:
 
 
 def _triangle_derivative(v: Tensor) -> Tensor:
-    """The derivative of `_project_triangle` `(..., d, d)`: T' diag(w) T with T the change to the basis of the
-    eigenvectors, and w_kl = (l_k^+ + l_l^+) / (|l_k| + |l_l|), as in `psd_cone`; quicker than d products."""
+    """The derivative of `_project_triangle`, `(..., d, d)`.
+
+    It is T' diag(w) T with T the change to the basis of eigenvectors, and w_kl = (l_k^+ + l_l^+) / (|l_k| + |l_l|)
+    for eigenvalues l, as in `psd_cone`; this is faster than d vector-Jacobian products.
+    """
     _, weight, places = _triangle(v.shape[-1])
     values, V = torch.linalg.eigh(_matrix(v))
     k = values.shape[-1]
@@ -200,7 +211,7 @@ def _matrix(v: Tensor) -> Tensor:
 
 @remembered(64)
 def _triangle(width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a triangle of so many entries: for each of the matrix its place there, weights, flat positions."""
+    """For a triangle of `width` entries: the place of each matrix entry in it, its weights, its flat positions."""
     k = int((2 * width + 0.25) ** 0.5)
     columns, rows = np.tril_indices(k)  # the upper triangle, column by column
     index = np.zeros((k, k), dtype=np.int64)
@@ -214,11 +225,11 @@ def _triangle(width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Where the numbers of P (its upper triangle) and A stand, both column by column; `n` unknowns, `m` rows.
+    """The sparsity pattern of P (its upper triangle) and A, both column by column; `n` unknowns, `m` rows.
 
     Attributes:
-        P_rows, P_columns, A_rows, A_columns: int64, one an entry.
-        mirror: which entries of P stand off the diagonal.
+        P_rows, P_columns, A_rows, A_columns: int64, one per entry.
+        mirror: which entries of P are off the diagonal.
     """
 
     n: int
@@ -231,19 +242,19 @@ class Pattern:
 
     @classmethod
     def of(cls, n: int, m: int, P: tuple[Any, Any], A: tuple[Any, Any]) -> Pattern:
-        """From NumPy arrays of rows and columns."""
+        """The pattern from NumPy arrays of rows and columns."""
         P_rows, P_columns, A_rows, A_columns = (torch.from_numpy(np.ascontiguousarray(x)) for x in (*P, *A))
         return cls(n, m, P_rows, P_columns, A_rows, A_columns, (P_rows != P_columns).nonzero()[:, 0])
 
     @cached_property
     def full(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all of P: which number, row, column."""
+        """All entries of the symmetric P: the index of its number, its row and its column."""
         index = torch.cat([torch.arange(len(self.P_rows), device="cpu"), self.mirror])
         rows = torch.cat([self.P_rows, self.P_columns[self.mirror]])
         return index, rows, torch.cat([self.P_columns, self.P_rows[self.mirror]])
 
     def bind(self, cones: Cones, P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> Map:
-        """The residual `(B, n + m)` at z = (x, v), for numbers `(B or 1, ·)`."""
+        """The residual `(B, n + m)` as a function of z = (x, v), for numbers `(B or 1, ·)`."""
         index, rows, columns = self.full
         whole = columns_of(P, index)
 
@@ -267,6 +278,6 @@ class Pattern:
 
 
 def product(M: Tensor, rows: Tensor, columns: Tensor, x: Tensor, size: int) -> Tensor:
-    """M x `(B, size)` of sparse matrices with numbers `M` `(B or 1, nnz)` and `x` `(B, ·)`."""
+    """M x `(B, size)`, for sparse matrices with the numbers `M` `(B or 1, nnz)`, and `x` `(B, ·)`."""
     terms = M * columns_of(x, columns)
     return torch.zeros(len(x), size, dtype=terms.dtype, device="cpu").index_add(1, rows, terms)

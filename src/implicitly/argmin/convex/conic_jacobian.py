@@ -1,4 +1,4 @@
-"""The Jacobian of a conic program's optimality condition: as matrices, or sparse, and what its inverse misses."""
+"""The Jacobian of a conic program's optimality condition, dense or sparse, and where it is singular."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from implicitly.condition import Map
 from implicitly.host import maybe_any
 from implicitly.tree import row_norm
 
-# Up to so many unknowns the systems of a batch are solved as dense matrices; beyond, sparse ones sample by sample.
+# Up to this many unknowns, the systems of a batch are dense matrices; beyond, sparse ones that are solved in turn.
 DENSE_UP_TO = 150
-# Numbers of a batch of dense matrices, at most.
+# The largest number of entries in a batch of dense matrices.
 DENSE_LIMIT = 2**27
-# How much a Jacobian is regularised before it is factorised; refinement takes that out of what is solved with it.
+# How much a Jacobian is regularised before it is factorised; refinement removes the effect on its solutions.
 PROXIMAL = 1e-10
-# A factorised Jacobian that leaves less of a vector serves another one near it: each refinement gains as much.
+# A factorised Jacobian that leaves less than this share of a vector can serve at a nearby point: each refinement
+# reduces the residual by as much.
 GOOD = 5e-3
-# Where the exact Jacobian leaves more, after so many refinements, no solution has it. Of a probe of N entries that
-# is less than the difference of any two, for N up to 1000.
+# If the exact Jacobian leaves more than this share of a vector after so many refinements, the system has no
+# solution. For a probe of up to 1000 entries, this is less than the difference of any two of its entries.
 MISSING = 1e-5
 REFINEMENTS = 2
 GOLDEN = (5**0.5 - 1) / 2
@@ -36,35 +37,35 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True, eq=False)
 class ConicFamily:
-    """Programs of one pattern and cone, how they are solved, and the solvers that wait for the next of them."""
+    """Programs with the same pattern and cone, how they are solved, and the solvers that are kept for them."""
 
     pattern: Pattern
     cones: Cones
     solver: Clarabel
     workers: Workers
-    wanted: Tensor  # `(n + m,)`, 1 for the entries of z on which what the user wants depends, else 0
+    wanted: Tensor  # `(n + m,)`, 1 for the entries of z on which the user's variables depend, else 0
 
     @cached_property
     def layout(self) -> SparseLayout:
-        """Of the matrix that `SparseFactors` factorise."""
+        """The layout of the matrix that `SparseFactors` factorises."""
         return _sparse_layout(self.pattern, self.cones)
 
     def bind(self, *theta: Tensor) -> Map:
-        """The residual of the optimality condition."""
+        """The residual of the optimality condition at `theta`, as a function of z."""
         return self.pattern.bind(self.cones, *theta)
 
 
 @dataclass(eq=False)
 class Jacobian:
-    """J of the optimality condition at `z` `(B, n + m)`, factorised when it is first needed.
+    """The Jacobian J of the optimality condition at `z` `(B, n + m)`, factorised when it is first needed.
 
-    What is factorised has P + cI for P, and D - cD for the D of the second row, with a small c. That is regular
-    whatever J is: where it maps (dx, dv) to zero, dx'(P + cI)dx + dv'D(I - D + cD)dv = 0, so that dx, D dv and dv
-    vanish.
+    The factorised matrix has P + cI in place of P, and D - cD in place of the D of the second row, with a small c.
+    It is regular whatever J is: if it maps (dx, dv) to zero, dx'(P + cI)dx + dv'D(I - D + cD)dv = 0, so dx, D dv
+    and dv vanish.
 
     Attributes:
         left_out: `(B,)`, samples that have the identity instead.
-        degenerate: `(B,)`, where what is wanted is not unique near the solution, as far as has been found out.
+        degenerate: `(B,)`, where the wanted entries are not unique near the solution, as far as is known.
     """
 
     family: ConicFamily
@@ -83,14 +84,13 @@ class Jacobian:
         return (DenseFactors if is_small else SparseFactors).of(self)
 
     def move_to(self, z: Tensor) -> None:
-        """Become the Jacobian at `z`, but for samples where this one is good enough for refinement, and find out
-        what is degenerate.
+        """Become the Jacobian at `z`, except for samples where this one still serves, and find degenerate samples.
 
-        cvxpy's auxiliary variables often are not unique, and do no harm: then the system for a gradient by the
-        others has many solutions, and all of them give the same gradient.
+        cvxpy's auxiliary variables are often not unique. That does no harm: the system for a gradient with respect
+        to the other variables then has many solutions, but all of them give the same gradient.
         """
         everything, wanted = self._left_of(z)
-        # Where it has moved, or is singular, only the exact one will do.
+        # Where J has changed too much, or is singular, only the exact one will do.
         rows = (torch.maximum(everything, wanted) > GOOD).nonzero()[:, 0]
         if len(rows):
             part = self._of_rows(rows, z)
@@ -106,20 +106,25 @@ class Jacobian:
             self.degenerate = self.degenerate.index_copy(0, rows, left > MISSING)
 
     def _of_rows(self, rows: Tensor, z: Tensor) -> Jacobian:
-        """That of some samples, at `z` `(B, n + m)`."""
+        """The Jacobian of those samples, at `z` `(B, n + m)`."""
         theta = tuple(t if len(t) == 1 else t[rows] for t in self.theta)
         return Jacobian(self.family, z[rows], theta, self.left_out[rows])
 
     def _probe(self) -> Tensor:
-        """A gradient `(1, n + m)` without a meaning, of which no two entries, nor their sums, are nearly the same
-        as other ones: multiples of the golden ratio are spread as evenly as can be."""
+        """An arbitrary gradient `(1, n + m)` of which no two entries, or sums of entries, are nearly the same.
+
+        The fractional parts of multiples of the golden ratio are spread as evenly as possible.
+        """
         k = torch.arange(1.0, self.z.shape[1] + 1, dtype=self.z.dtype, device=self.z.device)
         return (1 + (k * GOLDEN).frac()).unsqueeze(0)
 
     def _left_of(self, z: Tensor, refinements: int = 0) -> list[Tensor]:
-        """Which part `(B,)` the inverse leaves of a meaningless gradient at `z`, and of one by what is wanted:
-        what no solution has, or what an inverse of another matrix misses. Refinements, for which the latter is
-        all that matters, take away what another misses."""
+        """The shares `(B,)` that the inverse leaves of two arbitrary gradients at `z`.
+
+        The first gradient is by all of z, the second only by what is wanted. What is left is a part for which the
+        system has no solution, or an error from the inverse of another matrix. `refinements` remove the latter;
+        with them, only the second gradient is looked at.
+        """
         every = self._probe()
         every, wanted = (
             torch.where(self.left_out.unsqueeze(1), 0.0, x) for x in (every, every * self.family.wanted)
@@ -139,7 +144,7 @@ class Jacobian:
         return self._factors.solve(right, transposed).permute(2, 0, 1).reshape(-1, size)
 
     def dense(self, rows: Tensor, proximal: float = 0.0) -> Tensor:
-        """The matrices `(len(rows), n + m, n + m)` of some samples; `proximal` times (I, -D) on the diagonal."""
+        """The matrices `(len(rows), n + m, n + m)` of some samples, plus `proximal` times diag(I, -D)."""
         P, A, z = (t if len(t) == 1 else t[rows] for t in (self.theta[0], self.theta[2], self.z))
         z = z.expand(len(rows), -1)
         pattern, n, m = self.family.pattern, self.family.pattern.n, self.family.pattern.m
@@ -159,39 +164,39 @@ class Jacobian:
 
 @dataclass(eq=False)
 class DenseFactors:
-    """LU factors of a batch of matrices."""
+    """LU factors of a batch of dense matrices."""
 
     lu: Tensor
     pivots: Tensor
 
     @classmethod
     def of(cls, jacobian: Jacobian) -> DenseFactors:
-        """Factorise."""
+        """Factorise the Jacobian, regularised."""
         J = jacobian.dense(torch.arange(len(jacobian.z), device="cpu"), PROXIMAL)
         return cls(*torch.linalg.lu_factor_ex(J)[:2])
 
     def take(self, rows: Tensor) -> DenseFactors:
-        """Those of some samples."""
+        """The factors of those samples."""
         return DenseFactors(self.lu[rows], self.pivots[rows])
 
     def put(self, rows: Tensor, part: DenseFactors) -> None:
-        """Have `part` instead of those of some samples."""
+        """Replace the factors of some samples by `part`."""
         self.lu, self.pivots = self.lu.index_copy(0, rows, part.lu), self.pivots.index_copy(0, rows, part.pivots)
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
-        """For right-hand sides `(B, N, k)`."""
+        """The solutions for right-hand sides `(B, N, k)`."""
         return torch.linalg.lu_solve(self.lu, self.pivots, right, adjoint=transposed)
 
 
 @dataclass(frozen=True, eq=False)
 class SparseFactors:
-    """Sparse LU factors, one a sample, of a larger matrix that has D in one place only:
+    """Sparse LU factors for each sample, of a larger matrix that has D in one place only:
 
     [ P  A'  0 ]               [ P   A'D   ]
     [ A  I  -I ]   instead of  [ A   D - I ],    in the unknowns (x, y, v) with y = D v.
     [ 0  I  -D ]
 
-    To be regular it has P + cI for P, and (1 - c)I for the second I of the second row.
+    To be regular it has P + cI in place of P, and (1 - c)I in place of the I in the middle.
     """
 
     factors: list[Any]
@@ -200,7 +205,7 @@ class SparseFactors:
 
     @classmethod
     def of(cls, jacobian: Jacobian) -> SparseFactors:
-        """Factorise."""
+        """Factorise the Jacobian, regularised."""
         pattern, batch = jacobian.family.pattern, len(jacobian.z)
         layout, numbers = jacobian.family.layout, _sparse_numbers(jacobian)
         splu = require("scipy.sparse.linalg").splu
@@ -210,16 +215,16 @@ class SparseFactors:
         )
 
     def take(self, rows: Tensor) -> SparseFactors:
-        """Those of some samples."""
+        """The factors of those samples."""
         return SparseFactors([self.factors[row] for row in rows.tolist()], self.n, self.m)
 
     def put(self, rows: Tensor, part: SparseFactors) -> None:
-        """Have `part` instead of those of some samples."""
+        """Replace the factors of some samples by `part`."""
         for row, factor in zip(rows.tolist(), part.factors):
             self.factors[row] = factor
 
     def solve(self, right: Tensor, transposed: bool) -> Tensor:
-        """For right-hand sides `(B, N, k)`; those of left out samples stay as they are."""
+        """The solutions for right-hand sides `(B, N, k)`; those of left out samples stay as they are."""
         n, m = self.n, self.m
         found = right.clone()
         for i, factor in enumerate(self.factors):
@@ -236,7 +241,7 @@ class SparseFactors:
 
 @dataclass(frozen=True, eq=False)
 class SparseLayout:
-    """A compressed sparse matrix whose numbers come in another order; those at one place are added."""
+    """The layout of a compressed sparse matrix, for numbers in another order; those at one place are added."""
 
     order: Any
     first: Any
@@ -246,7 +251,7 @@ class SparseLayout:
 
     @classmethod
     def of(cls, rows: Any, columns: Any, size: int) -> SparseLayout:
-        """From the places of the numbers."""
+        """The layout for numbers at these places."""
         order = np.lexsort((rows, columns))
         rows, columns = rows[order], columns[order]
         new = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(columns) != 0)])
@@ -262,7 +267,7 @@ class SparseLayout:
 
 
 def _sparse_layout(pattern: Pattern, cones: Cones) -> SparseLayout:
-    """Where the entries of the larger matrix stand."""
+    """The layout of the larger matrix of `SparseFactors`."""
     n, m = pattern.n, pattern.m
     _, P_rows, P_columns = (t.numpy() for t in pattern.full)
     A_rows, A_columns = pattern.A_rows.numpy(), pattern.A_columns.numpy()
@@ -277,7 +282,7 @@ def _sparse_layout(pattern: Pattern, cones: Cones) -> SparseLayout:
 
 
 def _sparse_numbers(jacobian: Jacobian) -> Any:
-    """The entries of the larger matrix `(B, entries)`, in that order."""
+    """The entries `(B, entries)` of the larger matrix of `SparseFactors`, in the order of `_sparse_layout`."""
     pattern, n, m = jacobian.family.pattern, jacobian.family.pattern.n, jacobian.family.pattern.m
     diagonal, blocks = jacobian.family.cones.jacobians(jacobian.z[:, n:])
     one, little = diagonal.new_ones(1, m), diagonal.new_full((1, n), PROXIMAL)

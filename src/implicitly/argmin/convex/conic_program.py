@@ -1,4 +1,4 @@
-"""Conic programs: state the program, find its solution, attach the derivative."""
+"""Conic programs: state the program, find its solution, attach its derivative."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from implicitly.solution import Status, is_success
 from implicitly.transforms import Operation, merge_rows, unhooked
 from implicitly.tree import columns_of, row_norm
 
-# What to try where programs have no solution.
+# The remedies to suggest for programs without a solution.
 OF_NUMBERS = {
     **REMEDY,
     Status.MAX_STEPS: "raise max_steps and time_limit_s, or loosen rtol, of Clarabel",
     Status.STAGNATED: "Clarabel gets no further: loosen its rtol, or state the problem in numbers of like sizes",
     Status.NON_FINITE: f"{NOT_FINITE}; see where that comes from",
 }
-# A residual relative to the numbers of a program, for which rounding errors are to blame.
+# The size of a residual, relative to the numbers of a program, that is due to rounding errors.
 POLISHED = 1e-14
 TINY = torch.finfo(torch.float64).tiny
-# Times that residual, from which on Newton's method is tried again with another Jacobian, and how often it is.
+# Above this many times that residual, Newton's method is tried again with a new Jacobian, at most ROUNDS times.
 LATE = 1e3
 ROUNDS = 3
-# A Newton step, relative to the solution, that is no rounding error.
+# A Newton step longer than this, relative to the solution, is more than a rounding error.
 LONG = 1e-8
-# Multipliers that cancel each other to one over that have no bounds.
+# Multipliers whose terms cancel to less than one over this are unbounded.
 CANCELLED = 1e6
-# The exponents that units, powers of two, may have.
+# The range of exponents of the units, which are powers of two.
 UNITS = (-400.0, 400.0)
-# An eigenvalue of v so much smaller than v is zero: which face of the cone counts is then not determined.
+# An eigenvalue of v so much smaller than v counts as zero: it is then not determined which face is active.
 WEAK = 1e-9
 
 
@@ -50,14 +50,14 @@ def solve_conic(
 ) -> Found:
     """The solutions of programs with the numbers `theta` = (P, q, A, b), each `(B or 1, ·)`, float64 on the CPU.
 
-    Inequalities whose b is inf are no constraints. `adjoint` has the settings of the derivative's linear solves.
+    Inequalities with b = inf are ignored. `adjoint` holds the settings of the derivative's linear solves.
 
     Returns:
         `Found`: z = (x, y) `(B, n + m)`, y the multipliers, with its derivative; NaN, without one, for samples
         without a solution.
 
     Raises:
-        SolverError: a sample has no solution and `report` is to raise.
+        SolverError: a sample has no solution and `report` says to raise.
     """
     adjoint.check(torch.float64)
     theta = without_infinite_bounds(family, theta)
@@ -66,7 +66,7 @@ def solve_conic(
     z, primal, dual, status, residual, steps, evaluations = _Find.apply(run, *theta)
     bad = ~_has_derivative(status)
     if maybe_any(bad):
-        # Their numbers count for nothing, and may not be finite.
+        # The numbers of these samples do not matter, and may not be finite.
         stand_in = bad.unsqueeze(1)
         theta = tuple(torch.where(stand_in, torch.nan_to_num(t.detach()), t) for t in theta)
     units = Units(primal, dual)
@@ -79,7 +79,7 @@ def solve_conic(
 
 
 def without_infinite_bounds(family: ConicFamily, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """With 0 <= 1 for inequalities with a b of inf, which say nothing, and 0 <= -1 for those of -inf."""
+    """`theta` with 0 <= 1 in place of inequalities with b = inf, which say nothing, and 0 <= -1 for b = -inf."""
     P, q, A, b = theta
     if not maybe_any(b.isinf()):
         return theta
@@ -99,11 +99,11 @@ def _has_derivative(status: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What x and the slack are measured in, `primal` `(B,)`, and what the multipliers are, `dual` `(B,)`.
+    """The units `primal` `(B,)` of x and the slack, and `dual` `(B,)` of the multipliers.
 
-    Tolerances of Clarabel are absolute for numbers below one, and its tests of infeasibility want numbers of about
-    one. Cones are the same in all units: with x = t x', s = t s' and y = u y' the program of (x', s', y') has
-    the numbers P t / u, q / u, A and b / t. Units are powers of two, so that this rounds nothing.
+    Clarabel's tolerances are absolute for numbers below one, and its tests of infeasibility expect numbers of
+    about one. Cones are invariant under positive scaling: with x = t x', s = t s' and y = u y', the program of
+    (x', s', y') has the numbers P t / u, q / u, A and b / t. Units are powers of two, so nothing is rounded.
     """
 
     primal: Tensor
@@ -111,10 +111,10 @@ class Units:
 
     @classmethod
     def of(cls, theta: tuple[Tensor, ...], batch: int) -> Units:
-        """By the numbers of the programs alone.
+        """The units by the numbers of the programs alone.
 
-        Constraints are of the size of b, and the objective without them has its minimum at |q| / |P|: between the
-        two lies the solution, and where they differ, nobody knows where.
+        Constraints have the size of b, and the unconstrained minimum of the objective is at |q| / |P|. The
+        solution lies between the two, but nobody knows where, so the unit is their geometric mean.
         """
         P, q, _, b = (_largest(t).expand(batch) for t in theta)
         free = torch.where(P > 0, q / torch.where(P > 0, P, 1.0), 0.0)
@@ -123,7 +123,7 @@ class Units:
 
     @classmethod
     def of_solution(cls, theta: tuple[Tensor, ...], s: Tensor) -> Units:
-        """By the numbers of the programs and their slacks `s` `(B, m)`."""
+        """The units by the numbers of the programs and their slacks `s` `(B, m)`."""
         P, q, _, b = (_largest(t).expand(len(s)) for t in theta)
         return cls._rounded(torch.maximum(b, _largest(s)), q, P)
 
@@ -139,23 +139,23 @@ class Units:
         return P * (primal / dual), q / dual, A, b / primal
 
     def taken_off(self, family: ConicFamily, z: Tensor) -> Tensor:
-        """(x, y) in the user's units, of z = (x, y - s) in these."""
+        """(x, y) in the user's units, from z = (x, y - s) in these."""
         x, v = z.split([family.pattern.n, family.pattern.m], dim=1)
         y = family.cones.project_dual(v)
         return torch.cat([x * self.primal.unsqueeze(-1), y * self.dual.unsqueeze(-1)], dim=1)
 
     def with_rows(self, mask: Tensor, other: Units) -> Units:
-        """Those of `other` where `mask` `(B,)`."""
+        """These units, with those of `other` where `mask` `(B,)`."""
         return Units(torch.where(mask, other.primal, self.primal), torch.where(mask, other.dual, self.dual))
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The size of the largest entry of each row, 0 of rows without any, `(B,)`."""
+    """The size of the largest entry of each row `(B,)`, 0 for rows without entries."""
     return x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """The nearest, of sizes `(B,)`; 1 for those that are 0 or not finite."""
+    """The powers of two nearest to sizes `(B,)`; 1 for sizes that are 0 or not finite."""
     fine = (x > 0) & x.isfinite()
     return torch.where(fine, torch.where(fine, x, 1.0).log2().round().clamp(*UNITS).exp2(), 1.0)
 
@@ -164,7 +164,7 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 
 class Tried(NamedTuple):
-    """What Clarabel says of every sample, in `units`: x, y and s, its status and iterations."""
+    """What Clarabel found for each sample, in `units`: x, y and s, its status and number of iterations."""
 
     units: Units
     x: Tensor
@@ -177,12 +177,12 @@ class Tried(NamedTuple):
     def by(
         cls, family: ConicFamily, theta: tuple[Tensor, ...], units: Units, todo: Tensor, tight: bool = False
     ) -> Tried:
-        """For the samples `todo` `(B,)`; `tight`: to rounding errors, if it can."""
+        """Run Clarabel on the samples `todo` `(B,)`; with `tight` to rounding errors, if possible."""
         numbers = Numbers(*(t.numpy() for t in units.put_on(theta)))
         return cls(units, *(torch.from_numpy(a) for a in family.workers.solve(numbers, todo.numpy(), tight)))
 
     def with_rows(self, mask: Tensor, other: Tried) -> Tried:
-        """What `other` says where `mask` `(B,)`, after the steps of both."""
+        """This result, with that of `other` where `mask` `(B,)`; there the steps of both are added."""
         column = mask.unsqueeze(1)
         x, y, s = (torch.where(column, new, old) for new, old in zip(other[1:4], self[1:4]))
         units, status = self.units.with_rows(mask, other.units), torch.where(mask, other.status, self.status)
@@ -190,8 +190,10 @@ class Tried(NamedTuple):
 
 
 def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Tensor) -> tuple[Tensor, ...]:
-    """(z, units, status, residual, steps, evaluations) for plain tensors, z in these units; `known` gets the
-    Jacobian."""
+    """Solve: (z, primal and dual units, status, residual, steps, evaluations) for plain tensors.
+
+    z is in these units; `known` receives the Jacobian.
+    """
     batch = max(len(t) for t in theta)
     finite = torch.stack([t.isfinite().all(1).expand(batch) for t in theta]).all(0)
     tried = Tried.by(family, theta, Units.of(theta, batch), finite)
@@ -201,7 +203,7 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
     jacobian, z, status = found.jacobian, found.z, found.status
     if family.solver.polish:
         weak = family.cones.least_eigenvalue(z[:, family.pattern.n :]) <= WEAK * (1 + _largest(z))
-        # Where Newton's method does not get on, the Jacobian is singular at the solution.
+        # Where Newton's method makes no progress, the Jacobian is singular at the solution.
         degenerate = jacobian.degenerate | weak | (found.norm > family.solver.rtol)
         if maybe_any(_largest(z) > CANCELLED):
             degenerate |= _has_no_interior(jacobian, z)
@@ -220,11 +222,13 @@ def _find(family: ConicFamily, known: list[Jacobian], report: Report, *theta: Te
 def _tried_again(
     family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried, found: Examined
 ) -> tuple[Tried, Examined]:
-    """`tried` and `found` with, for samples that are doubtful, what Clarabel says to tolerances and in units that
-    suit their solutions, where it is better."""
+    """`tried` and `found`, after another run of Clarabel on the doubtful samples.
+
+    It runs to rounding errors, in units that suit the solutions; its results are used where they are better.
+    """
     units = Units.of_solution(theta, tried.s * tried.units.primal.unsqueeze(1))
     other = Tried.by(family, theta, units, found.doubtful, tight=True)
-    # What it does not reach to rounding errors, but did before to the tolerance, is still solved, if it is better.
+    # A sample that met the tolerance before stays solved if the new run is better, but ends above rounding errors.
     solved = (tried.status == Status.CONVERGED) & _has_derivative(other.status)
     other = other._replace(status=torch.where(solved, tried.status, other.status))
     both = tried.with_rows(found.doubtful, other)
@@ -237,8 +241,11 @@ def _tried_again(
 
 
 class Examined(NamedTuple):
-    """What there is to what Clarabel said: z polished, its Jacobian and residual, the status, the residual norm
-    relative to what it is made of; and which samples are worth another try."""
+    """Clarabel's results, polished and verified.
+
+    The polished z, its Jacobian and residual, the status, the residual norm relative to the terms that it is made
+    of; and which samples are worth another try.
+    """
 
     jacobian: Jacobian
     z: Tensor
@@ -249,7 +256,7 @@ class Examined(NamedTuple):
 
 
 def _examined(family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried) -> Examined:
-    """Take no word for what the residual does not confirm."""
+    """Polish Clarabel's results, and correct every status that the residual does not confirm."""
     bad = ~_has_derivative(tried.status)
     column = bad.unsqueeze(1)
     theta = tried.units.put_on(theta)
@@ -261,7 +268,7 @@ def _examined(family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried) -> E
     p = family.pattern
     (x, v), parts = z.split([p.n, p.m], dim=1), r.split([p.n, p.m], dim=1)
     s = parts[1] + theta[3] - product(theta[2], p.A_rows, p.A_columns, x, p.m)
-    # Beside what it is relative to, rounding errors of everything that there is.
+    # A residual of the size of rounding errors passes the test below, however small the scale is.
     least = POLISHED / family.solver.rtol
     relative = (row_norm(r) / (size + row_norm(own) + least) for r, size, own in zip(parts, sizes, (v + s, s)))
     norm = torch.maximum(*relative)
@@ -275,8 +282,10 @@ def _examined(family: ConicFamily, theta: tuple[Tensor, ...], tried: Tried) -> E
 def _polished_to_the_end(
     residual: Map, jacobian: Jacobian, solver: Clarabel, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`polished`, once more with another Jacobian where one did not serve, and for which samples none did;
-    `jacobian` moves along, and learns where there is no derivative."""
+    """`polished`, repeated with a new Jacobian where the old one did not serve.
+
+    Returns also the samples for which none did. `jacobian` moves along, and learns where there is no derivative.
+    """
     late = torch.zeros_like(jacobian.left_out)
     z, r = polished(residual, jacobian, jacobian.z, solver.polish, target)
     for _ in range(ROUNDS if solver.polish else 0):
@@ -287,7 +296,8 @@ def _polished_to_the_end(
         if not maybe_any(late):
             break
     if maybe_any(late):
-        # Newton's method does not get on where the Jacobian is singular at the solution; then its steps are long.
+        # Where the Jacobian is singular at the solution, Newton's method makes no progress,
+        # though its steps are long.
         wanted = jacobian.family.wanted
         step, size = row_norm(jacobian.solve(r) * wanted), row_norm(z * wanted)
         jacobian.degenerate |= late & (step > LONG * (1 + size))
@@ -295,8 +305,10 @@ def _polished_to_the_end(
 
 
 def _has_no_interior(jacobian: Jacobian, z: Tensor) -> Tensor:
-    """Whether `(B,)` multipliers grow beyond bounds against each other, as they do where no point is strictly
-    feasible: then the solution has no derivative by b, which may not move everywhere."""
+    """Whether no point seems to be strictly feasible, `(B,)`: multipliers then grow without bound and cancel.
+
+    In that case the solution has no derivative with respect to b, since some changes of b make it infeasible.
+    """
     pattern, (P, q, A, _) = jacobian.family.pattern, jacobian.theta
     x, v = z.split([pattern.n, pattern.m], dim=1)
     y = jacobian.family.cones.project_dual(v)
@@ -307,9 +319,9 @@ def _has_no_interior(jacobian: Jacobian, z: Tensor) -> Tensor:
 
 
 def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`z` after Newton steps with the inverse of one Jacobian, while they help, and its residual.
+    """`z` after Newton steps with the inverse of a single Jacobian, as long as they help, and its residual.
 
-    A residual of `target` `(B,)` needs no more steps.
+    Steps end once all residuals have the size `target` `(B,)`.
     """
     r = residual(z)
     norm = row_norm(r)
@@ -335,7 +347,7 @@ def polished(residual: Map, jacobian: Jacobian, z: Tensor, steps: int, target: T
 
 
 class _Find(Operation):
-    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+    """A solve as one operation that is opaque to autograd; `vmap` merges its dimension into the batch."""
 
     @staticmethod
     @unhooked()

@@ -1,4 +1,4 @@
-"""`Clarabel`: the solver of conic programs, run over a batch."""
+"""`Clarabel`, the solver of conic programs, applied to a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from implicitly.argmin.convex.optional import require
 from implicitly.checks import BELOW_ONE, POSITIVE_OR_INFINITE, check_count, check_number
 from implicitly.solution import Status
 
-# What solvers that are used again, with other numbers, need to be.
+# Settings without which a solver cannot be used again with other numbers.
 _FIXED = {
     "verbose": False,
     "presolve_enable": False,
@@ -25,9 +25,9 @@ _FIXED = {
     "max_threads": 1,
 }
 _OWN = ("max_iter", "tol_gap_abs", "tol_gap_rel", "tol_feas", "time_limit")
-# The tolerance where rounding errors are all that is to be left.
+# The tolerance of a solve to rounding errors.
 TIGHT = 1e-14
-# A certificate says that no feasible point is nearer than one over this, in units that suit the program.
+# A certificate of this accuracy says that no feasible point is nearer than one over it, in suitable units.
 CERTAIN = 1e-6
 
 
@@ -35,22 +35,24 @@ CERTAIN = 1e-6
 class Clarabel:
     """The interior-point solver Clarabel (Goulart and Chen 2024) for conic programs, in float64 on the CPU.
 
-    A solver is kept for each thread and gets other numbers in place; samples of a batch are shared out to threads.
+    The samples of a batch are divided among threads. Each thread keeps a solver, whose numbers are updated in
+    place.
 
     Args:
-        rtol: relative tolerance of feasibility and of the gap, in units in which the numbers of each program are
-            about one.
-        max_steps: iterations after which a sample ends as `Status.MAX_STEPS`.
-        polish: Newton steps on the optimality condition that follow, at most; they take the residual to rounding
-            errors, which derivatives are as exact as, and share their matrix. Where they do not, others have their
-            own, and then the sample is solved again, to rounding errors. Without any, `Status.DEGENERATE` is not
-            found out.
-        time_limit_s: seconds for each sample.
-        threads: how many; None: as many as PyTorch uses.
+        rtol: relative tolerance of feasibility and of the duality gap, in units in which the numbers of each
+            program are about one.
+        max_steps: number of iterations after which a sample ends as `Status.MAX_STEPS`.
+        polish: maximal number of Newton steps on the optimality condition afterwards. They share one matrix, and
+            reduce the residual to rounding errors: derivatives are only as exact as that. Where they do not, the
+            matrix is computed anew; if that does not help either, the sample is solved again, to rounding errors.
+            With 0, `Status.DEGENERATE` is not detected.
+        time_limit_s: time limit for each sample, in seconds.
+        threads: number of threads; None: as many as PyTorch uses.
         settings: other settings of Clarabel by name, such as `{"equilibrate_enable": False}`.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or a setting that is not Clarabel's or not to be changed.
+        ValueError, TypeError: an argument out of range, or a setting that Clarabel does not have or that must not
+            be changed.
     """
 
     rtol: float = 1e-8
@@ -60,7 +62,7 @@ class Clarabel:
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    # What `Report` asks: a number of steps is never all that is wanted.
+    # For `Report`: this solver is never asked for a fixed number of steps alone.
     fixed_steps: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -75,10 +77,10 @@ class Clarabel:
                 raise ValueError(f"Clarabel: the setting {name} is not to be changed here, or is an argument")
 
     def native_settings(self, quick: bool = False, tight: bool = False) -> Any:
-        """Clarabel's own object; raises TypeError for settings it does not have.
+        """The settings object of Clarabel; raises TypeError for settings that Clarabel does not have.
 
-        Where solutions are polished, a `quick` solver does not refine its steps: a fifth less time. A `tight` one
-        goes on to rounding errors.
+        If solutions are polished, a `quick` solver does not refine its steps, which saves a fifth of the time. A
+        `tight` solver goes on to rounding errors.
         """
         settings = require("clarabel").DefaultSettings()
         tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), TIGHT if tight else self.rtol)
@@ -103,12 +105,15 @@ class Numbers(NamedTuple):
     b: Any
 
     def of(self, i: int) -> tuple[Any, ...]:
-        """Those of sample i."""
+        """The numbers of sample i."""
         return tuple(x[i if len(x) > 1 else 0] for x in self)
 
 
 class Solved(NamedTuple):
-    """x `(B, n)`, multipliers y and slack s `(B, m)`, `Status` codes and iterations `(B,)`: arrays."""
+    """The solutions as NumPy arrays.
+
+    x `(B, n)`, multipliers y and slack s `(B, m)`, `Status` codes and iterations `(B,)`.
+    """
 
     x: Any
     y: Any
@@ -117,15 +122,16 @@ class Solved(NamedTuple):
     steps: Any
 
     def put(self, i: int, solution: Any, status: Status) -> None:
-        """Write down Clarabel's solution of sample i."""
+        """Store Clarabel's solution of sample i."""
         self.x[i], self.y[i], self.s[i] = solution.x, solution.z, solution.s
         self.status[i], self.steps[i] = int(status), solution.iterations
 
 
 class Workers:
-    """Clarabel's solvers of one family of programs, which wait here between solves.
+    """The pool of Clarabel's solvers for one family of programs, kept between solves.
 
-    Each is made from the same numbers, so that its scaling, which stays, does not depend on who solves what.
+    Each is created from the same numbers, since its scaling, which never changes, must not depend on which thread
+    solves which sample.
     """
 
     def __init__(self, pattern: Pattern, cones: Cones, solver: Clarabel):
@@ -136,15 +142,17 @@ class Workers:
         self._tight = solver.native_settings(tight=True)
 
     def __getstate__(self) -> Any:
-        """Without solvers, which are made anew: they can be neither copied nor pickled."""
+        """The state without the solvers, which can be neither copied nor pickled, and are created anew."""
         return self._pattern, self._cones, self._solver
 
     def __setstate__(self, state: Any) -> None:
         self.__init__(*state)
 
     def solve(self, numbers: Numbers, finite: Any, tight: bool = False) -> Solved:
-        """The solutions of all samples; those that are not `finite` `(B,)` are left out. `tight`: to rounding
-        errors, if that can be, by solvers made for each."""
+        """The solutions of all samples, except those that are not `finite` `(B,)`.
+
+        With `tight` each sample is solved to rounding errors, if possible, by a solver of its own.
+        """
         batch, n, m = len(finite), self._pattern.n, self._pattern.m
         out = Solved(*(np.zeros((batch, k)) for k in (n, m, m)), *(np.zeros(batch, dtype=np.int64) for _ in "ab"))
         out.status[:] = int(Status.NON_FINITE)
@@ -174,7 +182,7 @@ class Workers:
             solver.update(**dict(zip(Numbers._fields, own)))
             solution = solver.solve()
             status = self._judged(own, solution)
-            if status == Status.STAGNATED:  # perhaps for a scaling that was made for other numbers, or for haste
+            if status == Status.STAGNATED:  # perhaps due to a scaling for other numbers, or to the quick settings
                 solution = self._make(own, self._settings).solve()
                 status = self._judged(own, solution)
             out.put(i, solution, status)
@@ -187,11 +195,11 @@ class Workers:
             out.put(i, solution, self._judged(own, solution))
 
     def _judged(self, numbers: tuple[Any, ...], solution: Any) -> Status:
-        """The status of a solution, where certificates count that are some, whatever Clarabel calls them."""
+        """The status of a solution; a certificate counts if it proves to be one, whatever Clarabel calls it."""
         if (status := _KNOWN.get(str(solution.status))) is not None:
             return status
         x, y, s = (np.asarray(t) for t in (solution.x, solution.z, solution.s))
-        with np.errstate(over="ignore", invalid="ignore"):  # of what broke down
+        with np.errstate(over="ignore", invalid="ignore"):  # the numbers of a solve that broke down
             if self._no_point(numbers, y):
                 return Status.INFEASIBLE
             return Status.UNBOUNDED if self._no_limit(numbers, x, s) else Status.STAGNATED
@@ -204,7 +212,7 @@ class Workers:
         return bool(np.linalg.norm(pulled) <= -CERTAIN * (b @ y) and -np.inf < b @ y < 0)
 
     def _no_limit(self, numbers: tuple[Any, ...], x: Any, s: Any) -> bool:
-        """Whether x is a ray of falling objective: Ax + s = 0 with s in the cone, Px = 0 and q'x < 0."""
+        """Whether x is a certificate of unboundedness: Ax + s = 0 with s in the cone, Px = 0 and q'x < 0."""
         P, q, A, _ = numbers
         p = self._pattern
         moved = np.bincount(p.A_rows.numpy(), A * x[p.A_columns.numpy()], minlength=p.m) + s
@@ -223,7 +231,7 @@ class Workers:
 
 
 def native_cones(clarabel: Any, cones: Cones) -> list[Any]:
-    """Clarabel's own objects."""
+    """The cones as Clarabel's own objects."""
     native = [clarabel.ZeroConeT(cones.zero)] if cones.zero else []
     native += [clarabel.NonnegativeConeT(cones.nonnegative)] if cones.nonnegative else []
     native += [clarabel.SecondOrderConeT(d) for d in cones.second_order]
@@ -240,5 +248,5 @@ def _starts(rows: Tensor, columns: Tensor, n: int) -> tuple[Any, Any]:
     return rows.numpy(), np.concatenate([[0], np.cumsum(counts)])
 
 
-# Of Clarabel's words for how it ended, those that are believed; certificates tell the rest.
+# The statuses of Clarabel that are trusted; for all others, certificates decide.
 _KNOWN = {"Solved": Status.CONVERGED, "MaxIterations": Status.MAX_STEPS, "MaxTime": Status.MAX_STEPS}

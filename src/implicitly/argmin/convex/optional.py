@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(name: str) -> ModuleType:
-    """The optional package `name`; raises ImportError that says what to install."""
+    """Import the optional package `name`; raises an ImportError that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as missing:

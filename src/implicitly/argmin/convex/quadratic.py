@@ -1,8 +1,8 @@
-"""Canonical programs without cones, as dense quadratic programs, without the auxiliary variables of cvxpy.
+"""Canonical programs without cones as dense quadratic programs, without the auxiliary variables of cvxpy.
 
-For an objective |Mx|^2 cvxpy has a variable w with the equation w = Mx. A variable that stands in one row of A
-alone, an equation, with a coefficient that is no parameter's, is its right-hand side: with e for such variables
-and k for the others,
+For an objective |Mx|^2 cvxpy introduces a variable w with the equation w = Mx. A variable like this, which stands
+in only one row of A, in an equation, with a coefficient a that does not depend on parameters, can be eliminated.
+With e for such variables and k for the others,
 
     x_e = r - R x_k,    R = A_ek / a,  r = b_e / a,
 
@@ -32,13 +32,13 @@ from implicitly.tree import columns_of
 
 @dataclass(frozen=True, eq=False)
 class QuadraticForm:
-    """How parameters become a quadratic program, and its solution that of the canonical program.
+    """Maps parameters to a quadratic program, and its solution to that of the canonical program.
 
     Attributes:
-        kept, out: columns of A; the variables of `out` are right-hand sides.
-        equations, definitions, inequalities: rows of A; `definitions` belong to `out`, in its order.
+        kept, out: columns of A, for the variables that are kept and those that are eliminated.
+        equations, definitions, inequalities: rows of A; `definitions` define the variables of `out`, in its order.
         numbers: P_kk, P_ke, P_ee, q_k, q_e, the three parts of A and of b, and the a of the definitions, flat.
-        mixed: whether P_ke is anything but zero.
+        mixed: whether P_ke has entries that are not zero.
     """
 
     kept: Tensor
@@ -51,14 +51,14 @@ class QuadraticForm:
 
     @classmethod
     def of(cls, program: CanonicalProgram) -> QuadraticForm:
-        """For programs without cones."""
+        """The form of a program without cones."""
         pattern, zero = program.pattern, program.cones.zero
         P, q, A, b = program.numbers.matrices
         constant = torch.from_numpy(np.asarray(abs(A.tocsc()[:, :-1]).sum(1)).reshape(-1) == 0)
         alone = torch.bincount(pattern.A_columns, minlength=pattern.n)[pattern.A_columns] == 1
         usable = (alone & constant & (pattern.A_rows < zero)).nonzero()[:, 0].tolist()
         chosen = list({int(pattern.A_rows[i]): i for i in usable}.values())  # one for each row
-        chosen = chosen[: pattern.n - 1]  # some program has to be left, to find that its numbers are no numbers
+        chosen = chosen[: pattern.n - 1]  # at least one variable has to stay, for `qp` to report NaN
         definitions, out = pattern.A_rows[chosen], pattern.A_columns[chosen]
         kept, equations = _others(pattern.n, out), _others(zero, definitions)
         inequalities = torch.arange(zero, pattern.m, device="cpu")
@@ -116,12 +116,12 @@ class QuadraticForm:
         a: Tensor,
         found: ProgramSolution,
     ) -> Solution:
-        """The solution of the canonical program, of that of the quadratic one; `single`: without a batch."""
+        """The solution of the canonical program from that of the quadratic program; `single`: without a batch."""
         names = ("value", "dual_inequality", "dual_equality", "status", "residual", "steps")
         parts = [getattr(found, name) for name in names]
         x, lam, nu, status, residual, steps = (t.unsqueeze(0) for t in parts) if single else parts
         none = failed(status).unsqueeze(1)
-        known = torch.where(none, 0.0, x)  # zero times NaN is no slope of what samples share
+        known = torch.where(none, 0.0, x)  # else zero times NaN would spoil gradients of shared values
         x_e = r - _times(R, known)
         slope = _times(P_ee, x_e) + q_e
         multiplier = -(slope + _times(P_ke.mT, known) if self.mixed else slope) / a
@@ -138,8 +138,11 @@ class QuadraticForm:
 
 
 def _finite(*numbers: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """`numbers` `(B or 1, ...)` with zeros for samples that have NaN or infinities among them, so that no product
-    spoils the derivative of what samples share; and which those are, `(B or 1, 1)`, None where there are none."""
+    """`numbers` `(B or 1, ...)` with zeros for samples that hold NaN or inf, and which those are.
+
+    Without the zeros, such samples would spoil the derivatives of shared values. The samples come as a mask
+    `(B or 1, 1)`, or None if there are none.
+    """
     own = [~t.flatten(1).isfinite().all(1) for t in numbers]
     broken = torch.stack(torch.broadcast_tensors(*own)).any(0)
     if not maybe_any(broken):
@@ -149,13 +152,16 @@ def _finite(*numbers: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
 
 
 def _others(count: int, some: Tensor) -> Tensor:
-    """The numbers below `count` that are not among `some`."""
+    """The indices below `count` that are not among `some`."""
     return torch.ones(count, dtype=torch.bool, device="cpu").index_fill(0, some, False).nonzero()[:, 0]
 
 
 def _dense(matrix: Any, rows: Tensor, columns: Tensor, *wanted: Tensor) -> Any:
-    """Rows of `matrix` as the entries of a dense matrix, of `wanted` rows and columns; they stand at `rows` and
-    `columns`, each."""
+    """The map to the entries of a dense matrix, from the map `matrix` to the entries of a sparse one.
+
+    The entries of the sparse matrix stand at `rows` and `columns`; the dense matrix has only the `wanted` rows and
+    columns.
+    """
     size = 1 + max(int(t.max()) if len(t) else 0 for t in (rows, columns, *wanted))
     new_row, new_column = (
         torch.full((size,), -1, device="cpu").index_copy(0, w, torch.arange(len(w), device="cpu")) for w in wanted
@@ -169,5 +175,5 @@ def _dense(matrix: Any, rows: Tensor, columns: Tensor, *wanted: Tensor) -> Any:
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:
-    """M x, where either may be shared by the batch: `(1, ·)`."""
+    """M x, where either may be shared by the batch, with a first dimension of 1."""
     return (M @ x.unsqueeze(2)).squeeze(2)

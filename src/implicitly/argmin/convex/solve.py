@@ -88,8 +88,10 @@ class ConvexProgram:
         return cls(program, solver, adjoint, quadratic=form, compile=compile)
 
     def __call__(self, values: Sequence[Tensor], on_failure: str) -> Solution:
-        """The solution at `values`, one tensor a parameter, of the parameter's shape or with one entry a sample in
-        front; its `value` is a tuple of the variables' values."""
+        """The solution at `values`; its `value` is a tuple of the variables' values.
+
+        `values` has one tensor per parameter, of the parameter's shape or with a batch dimension in front.
+        """
         batch = checked_batch(values, self.program.parameters)
         if batch == 0:
             return self._of_nobody(values)
@@ -119,7 +121,7 @@ class ConvexProgram:
         x, y = solution.value
         found = tuple(v.take(y if v.dual else x) for v in self.program.variables)
         if batch is not None:
-            if len(solution.status) != batch:  # no number of the program depends on what has a batch
+            if len(solution.status) != batch:  # the program does not depend on the values that have a batch
                 found = tuple(v.expand(batch, *v.shape[1:]) for v in found)
                 ends = {name: getattr(solution, name).expand(batch) for name in ("status", "residual", "steps")}
                 return replace(solution, value=found, **ends)
@@ -140,11 +142,11 @@ class ConvexProgram:
 
 
 def recorded_by(values: Sequence[Tensor], found: Tensor) -> Tensor:
-    """`found`, whose graph leads to `values` even where no number depends on them: then with zero gradients."""
+    """`found`, connected to `values` in autograd's graph; gradients are zero if it does not depend on them."""
     if found.requires_grad or not torch.is_grad_enabled():
         return found
     wanted = [v for v in values if v.requires_grad]
-    # Sums of none of their entries, which may be infinite.
+    # Sums over empty slices: zero times an entry, which may be infinite, could be NaN.
     return found + sum(v.reshape(-1)[:0].sum() for v in wanted) if wanted else found
 
 
@@ -159,11 +161,11 @@ def _described(program: CanonicalProgram) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-# ---------------------------------------------------------------------------------------------- what came in
+# ------------------------------------------------------------------------------------------- checks of values
 
 
 def checked_batch(values: Sequence[Any], slots: Sequence[ParameterSlot]) -> int | None:
-    """The number of samples, None where no value has a batch; raises TypeError / ValueError for misfits."""
+    """The number of samples, None if no value has a batch; raises TypeError / ValueError for invalid values."""
     if len(values) != len(slots):
         names = ", ".join(s.name for s in slots)
         raise ValueError(
@@ -201,15 +203,15 @@ def checked_batch(values: Sequence[Any], slots: Sequence[ParameterSlot]) -> int 
 
 
 def _check_attributes(value: Tensor, slot: ParameterSlot) -> None:
-    """Raise ValueError where a sample breaks what its parameter promises, on which convexity may rest."""
-    if is_wrapped(value):  # step out of the transforms, so that every sample of all of them is seen
+    """Raise ValueError if a sample violates what its parameter declares, since convexity may depend on that."""
+    if is_wrapped(value):  # step out of the transforms, so that all samples that they map are checked
         outside(partial(_checked, slot), value)
     else:
         _checked(slot, value.detach())
 
 
 def _checked(slot: ParameterSlot, value: Tensor) -> Tensor:
-    """Zeros, one a sample; raises ValueError as `_check_attributes`."""
+    """One zero per sample; raises ValueError as `_check_attributes`."""
     lead = value.shape[: value.ndim - len(slot.shape)]
     samples = value.reshape(math.prod(lead), *slot.shape)
     for wrong, says in _broken(slot, samples):
@@ -221,7 +223,7 @@ def _checked(slot: ParameterSlot, value: Tensor) -> Tensor:
 
 
 def _broken(slot: ParameterSlot, samples: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], str]]]:
-    """For each thing that a parameter declares, which of `samples` `(N, *shape)` break it, and a text on one."""
+    """For each declared property, which `samples` `(N, *shape)` violate it, and a function to describe one."""
     rows = samples.flatten(1) if slot.shape else samples.unsqueeze(1)
     if slot.sign:
         signed = slot.sign * rows
@@ -261,7 +263,7 @@ def _broken(slot: ParameterSlot, samples: Tensor) -> Iterator[tuple[Tensor, Call
 
 
 def _indefinite(samples: Tensor) -> Tensor:
-    """Which of finite symmetric matrices `(N, n, n)` are not positive semidefinite, by more than roundings."""
+    """Which of the symmetric matrices `(N, n, n)` are finite, but not positive semidefinite up to rounding."""
     size = samples.abs().amax((1, 2)).clamp(min=torch.finfo(samples.dtype).tiny)
     slack = torch.finfo(samples.dtype).eps ** 0.6 * size
     shifted = samples + slack[:, None, None] * torch.eye(

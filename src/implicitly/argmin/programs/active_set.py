@@ -1,4 +1,4 @@
-"""Which inequalities of a condensed program bind: with its multipliers as the only unknowns."""
+"""The active set of a condensed program, whose only unknowns are the multipliers of its inequalities."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from implicitly.tree import row_norm
 
 
 class Sides(NamedTuple):
-    """Multipliers and slacks `(B, m)` of samples whose inequalities bind where `alpha` is 1, up to rounding.
+    """Multipliers and slacks `(B, m)` if the inequalities with `alpha` = 1 bind, up to rounding.
 
-    `N` `(B, m, m)` holds the factors that they were found by, `usable` `(B,)` where those exist.
+    `N` `(B, m, m)` holds the factors used to compute them, `usable` `(B,)` whether these exist.
     """
 
     lam: Tensor
@@ -27,7 +27,7 @@ class Sides(NamedTuple):
 
     @classmethod
     def of(cls, M: Tensor, c: Tensor, alpha: Tensor, lam: Tensor, away: float) -> Sides:
-        """Those of s = M λ + c where λ is near `lam`; N is of a matrix that is `away` from singular."""
+        """Solve s = M λ + c from λ near `lam`; N factorises a matrix that is kept `away` from singular."""
         N, usable = factor_active(M, alpha, 1 - (1 - away) * alpha)
         lam = lam * alpha
         step = solve_active(N, (c + times(M, lam)) * alpha)
@@ -35,21 +35,21 @@ class Sides(NamedTuple):
         return cls(lam, c + times(M, lam), alpha, N, usable)
 
     def put(self, rows: Tensor, part: Sides) -> None:
-        """Write `part` in place of some samples."""
+        """Overwrite some samples with `part`."""
         for own, new in zip(self._by_rows(), part._by_rows()):
             own.index_copy_(0, rows, new)
 
     def _by_rows(self) -> tuple[Tensor, ...]:
-        """What it consists of, with N as it lies in memory, by columns."""
+        """Its tensors, with N transposed, since it lies in memory column by column."""
         return self.lam, self.slack, self.alpha, self.N.mT, self.usable
 
 
 def signs(sizes: tuple[Tensor, Tensor], alpha: Tensor, lam: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """What must not be negative `(B, m)`, the multipliers where `alpha` is 1 and else the slacks, and what counts
-    as zero there.
+    """What must not be negative `(B, m)`, and the size that counts as zero there.
 
-    A multiplier is small beside the others, a slack beside the terms of its own row: by `Condensed.sizes` those
-    without multipliers, and of M λ, as no entry of a Gram matrix is larger than its diagonal allows.
+    That is the multipliers where `alpha` is 1, and the slacks elsewhere. A multiplier is compared with the other
+    multipliers, a slack with the terms of its own row. `Condensed.sizes` gives these terms: those without
+    multipliers, and a bound on those of M λ, since the diagonal of a Gram matrix bounds its entries.
     """
     (reach, root), binds = sizes, alpha > 0
     terms = torch.maximum(reach, root * (root * lam.abs()).sum(1, keepdim=True))
@@ -60,11 +60,10 @@ def signs(sizes: tuple[Tensor, Tensor], alpha: Tensor, lam: Tensor, slack: Tenso
 def settle(
     condensed: Condensed, alpha: Tensor, lam: Tensor, away: float, patient: bool, rounds: int
 ) -> tuple[Sides, int]:
-    """The sides near `alpha` `(B, m)`, from `lam`, and after how many rounds; in each of them what turns out
-    negative changes sides.
+    """Find an active set near `alpha` `(B, m)`, starting from `lam`; returns its sides and the number of rounds.
 
-    Samples of which as much is negative as before are given up: few of them get anywhere, for which only who is
-    `patient` waits.
+    In each round, inequalities whose multiplier or slack turns out negative change sides. Samples in which their
+    number does not fall are given up, unless `patient`: few of those ever settle.
     """
     M, c, reach, root = condensed.M, condensed.c, *condensed.sizes
     at = whole = Sides.of(M, c, alpha.clone(), lam, away)

@@ -1,16 +1,16 @@
-"""The alternating direction method of multipliers, for many programs with the same matrices.
+"""The alternating direction method of multipliers (ADMM), for many programs with the same matrices.
 
 OSQP's splitting: Stellato, Banjac, Goulart, Bemporad and Boyd, "OSQP: an operator splitting solver for quadratic
 programs", Mathematical Programming Computation 12 (2020). With C = [A; G] and per-row weights ρ,
 
     (Q + σI + C'ρC) x = σ x - p + C'ρ (u - y),    u <- project(v + y),    y <- y + v - u,
 
-where v = 1.6 Cx - 0.6 u, the projection is on the right-hand sides of equalities and below those of inequalities,
-and ρy are the multipliers. The matrix is the same for all samples, so one inverse serves the whole batch and a
-step is three products of matrices.
+where v = 1.6 Cx - 0.6 u (over-relaxation), the projection sets equalities to their right-hand sides and clips
+inequalities at theirs, and ρy are the multipliers. The matrix is the same for all samples, so one inverse serves
+the whole batch and a step is three matrix products.
 
-This is not `iterate.iterate`: a point counts as found once its active set solves the program, see `polish`, and
-not by the residual of the splitting, which falls slowly.
+This does not use the loop of `iterate.iterate`: a point counts as found once its active set solves the program,
+see `polish`, rather than when the residual of the splitting is small, since that falls slowly.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from implicitly.compiled import run_as_graph
 from implicitly.solution import Status, is_running
 from implicitly.tree import row_norm
 
-# Steps between two looks at the residuals.
+# Steps between two checks of the residuals.
 STRIDE = 10
 # Residuals at which the active set is tried, and how much smaller they must be before it is tried again.
 FIRST_TRY, NEXT_TRY = 1e-3, 1e-2
-# Equalities weigh so much more than inequalities.
+# How much larger the weights of equalities are than those of inequalities.
 EQUALITIES = 1e3
-# A new weight is worth a factorisation if it differs by that.
+# A new weight is worth a factorisation if it differs by more than this factor.
 NEW_WEIGHT = 5.0
-# Steps between two changes of the weights, at least.
+# The least number of steps between two changes of the weights.
 PAUSE = 20
 # The share of samples that is left to another solver.
 REST = 1 / 4
-# Without equalities, whose weight would multiply rounding, so many steps are in float32, whatever the dtype: in
-# half the time they lead most samples to their active set, which `polish` solves exactly.
+# Without equalities, whose weight would amplify rounding errors, this many first steps run in float32, whatever
+# the dtype: in half the time they lead most samples to their active set, on which `polish` then solves exactly.
 EARLY = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class ADMM(ProgramSolver):
-    """OSQP's splitting with one factorisation for the whole batch, then the solution on its active set.
+    """ADMM as in OSQP, with one factorisation for the whole batch, then an exact solve on the active set.
 
-    For programs whose Q, G and A the batch shares, such as steps of model-predictive control and safety filters;
-    others are refused with ValueError. Most samples are soon done; the last ones can take thousands of steps.
+    For programs whose Q, G and A are shared by the batch, as in model-predictive control and safety filters; other
+    programs raise a ValueError. Most samples finish soon; the last ones can take thousands of steps.
 
     Args:
-        rho: weight of the constraints at the start; it adapts.
-        sigma: weight of the last iterate; more is taken where the dtype would not resolve it beside the matrix.
-        relaxation: between 0 and 2.
-        finish: solves the samples that are left when most are done, or at `max_steps`; None: they go on, and are
-            seen to be infeasible or unbounded by certificates in the differences of iterates.
+        rho: the initial weight of the constraints; it adapts.
+        sigma: weight of the proximal term; raised where rounding would lose it beside the matrix.
+        relaxation: the over-relaxation factor, between 0 and 2.
+        finish: the solver for the samples that remain when most are done, or at `max_steps`. None: they go on with
+            ADMM, and are recognised as infeasible or unbounded by certificates in the differences of iterates.
     """
 
     max_steps: int = 4000
@@ -150,7 +150,7 @@ class _State(NamedTuple):
         return cls(w[:, :n], u, y, far, one, FIRST_TRY * one, count - 1, count)
 
     def to(self, dtype: torch.dtype) -> _State:
-        """The same in `dtype`; from the origin, where it had overflown."""
+        """The same in `dtype`; samples that overflowed start again from the origin."""
         if dtype == self.x.dtype:
             return self
         lost = ~(self.x.isfinite().all(1) & self.u.isfinite().all(1) & self.y.isfinite().all(1)).unsqueeze(1)
@@ -178,7 +178,7 @@ class _Splitting:
     def of(
         cls, program: QuadraticProgram, dtype: torch.dtype, sigma: float, rho: float, relaxation: float
     ) -> _Splitting:
-        """That for steps in `dtype`; its matrices are found in the program's."""
+        """The splitting for steps in `dtype`; its matrices are computed in the dtype of the program."""
         _, q, m = program.sizes
         C = torch.cat([program.A, program.G])
         weights = torch.full((q + m,), rho, dtype=C.dtype, device=C.device)
@@ -196,11 +196,11 @@ class _Splitting:
 
     @property
     def early(self) -> bool:
-        """Whether its steps are less exact than the program."""
+        """Whether its steps run in a narrower dtype than the program's."""
         return self.C.dtype != self.given.Q.dtype
 
     def exact(self) -> _Splitting:
-        """The same with steps in the dtype of the program."""
+        """The splitting with steps in the dtype of the program."""
         return _Splitting.of(self.given, self.given.Q.dtype, self.sigma, self.rho, self.relaxation)
 
     def take_rows(self, rows: Tensor) -> _Splitting:
@@ -208,7 +208,7 @@ class _Splitting:
         return replace(self, given=given, program=program, shift=self.shift[rows])
 
     def adapted(self, at: _State, k: int) -> tuple[_State, _Splitting]:
-        """Both with weights that bring primal and dual residuals closer together, now and then."""
+        """State and splitting with weights that balance primal and dual residuals better, if it is time."""
         change = float(at.balance.median().sqrt())
         if k % PAUSE or 1 / NEW_WEIGHT < change < NEW_WEIGHT or not 1e-6 < self.rho * change < 1e6:
             return at, self
@@ -216,11 +216,11 @@ class _Splitting:
         return at._replace(y=at.y / change), again
 
     def advanced(self, at: _State, steps: int, compile: bool) -> _State:
-        """So many steps; if to `compile`, as one graph, where one can be had."""
-        proves = not self.early  # else rounding would prove too much
+        """The state after so many `steps`; with `compile` as one graph, where possible."""
+        proves = not self.early  # rounding errors of float32 would look like proofs
         if not compile:
             return self.advance(at, steps, proves)
-        # The graph outlives this solve: it may hold on to numbers alone.
+        # The graph outlives this solve, so it must not keep any of its tensors, only numbers.
         numbers, count, known = (self.rho, self.sigma, self.relaxation), len(at), len(self.program.tensors)
 
         def advance(*tensors: Tensor) -> _State:
@@ -235,8 +235,10 @@ class _Splitting:
         return self.advance(at, steps, proves) if found is None else found
 
     def advance(self, at: _State, steps: int, proves: bool) -> _State:
-        """So many steps. Then how far the iterates are from being a solution, and whether the last step `proves`
-        that there is none."""
+        """The state after so many `steps`, with its residuals.
+
+        With `proves` the last step is also checked for a proof that there is no solution.
+        """
         program, q, relax = self.program, self.program.sizes[1], self.relaxation
         x, u, y, last_x, last_y = at.x, at.u, at.y, at.x, at.y
         for _ in range(steps):
@@ -259,7 +261,7 @@ class _Splitting:
         return moved._replace(status=self.proofs(x, duals, x - last_x, self.weights * (y - last_y)))
 
     def proofs(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-        """The status `(B,)` that the last step alone shows: that there is no solution, or nothing."""
+        """The status `(B,)` by the last step alone: INFEASIBLE or UNBOUNDED where it is a certificate."""
         program, q = self.program, self.program.sizes[1]
         small = torch.finfo(x.dtype).eps ** 0.38
         size_x, size_y = row_norm(dx), row_norm(dy)
@@ -273,7 +275,7 @@ class _Splitting:
         return torch.where(no_point, int(Status.INFEASIBLE), status)
 
     def point(self, at: _State) -> Point:
-        """What was found."""
+        """The current iterate as a `Point`."""
         status = torch.where(is_running(at.status), int(Status.MAX_STEPS), at.status)
         q, dtype = self.given.sizes[1], self.given.Q.dtype
         slack = self.given.h - at.u[:, q:].to(dtype)

@@ -1,4 +1,4 @@
-"""The derivative of a quadratic program, from the condition at its solution and the factors found there."""
+"""The derivative of a quadratic program, from the optimality condition and the factors at its solution."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from implicitly.pullback import Pull
 from implicitly.transforms import full_precision
 from implicitly.tree import row_norm
 
-# What a step with the inverse of the right matrix leaves of a residual, at most; and what tells it from another.
+# The share of a residual that a step with the inverse of the right matrix leaves at most, and the share that shows
+# beyond doubt that it is the right one.
 CLOSE_ENOUGH = 0.5
 PLAIN = 1e-3
-# A refinement that leaves more is one with another matrix.
+# A refinement step that leaves a larger share must have used the inverse of another matrix.
 CREEP = 0.05
 
 
@@ -36,10 +37,10 @@ class Jacobian:
     """The factorised Jacobian of an optimality condition at a point, in equilibrated units.
 
     Attributes:
-        factors: their beta is kept away from zero, so a solve leaves a small residual.
-        program: the scaled one.
-        alpha, beta: `(B, m)` of the Jacobian, exact.
-        degenerate: `(B,)` bool, where it is singular, as far as can be told in floating point.
+        factors: their beta is kept away from zero, so a solve with them leaves a small residual.
+        program: the scaled program.
+        alpha, beta: `(B, m)`, the exact ones of the Jacobian.
+        degenerate: `(B,)` bool, where the Jacobian is singular, as far as can be told in floating point.
     """
 
     factors: Factors | CondensedFactors
@@ -68,11 +69,11 @@ class Jacobian:
 
 
 class Linearised(Protocol):
-    """The Jacobian J of an optimality condition, factorised; `Jacobian` is one."""
+    """Protocol of the factorised Jacobian J of an optimality condition; `Jacobian` is one."""
 
     @property
     def degenerate(self) -> Tensor:
-        """`(B,)`, where it is singular, in a way that matters."""
+        """Where J is singular in a way that matters, `(B,)`."""
         ...
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
@@ -86,13 +87,13 @@ class Linearised(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StructuredSolver(LinearSolver):
-    """Solves the linear systems of derivatives by the factors that the solution left: one step, and refinement.
+    """Solves the linear systems of derivatives with the factors of the forward solve: one step, and refinement.
 
-    `known` receives the `Linearised` condition once the solution is found. Systems that are neither it nor its
-    transpose, as a first step, or else a test vector, tells, are solved by dense LU. A first step may tell wrong,
-    as a right-hand side may be one that the two hardly differ on: steps that bring little say so. At degenerate
-    samples the answer is that of least squares and, of all of them, the one of minimal norm; what no answer can
-    reduce does not count as residual.
+    `known` receives the `Linearised` condition once the solution is found. A first step, or if need be a test
+    vector, shows whether a system is that condition, its transpose, or neither; the last kind is solved by dense
+    LU. A first step can mislead, for a right-hand side on which the two matrices hardly differ: then later steps
+    gain little, which gives it away. At degenerate samples the solution is that of least squares with minimal
+    norm; the part of the residual that no solution can reduce does not count.
     """
 
     recurrent: ClassVar[bool] = False
@@ -100,7 +101,7 @@ class StructuredSolver(LinearSolver):
     known: Sequence[Linearised] = field(default_factory=list)
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Any, ...]:
-        """The inverse to apply; where the first step by it is all that tells so, also what is enough, and that."""
+        """The memory: the inverse to apply; if a first step alone identified it, the tolerance and the step."""
         jacobian = self.known[0]
         batch = len(jacobian.degenerate)
         for transposed in (True, False) if len(r) == batch else ():
@@ -115,7 +116,7 @@ class StructuredSolver(LinearSolver):
         return DenseLU(limit_gib=8.0).start(F, z, r) if inverse is None else (inverse,)
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The solution; once more for the residual that rounding, and the factors, left."""
+        """The solution; in further steps, its correction for the errors of rounding and of the factors."""
         if not isinstance(memory[0], _Inverse):
             return DenseLU().propose(F, k, z, r, memory)
         inverse, *guess = memory
@@ -130,23 +131,23 @@ class StructuredSolver(LinearSolver):
 
 @dataclass(frozen=True, eq=False)
 class _Inverse:
-    """An approximate inverse of -J or -J', for k right-hand sides a sample.
+    """An approximate inverse of -J or -J', for k right-hand sides per sample.
 
-    Rows are (V, k, `inner`), with V * `inner` samples: which samples `vmap` maps outside of the right-hand sides,
-    and which are inside.
+    Rows are ordered (V, k, `inner`), with V * `inner` samples: `vmap` may have put a part V of the samples in
+    front of the right-hand sides.
     """
 
     jacobian: Linearised
     transposed: bool
     inner: int
-    # Of samples where J is singular, or nearly: their rows, the pseudoinverse, and the projection on the range.
+    # For samples where J is singular, or nearly: their rows, the pseudoinverse, and the projection onto the range.
     rows: Tensor | None
     pseudoinverse: Tensor
     onto_range: Tensor
 
     @classmethod
     def recognised(cls, jacobian: Linearised, F: Affine, r: Tensor) -> _Inverse | None:
-        """The inverse for the system of `F`, which a vector without meaning tells; None where it is not of J."""
+        """The inverse for the system of `F`, found with an arbitrary test vector; None if it is not of J or J'."""
         batch = len(jacobian.degenerate)
         if len(r) % batch:
             return None
@@ -156,7 +157,7 @@ class _Inverse:
         for inner, transposed in itertools.product(inners, (True, False)):
             inverse = cls.of(jacobian, transposed, inner, len(r))
             remains = row_norm(inverse(F, wave)[1]) / row_norm(wave)
-            # Under a wrong order of the rows some may still be right.
+            # Even with a wrong order of the rows, some rows may come out right, so they are counted.
             score = int((~(remains < PLAIN)).sum()), float(remains.median())
             if score < best:
                 best, found, left = score, inverse, remains
@@ -167,7 +168,7 @@ class _Inverse:
         stubborn = ~(left <= CLOSE_ENOUGH)
         if not maybe_any(stubborn):
             return found
-        # Ill-conditioned samples, for which the factors are too rough.
+        # The remaining samples are ill-conditioned, and the factors too inaccurate for them.
         chosen = stubborn[found._order(len(r))].reshape(-1, batch).any(0)
         return cls.of(jacobian, found.transposed, found.inner, len(r), chosen)
 
@@ -175,7 +176,7 @@ class _Inverse:
     def of(
         cls, jacobian: Linearised, transposed: bool, inner: int, count: int, stubborn: Tensor | None = None
     ) -> _Inverse:
-        """For `count` rows; samples that are `stubborn` `(B,)` are solved by their dense matrices."""
+        """The inverse for `count` rows; degenerate and `stubborn` samples `(B,)` use their dense pseudoinverse."""
         empty, chosen = torch.zeros(0), jacobian.degenerate
         chosen = chosen if stubborn is None else chosen | stubborn
         plain = cls(jacobian, transposed, inner, None, empty, empty)
@@ -190,13 +191,13 @@ class _Inverse:
         return replace(plain, rows=rows, pseudoinverse=pseudoinverse, onto_range=J @ pseudoinverse)
 
     def _order(self, count: int) -> Tensor:
-        """The `count` rows in the order (k, V, inner)."""
+        """The indices that put `count` rows into the order (k, V, inner)."""
         batch = len(self.jacobian.degenerate)
         index = torch.arange(count, device=self.jacobian.degenerate.device)
         return index.reshape(batch // self.inner, -1, self.inner).transpose(0, 1).reshape(-1)
 
     def __call__(self, F: Affine, r: Tensor) -> tuple[Tensor, Tensor]:
-        """The step -J^-1 r, and the residual that it leaves; F maps a step to r of a zero step less its image."""
+        """The step -J^-1 r (or with J'), and the residual r - M step that it leaves, with M the operator of F."""
         if self.inner == len(self.jacobian.degenerate):
             step = -self.jacobian.solve(r, self.transposed)
         else:
@@ -214,8 +215,11 @@ class _Inverse:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a derivative is attached: which inequalities bind, `alpha` `(B, m)`; or, with smoothing, the point
-    `near` `(B, N)` the solution. `known` holds the Jacobian there, in the units of `scale` `(B, N)`."""
+    """Where a derivative is attached.
+
+    Without smoothing, at the solution with the active set `alpha` `(B, m)`; with smoothing, at the point `near`
+    `(B, N)`, which is close to the solution. `known` holds the Jacobian there, in the units of `scale` `(B, N)`.
+    """
 
     alpha: Tensor
     near: Tensor
@@ -225,20 +229,20 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class KKTAdjoint:
-    """The exact derivative at the solution, from the optimality conditions: any order, both modes.
+    """The exact derivative at the solution, from the optimality conditions, of any order and in both modes.
 
     Where an inequality binds with a zero multiplier, the derivative is that of the side on which it does not bind.
-    Where multipliers are not unique, it is that of least norm. Such samples have `Status.DEGENERATE`.
+    Where multipliers are not unique, it is the one of least norm. Such samples have `Status.DEGENERATE`.
 
-    With `smoothing` it is the derivative of another point: that where λ (h - Gz) = `smoothing` for every
-    inequality, on the central path of interior-point methods. It tells of inequalities that do not bind, and has
-    no jumps, but is not exact. The solution itself stays exact, and its slack is h - Gz in value and derivative:
-    of the exact z, with the derivative of the other.
+    With `smoothing` it is the derivative of a nearby point, on the central path of interior-point methods, where
+    λ (h - Gz) = `smoothing` for every inequality. It also reflects inequalities that do not bind, and has no
+    jumps, but it is not exact. The values stay those of the exact solution; z, the multipliers and the slack h -
+    Gz get their derivatives from the nearby point.
 
     Args:
         smoothing: in units of the objective; 0: the exact derivative.
         rtol: relative tolerance of the linear solves; None means eps^(2/3) of the dtype.
-        max_steps: of their iterative refinement.
+        max_steps: maximal number of steps of their iterative refinement.
     """
 
     smoothing: float = 0.0
@@ -250,10 +254,10 @@ class KKTAdjoint:
             raise TypeError(f"KKTAdjoint: smoothing must be a number, got a {type(self.smoothing).__name__}")
         if not 0 <= self.smoothing < float("inf"):
             raise ValueError(f"KKTAdjoint: smoothing must be a finite number >= 0, got {self.smoothing}")
-        self._solver([])  # its own checks
+        self._solver([])  # checks rtol and max_steps
 
     def check(self, dtype: torch.dtype) -> None:
-        """Raise ValueError where `dtype` cannot reach rtol."""
+        """Raise ValueError if `dtype` cannot reach rtol."""
         eps = torch.finfo(dtype).eps
         if self.rtol is not None and 0 < self.rtol < eps:
             raise ValueError(
@@ -273,8 +277,11 @@ class KKTAdjoint:
         pullback: Callable[..., Found] | None = None,
         name: str = "qp",
     ) -> Tensor:
-        """`w` = (z, ν, λ) `(B, N)` with its derivative; `pullback` solves in place of `search` what reverse mode
-        asks for. `name` is that of the entry point, in messages."""
+        """Attach the derivative to `w` = (z, ν, λ) `(B, N)`.
+
+        `pullback` solves the linear systems of reverse mode, in place of `search`. `name` is the name of the entry
+        point, in messages.
+        """
         graphs = None if pullback is None else Graphs(search, pullback)
         how, report, scale = Backward(self._solver(place.known)), Report(on_failure), place.scale
         conditions = RELAXED if self.smoothing else ACTIVE_SET
@@ -295,9 +302,10 @@ class KKTAdjoint:
 
 
 def _bound(conditions: Conditions, scale: Tensor, *theta: Tensor) -> Map:
-    """The residual of `conditions` in equilibrated units, in which the norm of its linear systems means something.
+    """The residual of `conditions` in equilibrated units, in which the norms of its linear systems are meaningful.
 
-    The Jacobian D J D with D = diag(`scale`) is symmetric where J is. A backward pass may run under autocast.
+    With D = diag(`scale`), the Jacobian D J D is symmetric where J is. It turns off autocast, under which a
+    backward pass may run.
     """
     residual = conditions.bind(*theta)
 
@@ -309,13 +317,13 @@ def _bound(conditions: Conditions, scale: Tensor, *theta: Tensor) -> Map:
 
 
 def _pull(conditions: Conditions, primals: tuple[Tensor, ...], wanted: list[int]) -> Pull:
-    """What `pullback.recorded` gives of the residual that is `_bound`, at `primals` (w, scale, own, ...)."""
+    """What `pullback.recorded` would return for the residual of `_bound`, at `primals` (w, scale, own, ...)."""
     w, scale, *theta = primals
     pulled = conditions.pull(scale * w, *theta)
 
     def pull(u: Tensor, places: list[int]) -> tuple[Tensor, ...]:
         u = scale * u
-        # Behind w come its scale and what is the conditions' own, which are known without a derivative.
+        # After w come its scale and the conditions' own parameter, which need no derivative.
         return tuple(pulled(u, i - 2) if i else scale * pulled(u, 0) for i in places)
 
     return pull

@@ -1,4 +1,4 @@
-"""Finding the solution of a program as one opaque step, and where its derivative is to be attached."""
+"""Finds the solution of a program in one step that is opaque to autograd, and where to attach its derivative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from implicitly.iterate import Found, Solver
 from implicitly.solution import Status
 from implicitly.transforms import merge_rows
 
-# How a report on a program is made, where what `vmap` maps has become a batch.
+# Makes the report on a program in which the dimensions that `vmap` maps have become part of the batch.
 ReportOn = Callable[[QuadraticProgram, Tensor], Report]
 
 
@@ -35,9 +35,9 @@ def find(
     compile: bool = False,
     name: str = "qp",
 ) -> tuple[Found, Place]:
-    """What `solver` finds, `z` being w = (z, ν, λ) `(B, N)`, and where its derivative is to be attached.
+    """What `solver` finds, with w = (z, ν, λ) `(B, N)` as its `z`, and where to attach the derivative.
 
-    `bounds` is h as it was given, and `name` that of the entry point, for reports.
+    For reports, `bounds` is h as the user passed it, and `name` is the name of the entry point.
     """
     known: list[Jacobian] = []
     run = partial(_run, solver, adjoint.smoothing, known, report_on, start, compile, name)
@@ -55,14 +55,14 @@ def _run(
     name: str,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """(w, alpha, near, scale, status, residual, steps, evaluations); `known` gets the Jacobian."""
+    """Solve: (w, alpha, near, scale, status, residual, steps, evaluations); `known` receives the Jacobian."""
     *six, bounds = tensors
     program = given = QuadraticProgram(*six)
     finite = program.finite()
     if maybe_any(~finite):
         program = program.without(~finite)
     system = System.of(*equilibrate(program))
-    if system.condensed is None:  # else Q has been seen to be positive definite
+    if system.condensed is None:  # a condensed system implies that Q is positive definite
         refuse_indefinite(program.Q)
     scaling = system.scaling
     polished = solver.solve(system, None if start is None else _scaled(system, *start), compile)
@@ -79,7 +79,7 @@ def _run(
     near, factors, degenerate = w, polished.factors, polished.degenerate
     alpha, beta = polished.alpha, (1 - polished.alpha) * scaling.F**2
     if smoothing and program.sizes[2]:
-        system = system.with_vectors_of(program)  # where 0'z <= h has its own slack
+        system = system.with_vectors_of(program)  # whose inequalities 0'z <= h keep their slack
         near, slack, factors, done = central_point(system, polished.w * scaling.U, smoothing, none)
         near = near * system.scaling.w
         short = Found(
@@ -93,7 +93,7 @@ def _run(
 
 
 def _off_the_path(name: str, solver: Solver, found: Found, lost: Tensor) -> str:
-    """What is said of the samples `lost`, for whose derivative there is no point."""
+    """The message about the samples `lost`, for which no point on the central path was found."""
     return (
         f"{name}: no point where λ (h - Gz) is smoothing was found for {len(lost)} of {len(found.status)} samples "
         f"(first number {int(lost[0])}); their derivative may be wrong. Try: less smoothing, and A z = b in place "
@@ -102,10 +102,10 @@ def _off_the_path(name: str, solver: Solver, found: Found, lost: Tensor) -> str:
 
 
 def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
-    """A start in the units of `system`."""
+    """A warm start in the units of `system`."""
     batch = system.program.batch
     origin = system.origin()
-    if len(w) != batch:  # vmap has put its own batch before ours
+    if len(w) != batch:  # vmap has put its own batch dimension in front of ours
         w, slack = (t.repeat(batch // len(w), 1) for t in (w, slack))
     scaling = system.scaling
     w, slack = w / scaling.w, slack * (scaling.F / scaling.U)
@@ -116,7 +116,7 @@ def _scaled(system: System, w: Tensor, slack: Tensor) -> Point:
 
 
 def _without(polished: Polished, none: Tensor) -> Polished:
-    """`polished` with numbers that harm nothing for the samples that have `none`."""
+    """`polished` with harmless numbers for the samples that have no solution, `none` `(B,)`."""
     column = none.unsqueeze(1)
     return polished._replace(
         w=torch.where(column, 0.0, polished.w),
@@ -153,7 +153,7 @@ def refuse_indefinite(Q: Tensor) -> None:
 
 
 class _Find(Opaque):
-    """A solve as one opaque step, so that `vmap` hands it the whole batch."""
+    """A solve as one operation that is opaque to autograd; `vmap` merges its dimension into the batch."""
 
     @staticmethod
     def forward(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor):
@@ -168,7 +168,7 @@ class _Find(Opaque):
         batch = next((shape[0] for shape, batched in zip(shapes, own) if batched), 1)
         merged = []
         for t, dim, batched in zip(tensors, in_dims[1:], own):
-            if dim is not None and not batched:  # one for all samples, but another for each of vmap's
+            if dim is not None and not batched:  # shared by all samples, but not by those that vmap maps
                 t = t.movedim(dim, 0).unsqueeze(1)
                 t, dim, batched = t.expand(size, batch, *t.shape[2:]), 0, True
             merged.append(merge_rows(t, dim, size) if batched else t)

@@ -1,4 +1,4 @@
-"""The backward pass of a quadratic program as one graph: its solve by the factors that the solution left."""
+"""The backward pass of a quadratic program as one graph, which reuses the factors of the forward solve."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from implicitly.iterate import Found, Proposal, Solver
 from implicitly.linear import Affine, LinearSolver
 from implicitly.solution import is_success
 
-# Of a graph, which takes all of them.
+# The number of steps in a graph, which always takes all of them.
 STEPS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class _ByFactors(LinearSolver):
-    """One step with the inverse of the transposed `jacobian`, and refinement."""
+    """Iterative refinement with the inverse of the transposed `jacobian`: the first step is the solution."""
 
     recurrent: ClassVar[bool] = False
     jacobian: Jacobian
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
+        """The memory: nothing."""
         return ()
 
     def propose(self, F: Affine, k: int | Tensor, z: Tensor, r: Tensor, memory: Any) -> Proposal:
-        """The solution; once more for the residual that rounding, and the factors, left."""
+        """The solution; in a further step, its correction for the errors of rounding and of the factors."""
         step = -self.jacobian.solve(r, transposed=True)
         return Proposal(z + step, (), r - F.operator(step), calls=1)
 
@@ -43,10 +43,10 @@ class _ByFactors(LinearSolver):
 def solve_as_graph(
     solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], b: Tensor
 ) -> Found:
-    """As `implicit.search`, for what reverse mode solves at the solution of a program.
+    """As `implicit.search`, for the linear system of reverse mode at the solution of a program.
 
-    One step is by the factors, and a second one for what rounding left. Where that is not enough, at degenerate
-    samples, and for several right-hand sides a sample, all is solved eagerly.
+    One step applies the factors, a second one refines. Where that is not enough, at degenerate samples, and for
+    several right-hand sides per sample, everything is solved eagerly.
     """
     assert isinstance(solver, StructuredSolver)
     jacobian, found = solver.known[0], None
@@ -54,7 +54,7 @@ def solve_as_graph(
     if len(b) == len(jacobian.alpha) and not maybe_any(jacobian.degenerate):
         tensors: list[Tensor] = []
         form = taken_apart(jacobian, tensors)
-        # The graph outlives the solve, of which `bind` would keep all that is recorded.
+        # The graph outlives the solve: with its `bind` it would keep all that the solve recorded alive.
         blank = replace(condition.bare(), bind=_unbound)
         settings = {"rtol": solver.rtol, "atol": solver.atol, "max_steps": min(STEPS, solver.max_steps)}
 
@@ -79,7 +79,7 @@ def _unbound(*theta: Tensor) -> NoReturn:
 
 
 def _solve(solver: _ByFactors, condition: Condition, b: Tensor) -> Found:
-    """u with -J'u = b."""
+    """Solve -J'u = b for u."""
     J = solver.jacobian
 
     def operator(u: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _solve(solver: _ByFactors, condition: Condition, b: Tensor) -> Found:
 
 
 def taken_apart(part: Any, tensors: list[Tensor]) -> Hashable:
-    """The form of a dataclass of tensors and of such dataclasses; `tensors` receives those."""
+    """The structure of a dataclass of tensors and of such dataclasses; its tensors are appended to `tensors`."""
     if isinstance(part, Tensor):
         tensors.append(part)
         return len(tensors) - 1
@@ -98,7 +98,7 @@ def taken_apart(part: Any, tensors: list[Tensor]) -> Hashable:
 
 
 def put_together(form: Any, tensors: tuple[Tensor, ...]) -> Any:
-    """What has the `form` that `taken_apart` gave it, with those `tensors`."""
+    """Rebuild the dataclass whose `form` and `tensors` `taken_apart` gave."""
     if isinstance(form, int):
         return tensors[form]
     kind, *parts = form

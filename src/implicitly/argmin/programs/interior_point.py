@@ -1,18 +1,19 @@
 """A primal-dual interior-point method for quadratic programs, batched.
 
-The problem and its dual are embedded in one that always has a solution, which tells which of the two has none:
-Goulart and Chen, "Clarabel: An interior-point solver for conic programs with quadratic objectives", 2024;
-Andersen, Dahl and Vandenberghe, "Interior-point methods for large-scale cone programming", 2011. In x, y, λ, s,
-τ and κ, with λ, s, τ, κ >= 0,
+The homogeneous embedding combines the program and its dual into one problem that always has a solution, and that
+shows whether either of the two has none: Goulart and Chen, "Clarabel: An interior-point solver for conic programs
+with quadratic objectives", 2024; Andersen, Dahl and Vandenberghe, "Interior-point methods for large-scale cone
+programming", 2011. In x, y, λ, s, τ and κ, with λ, s, τ, κ >= 0,
 
     Qx + A'y + G'λ + pτ = 0,   Ax = bτ,   Gx + s = hτ,   κ + x'Qx/τ + p'x + b'y + h'λ = 0,   λs = 0,   τκ = 0.
 
-Where τ > 0, x/τ solves the program; where κ > 0, (λ, y) or x certifies that it has no solution. Steps are
-Mehrotra's: a predictor tells how much to centre and the corrector's second-order term, with one factorisation for
-both. Programs with a solution need fewer steps, and smaller ones, with τ = 1 and without κ, so that comes first.
+If τ > 0, x/τ solves the program; if κ > 0, (λ, y) or x certifies that it has no solution. The steps are those of
+Mehrotra: a predictor determines how much to centre and the second-order term of the corrector, with one
+factorisation for both. Programs that have a solution need fewer and cheaper steps with τ = 1 and without κ, so
+these are tried first.
 
-This is not `iterate.iterate`: what says when to stop is not one residual norm but three of them, or a certificate,
-and the iterates are homogeneous. How a loop runs, freezes and drops is shared.
+This does not use the loop of `iterate.iterate`: the stopping test is not one residual norm but three, or a
+certificate, and the iterates are homogeneous. It does share how a loop runs, freezes samples and drops them.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ from implicitly.solution import Status, is_running
 from implicitly.transforms import is_cpu
 from implicitly.tree import row_norm
 
-# How far towards the boundary a step goes.
+# How far a step goes, as a share of the way to the boundary.
 TO_BOUNDARY = 0.995
-# The tolerance of the steps before the active set takes over, over the square root of that asked for.
+# The tolerance at which the active set takes over, over the square root of the tolerance asked for.
 LOOSE = 10.0
-# Steps without a new best point after which rounding has won; on the embedding τ may have to grow first.
+# Steps without a new best point after which rounding errors dominate; on the embedding τ may have to grow first.
 PATIENCE, PATIENCE_EMBEDDED = 5, 15
-# The least multiplier and slack of a start from elsewhere, beside the largest of them: a solver that begins on the
-# boundary does not come away from it (Yildirim and Wright, "Warm-start strategies in interior-point methods for
+# The least multiplier and slack of a warm start, relative to the largest of them: a solver that starts on the
+# boundary does not get away from it (Yildirim and Wright, "Warm-start strategies in interior-point methods for
 # linear programming", SIAM J. Optim. 12, 2002). A tenth took the fewest steps on five kinds of programs.
 AWAY = 0.1
-# Beside the size of the closest bounds: what nobody means as a bound.
+# Bounds further away than this, relative to the closest bounds, mean "no bound".
 ENDLESS = 1e20
 
 
@@ -74,10 +75,10 @@ class _State(NamedTuple):
     Qx: Tensor
     best: Tensor  # the best w / τ and s / τ
     best_slack: Tensor
-    binding: Tensor  # bool, as the last step tells, and as the step to the best point told
+    binding: Tensor  # bool: which inequalities seem to bind, by the last step, and by the step to the best point
     best_binding: Tensor
     merit: Tensor  # of the best
-    proof: Tensor  # how near the best certificate is
+    proof: Tensor  # how far the best candidate is from being a certificate
     stale: Tensor
     status: Tensor
     steps: Tensor
@@ -85,32 +86,32 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class InteriorPoint(ProgramSolver):
-    """Mehrotra's predictor-corrector method on the homogeneous embedding: one Cholesky factorisation a step.
+    """Mehrotra's predictor-corrector method on the homogeneous embedding, one Cholesky factorisation per step.
 
-    For dense programs of up to some hundreds of unknowns. It takes some ten steps whatever the data, recognises
-    infeasible and unbounded samples by certificates, and needs no start.
+    For dense programs with up to a few hundred unknowns. It takes about ten steps whatever the data, recognises
+    infeasible and unbounded samples by certificates, and needs no starting point.
     """
 
     max_steps: int = 50
 
     def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
-        """The solution of every sample: near enough by plain steps, then exactly on its active set.
+        """The solution of every sample: plain steps lead near it, its active set then gives it exactly.
 
-        Steps are not to be measured by bounds far beyond the solution, so these are left out at first; fewer of
-        them where that solves nothing. Where it all fails, by steps on the embedding, which also tell why there
-        may be no solution. A `start` is worth something if its active set is that of the solution, which is tried
-        first.
+        Bounds far beyond the solution would distort the length of the steps, so they are left out at first; for
+        samples that this does not solve, fewer of them. Samples that still fail take steps on the embedding, which
+        also tell if there is no solution. A `start` helps if its active set is that of the solution, so that is
+        tried first.
         """
         tolerance = self.tolerance(system.program.Q.dtype)
         found = polish(system, start, tolerance) if start is not None else None
         return self._solved(system, found, None, compile)
 
     def solve_from(self, system: System, near: Point) -> Polished:
-        """As `solve`: the first steps are taken from a point near the solution, moved into the interior."""
+        """As `solve`, but the first steps start at a point near the solution, moved into the interior."""
         return self._solved(system, None, near, False)
 
     def _solved(self, system: System, found: Polished | None, near: Point | None, compile: bool) -> Polished:
-        """The solution of samples that are not among those `found`; the first steps begin `near` it."""
+        """The solution of all samples that are not yet among those `found`; the first steps start at `near`."""
         close, far = system.reach()
         for embedded, most in ((False, close), (False, far), (True, torch.full_like(far, ENDLESS))):
             rows = None
@@ -135,12 +136,14 @@ class InteriorPoint(ProgramSolver):
         compile: bool,
         begin: Point | None = None,
     ) -> Polished:
-        """The solution of some samples, None: of all, by plain steps, which may `begin` somewhere, or those on the
-        embedding, in which the inequalities of `seen` count."""
+        """The solution of the samples `rows` (None: all), by steps in which the inequalities of `seen` count.
+
+        The steps are those on the embedding if `embedded`; else plain ones, which may start at `begin`.
+        """
         near, part, ahead = None, system, seen
         if rows is not None:
             part, ahead = system.take_rows(rows), seen.take_rows(rows)
-        if compile and (embedded or system.program.sizes[2]):  # else there is no loop
+        if compile and (embedded or system.program.sizes[2]):  # otherwise there is no loop to compile
             near = self._near_as_graph(seen, rows, embedded)
         near = self._near(ahead, embedded, begin=begin) if near is None else near
         tolerance = self.tolerance(system.program.Q.dtype)
@@ -148,7 +151,7 @@ class InteriorPoint(ProgramSolver):
         if embedded or not system.program.sizes[2]:
             return found
         untold = (found.status != int(Status.CONVERGED)) & (near.status == int(Status.CONVERGED))
-        if maybe_any(untold):  # which inequalities bind shows only nearer to the solution
+        if maybe_any(untold):  # only nearer to the solution does it show which inequalities bind
             rows = untold.nonzero()[:, 0]
             left = part.take_rows(rows)
             start = near.take_rows(rows)
@@ -160,8 +163,11 @@ class InteriorPoint(ProgramSolver):
     def _near(
         self, system: System, embedded: bool, start: Point | None = None, begin: Point | None = None
     ) -> Point:
-        """A point near the solution of every sample, by the steps that suit the system; nearer than `start`, to
-        which such steps led before, or from where they are to `begin`, which another solver found."""
+        """A point near the solution of every sample, by the steps that suit the system.
+
+        They go on from `start`, to which earlier steps of this kind led, or start at `begin`, a point that another
+        solver found.
+        """
         if not embedded and not system.program.sizes[2]:
             return system.origin()
         loop = self._loop(system, embedded, start is None)
@@ -169,7 +175,7 @@ class InteriorPoint(ProgramSolver):
         return self._finished(loop, *self._begun(loop, loop.start(start)))
 
     def _loop(self, system: System, embedded: bool, first: bool = True) -> _Loop | CondensedLoop:
-        """The steps for a system; those that come `first` need not lead as near as is asked for."""
+        """The loop for a system; the `first` steps need not meet the full tolerance."""
         tolerance = self.tolerance(system.program.Q.dtype)
         if embedded:
             return _Loop(system, tolerance, homogeneous=True)
@@ -180,11 +186,11 @@ class InteriorPoint(ProgramSolver):
         return _Loop(system, tolerance, homogeneous=False)
 
     def _near_as_graph(self, system: System, rows: Tensor | None, embedded: bool) -> Point | None:
-        """`_near` of some samples, None: of all, as one graph, save for the last steps of the last few; None where
-        none can be had.
+        """`_near` of the samples `rows` (None: all) as one graph, except the last steps of the last few samples.
 
-        Which samples are left for an attempt changes from call to call, but every number of them would be another
-        graph. So there is one for few and one for all, and the last sample fills them up.
+        Returns None where no graph can be made. How many samples are left for an attempt changes from call to
+        call, but each number of them would take a graph of its own. So there is one graph for few samples and one
+        for all, padded with copies of the last sample.
         """
         count = whole = system.program.batch
         filled = system
@@ -205,11 +211,11 @@ class InteriorPoint(ProgramSolver):
         return self._finished(loop, int(k), type(state)(*(t[:count] for t in state)))
 
     def _begun(self, loop: _Loop | CondensedLoop, state: Any) -> tuple[int | Tensor, Any]:
-        """How many steps were taken until some samples may be dropped, and the state then."""
+        """The number of steps until finished samples may be dropped, and the state then."""
         return repeat(loop.step, state, _worth_a_step, self.max_steps)
 
     def _finished(self, loop: _Loop | CondensedLoop, k: int | Tensor, state: Any) -> Point:
-        """The point of every sample, by further steps for those that still run."""
+        """The point of every sample, after further steps for those that are still running."""
         part, whole, rows = loop, state, torch.arange(len(state.s), device=state.s.device)
         while k < self.max_steps and bool((running := is_running(state.status)).any()):
             keep = running.nonzero()[:, 0]
@@ -221,7 +227,7 @@ class InteriorPoint(ProgramSolver):
 
 
 def _moved_inside(program: QuadraticProgram, near: Point) -> Point:
-    """A point of another solver, away from where steps in the interior cannot begin."""
+    """The point of another solver, moved away from the boundary, where interior-point steps cannot start."""
     n, q, _ = program.sizes
     w = near.w.nan_to_num(0.0, 0.0, 0.0)
     lam, slack = (_away(v) for v in (w[:, n + q :], program.h - times(program.G, w[:, :n])))
@@ -229,13 +235,16 @@ def _moved_inside(program: QuadraticProgram, near: Point) -> Point:
 
 
 def _away(v: Tensor) -> Tensor:
-    """`v` `(B, m)`, no smaller than a part of the largest; that each part is not too small, either."""
+    """`v` `(B, m)` with its entries raised to at least a share of the largest one, or of a fixed minimum."""
     return v.maximum(AWAY * v.amax(1, keepdim=True).clamp(min=AWAY))
 
 
 def _worth_a_step(state: _State | State) -> Any:
-    """Whether to take a step with all samples: as long as most of them run. An accelerator's graph is not left for
-    a few of them, as the rest of it takes less time than steps one by one."""
+    """Whether to take another step with all samples, which pays as long as most of them are running.
+
+    A graph on an accelerator runs until all samples have finished: that takes less time than eager steps for the
+    last few.
+    """
     running = is_running(state.status)
     if torch.compiler.is_dynamo_compiling() and not is_cpu(running):
         return running.any()
@@ -247,7 +256,7 @@ def _worth_a_step(state: _State | State) -> Any:
 class _Loop:
     system: System
     tolerance: float
-    homogeneous: bool  # whether τ moves; else it stays 1
+    homogeneous: bool  # whether τ changes; if not, it stays 1
 
     @property
     def program(self) -> QuadraticProgram:
@@ -262,7 +271,7 @@ class _Loop:
 
     @property
     def least(self) -> float:
-        """The least s / λ of the factors: beyond that what else H is made of is lost in rounding."""
+        """The least s / λ in the factors: with smaller ones, rounding loses the other terms of H."""
         return torch.finfo(self.program.Q.dtype).eps ** 0.7
 
     @property
@@ -272,13 +281,12 @@ class _Loop:
         return torch.cat([-program.p, program.b, program.h], dim=1)
 
     def start(self, near: Point | None = None) -> _State:
-        """The point nearest to both problems in the sense of least squares, moved into the interior; or what was
-        found before."""
+        """The least-squares solution of all equations, moved into the interior; or the point `near`."""
         if near is not None:
             return self.begun(near.w, near.slack)
         program = self.program
         n, q, _ = program.sizes
-        beyond = (program.h - FAR).clamp(min=0)  # bounds so far away are not to pull
+        beyond = (program.h - FAR).clamp(min=0)  # distant bounds must not pull the start towards them
         right = torch.cat([-program.p, program.b, program.h - beyond], dim=1)
         ones = torch.ones_like(beyond)
         factors = self.system.factorise(ones, -ones)
@@ -287,7 +295,7 @@ class _Loop:
         return self.begun(torch.cat([w[:, : n + q], inside(lam)], dim=1), inside(-lam) + beyond)
 
     def begun(self, w: Tensor, slack: Tensor) -> _State:
-        """The state before the first step."""
+        """The state before the first step, judged."""
         one = torch.ones_like(w[:, 0])
         zeros = torch.zeros_like(one, dtype=torch.int64)
         far = torch.full_like(one, float("inf"))
@@ -297,7 +305,7 @@ class _Loop:
         return self.judged(0, bare)
 
     def judged(self, k: int | Tensor, c: _State) -> _State:
-        """`c` with its residuals, and with what they say about every sample that still runs."""
+        """The state `c` with its residuals, and with what they say about each sample that is still running."""
         program, tau = self.program, c.tau.unsqueeze(1)
         n, q, m = program.sizes
         x, y, lam = c.w.split([n, q, m], dim=1)
@@ -308,22 +316,22 @@ class _Loop:
         residual = torch.cat([Qx + dual + p, primal - bh], dim=1)
         slope, below, xQx = dot(p, x) / c.tau, dot(bh, c.w[:, n:]) / c.tau, dot(x, Qx) / c.tau
         gap = c.kappa + xQx + slope + below
-        # Not to the terms: far away from the origin these would hide that there is no solution.
+        # Not relative to the terms: far away from the origin these would hide that there is no solution.
         feasible = row_norm(residual[:, n:]) / (c.tau + row_norm(bh))
         size = torch.stack([row_norm(t) for t in (Qx, dual, p)]).amax(0)
         merit = torch.maximum(feasible, row_norm(residual[:, :n]) / (c.tau + size))
         value, bound = xQx / 2 + slope, -xQx / 2 - below
         sizes = torch.minimum(value.abs(), bound.abs())
         merit = torch.maximum(merit, (value - bound).abs() / (c.tau + sizes))
-        # How far (λ, y) and x are from proofs that there is no feasible point, and no least one.
+        # How far (λ, y) and x are from certificates that the program is infeasible or unbounded.
         no_point = no_least = torch.full_like(merit, float("inf"))
-        suspect = (c.stale > 0) | self.homogeneous  # else there is hardly a proof to find
+        suspect = (c.stale > 0) | self.homogeneous  # otherwise a certificate is unlikely
         if maybe_any(suspect):
             error = torch.maximum(row_norm(Qx), row_norm(primal))
             no_point = torch.where(suspect, _distance(row_norm(dual), c.w[:, n:], bh), no_point)
             no_least = torch.where(suspect, _distance(error, x, p), no_least)
         proof = torch.minimum(no_point, no_least)
-        # Where nothing gets better any more, the best that there will be has to do.
+        # Where nothing improves any more, the best certificate so far has to do.
         enough = torch.finfo(tau.dtype).eps ** 0.45
         certain = proof <= torch.where(c.stale >= self.patience, min(100 * enough, 1e-3), enough)
 
@@ -349,7 +357,7 @@ class _Loop:
         )
 
     def step(self, k: int | Tensor, c: _State) -> _State:
-        """A predictor, and a corrector with the centring that it asks for."""
+        """The state after a predictor step and a corrector step, whose centring the predictor determines."""
         if torch.compiler.is_dynamo_compiling():
             self = replace(self, system=System.of_tensors(*views(*self.system.tensors)))
         program, tau = self.program, c.tau
@@ -371,9 +379,10 @@ class _Loop:
         centring = (after / mu) ** 3
         target = (centring * mu).unsqueeze(1)
         keep = 1 - centring if self.homogeneous else torch.ones_like(centring)
-        # The second-order term is that of a whole step, and may lead round in circles where such a step leads far
-        # outside. These steps are the last resort; others do with fewer (Colombo and Gondzio, "Further development
-        # of multiple centrality correctors for interior point methods", Comput. Optim. Appl. 41, 2008).
+        # The second-order term belongs to a full step, and may make the iterates cycle where such a step leads far
+        # outside. On the embedding, the last resort, it is therefore scaled by the length of the predictor step;
+        # the plain method needs fewer steps without that (Colombo and Gondzio, "Further development of multiple
+        # centrality correctors for interior point methods", Comput. Optim. Appl. 41, 2008).
         share = length if self.homogeneous else torch.ones_like(length)
         r_s = target - s * lam - share.unsqueeze(1) * d.s * d.w[:, n + q :]
         r_tau = target[:, 0] - tau * c.kappa - share * d.tau * d.kappa
@@ -389,13 +398,13 @@ class _Loop:
             binding=where_rows(good, seem_binding(lam, s, d.w[:, n + q :], d.s), c.binding),
             tau=torch.where(good, tau + length * d.tau, tau),
             kappa=torch.where(good, c.kappa + length * d.kappa, c.kappa),
-            # Without a step nothing changes any more.
+            # A sample that takes no step will not change any more.
             stale=torch.where(good, c.stale, self.patience),
         )
         return self.judged(k + 1, moved)
 
     def solve(self, factors: Factors | CondensedFactors, beta: Tensor, right: Tensor) -> Tensor:
-        """The Newton step for `right` `(B, k, N)`, refined where the steps are meant to be exact."""
+        """The Newton step for `right` `(B, k, N)`, refined on the embedding, where steps should be exact."""
         w = factors.solve(right)
         if not self.homogeneous:
             return w
@@ -425,8 +434,7 @@ def _direction(
     r_s: Tensor,
     r_tau: Tensor,
 ) -> _Direction:
-    """The step whose part for a fixed τ is `first`; `second` is what changes with τ, None where
-    it stays.
+    """The step from its part `first` for a fixed τ and its change `second` per unit of τ (None: τ stays fixed).
 
     `r_s` and `r_tau` are the right-hand sides of λ ds + s dλ and τ dκ + κ dτ.
     """
@@ -445,11 +453,13 @@ def _direction(
 
 
 def _distance(error: Tensor, direction: Tensor, slope: Tensor) -> Tensor:
-    """How far `direction` `(B, ·)` is from a proof, whatever the units: its `error`, beside its length, over its
-    fall along `slope`, beside the terms of that; inf where it does not fall.
+    """How far `direction` `(B, ·)` is from a certificate, independent of units.
 
-    A program that has a solution keeps this above the size of the data over that of the solution: -p'x is no more
-    than the size of the multipliers times that of (Qx, Ax, Gx + s), for instance.
+    That is its `error` relative to its length, over its decrease along `slope` relative to the terms of that
+    product; inf where it does not decrease.
+
+    For a program that has a solution, this stays above the size of the data over that of the solution: -p'x, for
+    instance, is at most the size of the multipliers times that of (Qx, Ax, Gx + s).
     """
     terms = slope * direction
     fall = -terms.sum(1)

@@ -1,19 +1,20 @@
 """The optimality conditions of a quadratic program, their structured linear systems, and their derivative.
 
-At the solution some inequalities bind and the others do not, and both stay so nearby. So the solution satisfies,
-for z, ν and λ,
+At the solution some inequalities bind and the others do not, and for nearby programs it is the same ones. So the
+solution (z, ν, λ) satisfies
 
     Qz + p + G'λ + A'ν = 0,     Az - b = 0,     α (Gz - h) + (1 - α) λ = 0
 
-with α = 1 where the inequality binds, else 0 (`ACTIVE_SET`). This condition has the derivative of the solution, of
-every order, wherever that exists. Its Jacobian
+with α = 1 where the inequality binds, else 0 (`ACTIVE_SET`). Wherever the solution has a derivative, of any order,
+this condition gives it. Its Jacobian
 
     [ Q   A'  G' ]
     [ A   0   0  ]
     [ αG  0   β  ],     β = 1 - α,
 
-has a structure, which also the Newton steps of an interior point and the relaxed complementarity λ (h - Gz) = κ
-(`RELAXED`, with α = λ and β = Gz - h) have, so one `Factors` solves all of them, and their transposes.
+has a structure that it shares with the Newton steps of interior-point methods and with the relaxed complementarity
+λ (h - Gz) = κ (`RELAXED`, with α = λ and β = Gz - h). So one class, `Factors`, solves the linear systems of all of
+these, and the transposed ones.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ SHARED_GRAM_LIMIT, SHARED_GRAM_SAMPLES = 2**20, 2
 
 @dataclass(frozen=True)
 class Conditions:
-    """Optimality conditions at w = (z, ν, λ), of which the last rows have the derivative [αG 0 β] by w.
+    """Optimality conditions for w = (z, ν, λ), whose last m rows have a derivative of the form [αG 0 β].
 
     Attributes:
-        last: `last(own, program, z, λ)` are those rows, `(B, m)`.
-        coefficients: `coefficients(own, program, z, λ)` are α and β there, `(B, m)`.
+        last: `last(own, program, z, λ)` returns those rows, `(B, m)`.
+        coefficients: `coefficients(own, program, z, λ)` returns α and β there, `(B, m)`.
     """
 
     last: Callable[[Tensor, QuadraticProgram, Tensor, Tensor], Tensor]
@@ -59,9 +60,10 @@ class Conditions:
         return residual
 
     def pull(self, w: Tensor, own: Tensor, *tensors: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """The cotangent of w, place 0, or of a tensor of the program, 1 to 6, for that of the residual at w.
+        """The vector-Jacobian product of the residual at w, as a function of the cotangent and a place.
 
-        What autograd finds, too, with matrices that it transposes, and adds to others that it does not.
+        Place 0 is with respect to w, places 1 to 6 with respect to the tensors of the program. Autograd finds the
+        same, but more slowly: it transposes matrices, and adds them to others that it does not transpose.
         """
         program = QuadraticProgram(*tensors)
         z, nu, lam = w.split(program.sizes, dim=1)
@@ -81,12 +83,12 @@ class Conditions:
         return pulled
 
 
-# Those whose inequalities bind where `own`, `(B, m)`, is 1, and do not where it is 0.
+# Inequalities bind where `own` `(B, m)` is 1, and do not where it is 0.
 ACTIVE_SET = Conditions(
     lambda alpha, program, z, lam: alpha * (times(program.G, z) - program.h) + (1 - alpha) * lam,
     lambda alpha, program, z, lam: (alpha, 1 - alpha),
 )
-# Those with the complementarity λ (h - Gz) = `own`, 0-d.
+# The relaxed complementarity λ (h - Gz) = `own`, 0-d.
 RELAXED = Conditions(
     lambda kappa, program, z, lam: lam * (times(program.G, z) - program.h) + kappa,
     lambda kappa, program, z, lam: (lam, times(program.G, z) - program.h),
@@ -94,7 +96,7 @@ RELAXED = Conditions(
 
 
 def _outer(pairs: list[tuple[Tensor, Tensor]], shared: bool) -> Tensor:
-    """The sum of x y' for pairs of vectors `(B, ·)`, for each sample, or where `shared` over all of them."""
+    """The sum of x y' over pairs of vectors `(B, ·)`, for each sample, or summed over the batch if `shared`."""
     (x, y), *others = pairs
     if shared:
         return sum((x.mT @ y for x, y in others), start=x.mT @ y)
@@ -111,10 +113,10 @@ def _outer(pairs: list[tuple[Tensor, Tensor]], shared: bool) -> Tensor:
 class Factors:
     """The factorised Jacobian [Q A' G'; A 0 0; αG 0 β] of a program, `alpha` and `beta` `(B, m)`.
 
-    With λ = (r3 - αGz) / β eliminated, what remains is [H A'; A 0] with H = Q - G'(α/β)G, to which c A'A is
-    added, and c A' times the second row to the right-hand side: that changes nothing of the solution and leaves
-    H positive definite wherever the Jacobian is nonsingular. H is then factorised, and S = A H^-1 A'. Small
-    multiples of the identity on both make this a proximal step where the Jacobian is singular.
+    Eliminating λ = (r3 - αGz) / β leaves [H A'; A 0] with H = Q - G'(α/β)G. Then c A'A is added to H, and c A'
+    times the second row to the right-hand side: this does not change the solution, and makes H positive definite
+    wherever the Jacobian is nonsingular. H is then factorised, and S = A H^-1 A'. Small multiples of the identity
+    on both make this a proximal step where the Jacobian is singular.
 
     L is the Cholesky factor of H `(B, n, n)`, V = H^-1 A' `(B, n, q)`, S that of A V `(B, q, q)`.
     """
@@ -129,7 +131,7 @@ class Factors:
 
     @classmethod
     def of(cls, program: QuadraticProgram, base: Tensor, alpha: Tensor, beta: Tensor) -> Factors:
-        """Factorise. `base` is that of the program, see `base_matrix`; `alpha` and `beta` of its rows."""
+        """Factorise the Jacobian with this `alpha` and `beta`; `base` is the program's `base_matrix`."""
         L, info = _factor(plus_gram(base, program.G, -alpha / beta))
         V = program.A.mT.expand(len(L), -1, -1)
         if not V.shape[2]:
@@ -141,7 +143,7 @@ class Factors:
         return cls(program, alpha, beta, L, V, S, (info == 0) & (info_S == 0))
 
     def solve(self, r: Tensor, transposed: bool = False) -> Tensor:
-        """w with J w = r, or J' w = r, for `r` `(B, k, n + q + m)`: k right-hand sides a sample."""
+        """Solve J w = r, or J' w = r, for w, with k right-hand sides per sample: `r` `(B, k, n + q + m)`."""
         G, A = self.program.G, self.program.A
         r1, r2, r3 = r.split(self.program.sizes, dim=2)
         alpha, beta = self.alpha.unsqueeze(1), self.beta.unsqueeze(1)
@@ -160,10 +162,11 @@ class Factors:
         return torch.cat([z, nu, lam], dim=2)
 
     def is_singular(self, beta: Tensor) -> Tensor:
-        """`(B,)`, whether the Jacobian with the exact `beta` has no inverse, as far as can be told.
+        """Whether the Jacobian with the exact `beta` is singular, `(B,)`, as far as can be told.
 
-        The regularised inverse is applied to a vector without any meaning. What that leaves of it is what no
-        combination of the columns gives, and stays when the inverse is applied again; else next to nothing.
+        The regularised inverse is applied to an arbitrary vector. If the Jacobian is singular, a residual remains
+        that no combination of its columns gives, and it stays when the inverse is applied again. Otherwise next to
+        nothing remains.
         """
         width = sum(self.program.sizes)
         g = torch.cos(torch.arange(1.0, width + 1, dtype=beta.dtype, device=beta.device) ** 2)
@@ -171,7 +174,7 @@ class Factors:
         left = self._left(g, beta)
         singular = ~left.isfinite().all(2)[:, 0]
         doubtful = ~(row_norm(left[:, 0]) <= torch.finfo(beta.dtype).eps ** 0.4 * row_norm(g[:, 0]))
-        if maybe_any(doubtful):  # of two equal rows the vector may have entries that are nearly so
+        if maybe_any(doubtful):  # for two equal rows, the entries of the vector may be nearly equal, too
             rows = doubtful.nonzero()[:, 0]
             part, beta = self.take_rows(rows), beta[rows]
             before = part._left(left[rows], beta)
@@ -180,12 +183,12 @@ class Factors:
         return singular
 
     def _left(self, g: Tensor, beta: Tensor) -> Tensor:
-        """What the transposed inverse leaves of `g` `(B, k, n + q + m)` with the exact `beta`."""
+        """The residual of the transposed solve for `g` `(B, k, n + q + m)`, with the exact `beta`."""
         u = self.solve(g, transposed=True)
         return g - jacobian_product(self.program, self.alpha, beta, u, transposed=True)
 
     def without(self, bad: Tensor) -> Factors:
-        """These with a solve that gives zero for zero where the samples are `bad` `(B,)`."""
+        """These factors, made harmless for `bad` samples `(B,)`: a solve maps zero to zero."""
         column = bad[:, None, None]
         eye = [torch.eye(t.shape[1], dtype=t.dtype, device=t.device) for t in (self.L, self.S)]
         L, S = (torch.where(column, e, t) for e, t in zip(eye, (self.L, self.S)))
@@ -193,13 +196,13 @@ class Factors:
         return replace(self, beta=torch.where(bad[:, None], 1.0, self.beta), L=L, V=V, S=S)
 
     def take_rows(self, rows: Tensor) -> Factors:
-        """Those of some samples."""
+        """The factors of those samples."""
         parts = (t[rows] for t in (self.alpha, self.beta, self.L, self.V, self.S, self.usable))
         return Factors(self.program.take_rows(rows), *parts)
 
     def with_rows(self, rows: Tensor, part: Factors) -> Factors:
-        """These with `part` in place of those of some samples."""
-        # Matrices lie in memory by columns, and stay so.
+        """These factors with `part` in place of those of some samples."""
+        # Matrices are column-major in memory, and stay so.
         own, new = ((f.alpha, f.beta, f.L.mT, f.V.mT, f.S.mT, f.usable) for f in (self, part))
         alpha, beta, L, V, S, usable = (t.index_copy(0, rows, p) for t, p in zip(own, new))
         return Factors(self.program, alpha, beta, L.mT, V.mT, S.mT, usable)
@@ -222,7 +225,7 @@ def proximal(dtype: torch.dtype) -> float:
 
 
 def base_matrix(program: QuadraticProgram) -> Tensor:
-    """What of H stays the same: Q + A'A, and a little of the identity."""
+    """The part of H that does not depend on α and β: Q + A'A, plus a small multiple of the identity."""
     Q, A = program.Q, program.A
     base = Q + A.mT @ A
     base.diagonal(dim1=-2, dim2=-1).add_(proximal(Q.dtype))
@@ -230,10 +233,10 @@ def base_matrix(program: QuadraticProgram) -> Tensor:
 
 
 def _factor(H: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors of `H` `(B, n, n)`, and where they failed.
+    """The Cholesky factors of `H` `(B, n, n)`, and where the factorisation failed.
 
-    Inequalities can weigh so much that rounding hides the base in directions that they leave open. Then some of
-    the diagonal is added, at once where to look would be to wait.
+    Inequalities can weigh so much that rounding loses the base matrix in directions that they leave free. Then a
+    small multiple of the diagonal is added; on accelerators always, since looking first would make the host wait.
     """
     looks = on_host(H)
     if not looks:
@@ -244,7 +247,7 @@ def _factor(H: Tensor) -> tuple[Tensor, Tensor]:
         part = H[rows]
         part.diagonal(dim1=1, dim2=2).mul_(1 + H.shape[1] * torch.finfo(H.dtype).eps)
         again, still = torch.linalg.cholesky_ex(part)
-        L, info = L.mT.index_copy(0, rows, again.mT).mT, info.index_copy(0, rows, still)  # it lies by columns
+        L, info = L.mT.index_copy(0, rows, again.mT).mT, info.index_copy(0, rows, still)  # L is column-major
     return L, info
 
 

@@ -1,4 +1,4 @@
-"""From a point near the solution to the solution: Newton's method with the inequalities that bind as equations."""
+"""From a point near the solution to the solution: Newton's method with the binding inequalities as equations."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from implicitly.iterate import where_rows
 from implicitly.solution import Status
 from implicitly.tree import row_norm
 
-# With up to so many inequalities for each unknown they are better made the unknowns.
+# With at most this many inequalities per unknown, it is better to solve for their multipliers (`Condensed`).
 CONDENSED_UP_TO = 1.5
-# Beside the size of a solution, and for each unknown.
+# Bounds further away than this times the number of unknowns, where solutions have size one, are left out at first.
 DISTANT = 1e4
 # Rounds in which inequalities may change sides, and Newton steps in each.
 ROUNDS = 4
@@ -29,9 +29,9 @@ NEWTON_STEPS = 4
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """An equilibrated program, its scaling, and what of its linear systems stays the same.
+    """An equilibrated program, its scaling, and the part of its linear systems that stays fixed.
 
-    That is `condensed`, where it is the better way, else a tensor, see `base_matrix`.
+    The `fixed` part is a `Condensed` program where that is the better way, else a tensor, the `base_matrix`.
     """
 
     program: QuadraticProgram
@@ -40,70 +40,75 @@ class System:
 
     @classmethod
     def of(cls, program: QuadraticProgram, scaling: Scaling) -> System:
-        """That of a program."""
+        """The system of a program."""
         n, _, m = program.sizes
         condensed = Condensed.of(program) if m <= CONDENSED_UP_TO * n else None
         return cls(program, scaling, base_matrix(program) if condensed is None else condensed)
 
     @cached_property
     def sizes_of_G(self) -> Tensor:
-        """|G|, entry by entry."""
+        """The absolute values of the entries of G."""
         return self.program.G.abs()
 
     @property
     def condensed(self) -> Condensed | None:
-        """Where that is the better way."""
+        """The condensed program where that is the better way, else None."""
         return self.fixed if isinstance(self.fixed, Condensed) else None
 
     def plain(self) -> System:
-        """The same without `condensed`."""
+        """The system without `condensed`."""
         return replace(self, fixed=base_matrix(self.program)) if isinstance(self.fixed, Condensed) else self
 
     def factorise(self, alpha: Tensor, beta: Tensor) -> Factors | CondensedFactors:
-        """The factors of its Jacobian with those `(B, m)`."""
+        """The factors of its Jacobian with this `alpha` and `beta`, `(B, m)`."""
         if isinstance(self.fixed, Condensed):
             return self.fixed.factorise(alpha, beta)
         return Factors.of(self.program, self.fixed, alpha, beta)
 
     def active(self, alpha: Tensor) -> tuple[Factors | CondensedFactors, Tensor]:
-        """The factors of the Jacobian of an active set, and its exact `beta`."""
+        """The factors of the Jacobian of the active set `alpha` `(B, m)`, and its exact `beta`."""
         beta = self.beta(alpha)
         return self.factorise(alpha, beta - self.away * alpha), beta
 
     def beta(self, alpha: Tensor) -> Tensor:
-        """That of the Jacobian of an active set `(B, m)`."""
+        """The beta of the Jacobian of an active set, `(B, m)`."""
         return (1 - alpha) * self.scaling.F**2
 
     @property
     def away(self) -> float:
-        """How far from zero the `beta` of factors is: so far that rounding harms less than that; with the
-        multipliers as unknowns it can be little."""
+        """How far the `beta` of factors is kept from zero: far enough for rounding errors to matter less.
+
+        With the multipliers as unknowns, this can be small.
+        """
         return torch.finfo(self.program.Q.dtype).eps ** (0.44 if self.condensed is None else 0.8)
 
     def with_vectors_of(self, given: QuadraticProgram) -> System:
-        """The same of the `given` program, of which the matrices alone are scaled; with the same factors."""
+        """The system of the `given` program with only its matrices scaled; its factors stay valid."""
         program, scaling = self.program, self.scaling
         scaled = (given.p * scaling.E, given.h * scaling.F, given.b * scaling.K)
         p, h, b = (t.expand(program.batch, -1) for t in scaled)
         return System(replace(program, p=p, h=h, b=b), replace(scaling, U=torch.ones_like(scaling.U)), self.fixed)
 
     def reach(self) -> tuple[Tensor, Tensor]:
-        """How far away bounds may have a part in the solution `(B, 1)`, as far as can be told beforehand: beside
-        the closest of them, which set the units, and beside the least of the objective, where that is further."""
+        """Two estimates `(B, 1)`, made before the solve, of how far away bounds can matter for the solution.
+
+        The first is relative to the closest bounds, which set the units. The second is relative to the distance of
+        the minimum of the objective, if that is further away.
+        """
         program = self.program
         steep, curved = largest(program.p.abs()), largest(program.Q.diagonal(dim1=-2, dim2=-1))
         close = torch.full_like(steep, DISTANT * program.sizes[0])
         return close, close * torch.where(curved > 0, steep / curved, 1.0).clamp(min=1.0)
 
     def is_between(self, close: Tensor, far: Tensor) -> Tensor:
-        """`(B,)`, whether there are bounds further away than `close`, and no further than `far`."""
+        """Whether there are bounds further away than `close`, but no further than `far`, `(B,)`."""
         return ((self.program.h > close) & (self.program.h <= far)).any(1)
 
     def up_to(self, most: Tensor) -> System:
-        """The same without the bounds further away than `most` `(B, 1)`: in their place is 0'z <= 1."""
+        """The system without the bounds further away than `most` `(B, 1)`, which become 0'z <= 1."""
         program, fixed = self.program, self.fixed
         kept = program.h <= most
-        # On an accelerator this waits: else matrices that the batch shares would get one copy a sample.
+        # On an accelerator this makes the host wait, but saves making a copy of shared matrices for every sample.
         if bool(kept.all()):
             return self
         if program.G.ndim == 2 and bool((kept == kept[:1]).all()):
@@ -114,7 +119,7 @@ class System:
         return System(program, self.scaling, fixed)
 
     def take_rows(self, rows: Tensor) -> System:
-        """The system of some samples."""
+        """The system of those samples."""
         if isinstance(self.fixed, Condensed):
             fixed = self.fixed.take_rows(rows)
         else:
@@ -123,18 +128,18 @@ class System:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it consists of; `of_tensors` puts it together again."""
+        """All its tensors, from which `of_tensors` rebuilds it."""
         fixed = self.fixed.tensors if isinstance(self.fixed, Condensed) else (self.fixed,)
         return (*self.program.tensors, *self.scaling.tensors, *fixed)
 
     @classmethod
     def of_tensors(cls, *tensors: Tensor) -> System:
-        """The system whose `tensors` these are."""
+        """The system with these `tensors`."""
         program, fixed = QuadraticProgram(*tensors[:6]), tensors[10:]
         return cls(program, Scaling(*tensors[6:10]), fixed[0] if len(fixed) == 1 else Condensed(program, *fixed))
 
     def origin(self) -> Point:
-        """w = 0."""
+        """The point w = 0."""
         program = self.program
         w = program.Q.new_zeros(program.batch, sum(program.sizes))
         status = torch.zeros(len(w), dtype=torch.int64, device=w.device)
@@ -145,7 +150,7 @@ class System:
 class Polished(NamedTuple):
     """The solution in equilibrated units, and what its derivative needs.
 
-    `alpha` `(B, m)` is 1 where an inequality binds; `degenerate` `(B,)` tells where the derivative is not unique.
+    `alpha` `(B, m)` is 1 where an inequality binds; `degenerate` `(B,)` says where the derivative is not unique.
     """
 
     w: Tensor
@@ -158,12 +163,12 @@ class Polished(NamedTuple):
     evaluations: Tensor
 
     def factorised(self, system: System) -> Polished:
-        """This with factors as `system` makes them."""
+        """This solution with the kind of factors that `system` makes."""
         return self._replace(factors=system.active(self.alpha)[0])
 
     def with_rows(self, rows: Tensor, part: Polished, system: System) -> Polished:
-        """This of all of `system` with `part` in place of its `rows`."""
-        if type(self.factors) is not type(part.factors):  # some samples could be solved in one way alone
+        """This solution of all of `system`, with `part` in place of its `rows`."""
+        if type(self.factors) is not type(part.factors):  # some samples could be solved in one of the ways only
             plain = system.plain()
             return self.factorised(plain).with_rows(rows, part.factorised(plain.take_rows(rows)), plain)
         merged = {
@@ -175,7 +180,10 @@ class Polished(NamedTuple):
 
 
 class _Active(NamedTuple):
-    """`w` `(B, N)` where the inequalities of `alpha` hold as equations, up to rounding, and what led there."""
+    """The point `w` `(B, N)` at which the inequalities of `alpha` hold as equations, up to rounding.
+
+    With the factors and the exact beta of its Jacobian, and the number of rounds that led there.
+    """
 
     w: Tensor
     alpha: Tensor
@@ -195,11 +203,11 @@ class _Active(NamedTuple):
         return _Active(*parts, self.rounds)
 
     def signs(self, system: System) -> tuple[Tensor, Tensor, Tensor]:
-        """What must not be negative, the multipliers of those that bind and the slacks of others `(B, m)`; the
-        multipliers; what counts as zero `(B, m)`.
+        """What must not be negative, the multipliers, and the size that counts as zero, `(B, m)` each.
 
-        A multiplier is small beside the others, a slack beside the terms of its own row: a bound far away from
-        the solution tells nothing about the rest.
+        The first are the multipliers of inequalities that bind, and the slacks of the others. A multiplier is
+        compared with the other multipliers, a slack with the terms of its own row, since a bound far away from the
+        solution says nothing about the rest.
         """
         program, condensed = system.program, system.condensed
         n, q, _ = program.sizes
@@ -217,10 +225,10 @@ class _Active(NamedTuple):
 def _settle(
     system: System, alpha: Tensor, w: Tensor, patient: bool, rounds: int = ROUNDS, before: Tensor | None = None
 ) -> _Active:
-    """The point of an active set near `alpha`, from `w`; what turns out negative changes sides, in some rounds.
+    """Find an active set near `alpha`, starting from `w`, and its point, in a number of `rounds`.
 
-    Samples of which as much is negative as `before` `(B,)`, or more, are given up: few of them get anywhere, for
-    which only who is `patient` waits.
+    In each round, inequalities whose multiplier or slack turns out negative change sides. Samples in which their
+    number is not below that of the round `before` `(B,)` are given up, unless `patient`: few of those ever settle.
     """
     if system.condensed is not None:
         return _settle_condensed(system, system.condensed, alpha, w, patient)
@@ -241,7 +249,7 @@ def _settle(
 
 
 def _settle_condensed(system: System, condensed: Condensed, alpha: Tensor, w: Tensor, patient: bool) -> _Active:
-    """As `_settle`: in multipliers alone, from which the rest follows."""
+    """As `_settle`, with the multipliers as the only unknowns, from which the rest follows."""
     lam, away = w[:, w.shape[1] - alpha.shape[1] :], system.away
     sides, rounds = settle(condensed, alpha, lam, away, patient, ROUNDS)
     beta = system.beta(sides.alpha)
@@ -250,12 +258,12 @@ def _settle_condensed(system: System, condensed: Condensed, alpha: Tensor, w: Te
 
 
 def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
-    """`at` as exact as rounding lets it be, and what `natural_residual` says of it."""
+    """`at`, refined to rounding errors, with its `natural_residual`."""
     program, w = system.program, at.w
-    if system.condensed is None:  # its factors are further from exact
+    if system.condensed is None:  # these factors are less accurate than condensed ones
         w = newton_step(program, at.factors, at.beta, w)
     error, residual = natural_residual(program, system.scaling, w)
-    enough = max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps  # of so many terms
+    enough = max(50, 2 * w.shape[1]) * torch.finfo(w.dtype).eps  # the rounding error of a sum of so many terms
     wanting = ~(error <= enough)
     if maybe_any(wanting):
         rows = wanting.nonzero()[:, 0]
@@ -268,11 +276,11 @@ def _refined(system: System, at: _Active) -> tuple[_Active, Tensor, Tensor]:
 def _better(
     system: System, at: _Active, enough: float, w: Tensor, error: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`w` after a few Newton steps, its error and its residual."""
+    """`w` after a few more Newton steps, its error and its residual."""
     for _ in range(NEWTON_STEPS):
         new = newton_step(system.program, at.factors, at.beta, w)
         left, remains = natural_residual(system.program, system.scaling, new)
-        # Where it does not fall any more, it is as exact as rounding lets it be.
+        # An error that does not fall any more is down to rounding.
         going = (left > enough) & (left <= 0.5 * error)
         better = (left < error) | ~error.isfinite()
         w = where_rows(better, new, w)
@@ -283,29 +291,30 @@ def _better(
 
 
 def polish(system: System, found: Point, tolerance: float, trusted: bool = False) -> Polished:
-    """The solution near what was `found`; a sample has converged if its residual then meets `tolerance`.
+    """The solution near the point `found`, on its active set; samples have converged if they meet `tolerance`.
 
-    Where the active set cannot be told, or gives no better point, the point stays as it was found. If that counts
-    as a solution, as the solver says and `trusted` decides, its derivative means little: it is degenerate. Who is
-    trusted is the last to be asked, so that more is tried, too.
+    Where the active set cannot be determined, or gives no better point, the point stays as it was found. If the
+    solver says that this is a solution and is `trusted`, it counts as one, but as degenerate, since its derivative
+    means little. The trusted solver is the last one to be tried, so for its points the search for an active set is
+    more patient.
     """
     program = system.program
     n, q, _ = program.sizes
-    # Far from a solution the last step says less than the point does.
+    # Far from a solution, the point itself says more about the active set than the last step does.
     near = (found.status == int(Status.CONVERGED)).unsqueeze(1)
     alpha = torch.where(near, found.binding, found.w[:, n + q :] > found.slack).to(found.w.dtype)
     start = found.w.nan_to_num(0.0, 0.0, 0.0)
     at, error, residual = _refined(system, _settle(system, alpha, start, trusted))
     signed, _, small = at.signs(system)
     weak = signed.abs() <= small
-    # Those that bind with no force might as well not, which changes the derivative alone.
+    # Inequalities that bind with a zero multiplier count as not binding: that only changes the derivative.
     rows = (weak & (at.alpha > 0)).any(1).nonzero()[:, 0]
     if len(rows):
         alpha = torch.where(weak, 0.0, at.alpha)[rows]
         at = at.with_rows(rows, _Active(at.w[rows], alpha, *system.take_rows(rows).active(alpha), 1))
     w = at.w
     good = error <= tolerance
-    if maybe_any(~good):  # what the solver found may be better than what its active set leads to
+    if maybe_any(~good):  # the solver's point may be better than the point of its active set
         given = found.w
         if found.in_duals and system.condensed is not None:
             given = system.condensed.point(found.w[:, n + q :])
@@ -315,7 +324,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
         w = torch.where(keep.unsqueeze(1), given, w)
         good = good | (keep & (before <= tolerance))
     short = torch.where(found.status == 0, int(Status.STAGNATED), found.status)
-    status = torch.where(good, int(Status.CONVERGED), short)  # a solution refutes the proof that there is none
+    status = torch.where(good, int(Status.CONVERGED), short)  # a solution refutes a certificate that there is none
     degenerate = weak.any(1) | at.factors.is_singular(at.beta)
     if trusted:
         untold = (found.status == int(Status.CONVERGED)) & ~good
@@ -325,7 +334,7 @@ def polish(system: System, found: Point, tolerance: float, trusted: bool = False
 
 
 def newton_step(program: QuadraticProgram, factors: Factors | CondensedFactors, beta: Tensor, w: Tensor) -> Tensor:
-    """`w` `(B, N)` nearer to where the inequalities of the factors' `alpha` hold as equations."""
+    """A Newton step from `w` `(B, N)` to where the inequalities of the factors' `alpha` hold as equations."""
     right = torch.cat([-program.p, program.b, factors.alpha * program.h], 1).unsqueeze(1)
     left = right - jacobian_product(program, factors.alpha, beta, w.unsqueeze(1))
     return w + factors.solve(left).squeeze(1).nan_to_num(0.0, 0.0, 0.0)

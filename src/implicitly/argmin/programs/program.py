@@ -23,7 +23,7 @@ DIMS = (2, 1, 2, 1, 2, 1)
 
 
 def times(M: Tensor, x: Tensor) -> Tensor:
-    """M x for `M` `(r, c)` or `(B, r, c)` and `x` `(B, c)`, or `(B, k, c)` for k vectors a sample."""
+    """M x for `M` `(r, c)` or `(B, r, c)` and `x` `(B, c)`, or `(B, k, c)` for k vectors per sample."""
     if M.ndim == 3 and x.ndim == 2:  # a row times the transpose takes a quarter of the time of M times a column
         return _rows_times(x.unsqueeze(1), M.mT).squeeze(1)
     return x @ M.mT if M.ndim == 2 else _rows_times(x, M.mT)

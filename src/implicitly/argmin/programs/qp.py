@@ -1,4 +1,4 @@
-"""`qp`: state the program, find its solution, attach the derivative."""
+"""`qp`: state the quadratic program, find its solution, attach the derivative."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("Q", "p", "G", "h", "A", "b")
 class ProgramSolution(Solution):
     """What `qp` returns: a `Solution` whose `value` is z.
 
-    Its `residual` is the norm of (Qz + p + G'λ + A'ν, Az - b, min(λ, h - Gz)), its `evaluations` are the
+    Its `residual` is the norm of (Qz + p + G'λ + A'ν, Az - b, min(λ, h - Gz)); its `evaluations` count the
     factorisations.
 
     Attributes:
@@ -58,34 +58,34 @@ def qp(
     on_failure: str = "raise",
     compile: bool = False,
 ) -> ProgramSolution:
-    """Solve min 1/2 z'Qz + p'z subject to Gz <= h, Az = b, one program or many, and differentiate the solution.
+    """Solve the quadratic program min 1/2 z'Qz + p'z subject to Gz <= h, Az = b, and differentiate the solution.
 
-    Every argument may be shared by the batch or have a dimension 0 with one entry a sample. If none has, there is
-    one program, and the results have no batch dimension either. Gradients reach every argument; those of shared
-    ones are sums. Autocast changes nothing.
+    Each argument may have a batch dimension in front, or be shared by the batch. If none has one, there is a
+    single program, and the results have no batch dimension either. Gradients reach every argument; those of shared
+    arguments are sums over the batch. Autocast changes nothing.
 
     Args:
         Q: `(n, n)` or `(B, n, n)`, positive semidefinite (0: a linear program); only its symmetric part is used.
         p: `(n,)` or `(B, n)`.
-        G, h: `(m, n)` and `(m,)`, or with `B` in front; None: no inequalities. Rows where h is inf are no
-            constraints.
-        A, b: `(q, n)` and `(q,)`, or with `B` in front; None: no equalities. Some may repeat others.
-        solver: `InteriorPoint`, or `ADMM` where the batch shares Q, G and A.
+        G, h: `(m, n)` and `(m,)`, or with `B` in front; None: no inequalities. Rows with h = inf are ignored.
+        A, b: `(q, n)` and `(q,)`, or with `B` in front; None: no equalities. Equations may be repeated.
+        solver: `InteriorPoint`, or `ADMM` if the batch shares Q, G and A.
         adjoint: `KKTAdjoint`.
-        start: the solution of a similar program of the same sizes, say that of the last control step. Where the
-            same inequalities bind, it takes one factorisation to find this one.
-        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN, their
-            gradients zero. Samples that ran out of steps keep their best point and its active set's derivative.
-        compile: run the loop of `InteriorPoint` as one graph of `torch.compile`, on a CPU as long as most samples
-            run, or ten steps of `ADMM` at a time, and the solve of its backward pass as another; a
-            `CompileWarning` says where none can be had.
+        start: warm start: the solution of a similar program of the same sizes, such as the last control step. If
+            the same inequalities bind, one factorisation finds the new solution.
+        on_failure: "raise", "warn" or "ignore" when samples have no solution. Their results are NaN and their
+            gradients zero. Samples that ran out of steps keep their best point and the derivative of its active
+            set.
+        compile: run the loop of `InteriorPoint` (on a CPU, as long as most samples are running), or ten steps of
+            `ADMM` at a time, as one graph of `torch.compile`, and the solve of the backward pass as another; a
+            `CompileWarning` says where there is no graph.
 
     Returns:
         `ProgramSolution`: `value` `(B, n)`, `dual_inequality`, `dual_equality`, `slack`; `status`, `residual` and
         `steps` `(B,)`. Samples whose solution has no unique derivative have `Status.DEGENERATE`.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, an indefinite Q among it.
+        TypeError, ValueError: for invalid arguments, such as an indefinite Q.
         SolverError: a sample has no solution and `on_failure="raise"`; carries the `ProgramSolution`.
 
     Source: Amos and Kolter, "OptNet: Differentiable Optimization as a Layer in Neural Networks", ICML 2017.
@@ -107,10 +107,10 @@ def solve_program(
     name: str = "qp",
     not_finite: str | None = None,
 ) -> ProgramSolution:
-    """What `qp` does with a program that is `checked`.
+    """Solve and differentiate a program whose arguments have been `checked`; `qp` without the checks.
 
-    `name` is that of the entry point, in messages; `not_finite` what is said of NaN and inf where a user has not
-    given the tensors of the program; None: which of them.
+    `name` is the name of the entry point in messages. `not_finite` is the message about NaN and inf for entry
+    points whose users have not passed the tensors of the program themselves; None names the tensors.
     """
     solver.tolerance(given.Q.dtype)
     adjoint.check(given.Q.dtype)
@@ -125,7 +125,7 @@ def solve_program(
 
 
 def _report(report: Report, not_finite: str | None, program: QuadraticProgram, bounds: Tensor) -> Report:
-    """What is said of a `program` whose h was given as `bounds`."""
+    """The report on a `program` for which the user passed `bounds` as h."""
 
     def message(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
         remedy = REMEDY
@@ -140,7 +140,7 @@ def _report(report: Report, not_finite: str | None, program: QuadraticProgram, b
 
 
 def _not_finite(program: QuadraticProgram) -> str:
-    """Which arguments hold NaN or inf, and where."""
+    """Which arguments, and which of their samples, hold NaN or inf."""
     places = []
     for name, t, dims in zip(NAMES, program.tensors, DIMS):
         bad = ~t.isfinite().flatten(t.ndim - dims).all(-1)
@@ -150,7 +150,7 @@ def _not_finite(program: QuadraticProgram) -> str:
 
 
 def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None = None) -> ProgramSolution:
-    """What the user gets."""
+    """The solution as the user gets it."""
     w = found.z if attached is None else attached
     z, nu, lam = w.split(program.sizes, dim=1)
     parts = (z, lam, nu, program.h - times(program.G, z))
@@ -163,11 +163,11 @@ def _solution(program: QuadraticProgram, found: Found, attached: Tensor | None =
     return ProgramSolution(z, status, residual, steps, int(found.evaluations), *rest)
 
 
-# ---------------------------------------------------------------------------------------------- what came in
+# ------------------------------------------------------------------------------------------- checks of arguments
 
 
 def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
-    """The program, Q symmetrised; raises TypeError / ValueError for what does not fit together."""
+    """The program, with Q symmetrised; raises TypeError / ValueError for arguments that do not fit together."""
     for first, second, x, y in (("G", "h", G, h), ("A", "b", A, b)):
         if (x is None) != (y is None):
             raise ValueError(f"{first} and {second} come together: got {second if x is None else first} alone")
@@ -227,9 +227,9 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[
 
 
 def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
-    """The program with 0 <= 1 for rows Gz <= inf, which say nothing, and 0 <= -1 for Gz <= -inf."""
+    """The program with 0 <= 1 in place of rows Gz <= inf, which say nothing, and 0 <= -1 for rows Gz <= -inf."""
     infinite = program.h.isinf()
-    # On an accelerator this waits: else matrices that the batch shares would get one copy a sample.
+    # On an accelerator this makes the host wait, but saves making a copy of shared matrices for every sample.
     if not bool(unwrapped(infinite).any()):
         return program
     h = torch.where(infinite, program.h.sign(), program.h)
@@ -238,7 +238,7 @@ def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
 
 
 def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tensor, Tensor]:
-    """w and the slack of a start; raises TypeError / ValueError where it is not one of `program`."""
+    """w and the slack of a warm start; raises TypeError / ValueError if it does not fit `program`."""
     if not isinstance(solution, ProgramSolution):
         raise TypeError(f"start must be what an earlier qp returned, got a {type(solution).__name__}")
     parts = (solution.value, solution.dual_equality, solution.dual_inequality, solution.slack)

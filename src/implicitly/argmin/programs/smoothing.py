@@ -1,4 +1,4 @@
-"""The point of the central path with a given complementarity, near a solution."""
+"""The point on the central path with a given complementarity, near a solution."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ TO_BOUNDARY = 0.99
 def central_point(
     system: System, w: Tensor, kappa: float, none: Tensor
 ) -> tuple[Tensor, Tensor, Factors | CondensedFactors, Tensor]:
-    """(z, ν, λ) `(B, N)` and the slack `(B, m)` where λ s = `kappa` instead of 0, in equilibrated units, the
-    factors of the Jacobian of that condition, and which samples `(B,)` it was found for.
+    """The point on the central path, where λ s = `kappa` instead of 0, in equilibrated units.
 
-    By Newton's method from the solution `w` moved onto λ s = kappa; `none` tells which samples have none.
+    Returns (z, ν, λ) `(B, N)`, the slack `(B, m)`, the factors of the Jacobian of that condition, and for which
+    samples `(B,)` the point was found. It runs Newton's method from the solution `w`, moved onto λ s = kappa;
+    `none` says which samples have no solution.
     """
     program, root = system.program, kappa**0.5
     n, q, m = program.sizes
@@ -40,7 +41,7 @@ def central_point(
         aim = (kappa - lam * s) / lam
         lower = torch.cat([times(program.A, z) - program.b, times(program.G, z) + s - program.h], 1)
         r = -torch.cat([Qz + dual + program.p, lower], 1)
-        # `root` says in what units; each bound by itself, as one far away says nothing about the others.
+        # `root` sets the units. Each bound has a scale of its own: one far away says nothing about the others.
         sizes = root + row_norm(z).unsqueeze(1) + torch.cat([program.b, program.h], 1).abs()
         size = root + row_norm(Qz) + row_norm(dual)
         off = torch.maximum(row_norm(r[:, :n]) / size, row_norm(r[:, n:] / sizes))
@@ -54,7 +55,7 @@ def central_point(
         d = factors.solve(right.unsqueeze(1)).squeeze(1)
         d_s = aim - s / lam * d[:, n + q :]
         length = TO_BOUNDARY * step_length(lam, s, d[:, n + q :], d_s) if m else torch.ones_like(off)
-        length = torch.where(length >= TO_BOUNDARY, 1.0, length)  # no boundary in the way
+        length = torch.where(length >= TO_BOUNDARY, 1.0, length)  # no boundary within a full step
         length = torch.where(done, 0.0, length).unsqueeze(1)
         w, s = w + length * d, s + length * d_s
     lam, F = w[:, n + q :], system.scaling.F

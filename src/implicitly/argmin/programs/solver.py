@@ -1,4 +1,4 @@
-"""What solvers of quadratic programs have in common."""
+"""`ProgramSolver`, the base class of the solvers of quadratic programs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from implicitly.checks import BELOW_ONE, check_count, check_number
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramSolver(ABC):
-    """Finds the solution of quadratic programs, of every sample.
+    """Base class of the solvers of batches of quadratic programs.
 
     Args:
         rtol: relative tolerance of the optimality conditions; None means eps^(2/3) of the dtype (4e-11 in float64,
             2e-5 in float32).
-        max_steps: iterations after which a sample ends as `Status.MAX_STEPS`.
+        max_steps: number of iterations after which a sample ends as `Status.MAX_STEPS`.
     """
 
     rtol: float | None = None
     max_steps: int = 50
 
-    # What `Report` asks: a number of steps is never all that is wanted.
+    # For `Report`: these solvers are never asked for a fixed number of steps alone.
     fixed_steps: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -35,7 +35,7 @@ class ProgramSolver(ABC):
         check_count(type(self).__name__, "max_steps", self.max_steps)
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """The relative tolerance for `dtype`; raises ValueError where the dtype cannot reach it."""
+        """The relative tolerance for `dtype`; raises ValueError if the dtype cannot reach it."""
         eps = torch.finfo(dtype).eps
         if self.rtol is not None and self.rtol < 10 * eps:
             raise ValueError(
@@ -46,12 +46,12 @@ class ProgramSolver(ABC):
 
     @abstractmethod
     def solve(self, system: System, start: Point | None = None, compile: bool = False) -> Polished:
-        """The solution of every sample of a system of finite numbers, whose Q is positive semidefinite.
+        """The solution of every sample of a system with finite numbers and a positive semidefinite Q.
 
-        `start` is near the solution, if one is known. `compile`: as one graph of `torch.compile`; where none can
-        be had, a `CompileWarning` says so.
+        `start` is a point near the solution, if one is known. With `compile` it runs as one graph of
+        `torch.compile`; where that is not possible, a `CompileWarning` says so.
         """
 
     def solve_from(self, system: System, near: Point) -> Polished:
-        """As `solve`, from a point near the solution, though its active set is not that of the solution."""
+        """As `solve`, from a point that is near the solution, but has another active set."""
         return self.solve(system)
