@@ -336,3 +336,13 @@ def test_clarabel_is_believed_where_it_has_solved_or_run_out_and_certificates_el
         solution = SimpleNamespace(status=name, x=[1.0], z=[1.0], s=[1.0])
         own = tuple(np.array([v]) for v in numbers)
         assert workers._judged(own, solution) == believed.get(name, told)
+
+
+def test_the_probe_for_degenerate_samples_pairs_with_no_simple_direction():
+    """A system whose null space is e1 - e2, or e1 + e4 - e2 - e3, is told by what it leaves of the probe."""
+    from implicitly.argmin.convex.conic_jacobian import MISSING, Jacobian
+
+    probe = Jacobian._probe(SimpleNamespace(z=torch.zeros(1, 1000, dtype=D)))[0]
+    assert probe.sort().values.diff().min() > MISSING * probe.norm()
+    four = probe.unfold(0, 4, 1)
+    assert ((four[:, 0] + four[:, 3] - four[:, 1] - four[:, 2]).abs() / 2 > MISSING * probe.norm()).all()

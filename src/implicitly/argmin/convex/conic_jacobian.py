@@ -113,10 +113,11 @@ class Jacobian:
     def _probe(self) -> Tensor:
         """An arbitrary gradient `(1, n + m)` of which no two entries, or sums of entries, are nearly the same.
 
-        The fractional parts of multiples of the golden ratio are spread as evenly as possible.
+        The fractional parts of multiples of the golden ratio are spread as evenly as possible. Many of them add up
+        to the same; squares do not.
         """
         k = torch.arange(1.0, self.z.shape[1] + 1, dtype=self.z.dtype, device=self.z.device)
-        return (1 + (k * GOLDEN).frac()).unsqueeze(0)
+        return (1 + (k * GOLDEN).frac()).square().unsqueeze(0)
 
     def _left_of(self, z: Tensor, refinements: int = 0) -> list[Tensor]:
         """The shares `(B,)` that the inverse leaves of two arbitrary gradients at `z`.
