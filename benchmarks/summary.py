@@ -28,7 +28,7 @@ SOCP = "SOCP, batch 32, 10 unknowns, 3 cones of 6, 3 equalities"
 SDP = "SDP, batch 32, a matrix of 8 x 8, 3 equalities"
 BOTH = "solve and gradient"
 ALL = "forward and gradient"
-CHECKPOINTED = "exact gradient, checkpointed"
+GRADIENT, CHECKPOINTED = "exact gradient, by default", "exact gradient, checkpointed"
 SLOPE = "Anderson: exact gradient"
 
 CASES = {
@@ -48,7 +48,7 @@ CASES = {
         Case("ODE: solve", "forward", "ours", "theirs", "torchdiffeq"),
         Case("ODE: solve, compile=True", "forward", "compiled", "theirs", "torchdiffeq"),
         Case("ODE: solve, compile=True", "forward, compile=True", "ours", "diffrax"),
-        Case(f"ODE: {BOTH}", CHECKPOINTED, "checkpointed", "theirs", "torchdiffeq"),
+        Case(f"ODE: {BOTH}", GRADIENT, "by default", "theirs", "torchdiffeq"),
         Case(
             f"ODE: {BOTH}, compile=True",
             f"{CHECKPOINTED}, compile=True",
