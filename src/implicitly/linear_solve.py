@@ -37,9 +37,9 @@ def linear_solve(
     """Solve operator(u, *args) = b for u, where the operator is linear in u; differentiable in `b` and `args`.
 
     Args:
-        operator: `operator(u, *args)` returns what `u` is like: a tensor `(B, ...)` or a pytree of them.
+        operator: `operator(u, *args)` returns a value like `u`: a tensor `(B, ...)` or a pytree of them.
         b: the right-hand side, like u.
-        solver: `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or a solver of fixed points such as `Anderson`.
+        solver: `GMRES`, `BiCGStab`, `CG`, `Neumann`, `DenseLU`, or a fixed-point solver such as `Anderson`.
         transpose: solve with the transposed operator (as a real map), found by reverse-mode differentiation.
         batch_dims, in_dims, on_failure: as in `fixed_point`.
 
@@ -47,7 +47,7 @@ def linear_solve(
         `Solution`: `residual` is |b - operator(u)|, relative to |b| in the tolerances.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, on a CPU an operator that does not take 0 to 0 too.
+        TypeError, ValueError: for invalid input; on a CPU also for an operator that does not map 0 to 0.
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
     """
     check_linear_solver(solver)
@@ -75,11 +75,11 @@ def linear_solve(
 
 
 def _check_at_zero(image: Tensor) -> None:
-    """Raise ValueError where the operator's value at 0 `(B, n)` is not 0, as that of a linear one is, exactly."""
+    """Raise ValueError if the operator's value at 0 `(B, n)` is not exactly 0, as that of a linear operator is."""
     if torch.compiler.is_dynamo_compiling() or not is_cpu(image):
         return
     image = unwrapped(image)
-    constant = image[(image != 0) & image.isfinite()]  # others come of operators that hold NaN or inf
+    constant = image[(image != 0) & image.isfinite()]  # NaN and inf come from an operator that contains them
     if constant.numel():
         raise ValueError(
             f"the operator is not linear: of u = 0 it makes {float(constant[0]):.3g}, not 0. Leave its constant "

@@ -1,4 +1,4 @@
-"""Inexact derivatives of a fixed point, which differentiate iterations from the solution."""
+"""Inexact derivatives of a fixed point, by differentiating a few iterations that start at the solution."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
 
 @dataclass(frozen=True)
 class PhantomAdjoint(Adjoint):
-    """An inexact gradient: through `steps` damped iterations of f from the solution.
+    """The phantom gradient, which is inexact: it goes through `steps` damped iterations of f from the solution.
 
-    Biased but cheap, with memory of `steps` calls of f. Where the solver takes a number of steps (`rtol=0`), its
-    last call of f is the first of these, on a CPU and without `compile`; else they are calls of their own. Those
-    are not in `Solution.evaluations`. Geng et al., "On Training Implicit Models", NeurIPS 2021.
+    It is biased but cheap, with the memory of `steps` calls of f. If the solver takes a fixed number of steps
+    (`rtol=0`), its last call of f is the first of these iterations, on a CPU and without `compile`; otherwise they
+    are additional calls, which `Solution.evaluations` does not count. Geng et al., "On Training Implicit Models",
+    NeurIPS 2021.
     """
 
     steps: int = 5
@@ -47,20 +48,20 @@ class PhantomAdjoint(Adjoint):
         _needs_iterations(self, iterates)
 
     def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
-        """The solver's result, with the derivative of the iterations that would follow."""
+        """The solver's result, with the derivative of the iterations that follow it."""
         theta, r = problem.theta, None
         wanted = any(is_recorded(t) for t in theta)
         if wanted and condition.graphs is None:
             found = find(solver, condition, problem.z0, theta, problem.r0, leave_last=True)
         else:
             found = super().find(solver, condition, problem)
-        if found.ahead:  # f is to be recorded at the last iterate anyway: that call also tells how the solve ended
+        if found.ahead:  # f is recorded at the last iterate anyway, and that call also shows how the solve ended
             r = condition.residual(*found.ahead, *theta)
             found = arrive(found, r, solver, condition, theta)
         return found._replace(z=self._followed(found, r, condition, theta)) if wanted else found
 
     def _followed(self, found: Found, r: Tensor | None, condition: Condition, theta: tuple[Tensor, ...]) -> Tensor:
-        """The found point `(B, n)` with its derivative; `r` is the residual there where it was recorded."""
+        """The found point `(B, n)` with its derivative; `r` is the residual there, if it has been recorded."""
         usable, z = is_usable(found.status), found.z.detach()
         while any_ended(found, usable):
             failed = any_ended(found, ~usable)
@@ -69,9 +70,9 @@ class PhantomAdjoint(Adjoint):
             for k in range(self.steps):
                 step = residual(iterate) if k or failed or r is None else r
                 moved = torch.add(iterate, step, alpha=self.damping)
-                # Failed ones stay: where the solver failed, iterations may lead to NaN.
+                # Failed samples stay where they are, since iterations from there may lead to NaN.
                 iterate = where_rows(usable, moved, start) if failed else moved
-            # So they may where it fell short: then once more, without those.
+            # Iterations may also reach NaN from samples that fell short; then repeat without those samples.
             arrived = iterate.detach().isfinite().all(1)
             if not _sees_any(usable & ~arrived, found):
                 # The value stays the solution; only the derivative is that of the iterations.
@@ -81,12 +82,12 @@ class PhantomAdjoint(Adjoint):
         return constant(z, theta)
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, which has its derivative."""
+        """The found point, which already has its derivative."""
         return found.z
 
 
 def _sees_any(mask: Tensor, found: Found) -> bool:
-    """Whether any entry of `mask` `(B,)` is seen to be true; an accelerator is waited for if it was before."""
+    """Whether any entry of `mask` `(B,)` is true; on an accelerator, checked only if the host waited before."""
     if torch.compiler.is_dynamo_compiling():
         return False
     mask = unwrapped(mask)
@@ -95,7 +96,7 @@ def _sees_any(mask: Tensor, found: Found) -> bool:
 
 @dataclass(frozen=True)
 class JacobianFreeAdjoint(Adjoint):
-    """An inexact gradient: through one iteration of f, as if (I - J)^-1 were I.
+    """The Jacobian-free gradient, which is inexact: it goes through one iteration of f, as if (I - J)^-1 were I.
 
     It is `PhantomAdjoint(steps=1)`, whose call of f may be the solver's last.
     Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
@@ -110,5 +111,5 @@ class JacobianFreeAdjoint(Adjoint):
         return PhantomAdjoint(steps=1).find(solver, condition, problem)
 
     def attach(self, found: Found, condition: Condition, problem: Problem) -> Tensor:
-        """The found point, which has its derivative."""
+        """The found point, which already has its derivative."""
         return found.z

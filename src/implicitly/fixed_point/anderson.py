@@ -27,24 +27,24 @@ from implicitly.iterate import Proposal, Residual, Solver, where_rows
 from implicitly.transforms import is_cpu, records
 
 LARGEST_WEIGHTS = 1e4
-# What the square of a residual that is exactly 0 is taken for, in multiples of the least normal number: all the
-# weight is its.
+# The value used for the square of a residual that is exactly 0, in multiples of the smallest normal number. That
+# residual then gets all the weight.
 LEAST = 1e8
 
 
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """Anderson acceleration: the mix of the last iterates whose mixed residual is least.
+    """Anderson acceleration: the combination of the last iterates that minimises the combined residual.
 
-    z <- sum_i a_i (z_i + damping r_i), with a minimising |sum_i a_i r_i| subject to sum_i a_i = 1. The Gram
-    matrix of the residuals gains one row a step. Where the small system is too ill-conditioned to be believed,
-    the step is the plain damped one. Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J.
+    z <- sum_i a_i (z_i + damping r_i), with a minimising |sum_i a_i r_i| subject to sum_i a_i = 1. The Gram matrix
+    of the residuals gains one row per step. If the small linear system is too ill-conditioned to be trusted, the
+    step is the plain damped one. Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J.
     Numer. Anal. 49 (2011).
 
     Args:
-        history: how many iterates are mixed; memory is `2 * history` states.
-        damping: the beta of the literature.
-        regularisation: added to the diagonal of the Gram matrix, whose diagonal is scaled to 1; None: 10 eps.
+        history: how many iterates are combined; memory is `2 * history` states.
+        damping: the mixing parameter, called beta in the literature.
+        regularisation: added to the diagonal of the Gram matrix, after scaling the diagonal to 1; None: 10 eps.
     """
 
     history: int = 5
@@ -61,15 +61,17 @@ class Anderson(Solver):
             check_number("Anderson", "regularisation", self.regularisation, FINITE_AND_NONNEGATIVE)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Residuals and mixed iterates `(B, m, n)`, and the Gram matrix of the residuals `(B, m, m)`, in which an
-        empty slot has a row of the identity."""
+        """The history: residuals and damped iterates `(B, m, n)`, and the residuals' Gram matrix `(B, m, m)`.
+
+        In the Gram matrix, an empty slot has a row of the identity.
+        """
         slots = min(self.history, self.max_steps)
         residuals, mixed = empty_slots(z, slots)
         gram = torch.eye(slots, dtype=z.dtype, device=z.device).expand(z.shape[0], slots, slots).clone()
         return residuals, mixed, gram
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The mix of the iterates remembered, `z` among them."""
+        """The combination of the iterates in the history, which now include `z`."""
         residuals, mixed, gram = memory
         m = gram.shape[1]
         slot, count = k % m, min(k + 1, m) if isinstance(k, int) else k + 1
@@ -90,20 +92,20 @@ class Anderson(Solver):
 
 
 def _weights_on_host(gram: np.ndarray, row: np.ndarray, slot: int, ridge: float) -> np.ndarray:
-    """As `_weights`, of `gram` `(B, m, m)`, into which `row` `(B, c)` is written first: a third of the time."""
+    """As `_weights`, in NumPy, in a third of the time; first writes `row` `(B, c)` to `gram` `(B, m, m)`."""
     count = row.shape[1]
     row[:, slot] = np.maximum((1 + ridge) * row[:, slot], LEAST * np.finfo(row.dtype).tiny)
     gram[:, slot, :count] = gram[:, :count, slot] = row
     known = gram[:, :count, :count]
     with np.errstate(all="ignore"):
-        # With pivots chosen by size all residuals have to have length 1.
+        # Pivoting goes by size, so all residuals are scaled to length 1 first.
         scale = 1 / np.sqrt(known.diagonal(axis1=1, axis2=2))
         unit = known * scale[:, :, None] * scale[:, None]
         try:
             weights = scale * np.linalg.solve(unit, scale[:, :, None])[:, :, 0]
-        except np.linalg.LinAlgError:  # of one system, which says nothing of the others
+        except np.linalg.LinAlgError:  # one system is singular, which says nothing about the others
             weights = to_host(_eliminated(to_tensor(known), count)[0])
-        total = weights.sum(1, keepdims=True)  # w'Gw, which no definite G makes negative
+        total = weights.sum(1, keepdims=True)  # w'Gw, which is positive if G is positive definite
         weights /= total
         believable = (np.abs(weights).sum(1) < LARGEST_WEIGHTS) & (total[:, 0] > 0)
     if believable.all():
@@ -113,9 +115,9 @@ def _weights_on_host(gram: np.ndarray, row: np.ndarray, slot: int, ridge: float)
 
 
 def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float, rounding: Tensor | None = None) -> Tensor:
-    """A new `row` `(B, c)` of the Gram matrix with its diagonal entry, in place `slot`, times 1 + ridge.
+    """A new `row` `(B, c)` of the Gram matrix, with its diagonal entry, at `slot`, multiplied by 1 + ridge.
 
-    It is no less than `rounding` `(B,)`, which makes residuals that are no larger alike: their mix is the mean.
+    The entry is at least `rounding` `(B,)`, so that residuals below rounding count alike and get equal weights.
     """
     tiny = LEAST * torch.finfo(row.dtype).tiny
     least = tiny if rounding is None else rounding.clamp(min=tiny)
@@ -124,16 +126,16 @@ def _with_ridge(row: Tensor, slot: int | Tensor, ridge: float, rounding: Tensor 
         least = least.unsqueeze(1) if isinstance(least, Tensor) else least
         return torch.where(diagonal, ((1 + ridge) * row).clamp(min=least), row)
     diagonal = row.select(1, slot)
-    diagonal.copy_((diagonal * (1 + ridge)).clamp(min=least))  # vmap knows of no clamp in place
+    diagonal.copy_((diagonal * (1 + ridge)).clamp(min=least))  # vmap does not support clamp_
     return row
 
 
 def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
-    """Weights `(B, c)`, of sum 1, that make the mixed residual least; the newest alone where they mean nothing."""
+    """Weights `(B, c)`, with sum 1, that minimise the combined residual; where unreliable, the newest alone."""
     weights, believable = _least(gram, count)
     if on_host(believable) and not maybe_any(~believable):
         return weights
-    if records():  # once more without the systems that mean nothing: what they left must not reach a derivative
+    if records():  # again without the unreliable systems, whose NaN must not reach a derivative
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         weights, _ = _least(torch.where(believable[:, None, None], gram, eye), count)
     newest = _newest(slot, gram.shape[1], gram.dtype, gram.device)
@@ -141,9 +143,10 @@ def _weights(gram: Tensor, slot: int | Tensor, count: int | Tensor) -> Tensor:
 
 
 def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The solution `(B, c)` of G w = 1, scaled to sum 1, and where `(B,)` to believe it.
+    """The solution `(B, c)` of G w = 1, scaled to sum 1, and for which samples `(B,)` it can be trusted.
 
-    Residuals shrink by orders of magnitude over the history; either way is as accurate as if all had length 1.
+    Residuals shrink by orders of magnitude over the history, but Cholesky and elimination without pivoting are
+    both as accurate as if all had length 1.
     """
     if is_cpu(gram) and not torch.compiler.is_dynamo_compiling():
         factor, info = torch.linalg.cholesky_ex(gram)
@@ -152,18 +155,18 @@ def _least(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     else:
         weights, definite = _eliminated(gram, count)
     weights = weights / weights.sum(1, keepdim=True)
-    # Weights this large only cancel each other: the history has become linearly dependent. (An iteration that
+    # Weights this large mostly cancel each other: the history has become linearly dependent. (An iteration that
     # contracts by q needs weights of about 1 / (1 - q).) NaN compares false.
     return weights, (torch.linalg.vector_norm(weights, 1, dim=1) < LARGEST_WEIGHTS) & definite
 
 
 def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The solution `(B, c)` of G w = 1 by elimination, and where `(B,)` G is positive definite.
+    """The solution `(B, c)` of G w = 1 by elimination, and for which samples `(B,)` G is positive definite.
 
-    An accelerator's decompositions wait for it, which no CUDA graph can hold, and round in another way for another
-    size of the batch; a compiler can fuse them with nothing.
+    Library decompositions on an accelerator make the host wait, which a CUDA graph does not allow; their rounding
+    depends on the batch size; and a compiler cannot fuse them with anything.
     """
-    if isinstance(count, Tensor):  # nothing is asked of empty slots
+    if isinstance(count, Tensor):  # the right-hand side is 0 for empty slots
         right = (torch.arange(gram.shape[1], device=gram.device) < count).to(gram.dtype)
         upper = torch.cat([gram, right[:, None].expand(len(gram), -1, 1)], dim=2)
     else:
@@ -181,7 +184,7 @@ def _eliminated(gram: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
 
 @remembered(64)
 def _newest(slot: int | Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(count,)`, 1 in place `slot` and 0 elsewhere."""
+    """`(count,)`, 1 at `slot` and 0 elsewhere."""
     return (torch.arange(count, device=device) == slot).to(dtype)
 
 

@@ -27,26 +27,27 @@ from implicitly.host import Array, library, on_host, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver
 from implicitly.transforms import records
 
-# The secant equation has no solution where s'Hy = 0: so near to that, relative to |s|^2, the update is left out.
+# The secant equation has no solution where s'Hy = 0; below this value, relative to |s|^2, the update is skipped.
 UNDEFINED = 1e-8
 
 
 @dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's good method: a quasi-Newton step with an estimate H of the inverse Jacobian, one call of f a step.
+    """Broyden's good method: quasi-Newton steps with an estimate H of the inverse Jacobian, one call of f each.
 
-    The last steps alone tell what H is. Of step i let d_i be the direction and s_i = (1 - e_i) d_i the step, with
-    e_i what a line search took off it (0 without one). Then
+    H follows from the last steps alone. For step i let d_i be the direction and s_i = (1 - e_i) d_i the step,
+    where e_i is the fraction that a line search removed (0 without one). Then
 
         H_{i+1} = (I + p_i d_i' / |d_i|^2) H_i,    p_i = d_{i+1} - e_i d_i,    d_{i+1} = H_{i+1} r_{i+1},
 
-    on top of H_0 = I. Solved for d_{i+1}, which is on both sides, this is (w - t e_i d_i) / (1 - t) with
+    starting from H_0 = I. As d_{i+1} is on both sides, we solve for it: it is (w - t e_i d_i) / (1 - t) with
     w = H_i r_{i+1} and t = d_i'w / |d_i|^2. Kelley, "Iterative Methods for Linear and Nonlinear Equations", SIAM
-    1995, section 7.3; updates of Broyden 1965. Directions D are kept as rows, and the rest of H = I + D' N D as a
-    small matrix that gains one row a step; so a step reads the history three times, whatever its length.
+    1995, section 7.3; updates of Broyden 1965. The directions are stored as the rows of D, and the rest of
+    H = I + D' N D as a small matrix that gains one row per step; so a step reads the history three times, whatever
+    its length.
 
     Args:
-        history: steps kept, each a rank-one update; memory is `history` states. When it is full the oldest goes.
+        history: steps kept, each a rank-one update; memory is `history` states. When full, the oldest is dropped.
         line_search: backtrack along the step until the residual falls.
     """
 
@@ -58,7 +59,7 @@ class Broyden(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """Whether it has a line search."""
         return self.line_search
 
     def __post_init__(self):
@@ -66,8 +67,11 @@ class Broyden(Solver):
         check_count("Broyden", "history", self.history)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """The directions D `(B, m, n)`, and T `(B, m, m)`, where row i of T D is d_i' H_i / |d_i|^2; the iterate
-        `(B, n)` at which the last step began; for a line search its length `(B, 1)`, and all e_i `(B, m)`."""
+        """The memory: D, T, and the iterate `(B, n)` at which the last step began.
+
+        D `(B, m, n)` holds the directions; row i of T D, with T `(B, m, m)`, is d_i' H_i / |d_i|^2. With a line
+        search also the length `(B, 1)` of the last step, and all e_i `(B, m)`.
+        """
         slots = min(self.history, self.max_steps)
         T, e = z.new_zeros(z.shape[0], slots, slots), z.new_zeros(z.shape[0], slots)
         return *empty_slots(z, slots, 1), T, z, *((torch.ones_like(z[:, :1]), e) if self.line_search else ())
@@ -97,15 +101,17 @@ class Broyden(Solver):
         return self._searched(F, z, r, direction, (D, T, z, *searched))
 
     def _with_last(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """D with the direction of step `k - 1`, which led to `z`, in place of the oldest; T without that; and for
-        a line search the length of that step, and all e_i."""
+        """D with its oldest direction replaced by that of step `k - 1`, which led to `z`; T without the oldest.
+
+        With a line search also the length of that step, and all e_i.
+        """
         D, T, begun, *searched = memory
         slots = T.shape[1]
         slot = (k - 1) % slots
         if isinstance(k, Tensor) or k > slots:
             T = write_cross(T, slot, torch.zeros_like(T[:, 0]))
         D = with_room(D, slot, slots)
-        # Written before all else is read, D needs no copy in a graph.
+        # D is written before anything else is read, so a graph needs no copy of it.
         if not self.line_search:
             return write_result(D, slot, torch.sub, z, begun)[0], T
         length, e = searched
@@ -113,13 +119,13 @@ class Broyden(Solver):
         return D, T, length, write(e, slot, 1 - length[:, 0])
 
     def _searched(self, F: Residual, z: Tensor, r: Tensor, d: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """To z + d, or part of the way."""
+        """The step to z + d, shortened by the line search."""
         D, T, *_, e = memory
         moved, r, length, calls = backtrack(F, z, r, d)
         return Proposal(moved, (D, T, z, length, e), r, calls)
 
     def estimate(self, k: int | Tensor, z: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`(D, N, c)` of H = I + D' N D, of which the first c `(B,)` slots count."""
+        """`(D, N, c)` with H = I + D' N D, where only the first c `(B,)` slots are in use."""
         count = torch.as_tensor(k, device=z.device).clamp(0, memory[1].shape[1]).expand(z.shape[0])
         if isinstance(k, int) and k == 0:  # no step was taken
             return *memory[:2], count
@@ -130,10 +136,11 @@ class Broyden(Solver):
 def _learned(
     T: Array, slot: int | Tensor, row: Array, Dr: Array, e: Array | None = None, least: Array = 0.0
 ) -> tuple[Array, ...]:
-    """What the products D d and D r `(B, c)` tell, d being the last direction, in place `slot`: the new row of T;
-    1 / (1 - t) `(B, 1)`; and that times w - r as a combination of the directions `(B, c)`.
+    """The update from the products D d and D r `(B, c)`, where d is the last direction, stored at `slot`.
 
-    Nothing is learnt where |d|^2 is at most `least` `(B, 1)`; of a finished sample, whose z stays, it is 0.
+    Returns the new row of T; 1 / (1 - t) `(B, 1)`; and that times w - r, as coefficients `(B, c)` of the
+    directions. There is no update where |d|^2 is at most `least` `(B, 1)`; it is 0 for a finished sample, whose z
+    stays.
     """
     xp = library(row)
     squared = read(row, slot)[:, None]
@@ -147,13 +154,13 @@ def _learned(
 
 
 def _to_next(t: Array, e: Array | None = None) -> Array:
-    """Coefficients of the directions `(B, m, ...)` in sum_i t_i p_i."""
+    """The coefficients `(B, m, ...)` of the directions in sum_i t_i p_i."""
     moved = _joined(t[:, -1:], t[:, :-1])
     return moved if e is None else moved - e * t
 
 
 def _from_next(row: Array, e: Array | None = None) -> Array:
-    """Products with each p_i `(B, m)`, where `row` holds those with each d_i."""
+    """The products `(B, m)` with each p_i, where `row` holds those with each d_i."""
     moved = _joined(row[:, 1:], row[:, :1])
     return moved if e is None else moved - e * row
 
@@ -163,7 +170,7 @@ def _direction(z: Tensor, begun: Tensor, length: Tensor, out: Tensor | None = No
 
 
 def _with_one(row: Array, slot: int | Tensor) -> Array:
-    """A new `row` `(B, m)` with 1 in place `slot`."""
+    """A new `row` `(B, m)` with 1 at `slot`."""
     if isinstance(slot, Tensor):
         return row.index_fill(1, slot.reshape(1), 1.0)
     row[:, slot] = 1.0

@@ -1,4 +1,4 @@
-"""Backtracking on the residual norm, one step length a sample."""
+"""Backtracking line search on the residual norm, with one step length per sample."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def backtrack(F: Residual, z: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Ten
     """Halve the step d `(B, n)` from z, whose residual is r, until the residual norm falls enough.
 
     Returns the new iterate, its residual, the lengths `(B, 1)` and the number of calls of F. A sample for which no
-    length is good enough keeps its shortest. Armijo's condition on |F|: Dennis and Schnabel 1983, section 6.3.
+    length is good enough takes the shortest. Armijo's condition on |F|: Dennis and Schnabel 1983, section 6.3.
     """
     norm = row_norm(r)
 
     def good(length: Tensor, trial: Tensor) -> Tensor:
-        # NaN compares false, so a step to where f is undefined is halved too.
+        # NaN compares false, so a step to a point where f is undefined is halved, too.
         return row_norm(trial) <= (1 - 1e-4 * length[:, 0]) * norm
 
     def halve(k: int | Tensor, carry: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,15 +22,15 @@ from implicitly.tree import row_norm
 
 @dataclass(frozen=True)
 class Newton(Solver):
-    """Newton's method with a dense Jacobian a sample, all samples and columns in one batched product.
+    """Newton's method with a dense Jacobian per sample, computed for all samples by batched products.
 
-    For small n (the Jacobians `(B, n, n)` must fit `limit_gib`). With `line_search` the residual norm falls at
-    every step, so it converges from further away.
+    It is meant for small n (the Jacobians `(B, n, n)` must fit into `limit_gib`). With `line_search` the residual
+    norm falls at every step, so that it converges from further away.
 
-    Of an objective (`argmin`) it is the objective that falls, by Wolfe's conditions, and where the Hessian is not
-    positive definite, its eigenvalues count by their size, so that steps lead away from saddles and maxima
-    (Nocedal and Wright, "Numerical Optimization", section 3.4). Without `line_search` it takes the plain steps,
-    which lead to any stationary point.
+    For an objective (`argmin`), the line search makes the objective fall, by Wolfe's conditions. Where the Hessian
+    is not positive definite, its eigenvalues are replaced by their absolute values, so that steps lead away from
+    saddles and maxima (Nocedal and Wright, "Numerical Optimization", section 3.4). Without `line_search` it takes
+    plain Newton steps, which lead to any stationary point.
     """
 
     line_search: bool = True
@@ -43,22 +43,22 @@ class Newton(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its line search."""
+        """Whether it has a line search."""
         return self.line_search
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """Nothing; of an objective its values `(B,)`, and what none that is bounded gets to `(B, 2)`."""
+        """Nothing; for an objective its values `(B,)`, and the thresholds `(B, 2)` of `bottom`."""
         if not (isinstance(F, Descent) and self.line_search):
             return ()
         value, _ = F.evaluate(z)
         return value, bottom(value, z, r)
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The Newton step, shortened where the residual would grow."""
+        """The Newton step, shortened where the residual would otherwise grow."""
         if isinstance(F, Descent) and self.line_search:
             return self._descend(F, k, z, r, memory)
         _, pull = pullback(F, z)
-        # Rows of the Jacobian, one vector-Jacobian product for all samples each.
+        # Rows of the Jacobian: one vector-Jacobian product each, for all samples at once.
         transposed = dense(lambda u: -pull(u)[0], z, self.limit_gib)
         d, info = torch.linalg.solve_ex(transposed.mT, r)
         singular, verdict = (info != 0) | ~d.isfinite().all(1), None
@@ -69,7 +69,7 @@ class Newton(Solver):
         return Proposal(z, (), r, calls + z.shape[1], singular, verdict)
 
     def _descend(self, F: Descent, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The step along which the objective falls, as long as it does."""
+        """The step along a descent direction of the objective, with a length from the line search."""
         value, lowest = memory
         _, pull = pullback(F.residual, z)
         d = _downhill(dense(lambda u: -pull(u)[0], z, self.limit_gib), r)
@@ -80,12 +80,12 @@ class Newton(Solver):
 
 
 def _downhill(hessian: Tensor, r: Tensor) -> Tensor:
-    """|H|^-1 r, with the eigenvalues of H `(B, n, n)` by their size, and none too small beside the largest."""
+    """|H|^-1 r, where |H| has the absolute eigenvalues of H `(B, n, n)`, bounded below relative to the largest."""
     finite = hessian.isfinite().all(-1).all(-1) & r.isfinite().all(1)
     hessian = torch.where(finite[:, None, None], (hessian + hessian.mT) / 2, 0.0)
     factor, info = torch.linalg.cholesky_ex(hessian)
     d = torch.cholesky_solve(r.unsqueeze(2), factor)[:, :, 0]
-    # Factors of nearly singular matrices mean little.
+    # The Cholesky factor of a nearly singular matrix is unreliable.
     size = factor.diagonal(dim1=-2, dim2=-1)
     least = torch.finfo(r.dtype).eps ** 0.5
     good = (info == 0) & (size.amin(1) > least * size.amax(1)) & d.isfinite().all(1)
@@ -101,13 +101,13 @@ def _downhill(hessian: Tensor, r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NewtonKrylov(Solver):
-    """Newton's method with matrix-free linear solves, each only as accurate as the outer step deserves.
+    """The Newton-Krylov method: matrix-free linear solves, each only as accurate as the outer step deserves.
 
     The relative tolerance of the linear solve is Eisenstat and Walker's second choice, 0.9 (|F| / |F_last|)^2
     with their safeguard ("Choosing the forcing terms in an inexact Newton method", SIAM J. Sci. Comput. 17, 1996).
 
     Args:
-        linear_solver: solves for the step; its tolerances are replaced by the forcing term.
+        linear_solver: the solver of the linear system for each step; the forcing term replaces its tolerances.
     """
 
     linear_solver: Solver = GMRES(max_steps=60)
@@ -120,7 +120,7 @@ class NewtonKrylov(Solver):
 
     @property
     def nests(self) -> bool:
-        """Its linear solve."""
+        """True, because of its linear solves."""
         return True
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +129,7 @@ class NewtonKrylov(Solver):
         return torch.full_like(norm, 0.5), norm
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:
-        """The inexact Newton step, shortened where the residual would grow."""
+        """The inexact Newton step, shortened where the residual would otherwise grow."""
         forcing, last = memory
         norm = row_norm(r)
         chosen = 0.9 * (norm / last) ** 2
@@ -153,21 +153,23 @@ class NewtonKrylov(Solver):
 
 
 def _pushforward(F: Residual, z: Tensor) -> Callable[[Tensor], Tensor]:
-    """Jacobian-vector products of F at z, from two reverse passes: forward mode cannot be nested under dual
-    numbers."""
+    """Jacobian-vector products of F at z, by two reverse passes.
+
+    Forward mode would not do, as it cannot be nested under dual numbers.
+    """
 
     def make() -> Callable[..., Any]:
         _, pull = pullback(F, z)
         return pullback(lambda u: pull(u)[0], torch.zeros_like(z))[1]
 
-    if torch.compiler.is_dynamo_compiling():  # a loop of a graph cannot take in what was differentiated before it
+    if torch.compiler.is_dynamo_compiling():  # a loop in a graph cannot use autograd state from outside the loop
         return lambda v: make()(v)[0]
     push = make()
     return lambda v: push(v)[0]
 
 
 def _move(F: Residual, z: Tensor, r: Tensor, d: Tensor, line_search: bool) -> tuple[Tensor, Tensor, int | Tensor]:
-    """The iterate along d, its residual, and the calls that took."""
+    """The iterate after a step along d, its residual, and the number of calls of F."""
     if line_search:
         z, r, _, calls = backtrack(F, z, r, d)
         return z, r, calls

@@ -1,4 +1,4 @@
-"""Plain damped iteration."""
+"""Plain or damped fixed-point iteration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from implicitly.iterate import Proposal, Residual, Solver
 
 @dataclass(frozen=True)
 class FixedPointIteration(Solver):
-    """z <- (1 - damping) z + damping f(z) (Banach, Picard; damped: Krasnoselskii-Mann).
+    """Fixed-point iteration, z <- (1 - damping) z + damping f(z) (Banach, Picard; damped: Krasnoselskii-Mann).
 
-    Converges where f is a contraction; `damping < 1` helps where its Jacobian has large negative eigenvalues.
+    It converges if f is a contraction; `damping < 1` helps if its Jacobian has large negative eigenvalues.
     """
 
     damping: float = 1.0
@@ -25,7 +25,7 @@ class FixedPointIteration(Solver):
         check_number("FixedPointIteration", "damping", self.damping, DAMPING)
 
     def start(self, F: Residual, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        """It remembers nothing."""
+        """Nothing: it has no memory."""
         return ()
 
     def propose(self, F: Residual, k: int | Tensor, z: Tensor, r: Tensor, memory: tuple[Tensor, ...]) -> Proposal:

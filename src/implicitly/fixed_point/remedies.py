@@ -1,4 +1,4 @@
-"""What to try where a fixed point or a root was not found: that depends on what the solver steps along."""
+"""What to try if a fixed point or a root was not found, which depends on the direction of the solver's steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from implicitly.fixed_point.picard import FixedPointIteration
 from implicitly.iterate import Found, Solver
 from implicitly.solution import Status
 
-# Of a root only: sign and units of a fixed point's residual, f(z) - z, are those of z.
+# For roots only: the residual of a fixed point, f(z) - z, always has the right sign and units to step along.
 _ALONG_RESIDUAL = (
     "this solver steps along -residual, which may lead away from the root or be too long: change its sign (as of "
     "the right side of dz/dt = F(z)) or scale it; or use Newton or NewtonKrylov"
@@ -28,7 +28,7 @@ _OF_NEWTON = {
 
 
 def explained(name: str, solver: Solver, found: Found, failed: Tensor) -> str:
-    """`explain`, of a fixed point, a root, or the linear solve of their derivatives."""
+    """`explain` with the remedies for a fixed point, a root, or the linear solve of their derivatives."""
     remedy = {**REMEDY, **_remedy(name, solver)} if name in ("fixed_point", "root") else LINEAR_REMEDY
     return explain(name, solver, found, failed, remedy)
 

@@ -1,8 +1,8 @@
-"""What solvers are not to learn from where autograd records them: differences of mere rounding.
+"""The size of rounding errors, which solvers must not learn from while autograd records them.
 
-What a solver makes of those are arbitrary numbers. That harms no iterate, but their derivatives are of the size of
-the inverse of what they were made of, and the next steps multiply them: the gradient of an unrolled solve would be
-lost a few steps after its iterates have settled.
+From differences that are mere rounding, a solver computes arbitrary coefficients. That harms no iterate, but the
+derivatives of the coefficients are as large as the inverse of these differences, and further steps multiply them:
+the gradient of an unrolled solve would be lost a few steps after its iterates have settled.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from implicitly.iterate import Coarse, Residual
 from implicitly.transforms import records
 from implicitly.tree import row_norm
 
-# What rounding makes of a residual, or a step, relative to the iterate, in multiples of eps.
+# The rounding error of a residual or a step, relative to the iterate, in multiples of eps.
 ROUNDED = 10
 
 
 def square_of_rounding(F: Residual, z: Tensor) -> Tensor | None:
-    """The square `(B,)` of what length is mere rounding of F at `z` `(B, n)`; None where nothing is recorded."""
+    """The square `(B,)` of the rounding error of F at `z` `(B, n)`; None if autograd records nothing."""
     recorded = torch.is_grad_enabled() if torch.compiler.is_dynamo_compiling() else records()
     if not recorded:
         return None

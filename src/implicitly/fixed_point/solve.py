@@ -26,7 +26,7 @@ from implicitly.unrolled import UnrolledAdjoint
 def is_traceable(
     *args: Any, solver: Any = None, adjoint: Any = ImplicitAdjoint(), compile: bool = False, **options: Any
 ) -> bool:
-    """Whether the numbers of steps, forwards and backwards, are known before: then they fit into a graph."""
+    """Whether the numbers of steps, forwards and backwards, are known in advance and so fit into a graph."""
     if compile or not (isinstance(solver, FixedPointIteration | Anderson | Broyden) and _is_short(solver)):
         return False
     if isinstance(adjoint, ImplicitAdjoint):
@@ -53,38 +53,39 @@ def fixed_point(
     """Solve z = f(z, *args) and differentiate the solution with respect to `args` and the parameters of f.
 
     Args:
-        f: `f(z, *args)` returns a z: same structure, shapes, dtype and device. A module, a method or a function;
-            parameters of modules that it is, is bound to or closes over get their gradients.
-        z0: where to start: a tensor or a pytree of tensors of one floating (or complex) dtype, each `(B, ...)`.
+        f: `f(z, *args)` returns the next z: same structure, shapes, dtype and device. A module, a method or a
+            function; the parameters of modules that it is, is bound to or closes over get gradients.
+        z0: the initial state: a tensor or a pytree of tensors of one floating (or complex) dtype, each `(B, ...)`.
             No gradient flows to it, since the solution does not depend on it.
-        args: what else f takes: tensors, pytrees of them, or anything else.
-        solver: `FixedPointIteration`, `Anderson`, `Broyden`, `Newton` or `NewtonKrylov`, with its tolerances: of
-            all solvers `rtol`, relative to |z| of a sample (None: eps^(2/3) of the dtype, 2e-5 in float32; 0
-            without `atol`: exactly `max_steps` steps, no test of convergence), `atol` and `max_steps`.
+        args: further arguments of f: tensors, pytrees of them, or anything else.
+        solver: `FixedPointIteration`, `Anderson`, `Broyden`, `Newton` or `NewtonKrylov`. All solvers have `rtol`,
+            relative to |z| of a sample (None: eps^(2/3) of the dtype, 2e-5 in float32; 0 without `atol`: exactly
+            `max_steps` steps, without a test of convergence), `atol` and `max_steps`.
         adjoint: `ImplicitAdjoint`, `PhantomAdjoint`, `JacobianFreeAdjoint` or `UnrolledAdjoint`.
         batch_dims: 1: dimension 0 holds independent samples, each with its own convergence. 0: the whole state
             is one system.
-        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
-            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
+        in_dims: which of `args` have one entry per sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. If given, finished samples are dropped from the calls of f.
         on_failure: "warn", "raise" or "ignore" when samples do not converge. Samples that diverged or met NaN
-            have zero gradient (where f is undefined at finite arguments, only with `in_dims`);
-            others that fell short have the gradient at their best iterate. In the graph of a model that you
-            compile (see Note) nothing is announced; look at `status`.
+            get zero gradient (if f is undefined at finite arguments, only with `in_dims`); others that fell short
+            get the gradient at their best iterate. In the graph of a compiled model (see Note) nothing is
+            announced; check `status`.
         compile: run the whole solve as one graph of `torch.compile`, and the linear solve of `ImplicitAdjoint` as
-            another; a `CompileWarning` says where none can be had. Backward solves of large states on a CPU, whose
-            time is nearly all f's, run eagerly.
+            another; a `CompileWarning` says where that is not possible. Backward solves of large states on a CPU,
+            which spend nearly all their time in f, run eagerly.
 
     Returns:
         `Solution`: `value` like z0; `status`, `residual` (|f(z) - z|) and `steps` of shape `(B,)`.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, before any work.
+        TypeError, ValueError: for invalid input, before any work.
         SolverError: a sample did not converge and `on_failure="raise"`; carries the `Solution`.
 
     Note:
-        In a model under `torch.compile`, `FixedPointIteration`, `Anderson` or `Broyden` with `rtol=0` and at most
-        100 steps are part of the graph, with any adjoint (`ImplicitAdjoint` where its linear solver has a budget,
-        too, as `im.Neumann(max_steps=5, rtol=0)`, and no `listen`); else the solve is one graph break.
+        In a model under `torch.compile`, `FixedPointIteration`, `Anderson` and `Broyden` with `rtol=0` and at most
+        100 steps become part of the graph, with any adjoint (`ImplicitAdjoint` if its linear solver also takes a
+        fixed number of steps, such as `im.Neumann(max_steps=5, rtol=0)`, and it has no `listen`). Any other solve
+        is one graph break.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019.
     """
@@ -114,10 +115,10 @@ def root(
     """Solve residual(z, *args) = 0 and differentiate the solution.
 
     Tolerances are relative to the norm of the residual at `z0`. `FixedPointIteration` here iterates
-    z - damping * residual(z), and `Anderson` and `Broyden` begin with that: they need a residual of such a sign
-    and size that it leads to the root. For a steady state of dz/dt = F(z) pass them -F. `Newton` and
-    `NewtonKrylov` take any. Adjoints that differentiate iterations of f (`PhantomAdjoint`, `JacobianFreeAdjoint`)
-    have none to differentiate and are refused. All else is as in `fixed_point`.
+    z <- z - damping * residual(z), and `Anderson` and `Broyden` start with that step, so they need a residual
+    whose sign and size lead to the root: for a steady state of dz/dt = F(z), pass them -F. `Newton` and
+    `NewtonKrylov` accept any residual. Adjoints that differentiate iterations of f (`PhantomAdjoint`,
+    `JacobianFreeAdjoint`) raise ValueError, as there are none. Everything else is as in `fixed_point`.
     """
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, iterates=False)
@@ -137,5 +138,5 @@ def root(
 
 
 def _telling(condition: Condition) -> Condition:
-    """`condition`, whose report tells what to try with the solvers of this folder."""
+    """`condition` with a report that says what to try with the solvers of this folder."""
     return replace(condition, report=replace(condition.report, message=explained))

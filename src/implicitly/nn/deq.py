@@ -39,22 +39,22 @@ def _zeros_like(x: Any) -> Any:
 
 
 def _is_traceable(layer: DEQ, *args: Any, **options: Any) -> bool:
-    # What `LastEpoch` is asked for it looks up, and checks.
+    # `LastEpoch` looks its samples up by index and checks them, which cannot be traced.
     if layer.training and not isinstance(layer.warm_start, LastBatch | None):
         return False
     return is_traceable(solver=layer.solver, adjoint=layer.adjoint, compile=layer.compile_solve)
 
 
 class StartingCell(nn.Module, ABC):
-    """A cell that finds where to start by applying what is in it."""
+    """A cell that computes the initial state itself, by applying its own layers."""
 
     @abstractmethod
     def begin(self, x: Any) -> Any:
-        """The start for `x`. What the cell decides once a solve is decided on the way, with its gradient."""
+        """The initial state for `x`; what the cell decides once per solve is decided here, with its gradient."""
 
 
 def begin(cell: nn.Module, init: Callable[[Any], Any], x: Any) -> Any:
-    """Where a solve for `x` starts; the cell's `PerSolve` modules are applied, and so can decide."""
+    """The initial state of a solve for `x`; the cell's `PerSolve` modules are applied, and so can decide."""
     if isinstance(cell, StartingCell):
         return cell.begin(x)
     z0 = init(x)
@@ -66,37 +66,38 @@ def begin(cell: nn.Module, init: Callable[[Any], Any], x: Any) -> Any:
 class DEQ(nn.Module):
     """A layer whose output is the equilibrium z = cell(z, x) (Bai, Kolter and Koltun, NeurIPS 2019).
 
-    Its parameters are the cell's. What the cell decides once a solve (`Dropout`, `BatchNorm`, `WeightNorm`,
-    `SpectralNorm` of this package) is decided before the solve and constant in it; use these, as the dropout and
-    batch norm of `torch.nn` would make it another cell in each call, which has no equilibrium.
+    Its parameters are the cell's. The random masks, statistics and weights of this package's `Dropout`,
+    `BatchNorm`, `WeightNorm` and `SpectralNorm` are decided once, before the solve, and stay constant in it. Use
+    these: with the dropout or batch norm of `torch.nn`, the cell would be a different function at each call, and
+    have no equilibrium.
 
     Args:
-        cell: `cell(z, x)` returns a z; z is a tensor `(B, ...)` or a pytree of them, x likewise; numbers (0-d
-            tensors) in x are for all samples. Make all else that samples share, such as a mask `(T, T)`, a buffer
-            of the cell: in x it would be taken for one entry a sample where T happens to be B.
+        cell: `cell(z, x)` returns the next z; z is a tensor `(B, ...)` or a pytree of them, x likewise. Numbers
+            (0-d tensors) in x apply to all samples. Anything else that samples share, such as a mask `(T, T)`,
+            should be a buffer of the cell: in x it would count as one entry per sample if T happens to equal B.
         solver, adjoint, on_failure, compile: as in `implicitly.fixed_point`.
         batch_dims: 1: samples are independent, and finished ones are dropped from the calls of the cell. 0: the
             whole batch is one system, for cells that couple samples.
-        init: gives the start z0 for x where no other is known; zeros like x, all tensors of it, unless given.
-        warm_start: `LastBatch()` or `LastEpoch(size)`, where to start from in training instead. What
-            `torch.func.vmap` maps starts cold, and is not remembered.
-        readout: what of the equilibrium `forward` returns; all of it unless given.
+        init: maps x to the initial state z0, if no other is known; by default zeros like x, for all its tensors.
+        warm_start: `LastBatch()` or `LastEpoch(size)`: where to start from instead in training. Under
+            `torch.func.vmap` solves start cold, and are not remembered.
+        readout: maps the equilibrium to the output of `forward`; by default the whole equilibrium.
 
     Attributes:
         solution: the `Solution` of the last forward pass, detached; `value` is the whole equilibrium, and shares
             memory with what `forward` returned.
-        backward_solution: the same of the last backward solve (`ImplicitAdjoint` only), or None; None also where
+        backward_solution: the same for the last backward solve (`ImplicitAdjoint` only), or None; also None if
             the solve is part of the graph of a compiled model.
 
     Raises:
-        TypeError: for what cannot be meant, a cell that does not take `(z, x)` among it.
+        TypeError: for invalid arguments, such as a cell that does not take `(z, x)`.
 
     Warns:
-        ConvergenceWarning: as `on_failure` says. Where running out of steps is meant, as with few of them in
-            training, it tells nothing new: pass "ignore" and look at `solution`, or take exactly `max_steps` by
+        ConvergenceWarning: as `on_failure` says. If running out of steps is intended, as with few steps in
+            training, it tells nothing new: pass "ignore" and look at `solution`, or take exactly `max_steps` with
             `rtol=0`.
-        PerCallWarning: the cell holds a dropout or a batch norm of `torch.nn`, in training. Those that are called
-            as functions are not seen.
+        PerCallWarning: the cell contains a dropout or a batch norm of `torch.nn`, in training mode. Calls of
+            `torch.nn.functional` are not detected.
     """
 
     def __init__(
@@ -140,11 +141,11 @@ class DEQ(nn.Module):
 
     @one_break_unless(_is_traceable)
     def forward(self, x: Any, z0: Any = None, *, index: Tensor | None = None) -> Any:
-        """The equilibrium for `x` `(B, ...)`, found from `z0` where given.
+        """The equilibrium for `x` `(B, ...)`, found from `z0` if given.
 
         Args:
-            index: `(B,)` int64, which samples of the data set these are; for `LastEpoch`. Without a warm start it
-                is refused.
+            index: `(B,)` int64, the indices of these samples in the data set; for `LastEpoch`. It raises
+                ValueError for a layer without a warm start.
         """
         start, held = self._begin(x, z0, index)
         with self._hinting(x, z0):
@@ -154,10 +155,10 @@ class DEQ(nn.Module):
 
     @one_break
     def iterates(self, x: Any, at: Sequence[int], z0: Any = None, *, index: Tensor | None = None) -> list[Any]:
-        """The states after `at` steps each and, last, the equilibrium, for a loss on the way there.
+        """The states after the step counts `at` and, last, the equilibrium, for losses on intermediate states.
 
-        States on the way carry the gradient of one application of the cell, the last one that of the layer. The
-        solver starts afresh at each. Bai et al., "Deep Equilibrium Optical Flow Estimation", CVPR 2022.
+        Intermediate states carry the gradient of one application of the cell, the last one that of the layer. The
+        solver restarts at each. Bai et al., "Deep Equilibrium Optical Flow Estimation", CVPR 2022.
 
         Args:
             at: increasing step counts, such as `(2, 5)`.
@@ -177,7 +178,7 @@ class DEQ(nn.Module):
         return [*states, self.readout(solution.value)]
 
     def extra_repr(self) -> str:
-        """What it is solved with."""
+        """The solver and the adjoint, for `repr`."""
         return f"solver={self.solver}, adjoint={type(self.adjoint).__name__}"
 
     def _solve(
@@ -186,7 +187,7 @@ class DEQ(nn.Module):
         tensors, dims = held
         of_samples = _of_samples(x, z0) if self.batch_dims else None
         f, args, in_dims = self.cell, (x,), (of_samples,)
-        if tensors or any_drops_out(self.cell.modules()):  # which has been told of
+        if tensors or any_drops_out(self.cell.modules()):  # the user has been warned of such dropout
             f, args, in_dims = _Held(self.cell), (x, tensors), (of_samples, dims)
         return fixed_point(
             f,
@@ -201,12 +202,12 @@ class DEQ(nn.Module):
         )
 
     def _hinting(self, x: Any, z0: Any) -> AbstractContextManager[None]:
-        """Where the cell raises, say what the start was, if nobody chose it."""
+        """A context that, if the cell raises an error, adds a note about the default initial state."""
         chosen = z0 is not None or self.init is not _zeros_like
         return nullcontext() if chosen or torch.compiler.is_dynamo_compiling() else _start_unlike_z(x)
 
     def _begin(self, x: Any, z0: Any, index: Tensor | None) -> tuple[Any, tuple[dict, dict]]:
-        """Where the solve starts, and what the cell holds through it."""
+        """The initial state of the solve, and the quantities that the cell holds constant during it."""
         if index is not None and self.warm_start is None:
             raise ValueError(
                 "DEQ: index says which samples these are, for a warm start, and this layer has none: leave it "
@@ -215,7 +216,7 @@ class DEQ(nn.Module):
         warn_of_changing(self, self.cell)
         deciding = decides(self.cell)
         if isinstance(self.cell, StartingCell) and (deciding or z0 is None):
-            # What is decided has a gradient; the start has one where autograd is to see the whole solve, only.
+            # What is decided has a gradient; the initial state needs one only if autograd sees the whole solve.
             unrolled = isinstance(self.adjoint, UnrolledAdjoint)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (deciding or unrolled)):
                 cold, held = decided_in(self.cell.begin, self.cell, x)
@@ -241,7 +242,7 @@ class DEQ(nn.Module):
             return
         if torch.compiler.is_dynamo_compiling() or not under_transform():
             self.warm_start.store(value, index)
-        else:  # what is remembered outlives the transform, which would wrap it
+        else:  # the stored state outlives the transform, which would otherwise wrap it
             with torch._C._DisableFuncTorch():  # pyright: ignore[reportPrivateUsage]
                 self.warm_start.store(value, index)
 
@@ -259,15 +260,15 @@ class DEQ(nn.Module):
 
 
 def _is_mapped(*trees: Any) -> bool:
-    """Whether `torch.func.vmap` maps tensors of pytrees: no state that is remembered has its dimension."""
+    """Whether tensors of the pytrees are mapped by `torch.func.vmap`; stored states lack the mapped dimension."""
     if torch.compiler.is_dynamo_compiling() or not under_transform():
         return False
     return any(isinstance(leaf, Tensor) and is_batched(leaf) for leaf in pytree.tree_leaves(trees))
 
 
 def _of_samples(x: Any, z0: Any) -> Any:
-    """For each tensor of x the dimension that holds the samples: 0, but None for a number."""
-    # Not as sets, nor by `len`: both would fix a size that a tracer leaves open.
+    """For each tensor of x the dimension that holds the samples: 0, or None for a number."""
+    # No sets and no `len`: both would specialise a size that the tracer leaves symbolic.
     sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(z0) if isinstance(leaf, Tensor) and leaf.ndim]
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor) and leaf.ndim and any(size != leaf.shape[0] for size in sizes):
@@ -279,20 +280,21 @@ def _of_samples(x: Any, z0: Any) -> Any:
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, x)
 
 
-# One of these is in what is raised where z is not as the cell has it, by the cell, what it calls, or the solve.
-# The last ones: where a tensor is asked for an attribute, or a key of a dict, and where x is more than tensors.
+# If z does not have the form that the cell expects, the message of the resulting error (raised by the cell, what
+# it calls, or the solve) contains one of these words. The last ones are for attributes of a tensor, keys of a
+# dict, and an x that holds more than tensors.
 _OF_ITS_FORM = ["shape", "size", "dimension", "structure", "tuple", "dict", " list", "unpack", "z0"]
 _OF_ITS_FORM += ["'Tensor' object", "data type 'str'", "zeros_like()"]
 
 
 @contextmanager
 def _start_unlike_z(x: Any) -> Iterator[None]:
-    """Where the form of z may be what is wrong, tell that the start was zeros like `x`."""
+    """Add a note to errors that a wrong form of z may have caused: the initial state was zeros like `x`."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         known = isinstance(error, SolverError) or hasattr(error, "__notes__")
-        # A key or an index that is not there may be one of z, whatever the words.
+        # A missing key or index may be one of z, whatever the message says.
         of_its_form = isinstance(error, LookupError) or any(word in str(error) for word in _OF_ITS_FORM)
         if of_its_form and not known:
             first = next(iter(x), 0) if isinstance(x, dict) else 0
@@ -306,13 +308,13 @@ def _start_unlike_z(x: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Held:
-    """The cell as a function of what it holds through a solve."""
+    """The cell as a function that also takes the tensors that it holds constant during a solve."""
 
     cell: nn.Module
 
     looked_at: ClassVar[bool] = True  # by `warn_of_changing`
 
     def __call__(self, z: Any, x: Any, held: dict[str, Tensor]) -> Any:
-        # Each name is of one module: nothing is tied, and torch would leave behind what it exchanged for a module
-        # that the cell holds under two names.
+        # Each name belongs to one module, so nothing is tied. With tie_weights, torch would fail to restore the
+        # tensors of a module that the cell holds under two names.
         return functional_call(self.cell, held, (z, x), tie_weights=False)

@@ -49,7 +49,7 @@ _KINKED = (
 )
 
 
-# By the names that PyTorch's functions have.
+# The names of the corresponding functions in PyTorch.
 _KINKED_FUNCTIONS = (
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "selu"),
     *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "threshold"),
@@ -57,7 +57,7 @@ _KINKED_FUNCTIONS = (
 
 
 class SmoothnessWarning(UserWarning):
-    """A vector field is not smooth, so that solvers need shorter steps than their order promises."""
+    """A vector field is not smooth, so that solvers need more steps than their order promises."""
 
 
 def _is_traceable(layer: NeuralODE, x: Any, *args: Any, t: Any = None) -> bool:
@@ -65,48 +65,48 @@ def _is_traceable(layer: NeuralODE, x: Any, *args: Any, t: Any = None) -> bool:
 
 
 class NeuralODE(nn.Module):
-    """A layer whose output is where dy/dt = f(t, y), y(t[0]) = x, leads (Chen et al., NeurIPS 2018).
+    """A layer whose output is the solution of dy/dt = f(t, y), y(t[0]) = x (Chen et al., NeurIPS 2018).
 
-    Its parameters are those of f. What f decides once a solve (`Dropout`, `BatchNorm`, `WeightNorm`,
-    `SpectralNorm` of this package) is decided at the start of the solve and constant in it; use these, as the
-    dropout and batch norm of `torch.nn` would change f from call to call.
+    Its parameters are those of f. The random masks, statistics and weights of this package's `Dropout`,
+    `BatchNorm`, `WeightNorm` and `SpectralNorm` are decided once, at the start of the solve, and stay constant in
+    it. Use these: the dropout and batch norm of `torch.nn` would change f from call to call.
 
     Args:
         f: `f(t, y, *args)` returns dy/dt, of y's shape; y is a tensor or, without `augment` and `regularisers`, a
-            pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` make one of networks of y. Derivatives
-            within f, such as forces, are taken by `torch.func` (`grad`, `vjp`), or by autograd under
-            `torch.enable_grad()`, with `create_graph=True`.
+            pytree of them. `Autonomous`, `ConcatTime` and `TimeSequential` turn networks of y into such an f.
+            Derivatives within f, such as forces, are taken with `torch.func` (`grad`, `vjp`), or with autograd
+            under `torch.enable_grad()` and with `create_graph=True`.
         t: the times, increasing or decreasing; x is the state at the first.
-        solver, adjoint, on_failure: as in `implicitly.odeint`. The solver may be exchanged at any time, as in
+        solver, adjoint, on_failure: as in `implicitly.odeint`. The solver may be replaced at any time, as in
             `layer.solver = dataclasses.replace(layer.solver, rtol=1e-2)`.
         augment: how many zeros to append to x along dimension 1: features of `(B, n)`, channels of `(B, C, H, W)`.
-            The output keeps them; a readout takes all, or `y[:, :n]`. Dupont, Doucet and Teh, "Augmented Neural
-            ODEs", NeurIPS 2019.
-        batch_dims: 0: the whole batch is one system of common steps, and t reaches f 0-d. 1: samples have their
+            The output keeps these entries; a readout uses all, or `y[:, :n]`. Dupont, Doucet and Teh, "Augmented
+            Neural ODEs", NeurIPS 2019.
+        batch_dims: 0: the whole batch is one system with common steps, and t reaches f 0-d. 1: samples have their
             own steps, and t reaches f as `(B, 1, ..., 1)`; t may then be `(B, T)`, as in `implicitly.odeint`.
-        in_dims: which of `forward`'s `args` hold one entry a sample, as in `implicitly.odeint`. Finished samples
-            are dropped from the calls of f where it is given, or where args hold no tensor and f no buffer (those
-            of this package's modules that decide once a solve aside).
+        in_dims: which of `forward`'s `args` have one entry per sample, as in `implicitly.odeint`. Finished samples
+            are dropped from the calls of f if it is given, or if args contain no tensor and f no buffer (not
+            counting buffers of this package's modules that decide once per solve).
         regularisers: rates to integrate along the trajectory, such as `(KineticEnergy(),)`. They take no part in
-            the error control: steps and states are those without them. May be exchanged at any time, too.
+            the error control: steps and states are the same as without them. May be replaced at any time, too.
         compile: solve as one graph of `torch.compile`, as in `implicitly.odeint`.
 
     Attributes:
         solution: the `Solution` of the last forward pass, detached; `value` has all times, `(T, *y.shape)`.
-        evaluations: calls of f in the last forward pass, those of regularisers and of deciding once included; of
-            a graph, those of its steps.
-        backward_evaluations: calls of f in backward passes through the last forward pass, 0 before the first, and
-            where the solve is part of the graph of a compiled model.
+        evaluations: the number of calls of f in the last forward pass, including those of regularisers and the one
+            that decides what stays constant in a solve; for a graph, the calls of its steps.
+        backward_evaluations: the number of calls of f in backward passes through the last forward pass; 0 before
+            the first, and if the solve is part of the graph of a compiled model.
 
     Raises:
-        TypeError, ValueError: for what cannot be meant, at construction where it can be seen there; under
-            autocast, for tolerances that its dtype does not resolve, such as the default ones: loosen them, or
-            call the layer under `torch.autocast(device_type, enabled=False)`.
+        TypeError, ValueError: for invalid arguments, at construction where possible; under autocast also for
+            tolerances that its dtype does not resolve, such as the default ones: loosen them, or call the layer
+            under `torch.autocast(device_type, enabled=False)`.
 
     Warns:
-        SmoothnessWarning: f holds an activation with a kink. `torch.nn.functional` is not seen.
-        PerCallWarning: f holds a dropout or a batch norm of `torch.nn`, in training. Those that are called as
-            functions are not seen.
+        SmoothnessWarning: f contains an activation with a kink, or calls one as a function.
+        PerCallWarning: f contains a dropout or a batch norm of `torch.nn`, in training mode. Calls of
+            `torch.nn.functional` are not detected.
     """
 
     def __init__(
@@ -159,18 +159,18 @@ class NeuralODE(nn.Module):
 
     @one_break_unless(_is_traceable)
     def forward(self, x: Any, *args: Any, t: Times | None = None) -> Any:
-        """Where the trajectory from `x` `(B, ...)` leads.
+        """The solution that starts at `x` `(B, ...)`.
 
         Args:
-            args: go to f; gradients flow to their tensors.
-            t: other times than the layer's, for this call.
+            args: passed on to f; gradients flow to their tensors.
+            t: times to use in this call instead of the layer's.
 
         Returns:
-            The state at the last time where there are two, else at all, `(T, *y.shape)`; y is x with the augmented
-            entries. With regularisers, a pair of this and a tuple of their integrals from the first time to the
-            last, `(B,)` each, differentiable.
+            If there are two times, the state at the last one; otherwise the states at all, `(T, *y.shape)`, where
+            y is x with the augmented entries. With regularisers, a pair of this and a tuple of their integrals
+            from the first time to the last, `(B,)` each, differentiable.
         """
-        if t is not None and not torch.compiler.is_dynamo_compiling():  # it has been looked at
+        if t is not None and not torch.compiler.is_dynamo_compiling():  # the layer's own times have been checked
             _check_times(t, self.batch_dims)
         warn_of_changing(self, self.f)
         times = _like(self.t if t is None else t, x)
@@ -208,16 +208,16 @@ class NeuralODE(nn.Module):
 
     @property
     def evaluations(self) -> int:
-        """Calls of f in the last forward pass."""
+        """The number of calls of f in the last forward pass."""
         return self._calls.forward
 
     @property
     def backward_evaluations(self) -> int:
-        """Calls of f since then, by backward passes through it."""
+        """The number of calls of f in backward passes through the last forward pass."""
         return self._calls.total - self._calls.before
 
     def extra_repr(self) -> str:
-        """What it is solved with."""
+        """The times, the solver and the adjoint, for `repr`."""
         augment = f", augment={self.augment}" if self.augment else ""
         return f"t={self.t}, solver={self.solver}, adjoint={type(self.adjoint).__name__}{augment}"
 
@@ -232,7 +232,7 @@ class NeuralODE(nn.Module):
         return torch.cat([x, x.new_zeros(len(x), self.augment, *x.shape[2:])], dim=1)
 
     def _samples_in(self, args: tuple[Any, ...], held_dims: dict[str, int | None]) -> Any:
-        """Which dimensions of all that f depends on hold the samples; None: not known."""
+        """For all that f depends on, the dimension that holds the samples; None: not known."""
         if self.batch_dims == 0:
             return None
         dims = self.in_dims
@@ -251,7 +251,7 @@ class NeuralODE(nn.Module):
     def _held(
         self, times: Times, y: Any, args: tuple[Any, ...], calls: _Calls
     ) -> tuple[dict[str, Tensor], dict[str, int | None]]:
-        """What f decides once, found by one call at the start, if anything, and where it holds the samples."""
+        """What f decides once per solve, by one call at the start if it decides anything, and its sample dims."""
         if not any(isinstance(m, PerSolve) for m in self.f.modules()):
             return {}, {}
         first = pytree.tree_leaves(y)[0]
@@ -259,12 +259,12 @@ class NeuralODE(nn.Module):
         t0 = t0.to(device=first.device, dtype=_time_dtype(first))
         if self.batch_dims:
             t0 = t0.expand(len(first)).reshape(-1, *(1 for _ in first.shape[1:]))
-        # Not detached, as the start of an equilibrium is: here the state at the start is the input.
+        # Not detached, unlike the initial state of an equilibrium: here the initial state is the input.
         calls.total += 1
         return decide_once(self.f, t0, y, *args)
 
     def _counting(self, calls: _Calls) -> TrajectoryAdjoint | UnrolledAdjoint:
-        """The adjoint, whose graphs tell how often they call f."""
+        """The adjoint; if it runs compiled graphs, their calls of f are added to `calls`."""
         adjoint = self.adjoint
         if not (self.compile_solve and isinstance(adjoint, RecursiveCheckpointAdjoint | BacksolveAdjoint)):
             return adjoint
@@ -285,9 +285,9 @@ class NeuralODE(nn.Module):
 
 @dataclass
 class _Calls:
-    """Calls of f: seen so far, of them before the backward pass, and in the forward pass.
+    """Counts the calls of f: in total, those of them before the backward pass, and those in the forward pass.
 
-    `looks_for_kinks` is whether the next one, the first of its layer, is to be looked at.
+    `looks_for_kinks` says whether to check the next call, the first of its layer, for functions with kinks.
     """
 
     total: int = 0
@@ -296,13 +296,13 @@ class _Calls:
     looks_for_kinks: bool = False
 
     def after_forward(self, evaluations: int) -> None:
-        """The solve is done; it counted `evaluations`, which is all there is to know of those in a graph."""
+        """Note the end of the solve, which counted `evaluations`: the only count there is for calls in a graph."""
         self.before, self.forward = self.total, max(self.total, evaluations)
 
 
 @dataclass(frozen=True)
 class _Field:
-    """f with the rates of the regularisers, as a function of all that it depends on; counts the calls of f."""
+    """f with the rates of the regularisers, as a function of everything they depend on; counts the calls of f."""
 
     f: nn.Module
     regularisers: tuple[Regulariser, ...]
@@ -314,7 +314,7 @@ class _Field:
         def call(t: Tensor, y: Any) -> Any:
             if not held:
                 return self.f(t, y, *args)
-            # As for an equilibrium: each name is of one module, and torch would not restore tied ones.
+            # As in `DEQ`: each name belongs to one module, and torch would not restore tied ones.
             return functional_call(self.f, held, (t, y, *args), tie_weights=False)
 
         def f(t: Tensor, y: Any) -> Any:
@@ -338,7 +338,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Leading:
-    """A norm that sees the first `width` columns only."""
+    """A norm of the first `width` columns only."""
 
     norm: Norm
     width: int
@@ -348,8 +348,8 @@ class _Leading:
 
 
 def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta:
-    """The solver for a state of y and an integral for each sample, of which only y counts as an error."""
-    if not isinstance(solver, Method):  # `odeint` refuses it
+    """The solver for a state of y and the regularisers' integrals, with error control on y alone."""
+    if not isinstance(solver, Method):  # `odeint` raises the error
         return solver
     if solver.splits:
         raise ValueError(
@@ -372,16 +372,16 @@ def _count(t: Times) -> int:
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:
-    """In what `odeint` keeps times beside a state of x's dtype."""
+    """The dtype in which `odeint` keeps times, given a state of x's dtype."""
     return torch.float32 if x.dtype in LOW_PRECISION else real_dtype(x.dtype)
 
 
 def _like(t: Times, x: Any) -> Times:
-    """`t` in the dtype and on the device that x needs, but where it is a tuple of times that all samples share."""
+    """`t` in the dtype and on the device that x needs; a tuple of times that all samples share stays as it is."""
     first = pytree.tree_leaves(x)[0]
     if isinstance(t, np.ndarray):
         t = torch.from_numpy(t)
-    elif not isinstance(t, Tensor):  # of each sample, rows of numbers or tensors
+    elif not isinstance(t, Tensor):  # with times per sample, rows of numbers or tensors
         if isinstance(t[0], Sequence):
             t = torch.tensor(t, dtype=torch.float64, device="cpu")
         elif isinstance(t[0], Tensor) and t[0].ndim:
@@ -392,10 +392,10 @@ def _like(t: Times, x: Any) -> Times:
 
 
 def _check_times(t: Any, batch_dims: int) -> None:
-    """Raise TypeError / ValueError for what cannot be times, whatever x will be."""
+    """Raise TypeError / ValueError for times that are invalid, whatever x will be."""
     if not isinstance(t, Tensor | np.ndarray | Sequence) or isinstance(t, str):
         raise TypeError(f"t must be a tensor, an array or a sequence of times, got a {type(t).__name__}")
-    if not isinstance(t, Tensor):  # as numbers: of a tensor among them, this is not what a derivative reaches
+    if not isinstance(t, Tensor):  # only the numbers are checked; derivatives reach the original tensors, not this
         t = torch.tensor(
             [x.tolist() if isinstance(x, Tensor | np.ndarray) else x for x in t], dtype=torch.float64, device="cpu"
         )
@@ -410,7 +410,7 @@ def _check_times(t: Any, batch_dims: int) -> None:
 
 
 class _Kinks(TorchFunctionMode):
-    """Notes the functions called whose derivative jumps."""
+    """Records which functions with a kink (a jump of the derivative) are called."""
 
     def __init__(self):
         super().__init__()
@@ -423,13 +423,13 @@ class _Kinks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def warn(self) -> None:
-        """Tell of those seen."""
+        """Warn of the functions seen."""
         if self.seen:
             _warn_of("calls " + ", ".join(self.seen))
 
 
 def _warn_of_kinked_modules(f: nn.Module) -> bool:
-    """Tell of modules of f whose derivative jumps; whether there are any."""
+    """Warn of modules of f whose derivative jumps; returns whether there are any."""
     kinked = [(name, type(m).__name__) for name, m in f.named_modules() if isinstance(m, _KINKED)]
     if kinked:
         _warn_of("contains " + ", ".join(f"{kind} ({name})" if name else kind for name, kind in kinked))

@@ -1,4 +1,4 @@
-"""Vector fields of mechanics, given by a scalar function, such as a network: a Hamiltonian or a Lagrangian."""
+"""Vector fields of mechanics, derived from a scalar function such as a network: a Hamiltonian or a Lagrangian."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from implicitly.tree import LOW_PRECISION
 class HamiltonianField(nn.Module):
     """Hamiltonian dynamics: dq/dt = dH/dp, dp/dt = -dH/dq, so that H stays constant along the motion.
 
-    It is a vector field for `odeint`, with `batch_dims` 0 and 1 alike. Its parameters are those of H. It can be
+    It is a vector field for `odeint`, with either value of `batch_dims`. Its parameters are those of H. It can be
     differentiated to any order, so H can be trained through a trajectory. A state may also be a pair (q, p) of
-    tensors `(..., n)`, which symplectic methods such as `Leapfrog` need; these require H = T(p) + V(q).
+    tensors `(..., n)`, as symplectic methods such as `Leapfrog` need; these methods require H = T(p) + V(q).
 
     Args:
         hamiltonian: `hamiltonian(y, *args)` maps states `(..., 2n)`, coordinates q followed by canonical momenta
@@ -55,9 +55,9 @@ class HamiltonianField(nn.Module):
 class LagrangianField(nn.Module):
     """Lagrangian dynamics: dq/dt = v, and dv/dt from the Euler-Lagrange equation d/dt dL/dv = dL/dq.
 
-    That is M dv/dt = dL/dq - (d2L/dv dq) v with M = d2L/dv2. It is a vector field for `odeint`, with `batch_dims`
-    0 and 1 alike. Its parameters are those of L. It does not need canonical momenta: states are coordinates and
-    their velocities. Where M is singular the acceleration is NaN, which `odeint` reports as `Status.NON_FINITE`.
+    That is M dv/dt = dL/dq - (d2L/dv dq) v with M = d2L/dv2. It is a vector field for `odeint`, with either value
+    of `batch_dims`. Its parameters are those of L. It needs no canonical momenta: states are coordinates and their
+    velocities. Where M is singular, the acceleration is NaN, which `odeint` reports as `Status.NON_FINITE`.
 
     Args:
         lagrangian: `lagrangian(y, *args)` maps states `(..., 2n)`, coordinates q followed by velocities v, to
@@ -82,7 +82,7 @@ class LagrangianField(nn.Module):
         velocity = y.chunk(2, dim=-1)[1]
         n = velocity.shape[-1]
         slope, pull = vjp(lambda y: self._slope(y, *args), y)[:2]
-        # Row i of the Jacobian of p = dL/dv, the second half of the slope: how p_i depends on q and v.
+        # Row i of the Jacobian of p = dL/dv (the second half of the slope): the derivative of p_i by q and v.
         directions = torch.eye(2 * n, dtype=y.dtype, device=y.device)[n:].reshape(
             n, *(1 for _ in y.shape[:-1]), 2 * n
         )
@@ -100,7 +100,7 @@ class LagrangianField(nn.Module):
         return self._slope(y, *args).chunk(2, dim=-1)[1]
 
     def energy(self, y: Tensor, *args: Any) -> Tensor:
-        """p v - L `(...)` at `y` `(..., 2n)`, which stays constant along the motion."""
+        """The energy p v - L `(...)` at `y` `(..., 2n)`, which stays constant along the motion."""
         velocity = y.chunk(2, dim=-1)[1]
         return (self.momentum(y, *args) * velocity).sum(-1) - self._value(y, *args)
 
@@ -113,7 +113,7 @@ class LagrangianField(nn.Module):
 
 
 def _joined(y: Any) -> Tensor:
-    """`y`, or the tensors of a pair (q, p) side by side; raises ValueError for what is neither."""
+    """`y`, or the tensors of a pair (q, p) concatenated; raises ValueError for anything else."""
     if isinstance(y, Tensor):
         return y
     flat = pytree.tree_leaves(y)
@@ -132,7 +132,7 @@ def _check_state(y: Tensor, pairs: str) -> None:
 
 
 def _scalar(value: Tensor, y: Tensor, name: str) -> Tensor:
-    """The `value` `(...)` or `(..., 1)` of states `y` `(..., 2n)`, in the shape `(...)`."""
+    """The `value` `(...)` or `(..., 1)` of states `y` `(..., 2n)`, reshaped to `(...)`."""
     batch = y.shape[:-1]
     if value.shape == (*batch, 1):
         return value.squeeze(-1)

@@ -1,6 +1,6 @@
-"""Whether a module can be the cell of an equilibrium or the vector field of a trajectory, as far as can be seen.
+"""Checks whether a module can be the cell of an equilibrium or the vector field of a trajectory.
 
-A solver calls it many times and takes all calls for one function of two inputs.
+A solver calls it many times and assumes that all calls are the same function of two inputs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from implicitly.nn.per_solve import PerSolve
 
 
 def check_takes_two(module: nn.Module, takes: str, remedy: str) -> None:
-    """Raise TypeError where `module` cannot be called as `takes` says, with two arguments, as a plain network."""
+    """Raise TypeError if `module` cannot be called with two arguments, as `takes` says, like a plain network."""
     try:
         signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):  # not written in Python, such as that of a scripted module: not to be known
+    except (TypeError, ValueError):  # not written in Python, such as that of a scripted module: cannot be checked
         return
     try:
         signature.bind_partial(None, None)
@@ -34,7 +34,7 @@ def check_takes_two(module: nn.Module, takes: str, remedy: str) -> None:
 
 
 class Layer(Protocol):
-    """A layer that solves, and has looked, or not yet, at what it calls in training."""
+    """A layer that solves, and remembers whether it has checked its module for changes in training."""
 
     batch_dims: int
     training: bool
@@ -42,8 +42,10 @@ class Layer(Protocol):
 
 
 def warn_of_changing(layer: Layer, module: nn.Module) -> None:
-    """Tell, when a layer first trains, of modules in what it calls that drop out or iterate anew in every call or,
-    where samples are solved one by one, couple them."""
+    """Warn, when a layer first trains, of submodules that make `module` another function in every call.
+
+    These drop out or take power iterations anew in every call or, if samples are solved one by one, couple them.
+    """
     if torch.compiler.is_dynamo_compiling() or not layer.training or layer._looked_for_changes:
         return
     layer._looked_for_changes, per_sample = True, layer.batch_dims == 1
@@ -62,7 +64,7 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
 
 
 def _changes(module: nn.Module, per_sample: bool) -> bool:
-    """Whether it does; what decides once a solve is made to by the layer."""
+    """Whether `module` changes from call to call; a `PerSolve` does not, as it decides once per solve."""
     if isinstance(module, PerSolve):
         return False
     couples = per_sample and isinstance(module, _BatchNorm)
@@ -70,7 +72,7 @@ def _changes(module: nn.Module, per_sample: bool) -> bool:
 
 
 def _iterates_by_hook(module: nn.Module) -> bool:
-    """Whether its weight is from `torch.nn.utils.spectral_norm`, which is no module but a hook."""
+    """Whether its weight comes from `torch.nn.utils.spectral_norm`, which is a hook rather than a module."""
     return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 

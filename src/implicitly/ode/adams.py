@@ -1,4 +1,4 @@
-"""Adams' methods: a polynomial through past slopes predicts, the slope it leads to corrects."""
+"""Adams methods: a polynomial through past slopes predicts the state, and the slope there corrects it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from implicitly.ode.problem import Field
 from implicitly.ode.runge_kutta import Bosh3, Dopri5, Dopri8, RungeKutta
 from implicitly.transforms import unwrapped
 
-# What takes the first steps; its order may be one less, as these are few.
+# The methods for the first steps; their order may be lower by one, as these steps are few.
 STARTERS: dict[int, type[RungeKutta]] = {2: Bosh3, 3: Bosh3, 4: Dopri5, 5: Dopri5, 6: Dopri8, 7: Dopri8, 8: Dopri8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adams(Method):
-    """The predictor-corrector method of Adams, Bashforth and Moulton, of the given order; two calls of f a step.
+    """The Adams-Bashforth-Moulton predictor-corrector method of the given order; two calls of f per step.
 
-    The polynomial through the slopes at the state and at the p - 2 states before is integrated to predict the next
-    state, f is called there, and the polynomial through that slope too is integrated to correct it (PECE, with
-    local extrapolation). The error estimate is the difference to the corrector of order p - 1. Steps may be of any
-    length: the coefficients of each sample follow from the lengths it took. The first p - 2 steps are those of a
-    Runge-Kutta method.
+    The polynomial through the slopes at the state and at the p - 2 states before it is integrated to predict the
+    next state; f is called there, and the polynomial that also goes through this slope is integrated to correct
+    the prediction (PECE, with local extrapolation). The error estimate is the difference to the corrector of order
+    p - 1. Steps may have any length: the coefficients of each sample follow from the lengths of its past steps.
+    The first p - 2 steps are taken by a Runge-Kutta method.
 
-    It pays where f is costly, the tolerance is tight and the solution smooth; where steps are rejected often, or
-    a solve takes few of them, a Runge-Kutta method needs fewer calls.
+    It pays off if f is costly, the tolerance tight and the solution smooth. If steps are often rejected, or if a
+    solve takes few steps, a Runge-Kutta method needs fewer calls.
 
     Args:
         order: order p of the method, from 2 (which is Heun's method) to 8.
-        controller: as of every method, but lengths at most double: the past reaches only so far ahead.
+        controller: as for every method, except that lengths at most double, since past slopes predict only so far.
 
     Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, section III.5; Shampine
     and Gordon, "Computer Solution of Ordinary Differential Equations", 1975.
@@ -67,12 +67,12 @@ class Adams(Method):
         return True
 
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
-        """Lengths of the steps before `(B, p - 2)`, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
+        """The lengths `(B, p - 2)` of past steps, 0 where there were none yet, and p - 1 slopes `(B, n)`."""
         unknown = self.order - 2
         return (y.new_zeros(y.shape[0], unknown), k, *(torch.zeros_like(k) for _ in range(unknown)))
 
     def slope(self, memory: Memory) -> Tensor:
-        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        """The slope `(B, n)` at the state that goes with `memory`."""
         return memory[1]
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
@@ -98,7 +98,7 @@ class Adams(Method):
     def _corrected(
         self, F: Field, t: Array, dt: Array, y: Tensor, lengths: Tensor, slopes: Sequence[Tensor]
     ) -> Step:
-        """A step by the past `slopes`; its stages are those, and the defect of what they foretold."""
+        """A step from the past `slopes`; its stages are these, and the defect of the slope that they predicted."""
         found = integrals(_past(lengths, dt), dt, library(dt).ones_like(dt)[:, None])
         (moment,) = F.f_times(stage_times(t, dt, (1.0,)))
         predicted = y
@@ -118,7 +118,8 @@ class Adams(Method):
     def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
         """The states `(B, W, n)` at t + part dt, for `part` `(B, W)`: the dense output.
 
-        The integral of the corrector's polynomial, for no call of f; that of the Runge-Kutta method at first.
+        It is the integral of the corrector's polynomial, without calls of f; in the first steps, it is the dense
+        output of the Runge-Kutta method.
         """
         lengths, *stages = step.stages
         fresh = _fresh(lengths, step.dt)
@@ -139,7 +140,7 @@ class Adams(Method):
 
 
 def _fresh(lengths: Tensor, dt: Array) -> Array:
-    """Which samples `(B,)` have too few steps behind them; of those that do not move, none."""
+    """Which samples `(B,)` have taken too few steps so far; samples that do not move are not counted."""
     if lengths.shape[1] == 0:
         return filled(dt, 0, "bool")
     oldest = lengths[:, -1].detach() if isinstance(dt, Tensor) else to_host(lengths)[:, -1]
@@ -147,8 +148,8 @@ def _fresh(lengths: Tensor, dt: Array) -> Array:
 
 
 def _shares(fresh: Array, dt: Array) -> tuple[Array | None, Array | None]:
-    """The lengths of the `fresh` samples' steps and of the others', each 0 for the rest; None: there are none."""
-    # On an accelerator this waits, which takes less time than the calls of f that the other kind of step makes.
+    """The step lengths of the `fresh` samples and those of the others, each 0 elsewhere; None: there are none."""
+    # Waiting for an accelerator here takes less time than the calls of f that the other kind of step would make.
     seen = unwrapped(fresh) if isinstance(fresh, Tensor) else fresh
     looks = not torch.compiler.is_dynamo_compiling()
     if looks and not bool(seen.any()):
@@ -160,14 +161,14 @@ def _shares(fresh: Array, dt: Array) -> tuple[Array | None, Array | None]:
 
 
 def _past(lengths: Tensor, dt: Array) -> Array:
-    """How long before the state each slope was `(B, k)`, with the sign of dt; an array of the kind of `dt`."""
+    """How long `(B, k)` before the state each slope was, with the sign of dt; an array of the kind of `dt`."""
     xp = library(dt)
-    before = lengths if isinstance(dt, Tensor) else to_host(lengths)  # they move with what makes dt move
+    before = lengths if isinstance(dt, Tensor) else to_host(lengths)  # differentiable if dt is
     return xp.concatenate((xp.zeros_like(dt)[:, None], xp.cumsum(before, 1)), 1)
 
 
 class Integrals(NamedTuple):
-    """What slopes are multiplied with, to integrate polynomials over the first `part` `(B, W)` of a step."""
+    """The weights of slopes that integrate polynomials over the first `part` `(B, W)` of a step."""
 
     slopes: Array  # (B, k, W) the polynomial through the past slopes
     end: Array  # (B, k, W) the same polynomial, not integrated, where `part` ends
@@ -178,8 +179,8 @@ class Integrals(NamedTuple):
 def integrals(past: Array, dt: Array, part: Array) -> Integrals:
     """The integrals over `part` `(B, W)` of steps dt `(B,)`, with slopes at times -`past` `(B, k)`, and at dt.
 
-    By Gauss' quadrature, which is exact for polynomials. No length is divided by but those in the past and their
-    sums with dt, so that steps of length 0 do no harm.
+    Computed by Gauss quadrature, which is exact for these polynomials. The only divisors are past lengths and
+    their sums with dt, so that steps of length 0 do no harm.
     """
     xp, count = library(dt), past.shape[1]
     nodes, weights = _quadrature(count, dt.dtype, dt.device if isinstance(dt, Tensor) else None)
@@ -188,13 +189,13 @@ def integrals(past: Array, dt: Array, part: Array) -> Integrals:
     shape, width, length = x.shape, part * dt[:, None], dt[:, None, None]
     x = x.reshape(shape[0], 1, shape[1] * shape[2])
     factors = x * length + past[:, :, None]  # (B, k, W m)
-    # Lagrange's polynomial of a slope is the product of the factors of the others, over its own value there.
+    # The Lagrange polynomial of a slope is the product of the factors of the others, divided by its value there.
     apart = xp.prod(_safe(past[:, None, :] - past[:, :, None]), 2)
     bases = xp.ones_like(factors)
     for i in range(count):
         bases = bases * xp.where(own[i][:, None], 1.0, factors[:, i : i + 1])
     bases = (bases / apart[:, :, None]).reshape(shape[0], count, *shape[1:])
-    # The defect counts as the product of the factors over its value at dt, that of the first slope being x.
+    # The defect is weighted by the product of the factors over its value at dt; the first slope's factor is x.
     ratios = factors[:, 1:] / _safe(length + past[:, 1:, None])
     lower, product = xp.ones_like(x), x
     for i in range(count - 1):
@@ -204,19 +205,21 @@ def integrals(past: Array, dt: Array, part: Array) -> Integrals:
 
 
 def _safe(x: Array) -> Array:
-    """`x`, or 1 where that is 0: of samples whose past is not known, which do not use it."""
+    """`x`, with 1 in place of 0, for samples without a past, which do not use the result."""
     return library(x).where(x == 0, 1.0, x)
 
 
 @remembered(16)
 def _quadrature(count: int, dtype: Any, device: torch.device | None) -> Array:
-    """For `count` past slopes: nodes of Gauss' quadrature on [0, 1] and 1, and their weights, `(2, m)`. NumPy's
-    where there is no device."""
+    """For `count` past slopes: the nodes of Gauss quadrature on [0, 1] and 1, and their weights, `(2, m)`.
+
+    A NumPy array if there is no device.
+    """
     nodes, weights = gauss(count // 2 + 1)
     both = ((*nodes, 1.0), (*weights, 0.0))
     if device is None:
         return np.array(both, dtype=dtype)
-    # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+    # One number at a time: the compiler fails to declare a constant tensor inside a loop's body.
     numbers = (torch.full((), x, dtype=dtype, device=device) for row in both for x in row)
     return torch.stack(list(numbers)).reshape(2, -1)
 

@@ -1,4 +1,4 @@
-"""How a trajectory is differentiated: exactly, step by step, or through every operation."""
+"""How a trajectory is differentiated: exactly, step by step, or by unrolling every operation."""
 
 from __future__ import annotations
 
@@ -66,64 +66,67 @@ from implicitly.transforms import (
     unwrapped,
 )
 
-# Where in `Integrated` the times are that samples got to; and where in what `_Trajectory` gives those of events.
+# The index in `Integrated` of the times that samples reached, and that of the times of events in the outputs of
+# `_Trajectory`.
 REACHED = Integrated._fields.index("t")
 EVENTS = USUAL + len(Taken._fields)
 
-# At most so many steps, and steps from states of so many bytes together, are pulled back through at once.
+# One call of autograd pulls back through at most this many steps, from states of at most this many bytes together.
 AT_ONCE = 4
 AT_ONCE_BYTES = 2**13
 
-# Announces how a solve ended whose samples did not all reach the end: the method, what it found, the calls of f.
+# Called after a solve where some sample did not reach the end, with the method, the result, a `Halt` that helps to
+# explain it, and the number of calls of f.
 Report = Callable[[Method, Integrated, Halt, int], None]
 
 
 def _unnoted() -> Callable[[], AbstractContextManager[None]]:
-    """Of what needs no notes, as nobody calls f once more."""
+    """The default `snapshot`: restores nothing, for solves after which f is not called again."""
     return nullcontext
 
 
 class TrajectoryAdjoint(ABC):
-    """Solves in the way its derivative needs, and attaches that derivative."""
+    """Base class: solves a trajectory in the way its derivative needs, and attaches that derivative."""
 
     recording = False
-    hybrid = False  # whether it knows of events and of times to be hit
+    hybrid = False  # whether it supports events and `tstops`
 
     @abstractmethod
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
-        """The trajectory, its `values` differentiable, and the calls of f."""
+        """The trajectory, with differentiable `values`, and the number of calls of f."""
 
 
 @dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
-    """The exact derivative of the discrete solution, from its steps taken once more, one or a few at a time.
+    """The exact derivative of the discrete solution (discretise-then-optimise), with checkpointing.
 
-    A solve keeps the lengths of its steps, and its state before some of them: memory grows with the square root
-    of their number. Backwards, the states between are computed again from the last one kept, and each step is
-    pulled back through by itself; up to four at once where states are of two kilobytes at most. Step lengths are
-    constants of the derivative; that of a time moves the ends of the first and the last step. Griewank and
-    Walther, "Evaluating Derivatives", chapter 12.
+    The forward solve keeps the lengths of its steps, and its state before some of them: memory grows with the
+    square root of the number of steps. The backward pass recomputes the states in between from the last one kept
+    and backpropagates through each step separately, or through up to four at once if states take at most two
+    kilobytes. Step lengths are constants for the derivative; the derivative with respect to a time moves the start
+    of the first or the end of the last step. Griewank and Walther, "Evaluating Derivatives", chapter 12.
 
-    The step lengths are held fixed, so this is the exact derivative of that sequence of steps. Where the solution
-    jumps and a parameter moves the jump (stiff relaxation oscillators), that can be off by a factor although the
-    solution is accurate: a neighbouring solution would jump inside a long step. `arc_length=True` fixes the steps'
-    arc lengths instead, so that they move with the jump.
+    With step lengths held fixed, this is the exact derivative of that sequence of steps. Where the solution jumps
+    and a parameter moves the jump (stiff relaxation oscillators), it can be wrong by a factor although the
+    solution is accurate, because a neighbouring solution would jump inside a long step. `arc_length=True` fixes
+    the arc lengths of the steps instead, so that the steps move with the jump.
 
-    The steps of a short solve by an explicit method are recorded by autograd while they are taken, as long as that
-    takes at most `keep_bytes`. Its backward pass then takes no step again. Second derivatives and transforms of
-    `torch.func` do not use such a recording, and under hooks on saved tensors, such as those of
-    `torch.utils.checkpoint`, none is made.
+    For a short solve with an explicit method, autograd records the steps while they are taken, as long as the
+    recording needs at most `keep_bytes`. The backward pass then repeats no step. Second derivatives and
+    `torch.func` transforms do not use such a recording, and none is made under hooks on saved tensors, such as
+    those of `torch.utils.checkpoint`.
 
-    The backward pass is differentiable again, and forward mode goes through the noted steps. The time of an event
-    moves with all that it depends on, by the implicit function theorem.
+    The backward pass is itself differentiable, and forward mode goes through the recorded sequence of steps. The
+    time of an event is differentiated by the implicit function theorem, with respect to all that it depends on.
 
-    Where `compile=True` made one graph of a solve, the backward pass is a graph, too. Derivatives of it and
-    transforms of `torch.func` run eagerly.
+    Where `compile=True` made one graph of a solve, the backward pass is a graph, too. Second derivatives and
+    `torch.func` transforms run eagerly.
 
     Args:
-        arc_length: whether derivatives take the arc lengths of adaptive steps for constant, not the times that
-            they take.
-        listen: is told how often a backward pass that is a graph calls f, which f itself could not count.
+        arc_length: whether derivatives hold the arc lengths of adaptive steps fixed, instead of their lengths in
+            time.
+        listen: a function that receives the number of calls of f in a compiled backward pass, where f cannot count
+            them itself.
         keep_bytes: the most bytes of recorded steps that are kept for the backward pass, beside the states that a
             longer solve keeps; 0: none are.
     """
@@ -143,11 +146,11 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         check_count(name, "keep_bytes", self.keep_bytes, least=0)
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
-        """The trajectory, its `values` differentiable, and the calls of f."""
+        """The trajectory, with differentiable `values`, and the number of calls of f."""
         return self.attached(self.work(method, problem, report), problem)
 
     def work(self, method: Method, problem: Problem, report: Report) -> Work:
-        """The solve of a `problem`, to be differentiated so."""
+        """The `Work` that solves and differentiates a `problem` in this way."""
         return Work(
             method,
             problem.field,
@@ -164,7 +167,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         )
 
     def attached(self, work: Work, problem: Problem) -> tuple[Integrated, int]:
-        """What `work` finds, its `values` differentiable, and the calls of f."""
+        """The result of `work`, with differentiable `values`, and the number of calls of f."""
         k0 = None if problem.k0 is None else problem.k0.detach()
         inputs = (problem.rows(problem.times), problem.y0, k0, *problem.theta)
         if not any(x is not None and is_recorded(x) for x in inputs):
@@ -180,13 +183,13 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
 @dataclass
 class Work:
-    """A solve to be differentiated: how it is done, and what it leaves.
+    """A solve that will be differentiated: how it is done, and what it leaves for its derivative.
 
-    With a `key` it is to be one graph, see `Problem` for that and its `check`; `as_graph` says whether it was.
-    `keep` is as of `Condition`. `known` is what it finds, the states got to, and the calls that took, where it has
-    been done before. `failed` says whether any sample failed, and `warns` whether to warn of those that make a
-    gradient NaN. `most` is how many events any sample had. With a `meter` the steps are recorded while they are
-    taken, and `kept` is that recording.
+    With a `key` it should run as one graph (see `Problem` for the key and for `check`); `as_graph` says whether it
+    did. `snapshot` is that of `Condition`. `known` holds the result, the final states and the number of calls if
+    the solve has been done before. `failed` says whether any sample failed, and `warns` whether to warn about
+    those that make a gradient NaN. `most` is the largest number of events that any sample had. With a `meter`,
+    autograd records the steps while they are taken, and `kept` is that recording.
     """
 
     method: Method
@@ -212,43 +215,44 @@ class Work:
 
     @property
     def can_be_kept(self) -> bool:
-        """Whether the steps are such that autograd may record them while they are taken."""
+        """Whether autograd may record the steps of this solve while they are taken."""
         return self.method.nodes is not None and self.key is None and not self.hybrid
 
     @property
     def hybrid(self) -> bool:
-        """Whether steps end elsewhere than at times known; the times got to are then differentiable."""
+        """Whether steps may end at times not known in advance; the times reached are then differentiable."""
         return bool(self.events or self.method.tstops or self.arc_length)
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where in what `_Trajectory` gives is what has a derivative: `outputs`."""
+        """The indices of those outputs of `_Trajectory` that have a derivative, in the order of `outputs`."""
         return (0, REACHED, EVENTS)[: 3 if self.events else 2 if self.hybrid else 1]
 
     @property
     def graphs(self) -> tuple[Hashable, Callable[..., Stepper]]:
-        """What graphs are kept under, and what takes their steps; they may outlive what a solve leaves.
+        """The key that graphs are cached under, and the function that makes their stepper.
 
-        That of the solve is the same whatever its derivative takes for constant.
+        Graphs may outlive a solve, so the stepper holds nothing that belongs to this one. The graph of the solve
+        does not depend on what its derivative holds constant.
         """
         bare = replace(self, record=None, check=None, listen=None, report=silent, known=None, snapshot=_unnoted)
         return (self.key, self.method), partial(bare.stepper, False)
 
     def run(self, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Integrated:
-        """Solve through `times` `(B, T)`; the slope `k0` at `y0` is None where a graph is to find it."""
+        """Solve through `times` `(B, T)`; `k0`, the slope at `y0`, is None if the graph evaluates it."""
         found = None
         if self.key is not None:
             key, stepper = self.graphs
             found = integrate_as_graph(key, stepper, times, y0, theta, self.record, self.check)
             if found is None and self.record is not None:
-                self.record = Record()  # without what a graph that could not go on had noted
+                self.record = Record()  # drops what the graph recorded before it had to give up
         self.as_graph = found is not None
-        known, self.known = self.known, None  # as an output of autograd's it would refer to this
+        known, self.known = self.known, None  # a reference cycle otherwise: an output of autograd refers to this
         found, y, calls = found or known or self._stepwise(times, y0, k0, *theta)
         self.calls += calls
         if found.event_times is not None:
             self.most = found.event_times.shape[1]
-        # Looked at now that an accelerator was waited for anyway, so that a derivative need not wait.
+        # Checked here, where the host has waited for the accelerator anyway, so that the derivative need not wait.
         usual = not bool(to_host(found.status).any())  # all CONVERGED, which is 0
         self.failed = not usual and not bool(is_success(found.status).all())
         if not usual:
@@ -257,7 +261,7 @@ class Work:
         return found
 
     def run_kept(self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor) -> Integrated:
-        """As `run`, with a recording of the steps that the first backward pass uses, unless that is too large."""
+        """Like `run`, but records the steps for the first backward pass, unless the recording gets too large."""
         inputs = (times, y0, *theta)
         start, slope = y0.detach().requires_grad_(), k0.detach().requires_grad_()
         leaves = tuple(x if stays(x, inputs) else x.detach().requires_grad_(x.requires_grad) for x in theta)
@@ -266,17 +270,17 @@ class Work:
         meter, self.meter, record = self.meter, None, self.record
         assert meter is not None
         assert record is not None
-        # As for `solve_unrolled`: a graph with NaN in it is of no use.
+        # As in `solve_unrolled`, a graph that contains NaN is of no use.
         if not (meter.full or self.failed) and record.clean and found.values.requires_grad:
             self.kept = Kept(found.values, start, slope, leaves, meter.spent)
         return found._replace(values=found.values.detach())
 
     def _tried(self, times: Tensor, theta: tuple[Tensor, ...], found: Integrated, y: Tensor) -> Step:
-        """One more step tried from where a solve through `times` ended, the states `y` `(B, n)`."""
+        """One more step, tried from the states `y` `(B, n)` where a solve through `times` ended."""
         host = is_cpu(times)
         stepper = self.stepper(host, torch.stack([found.t, times[:, -1]], dim=1), *theta)
         slope, length = stepper.bound.F.at(stepper.begin, y), found.length
-        if self.method.dt is None:  # what was tried last and met NaN or inf was at most so much longer
+        if self.method.dt is None:  # the last try, which met NaN or inf, was at most this much longer
             met = found.status == int(Status.NON_FINITE)
             length = torch.where(met, length / self.method.controller.shrink, length)
         start = stepper.start(y, slope, to_host(length) if host else length)
@@ -298,8 +302,10 @@ class Work:
     def _planned(
         self, times: Tensor, y0: Tensor, k0: Tensor, *theta: Tensor
     ) -> tuple[Integrated, Tensor, int] | None:
-        """The solve by steps that are known before; None where they are not, or where one fails: which and when
-        is found by those that look after each step."""
+        """The solve with steps that are planned in advance; None if that is impossible, or if a sample fails.
+
+        Which sample failed, and when, is then found by the loop that checks after each step.
+        """
         plan = None if self.hybrid else planned(self.method, times)
         if plan is None:
             return None
@@ -314,13 +320,13 @@ class Work:
 
     @property
     def metered(self) -> Callable[..., Field]:
-        """The field, whose calls are counted while they are recorded."""
+        """The field, with its calls measured by the `meter` if there is one."""
         return self.field if self.meter is None else self.meter.of(self.field)
 
     def stepper(
         self, host: bool, times: Tensor, *theta: Tensor, once: bool = False, moving: bool | None = None
     ) -> Stepper:
-        """What takes the steps at these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
+        """The stepper for these inputs; see `Field` for `once`, and `Stepper` for `moving`."""
         bound = Bound(self.metered, theta, self.sample_dims, once)
         if self.hybrid:
             return HybridStepper(
@@ -331,7 +337,7 @@ class Work:
     def swept(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
-        """What `sweep` gives, 0 where no sample finished."""
+        """The result of `sweep`, or zeros if no sample finished."""
         if (kept := self.kept) is not None:
             retain = keeps_graph()
             self.kept = kept if retain else None
@@ -346,7 +352,7 @@ class Work:
     def _swept(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...], wanted: list[int], *bars: Tensor
     ) -> list[Tensor]:
-        """What `sweep` gives, as one graph where the solve was one."""
+        """The result of `sweep`, computed as one graph if the solve was one."""
         record = self.record
         assert record is not None
         if self.as_graph and steps[0].numel():
@@ -363,9 +369,11 @@ class Work:
     def outputs(
         self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor
     ) -> tuple[Tensor, ...]:
-        """The values `(B, T, n)` of noted steps, by plain differentiable operations; where `hybrid` the times
-        `(B,)` they got to; and where events are watched their times `(B, K)`, 0 behind the last. 0 for failed
-        samples."""
+        """The outputs of the recorded steps, computed again by plain differentiable operations.
+
+        These are the values `(B, T, n)`; if `hybrid`, the times `(B,)` reached; and if there are events, their
+        times `(B, K)`, with 0 after the last. All are 0 for failed samples.
+        """
         inputs = (times, y0, *theta)
         if (self.failed or len(y0) == 0) and not maybe_any(ended.finished):
             values, *others = self.shapes(times, y0)
@@ -381,21 +389,21 @@ class Work:
         return (values, t, torch.where(ended.finished[:, None], events, 0.0)) if self.events else (values, t)
 
     def shapes(self, times: Tensor, y0: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Those of `outputs`."""
+        """The shapes of `outputs`."""
         batch, count = len(y0), 3 if self.events else 2 if self.hybrid else 1
         return ((batch, times.shape[1], y0.shape[1]), (batch,), (batch, self.most))[:count]
 
     def joined(self, steps: tuple[Tensor, ...], ended: Ended, times: Tensor, y0: Tensor, *theta: Tensor) -> Tensor:
-        """`outputs` as one tensor, each flattened, one behind the other."""
+        """`outputs`, flattened and concatenated to one tensor."""
         return torch.cat([x.flatten() for x in self.outputs(steps, ended, times, y0, *theta)])
 
     def _of_good(
         self, steps: tuple[Tensor, ...], ended: Ended, inputs: tuple[Tensor, ...]
     ) -> tuple[Work, tuple[Tensor, ...], Ended, tuple[Tensor, ...]]:
-        """The same solve, with all that one that finished did and had in the place of each sample that failed.
+        """The same solve, with each failed sample replaced by one that finished (its steps, states and inputs).
 
-        Of args that may hold the samples or not, nothing can be in the place of anything. There that is done for
-        samples that took no step alone: f has no slope where they are, while others are where it had one.
+        If it is not known which args have one entry per sample, the args cannot be replaced. Then only samples
+        that took no step are replaced: f has no slope at their states, while it had one at those of the others.
         """
         if not self.failed:
             return self, steps, ended, inputs
@@ -408,7 +416,7 @@ class Work:
         return replace(self, record=record), steps, ended, inputs
 
     def tell_of_nan(self, finished: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Warn where failed samples, which could not be left out, made any of the `gradients` NaN."""
+        """Warn if failed samples that could not be left out made any of the `gradients` NaN."""
         if not (self.warns and self.failed) or self.sample_dims is not None or not maybe_any(finished):
             return
         for x in gradients:
@@ -423,7 +431,7 @@ class Work:
 
 
 def silent(method: Method, found: Integrated, halt: Halt, calls: int) -> None:
-    """The report of a solve that has been reported on before."""
+    """The report that says nothing, for a solve that has been reported on before."""
 
 
 def _cotangents(
@@ -434,7 +442,7 @@ def _cotangents(
     wanted: list[int],
     bars: tuple[Tensor, ...],
 ) -> Sequence[Tensor]:
-    """Those of the `wanted` inputs, for the cotangents `bars` of what noted steps give."""
+    """The cotangents of the `wanted` inputs, given the cotangents `bars` of the outputs of the recorded steps."""
     if is_plain(*bars, *inputs):
         return work.swept(steps, ended, inputs, wanted, *bars)
     of_wanted = of_places(partial(work.joined, steps, ended), inputs, wanted)
@@ -444,15 +452,15 @@ def _cotangents(
 
 
 class _Trajectory(Operation):
-    """A solve and its derivative as one operation, so that `vmap` hands it the whole batch.
+    """A solve and its derivative as one autograd operation, which under `vmap` receives the whole batch.
 
-    The steps are outputs too: each level of nested transforms then has those of its own samples.
+    The steps are outputs too, so that each level of nested transforms has those of its own samples.
     """
 
     @staticmethod
     @unhooked()
     def forward(work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor) -> Any:
-        # Parameters as they are, not detached: they would have to be exchanged in every call.
+        # Parameters are passed as they are: detached ones would have to be swapped into modules at every call.
         if work.meter is None or k0 is None:
             found = work.run(times.detach(), y0.detach(), k0, *theta)
         else:
@@ -480,7 +488,7 @@ class _Trajectory(Operation):
         bars, (ended, steps, inputs) = [cotangents[i] for i in ctx.work.places], _saved(ctx.saved_tensors)
         if any(g is not None for g in bars):
             shapes = ctx.work.shapes(*inputs[:2])
-            # A failed sample has no derivative; what NaN its outputs are must not reach shared ones.
+            # A failed sample has no derivative; NaN in its outputs must not reach tensors that samples share.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
             with ctx.restored(), full_precision(inputs[1].device.type):
                 found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
@@ -531,20 +539,20 @@ class _Trajectory(Operation):
                 jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
             )
 
-        mapped = replace(work, field=field, sample_dims=None, key=None)  # a graph is of f, not of the mapped one
+        mapped = replace(work, field=field, sample_dims=None, key=None)  # graphs are of f, not of the mapped field
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls, work.failed, work.most = mapped.calls, mapped.failed, mapped.most
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
 
 
 def _saved(saved: tuple[Tensor, ...]) -> tuple[Ended, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """How the samples ended, the steps as stacked, and the inputs (times, y0, theta)."""
+    """The saved tensors as: how the samples ended, the stacked steps, and the inputs (times, y0, theta)."""
     count = 1 + len(Taken._fields)
     return Ended(saved[0], saved[count]), tuple(saved[1:count]), tuple(saved[count + 1 :])
 
 
 def _bar(g: Tensor | None, shape: tuple[int, ...], finished: Tensor, like: Tensor) -> Tensor:
-    """A cotangent of the outputs, 0 for samples that failed."""
+    """The cotangent `g` of an output (None: zeros), set to 0 for samples that failed."""
     if g is None:
         return like.new_zeros(shape)
     return torch.where(finished.reshape(-1, *(1,) * (len(shape) - 1)), g, 0.0)
@@ -559,8 +567,11 @@ def sweep(
     g: Tensor,
     *reached: Tensor,
 ) -> list[Tensor]:
-    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs, `(B,)` of
-    the times `reached` where states carry those, and `(B, K)` of those of events where these are watched."""
+    """The backward sweep over the steps: the cotangents of the `wanted` inputs (times, y0, theta).
+
+    `g` `(B, T, n)` are the cotangents of the outputs; `reached` are those of the times reached `(B,)` if states
+    carry these, and those of the times of events `(B, K)` if there are events.
+    """
     (times, y0, *theta), failed = inputs, work.failed and maybe_any(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
@@ -571,7 +582,7 @@ def sweep(
     steps, plain = unstacked(stacked, host), work.stepper(host, times, *theta)
     stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
     y_bar, memory_bar = g[:, -1], None
-    if reached and times.shape[1] > 2:  # outputs after the end of a sample are its last state
+    if reached and times.shape[1] > 2:  # outputs after the end of a sample repeat its last state
         y_bar = y_bar + torch.where(ended.late(times).unsqueeze(2), g[:, 1:-1], 0.0).sum(1)
     size = 1 if failed else _at_once(y0)
     starts: list[tuple[int, State]] = []
@@ -605,11 +616,11 @@ def sweep(
 
 
 def _leaves(inputs: tuple[Tensor, ...], shared: list[int]) -> list[Tensor]:
-    """What stands for the inputs (times, y0, theta), of which a derivative is wanted by the `shared` ones.
+    """Leaf tensors in place of the inputs (times, y0, theta), for derivatives with respect to the `shared` ones.
 
-    Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice. What
-    was computed from others does not: autograd would go on to those. Nor what is there twice, as an arg and as a
-    parameter: each would get the gradient of both.
+    Parameters are used directly, which saves swapping them at every call, unless a hook of theirs would notice.
+    A tensor that was computed from others is replaced, since autograd would go on to those. So is a tensor that
+    occurs twice, as an arg and as a parameter, since each would get the gradient of both.
     """
     return [
         x
@@ -621,8 +632,11 @@ def _leaves(inputs: tuple[Tensor, ...], shared: list[int]) -> list[Tensor]:
 
 @torch.enable_grad()
 def _recorded(stepper: Stepper, steps: list[Taken], state: State) -> tuple[State, list[Piece], list[Tensor]]:
-    """Where noted `steps` from `state` lead, the outputs that they pass, and the last tensor that a method or
-    clock carries after each, with a graph of all."""
+    """Take recorded `steps` from `state` again, with an autograd graph.
+
+    Returns the state after them, the outputs that they pass, and the last tensor of the memory (of the method or
+    clock) after each step.
+    """
     pieces: list[Piece] = []
     carried: list[Tensor] = []
     for taken in steps:
@@ -633,7 +647,7 @@ def _recorded(stepper: Stepper, steps: list[Taken], state: State) -> tuple[State
 
 
 def _clock_bars(stacked: tuple[Tensor, ...], g: Tensor) -> Tensor:
-    """The cotangents `(B, N)` of the times at the ends of noted steps, for those `g` `(B, K)` of events."""
+    """The cotangents `(B, N)` of the times at the ends of recorded steps, given those `g` `(B, K)` of events."""
     happens = Taken(*stacked).ends > 0
     if not g.shape[1]:
         return g.new_zeros(happens.shape)
@@ -642,40 +656,41 @@ def _clock_bars(stacked: tuple[Tensor, ...], g: Tensor) -> Tensor:
 
 
 def _at_once(y0: Tensor) -> int:
-    """How many steps from `y0` `(B, n)` are pulled back through at once.
+    """How many steps from `y0` `(B, n)` one call of autograd pulls back through.
 
-    Of small states the calls of autograd would take longer than the steps; of large ones memory counts.
+    For small states, the overhead of calling autograd would exceed the cost of a step; for large ones, memory
+    matters more.
     """
     return min(AT_ONCE, max(1, AT_ONCE_BYTES // max(1, y0.numel() * y0.element_size())))
 
 
 def stays(x: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether `x`, one of the `inputs`, may be differentiated by as it is."""
+    """Whether derivatives may be taken with respect to `x`, one of the `inputs`, without replacing it."""
     return x.is_leaf and not x._backward_hooks and sum(x is other for other in inputs) == 1
 
 
 def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
-    """The trajectory with autograd recording every operation of the accepted steps."""
+    """The trajectory, with autograd recording every operation of the accepted steps."""
     work = Work(
         method, problem.field, problem.sample_dims, report, Record(), events=problem.events, warns=problem.warns
     )
     times = problem.rows(problem.times)
-    assert problem.k0 is not None  # as there is no graph of it
+    assert problem.k0 is not None  # only a solve as one graph leaves it out
     assert work.record is not None
     start = (times, problem.y0, problem.k0, *problem.theta)
     if any(is_batched(x) for x in start):
-        # Nothing can be decided here, so that all that is mapped is solved as one batch first.
+        # Under vmap no step can be judged here, so the mapped samples are solved as one batch first.
         output = _Trajectory.apply(work, *(x.detach() for x in start))
         found, steps = Integrated(*output[:USUAL], *output[EVENTS:]), output[USUAL:EVENTS]
         ended = Ended(found.status, found.t.detach())
     else:
-        # The search for an event is not to be recorded, only the steps that it leads to.
+        # The search for an event is not recorded, only the steps that it leads to.
         found = work.run(*(x.detach() for x in start) if work.hybrid else start)
         ended = Ended(found.status, found.t.detach())
         finished, samples = unwrapped(ended.finished), len(problem.y0) > 0  # of none, nothing would have a graph
         if work.record.clean and samples and bool(finished.all()) and not work.hybrid:
             return found, work.calls
-        # What a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
+        # NaN that a rejected step or a failed sample left in the graph could turn zero cotangents into NaN.
         steps = work.record.stacked(times.detach())
     theta = (_listened(x, partial(work.tell_of_nan, ended.finished)) for x in problem.theta)
     values, *t = work.outputs(steps, ended, times, problem.y0, *theta)
@@ -689,7 +704,7 @@ def solve_unrolled(method: Method, problem: Problem, report: Report) -> tuple[In
 
 
 def _listened(x: Tensor, tell: Callable[[Sequence[Tensor]], None]) -> Tensor:
-    """`x`, whose gradient `tell` is told of."""
+    """`x`, with a hook that passes its gradient to `tell`."""
     if not x.requires_grad or is_wrapped(x):
         return x
     seen = x.view_as(x)

@@ -26,16 +26,17 @@ from implicitly.tree import real_parts
 
 @dataclass(frozen=True)
 class Packed:
-    """How y and a, both `(B, n)`, lie in the state z of a method.
+    """The layout of y and a, both `(B, n)`, in the state z of a method.
 
     Attributes:
-        batch, n: of y.
-        columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Else z is one row `(1, 2 B n + P)`:
-            all of y, all of a, and P = `columns` further numbers, the gradients by theta; then a 0 if P is odd.
-        pairs: whether z is a pair as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
+        batch, n: the shape of y.
+        columns: None: a row of z has the y and the a of one sample, `(B, 2n)`. Otherwise z is one row
+            `(1, 2 B n + P)`: all of y, all of a, and P = `columns` further numbers, the gradients by theta; then a
+            0 if P is odd.
+        pairs: whether z is a pair, as y = (q, p) is. With a = (u, v), q' depends on p, u' = -v dp'/dq on v and q,
             p' on q, v' = -u dq'/dp on u and p: so the pair is ((q, v), (p, u)).
-        kept: of how many of the latest slopes of z the gradients by theta are kept, which no column holds then.
-        weights: where they are kept, of the slopes in the integral over a step, from that at its start on.
+        kept: for how many of the latest slopes of z the gradients by theta are kept; no column holds them then.
+        weights: if they are kept, the weights of the slopes in the integral over a step, beginning at its start.
     """
 
     batch: int
@@ -52,12 +53,12 @@ class Packed:
             return torch.cat([q, v, p, u], dim=1)
         if self.columns is None:
             return torch.cat([y, a], dim=1)
-        # With rows of odd length, cotangents of complex slopes would begin where no complex number can.
+        # With rows of odd length, cotangents of complex slopes would begin at addresses where none can.
         even = [a.new_zeros(self.columns % 2)]
         return torch.cat([real_parts(x).flatten() for x in (y, a, *others, *even)]).unsqueeze(0)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """y, a, and the further columns, None where there are none."""
+        """y, a, and the further columns (None if there are none)."""
         if self.pairs:
             q, v, p, u = z.chunk(4, dim=1)
             return torch.cat([q, p], dim=1), torch.cat([u, v], dim=1), None
@@ -69,8 +70,7 @@ class Packed:
         return y.reshape(-1, self.n), a.reshape(-1, self.n), others
 
     def method(self, method: Method, **options: Any) -> Method:
-        """`method` for z, with other `options`: each of y and a keeps to the norm and the tolerances that
-        it has for y."""
+        """`method` for z, with other `options`; its norm and tolerances for y apply to both y and a."""
 
         def norm(rows: Tensor) -> Tensor:
             y, a, others = self.split(rows)
@@ -93,15 +93,15 @@ class Packed:
 
 @dataclass
 class Augmented(Field):
-    """The slopes of z.
+    """The vector field of z.
 
     Attributes:
-        base: f itself.
-        pulled: the cotangents of the wanted theta that belong to the latest slopes, as many as are `Packed.kept`;
-            none of one that weighs nothing.
-        packed: how z is made up.
+        base: the field of f itself.
+        pulled: the cotangents of the wanted theta for the latest slopes, as many as `Packed.kept` says; none for a
+            slope with weight 0.
+        packed: the layout of z.
 
-    Its `slope` is told, third, whether what it finds weighs anything.
+    The third argument of its `slope` says whether the result has a nonzero weight.
     """
 
     base: Field = field(kw_only=True)
@@ -114,9 +114,9 @@ class Augmented(Field):
         return self.slope(moment, y, self.weighs())
 
     def weighs(self) -> bool:
-        """Whether the integral by theta has a part of the slope that is asked for now."""
+        """Whether the slope evaluated now has a nonzero weight in the integral by theta."""
         call, weights = self.calls - self.before, self.packed.weights
-        if torch.compiler.is_dynamo_compiling():  # which leaves out by itself what nobody uses
+        if torch.compiler.is_dynamo_compiling():  # the compiler removes unused results by itself
             return True
         if self.last is None or not 0 < call <= self.packed.kept:  # of no step
             return True
@@ -128,9 +128,9 @@ class Augmented(Field):
 def augmented(
     plain: Callable[..., Field], packed: Packed, wanted: Sequence[int], finished: Tensor | None, *theta: Tensor
 ) -> Augmented:
-    """The field of z for f = `plain(*theta)`, where gradients are wanted of `theta[i]` for i in `wanted`.
+    """The field of z for f = `plain(*theta)`, with gradients with respect to `theta[i]` for i in `wanted`.
 
-    `finished` `(B,)`: where y and a of all samples are one row, those that count; None: all do.
+    `finished` `(B,)` says which samples count if y and a of all samples are one row; None: all do.
     """
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
@@ -153,7 +153,7 @@ def augmented(
             sought = places if weighs else []
             da, *others = pulled([k], [-a], [y, *(theta[i] for i in sought)])
             k = k.detach()
-        else:  # an implicit method asks for the derivative of this, and a graph has no other way
+        else:  # an implicit method needs the derivative of this, and in a graph there is no other way
             of_chosen = of_places(lambda y, *th: plain(*th)(moment, y), (y, *theta), [0, *(i + 1 for i in places)])
             k, pull = pullback(of_chosen, y, *(theta[i] for i in places))
             da, *others = pull(-a)
@@ -167,9 +167,9 @@ def augmented(
 
 
 def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) -> list[Tensor]:
-    """The integral by theta over a step of `length` `()`, by the weights of the method.
+    """The integral of a df/dtheta over a step of `length` `()`, by the weights of the method.
 
-    `found` has what belongs to each slope: the one the step began with, and those of its calls.
+    `found` has the integrand at each slope: the one at the start of the step, and those of its calls.
     """
     assert method.weights is not None
     each: Any = torch  # whose functions of lists are public in all but their names
@@ -181,8 +181,11 @@ def integrated(method: Method, length: Tensor, found: Sequence[list[Tensor]]) ->
 
 
 class QuadratureNodes(NamedTuple):
-    """Where Gauss' rule asks for a step's integrand a df/dtheta: S moments and states y `(B, n)`, and the `bars`
-    `(B, n)` of the slopes there whose cotangents add up to the integral."""
+    """The nodes of Gauss' rule for the integral of a df/dtheta over a step.
+
+    At S moments and states y `(B, n)`, pulling the cotangents `bars` `(B, n)` of the slopes back to theta, and
+    adding up, gives the integral.
+    """
 
     moments: Sequence[Tensor]
     states: tuple[Tensor, ...]
@@ -190,11 +193,11 @@ class QuadratureNodes(NamedTuple):
 
     @classmethod
     def of(cls, packed: Packed, stepper: Stepper, step: Step, taken: Taken, scale: Tensor) -> QuadratureNodes:
-        """Those of a step of z, for a in units of `scale`; bars are 0 for samples that did not accept it."""
+        """The nodes of a step of z, with a in units of `scale`; bars are 0 for samples that did not accept it."""
         F, method, xp = stepper.bound.F, stepper.method, library(taken.dt)
         nodes, weights = gauss((method.order + 1) // 2)  # the shortest rule that has at least this order
         states = method.dense_output_at(F, step, nodes)
-        if maybe_any(~taken.accepted):  # a step too long may end anywhere, and 0 times its derivative must be 0
+        if maybe_any(~taken.accepted):  # a rejected step may end anywhere, and 0 times its derivative must be 0
             states = [where_rows(to_tensor(taken.accepted), z, step.y) for z in states]
         length = -to_tensor(xp.where(taken.accepted, taken.dt, 0.0)).unsqueeze(1) * scale
         pairs = [packed.split(z)[:2] for z in states]

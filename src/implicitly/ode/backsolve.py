@@ -1,4 +1,4 @@
-"""The continuous adjoint: the derivative of a trajectory from a second trajectory, solved backwards."""
+"""The continuous adjoint: the derivative of a trajectory from a second ODE, solved backwards in time."""
 
 from __future__ import annotations
 
@@ -27,43 +27,44 @@ from implicitly.solution import Status
 from implicitly.transforms import Operation, asked, full_precision, is_wrapped, one_by_one, unhooked
 from implicitly.tree import real_parts
 
-# A backward solve by the forward method may try this many steps, and as often as the forward one this many more:
-# beyond that the reverse system is stiff, and taking the forward steps again costs less.
+# With the forward method, a backward solve may try LEAST_TRIES steps plus TRIES for each that the forward solve
+# tried. If it needs more, the reverse system is stiff, and taking the forward steps again costs less.
 LEAST_TRIES, TRIES = 100, 10
 
 
 @dataclass(frozen=True)
 class BacksolveAdjoint(TrajectoryAdjoint):
-    """The continuous adjoint: memory does not grow with the steps, and the gradient is as exact as the tolerances.
+    """The continuous adjoint (optimise-then-discretise): constant memory, a gradient accurate to the tolerances.
 
-    With a = dL/dy, the system (y, a)' = (f, -a df/dy) is solved backwards, from the last output time to the
-    first; the gradient of what f depends on is the integral of a df/dtheta. At every output time the cotangent of
-    that output is added to a, and y starts again from the output that the forward solve found. That costs no
-    memory beyond the outputs, and is what keeps the error of y from growing. a is solved for as a multiple of its
-    largest entry, so the tolerances mean the same whatever the scale of the loss.
+    With a = dL/dy, the system (y, a)' = (f, -a df/dy) is solved backwards, from the last output time to the first;
+    the gradient with respect to the tensors that f depends on is the integral of a df/dtheta. At every output time
+    the cotangent of that output is added to a, and y is reset to the output that the forward solve found. That
+    costs no memory beyond the outputs, and keeps the error of y from growing. a is divided by its largest entry,
+    so the tolerances mean the same whatever the scale of the loss.
 
-    Backwards, what decays becomes what grows. So y is compared, at each output time but the last, with the output
-    there: where only the ends are asked for, that is the whole trajectory against y0. Where it is too far off, or
-    the backward solve fails or takes many times the steps of the forward one, a `ConvergenceWarning` says so, and
-    the gradient is that of `RecursiveCheckpointAdjoint(arc_length=True)`, from a second forward solve.
+    Components that decay forwards grow backwards. So at each output time but the last, y is compared with the
+    output there; if only the end points are asked for, that is y0. If y is too far off, or if the backward solve
+    fails or takes many times the steps of the forward one, a `ConvergenceWarning` says so, and the gradient is
+    that of `RecursiveCheckpointAdjoint(arc_length=True)`, from a second forward solve.
 
-    First order, in reverse mode: second derivatives, forward mode and the transforms of `torch.func` raise
+    First derivatives in reverse mode only: second derivatives, forward mode and `torch.func` transforms raise
     NotImplementedError.
 
     Args:
         solver: the method, with its tolerances, of the backward solve; None: that of the forward one.
-        seminorm: True: the gradients by args and parameters take no part in the control of the error. They are
-            integrals, and no other component depends on them. They are found over every accepted step: of one
-            system by an explicit Runge-Kutta method with its weights, else by Gauss' rule on the dense output.
-            False: they do take part, as components of the state, so that all samples
-            take the same backward steps; samples then cannot have times of their own.
-        check: by how many tolerances (of the root mean square, or the `norm` of the solver) the y solved
-            backwards may be off at an output time; inf: any. These are the solver's `rtol` and `atol`, also when
-            it has `dt`.
-        listen: is told how often a backward solve that is a graph calls f, which f itself could not count.
+        seminorm: True: the gradients with respect to args and parameters are left out of the error control. They
+            are integrals that no other component depends on. They are computed over every accepted step: for one
+            system and an explicit Runge-Kutta method with its own weights, otherwise by Gauss' rule on the dense
+            output. False: they are components of the state and take part in the error control, so all samples
+            take the same backward steps and cannot have times of their own.
+        check: by how many tolerances (in the root mean square, or the `norm` of the solver) the y solved
+            backwards may be off at an output time; inf: any. The tolerances are the solver's `rtol` and `atol`,
+            also when it has `dt`.
+        listen: a function that receives the number of calls of f in a compiled backward solve, where f cannot
+            count them itself.
 
     Raises:
-        TypeError, ValueError: for options that cannot be meant.
+        TypeError, ValueError: for invalid options.
 
     Source: Pontryagin et al., "The Mathematical Theory of Optimal Processes", 1962; Chen et al., "Neural Ordinary
     Differential Equations", NeurIPS 2018, algorithms 1 and 2; Kidger, Chen and Lyons, "Hey, that's not an ODE",
@@ -89,7 +90,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             raise ValueError(f"BacksolveAdjoint: check must be > 0 (inf: no check), got {self.check}")
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:
-        """The trajectory, its `values` differentiable, and the calls of f."""
+        """The trajectory, with differentiable `values`, and the number of calls of f."""
         if self.solver is not None:
             self.solver.check(problem)
             problem = self.solver.checked(problem)
@@ -130,14 +131,14 @@ def _refuse(what: str) -> NoReturn:
 
 
 class _Backsolve(Operation):
-    """A solve that keeps its outputs, and its derivative."""
+    """A solve that keeps only its outputs, and its derivative, as one autograd operation."""
 
     @staticmethod
     @unhooked()
     def forward(
         adjoint: BacksolveAdjoint, work: Work, times: Tensor, y0: Tensor, k0: Tensor | None, *theta: Tensor
     ):
-        # Parameters as they are, not detached: they would have to be exchanged in every call.
+        # Parameters are passed as they are: detached ones would have to be swapped into modules at every call.
         return work.run(times.detach(), y0.detach(), k0, *theta).usual
 
     @staticmethod
@@ -157,7 +158,7 @@ class _Backsolve(Operation):
         gradients: list[Tensor | None] = [None] * (2 + len(theta))
         g = cotangents[0]
         if g is not None:
-            saved = ctx.saved_tensors  # once: checkpointing lets them be had a single time
+            saved = ctx.saved_tensors  # only once, as activation checkpointing allows no second access
             found, inputs = Integrated(*saved[:USUAL]), list(saved[USUAL:])
             if any(is_wrapped(x) for x in (g, *inputs)):
                 _refuse("a transform of torch.func")
@@ -182,7 +183,7 @@ class _Backsolve(Operation):
 
 
 class _FirstOrder(Operation):
-    """The first `count` tensors, tied to the others so that nobody differentiates them unnoticed."""
+    """The first `count` tensors, tied to the others so that differentiating them again raises an error."""
 
     @staticmethod
     def forward(count: int, *tensors: Tensor):
@@ -190,7 +191,7 @@ class _FirstOrder(Operation):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept."""
+        """Nothing is saved."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -209,24 +210,24 @@ class _FirstOrder(Operation):
 
 
 class _Unstable(Exception):
-    """The backward solve is not to be trusted, and why."""
+    """Raised if the backward solve cannot be trusted; the message says why."""
 
 
 def _of_finished(
     adjoint: BacksolveAdjoint, work: Work, found: Integrated, inputs: list[Tensor], wanted: list[int], g: Tensor
 ) -> list[Tensor]:
-    """The gradients of the `wanted` inputs (times, y0, theta) for cotangents `g` `(B, T, n)` of the outputs."""
+    """The gradients of the `wanted` inputs (times, y0, theta), given cotangents `g` `(B, T, n)` of the outputs."""
     if not work.failed:
         return _gradients(adjoint, work, found, None, inputs, wanted, g)
     finished = found.status == int(Status.CONVERGED)
     if work.sample_dims is None:
         g = torch.where(finished[:, None, None], g, 0.0)
         return _gradients(adjoint, work, found, finished, inputs, wanted, g)
-    # f may have no derivative where samples failed, and can be asked for the others alone.
+    # f may have no derivative where samples failed, but can be evaluated for the others alone.
     (rows,) = finished.nonzero(as_tuple=True)
     dims = (0, 0, *work.sample_dims)
     part = [x if d is None else x.index_select(d, rows) for x, d in zip(inputs, dims)]
-    # Eagerly: a graph would be made for each number of samples that failed.
+    # Eagerly, since otherwise each number of failed samples would need a graph of its own.
     eager = replace(work, key=None, as_graph=False)
     alone = _gradients(adjoint, eager, Integrated(*(x[rows] for x in found.usual)), None, part, wanted, g[rows])
     for place, i in enumerate(wanted):
@@ -244,11 +245,11 @@ def _gradients(
     wanted: list[int],
     g: Tensor,
 ) -> list[Tensor]:
-    """The same where the samples that count are `finished` `(B,)`, None: all."""
+    """As `_of_finished`, with the samples that count given as `finished` `(B,)`; None: all."""
     counts = g.any(2).any(0).tolist()  # which outputs the loss depends on
     if not any(counts):
         return [torch.zeros_like(inputs[i]) for i in wanted]
-    # Parameters stay in place, which saves exchanging them in every call, unless a hook of theirs would notice.
+    # Parameters are used directly, which saves swapping them at every call, unless a hook of theirs would notice.
     inputs = [x if i > 1 and stays(x, inputs) else x.detach() for i, x in enumerate(inputs)]
     try:
         return Backwards(adjoint, work, found, finished, inputs, wanted).gradients(g, counts)
@@ -264,7 +265,7 @@ def _gradients(
 
 
 class Backwards:
-    """A backward solve: from one output time to the one before, and so on to the first."""
+    """The backward solve, from each output time to the one before it."""
 
     def __init__(
         self,
@@ -279,26 +280,26 @@ class Backwards:
         self.times, y0, *theta = inputs
         self.start, self.values, self.finished = found.length, found.values.detach(), finished
         if self.finished is not None:
-            self.start = torch.where(self.finished, self.start, 1.0)  # a failed sample's may be NaN
-            # A failed sample takes steps of length 0 from where it began, which count for nothing; or from where
-            # another began, if f has no slope there.
+            self.start = torch.where(self.finished, self.start, 1.0)  # that of a failed sample may be NaN
+            # A failed sample takes steps of length 0, without effect, from its initial state, or from that of
+            # another sample if f has no slope there.
             rows = stand_ins(self.finished, self.finished | (found.steps > 0))
             values = torch.where(self.finished[:, None, None], self.values, y0[rows].unsqueeze(1))
             self.values, self.times = finite_start(values, self.finished), self.times[rows]
-        if bool((alone := self.times[:, :1] == self.times[:, -1:]).any()):  # of one time: no step passed an output
+        if bool((alone := self.times[:, :1] == self.times[:, -1:]).any()):  # one time only: no step gave outputs
             self.values = torch.where(alone.unsqueeze(2), self.values[:, :1], self.values)
         self.shared = shared = [i - 2 for i in wanted if i > 1]
-        self.sums: list[Tensor] = []  # the gradients by the shared theta, once there are some
+        self.sums: list[Tensor] = []  # the gradients with respect to the shared theta, once there are some
         joint = bool(shared) and not adjoint.seminorm
         self.widths = [real_parts(theta[i], alone=True).numel() for i in shared] if joint else []
         columns = sum(self.widths) if joint else None
         self.method = work.method if adjoint.solver is None else adjoint.solver
-        # A slope of one system can find along the way what it weighs in the integral by theta; of many, each
-        # weighs by a length of its own.
+        # For one system, the theta part of the pullback at each stage can be kept and weighted by the method's own
+        # quadrature weights. With many samples, each would need weights for its own step length.
         own_weights = len(y0) == 1 and bool(shared) and not joint and self.method.weights is not None
         kept, weights = (len(self.method.nodes or ()), self.method.weights or ()) if own_weights else (0, ())
         self.packed = Packed(len(y0), y0.shape[1], columns, self.method.splits, kept, weights)
-        self.first: list[Tensor] = []  # what is kept of the slope that the next step begins with
+        self.first: list[Tensor] = []  # the theta part kept from the slope that the next step begins with
         self.as_graph = work.as_graph and not joint and not self.method.differentiates
         if work.as_graph and not self.as_graph:
             what, remedy = "an implicit method", "pass BacksolveAdjoint(solver=...) an explicit one"
@@ -314,14 +315,16 @@ class Backwards:
             self.limit = min(self.limit, LEAST_TRIES + TRIES * int(to_host(found.tries).max()))
         of = partial(augmented, work.field, self.packed, shared, self.finished)
         self.bound = Bound(of, tuple(theta), None if joint else work.sample_dims)
-        # What tells of the forward solve is not to begin anew.
+        # The progress callback of the forward solve must not start over.
         progress = None if adjoint.solver is None else adjoint.solver.progress
         self.method_of_z = self.packed.method(self.method, max_steps=self.limit, progress=progress)
 
     def gradients(self, g: Tensor, counts: list[bool]) -> list[Tensor]:
-        """Those of the wanted inputs, for cotangents `g` `(B, T, n)`, of which those of some outputs are not all
-        zero; raises _Unstable."""
-        # What the forward solve would have gone on with is as good a guess for the way back.
+        """The gradients of the wanted inputs, given cotangents `g` `(B, T, n)` that are not all zero.
+
+        `counts` says for which outputs they are not. Raises _Unstable.
+        """
+        # The step length with which the forward solve would have gone on is a good guess for the way back.
         own, joint = self.adjoint.solver is None, self.packed.columns is not None
         length = self._host(self.start) if own and not joint else None
         of_times, count = 0 in self.wanted, self.times.shape[1]
@@ -341,7 +344,7 @@ class Backwards:
         return [(times_bar, a + g[:, 0])[i] if i < 2 else sums[i - 2] for i in self.wanted]
 
     def _add(self, parts: Sequence[Tensor]) -> None:
-        """Add `parts`, which are ours alone, to the gradients by theta."""
+        """Add `parts`, which nobody else holds, to the gradients with respect to theta."""
         if self.sums:
             for total, part in zip(self.sums, parts):
                 total += part
@@ -349,17 +352,18 @@ class Backwards:
             self.sums = list(parts)
 
     def _host(self, length: Tensor) -> Array:
-        """`length` `(B,)` where steps are decided."""
+        """`length` `(B,)`, moved to where steps are decided (host or device)."""
         return to_host(length) if on_host(self.times) else length
 
     def _known(self, slope: Tensor) -> Tensor:
-        """`slope` `(B, n)`, 0 for failed samples."""
+        """`slope` `(B, n)`, with 0 for failed samples."""
         return slope if self.finished is None else torch.where(self.finished.unsqueeze(1), slope, 0.0)
 
     def _to_output_before(self, i: int, a: Tensor, length: Array | None) -> tuple[Tensor, Tensor, Array]:
-        """From a at output i to that at the output before, the slope of z at output i, the length of a next step.
+        """Solve from output i to the output before it.
 
-        The gradients by theta are added up on the way.
+        Returns a there, the slope of z at output i, and the length of a next step. The gradients with respect to
+        theta are accumulated on the way.
         """
         joint = self.packed.columns is not None
         ends = torch.stack([self.times[:, i], self.times[:, i - 1]], dim=1)
@@ -367,7 +371,7 @@ class Backwards:
             ends = torch.where(self.finished.unsqueeze(1), ends, self.times[:, :1])
         if joint:
             ends = (ends if self.finished is None else ends[self.finished])[:1]
-        # What is solved for is a over its largest entry: tolerances are none of the scale of the loss.
+        # a is solved for divided by its largest entry, so that tolerances do not depend on the scale of the loss.
         scale = a.abs().amax() if joint else a.abs().amax(1, keepdim=True)
         scale = scale.masked_fill(scale == 0, 1.0)
         others = [a.new_zeros(sum(self.widths))] if joint else []
@@ -383,7 +387,7 @@ class Backwards:
         return self._known(a * scale), arrived.slope, self._host(arrived.length)
 
     def _eagerly(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived:
-        """From `z` at the first of the `ends` `(B, 2)` to the last."""
+        """Solve from `z` at the first of the `ends` `(B, 2)` to the last, by the eager loop."""
         stepper = Stepper(self.method_of_z, self.bound, ends, on_host(ends))
         F: Any = self.bound.F
         slope, listen = F.at(stepper.begin, z), None
@@ -397,7 +401,7 @@ class Backwards:
         return Arrived(ended.y, slope, status, t, tries, length, (), run.called)
 
     def _as_graph(self, ends: Tensor, z: Tensor, scale: Tensor, length: Array | None) -> Arrived | None:
-        """The same as one graph; None where none can be had, or where the solve was none."""
+        """The same as one graph; None if there can be no graph, or if the forward solve was not one."""
         if not self.as_graph:
             return None
         work, method = self.work, self.method
@@ -433,7 +437,7 @@ class Backwards:
     def _integrate_theta(
         self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None
     ) -> None:
-        """Add the integral of a df/dtheta over a step that samples `rows` (None: all) accepted or not."""
+        """Add the integral of a df/dtheta over a step of samples `rows` (None: all), where they accepted it."""
         F: Any = stepper.bound.F
         nodes = QuadratureNodes.of(self.packed, stepper, step, taken, scale if rows is None else scale[rows])
         with torch.enable_grad():
@@ -447,7 +451,7 @@ class Backwards:
                 total.index_add_(d, rows, gradient)
 
     def _add_kept(self, scale: Tensor, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None) -> None:
-        """The same for one system, from what its slopes found, the `first` of which the step begins with."""
+        """The same for one system, from the theta parts kept at its stages; the step begins with `first`."""
         F: Any = stepper.bound.F
         added = integrated(self.method, (to_tensor(step.dt) * scale).reshape(()), [self.first, *F.pulled])
         self.first = F.pulled[-1]
@@ -470,7 +474,7 @@ class Backwards:
         )
 
     def _check_state(self, i: int, y: Tensor) -> None:
-        """Compare y `(B, n)` with output i."""
+        """Raise _Unstable if y `(B, n)`, solved backwards, is too far from output i."""
         truth, forward = self.values[:, i], self.work.method
         tolerance = forward.tolerance(truth)
         if self.method is not forward:
@@ -491,8 +495,10 @@ class Backwards:
 
 
 def checkpointed(work: Work, inputs: list[Tensor], wanted: list[int], g: Tensor) -> list[Tensor]:
-    """The gradients of the wanted inputs as `RecursiveCheckpointAdjoint(arc_length=True)` has them, which are near
-    those of the solution wherever it jumps, from a new forward solve."""
+    """The gradients that `RecursiveCheckpointAdjoint(arc_length=True)` gives, from a new forward solve.
+
+    With `arc_length` they are close to those of the true solution, also where it jumps.
+    """
     again = replace(
         work, report=silent, record=Record(), key=None, as_graph=False, arc_length=work.method.dt is None
     )

@@ -1,4 +1,4 @@
-"""Sums of slopes: what a step adds to a state."""
+"""Weighted sums of slopes: the increments that a step adds to a state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from implicitly.host import Array, remembered
 from implicitly.transforms import records
 
-# A length: a number where all samples have the same, else `(B, 1)`.
+# A step length: a number if all samples have the same, otherwise `(B, 1)`.
 Length = float | Tensor
 
 
 def as_length(dt: Array) -> Length:
-    """Lengths `(B,)` of a step, or one for all samples, to be multiplied with slopes `(B, n)`."""
+    """Step lengths `(B,)`, or one for all samples, in a form that multiplies slopes `(B, n)`."""
     if isinstance(dt, float):
         return dt
     if isinstance(dt, Tensor):
@@ -35,7 +35,7 @@ def advanced(y: Tensor, dt: Length, weights: tuple[float, ...], slopes: Sequence
 
 
 def weighted(dt: Length, weights: tuple[float, ...], slopes: Sequence[Tensor]) -> Tensor:
-    """dt sum_i weights_i slopes_i `(B, n)`, of at least one weight that is not 0."""
+    """dt sum_i weights_i slopes_i `(B, n)`; at least one weight must not be 0."""
     terms = nonzero(weights)
     return dt * _sum(terms, slopes, 1.0) if isinstance(dt, Tensor) else _sum(terms, slopes, dt)
 
@@ -47,19 +47,19 @@ def _sum(terms: tuple[tuple[int, float], ...], slopes: Sequence[Tensor], factor:
 
 
 def _added(total: Tensor, terms: Sequence[tuple[int, float]], slopes: Sequence[Tensor], factor: float) -> Tensor:
-    """`total`, which is ours to write into, and terms `factor * w * slopes[i]`."""
+    """`total`, which may be overwritten, plus the terms `factor * w * slopes[i]`."""
     if records():
         for i, w in terms:
             total = torch.add(total, slopes[i], alpha=factor * w)
         return total
-    for i, w in terms:  # fresh memory costs more than the addition
+    for i, w in terms:  # in place, as fresh memory costs more than the addition
         total.add_(slopes[i], alpha=factor * w)
     return total
 
 
 @remembered(256)
 def nonzero(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
-    """The weights that are not 0, each with its place."""
+    """The weights that are not 0, each with its index."""
     return tuple((i, w) for i, w in enumerate(weights) if w != 0)
 
 

@@ -1,4 +1,4 @@
-"""How long a step may be: the error norm, the first step, and the controller."""
+"""Step-size control: the error norm, the length of the first step, and the controller."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from implicitly.ode.problem import Field
 
 Norm = Callable[[Tensor], Tensor]
 
-# To ask NumPy takes longer than what it is needed for.
+# Stored, as calling np.finfo takes longer than the computation that needs it.
 _EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in (np.float32, np.float64)}
-# Within the range of float32.
+# Bounds well within the range of float32.
 TINY, HUGE = 1e-30, 1e30
 
 
@@ -30,12 +30,12 @@ def rms_norm(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """A PID step-size controller. The default is the elementary (I) controller; `proportional` adds the P part,
-    `derivative` the D part.
+    """A PID step-size controller; the default is the elementary (I) controller.
 
-    With e the norm of the local error over the tolerance, and e' and e'' those of the accepted steps before, the
-    next step is `safety * e^-(integral / q) * e'^(proportional / q) * e''^-(derivative / q)` times as long, within
-    `shrink` and `grow`; q is the order of the error estimate. A controller with the gains kI, kP and kD has
+    `proportional` adds the P part, `derivative` the D part. With e the norm of the local error over the tolerance,
+    and e' and e'' those of the two accepted steps before, the next step is longer by the factor
+    `safety * e^-(integral / q) * e'^(proportional / q) * e''^-(derivative / q)`, clamped to between `shrink` and
+    `grow`; q is the order of the error estimate. A controller with the gains kI, kP and kD has
     `integral=kI + kP + kD`, `proportional=kP + 2 * kD` and `derivative=kD`. Gustafsson, ACM TOMS 17 (1991); Hairer
     and Wanner, Solving ODEs II, section IV.2; Soderlind, ACM TOMS 29 (2003).
     """
@@ -61,8 +61,11 @@ class Controller:
     def factor(
         self, error: Array, last: Array, accepted: Array, order: int, before: tuple[Array, ...] = ()
     ) -> Array:
-        """By how much `(B,)` the next step is longer, after a step with `error`, one before with `last`, and, for
-        a derivative part, one before that."""
+        """The factor `(B,)` by which the next step is longer.
+
+        It depends on the `error` of this step, that of the accepted step before (`last`) and, for a derivative
+        part, that of the one `before` that.
+        """
         xp = library(error)
         error = clamped(error, TINY, None)
         factor = self.safety * error ** (-self.integral / order)
@@ -70,7 +73,7 @@ class Controller:
             factor = factor * clamped(last, 1e-10, None) ** (self.proportional / order)
         if self.derivative:
             factor = factor * clamped(before[0], 1e-10, None) ** (-self.derivative / order)
-        # A rejected step says what its length should have been; the one before says nothing about that.
+        # After a rejected step, its own error tells what its length should have been; earlier errors say nothing.
         if maybe_any(~accepted):
             again = clamped(self.safety * error ** (-1 / order), None, self.safety)
             factor = xp.where(accepted, factor, again)
@@ -78,13 +81,13 @@ class Controller:
 
 
 def shortest_step(t: Array) -> Array:
-    """A length `(B,)` as near to 0 as t tells apart from it, whichever way the step goes."""
+    """The shortest length `(B,)` that changes t when added or subtracted."""
     eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) else _EPS[t.dtype]
     return eps * abs(t)
 
 
 def stands_still(t: Array, length: float, end: Array) -> Array:
-    """Whether steps of `length` between the times t and `end`, of any shape, come to be of length 0 on the way."""
+    """Whether steps of `length` between the times t and `end`, of any shape, would be rounded to length 0."""
     sign = library(t).sign(end - t)
     return (t + sign * length == t) | (end - sign * length == end)
 
@@ -92,13 +95,13 @@ def stands_still(t: Array, length: float, end: Array) -> Array:
 def first_step(
     F: Field, t: Array, y: Tensor, k: Tensor, span: Array, order: int, scale: Tensor, norm: Norm
 ) -> tuple[Array, Array | float]:
-    """A length `(B,)` for the first step, for one more call of f; and d0 + d1.
+    """A length `(B,)` for the first step, at the cost of one call of f; also returns d0 + d1.
 
-    With d0, d1 and d2 the norms of the state, its slope and its second derivative over the tolerance, the slope
-    changes at the rate r = d2 / d1, so the k-th derivative is about d1 r^(k-1), and the local error of a step
-    about C d1 h (r h)^(q-1) with C = 1/q!. The length where that is 1 is tried, as long as the state changes by no
-    more than its own size. Hairer, Norsett and Wanner, Solving ODEs I, section II.4 has d1 in place of
-    d1 r^(q-1), which is longer by many orders where r is small; that length is the least we try.
+    Let d0, d1 and d2 be the norms of the state, its slope and its second derivative over the tolerance. The slope
+    changes at the rate r = d2 / d1, so the k-th derivative is about d1 r^(k-1), and the local error of a step h is
+    about C d1 h (r h)^(q-1) with C = 1/q!. We choose the h for which that is 1, as long as the state changes by no
+    more than its own size. Hairer, Norsett and Wanner, Solving ODEs I, section II.4 uses d1 in place of
+    d1 r^(q-1), which is larger by many orders where r is small; the length that they find is our lower bound.
 
     `span` `(B,)` is the signed length of the interval, `scale` `(B, n)` the tolerance at y.
     """
@@ -113,10 +116,10 @@ def first_step(
     span = float(span[0]) if alone else span
     d0, d1 = size(y), (first := size(k))
     xp, whole = library(d0), abs(span)
-    short = 1e-6 * clamped(whole, None, 1.0)  # what is short, where nothing else says it
+    short = 1e-6 * clamped(whole, None, 1.0)  # a short step, where there is no other scale
     h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), short, 0.01 * d0 / clamped(d1, TINY, None))
     h0 = xp.minimum(h0, whole)
-    # Plain numbers divide by no 0.
+    # Plain Python numbers raise an error on division by 0, so h0 must not be 0.
     h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, clamped(1e-6 * whole, TINY, None))
     dt = h0 * xp.sign(span)
     d2 = size(F.at(t + dt, advanced(y, as_length(dt), (1.0,), (k,))) - k) / h0

@@ -1,6 +1,6 @@
 """Where in a step an event happens: signs of g along the dense output, and the root of the first change.
 
-Numbers of a sample that only decide are arrays of the host; all else here is tensors, outside of autograd.
+Per-sample numbers that only drive decisions are host arrays; everything else here is tensors, outside autograd.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from implicitly.ode.problem import Field
 from implicitly.pullback import recorded
 from implicitly.transforms import is_plain, unwrapped
 
-# A step is looked at in this many equal parts.
+# The signs of g are checked at this many equal parts of a step.
 PARTS = 6
 # Numbers below this many rounding errors of g's size along a step count as 0 where a step starts at an event.
 ROUNDING = 32
 # Root finding on the dense output, which true steps then correct: evaluations of g, and the relative width of the
 # bracket, or size of g, at which it ends.
 LIMIT, NARROW, SMALL = 200, 1e-6, 1e-10
-# Steps taken anew to move an event of the dense output to where the true step has it.
+# At most this many steps are taken again to move an event from where the dense output has it to where the true
+# step has it.
 CORRECTIONS = 10
 
 Map = Callable[[Tensor], Tensor]
@@ -38,20 +39,20 @@ class Watch(NamedTuple):
 
     value: Array  # (B, E) g
     sign: Array  # (B, E) of g, the last one that was not 0
-    fresh: Array  # (B, E) bool: at the start or after a restart, where a 0 may be left in either direction
+    fresh: Array  # (B, E) bool: at the start or after a restart, where g may leave 0 in either direction
     event: Array  # (B,) int, the event that happened last; -1: none
     event_count: Array  # (B,) int, events so far
-    stuck: Array  # (B,) int, events since time moved
+    stuck: Array  # (B,) int, events since time last advanced
 
 
 class Scan(NamedTuple):
-    """g along a step: numbers `(B, P + 1, E)` at its start and P points, the last one its end."""
+    """g along a step: values `(B, P + 1, E)` at its start and P further points, the last of which is its end."""
 
     numbers: Array
     sign: Array  # (B, E) just after the start
     slope: Array  # (B, E) of g there, over the whole step, where `leaving`; else 0
     leaving: Array  # (B, E) the start is a 0 that does not count
-    hit: Array  # (B, E) int, the point at or before which it happens first; 0: it does not
+    hit: Array  # (B, E) int, the point at or before which the event first happens; 0: it does not
     sick: Array  # (B,) g is NaN or inf before anything happens
 
     def sign_before(self, part: Array) -> Array:
@@ -70,12 +71,12 @@ def values(F: Field, t: Tensor, y: Tensor, count: int) -> Tensor:
 
 
 def any_now(mask: Array) -> bool:
-    """Whether any entry is true. On an accelerator this waits: to take every step again would cost more."""
+    """Whether any entry is true; waits for an accelerator, as taking every step again would cost more."""
     return bool(unwrapped(mask).any()) if isinstance(mask, Tensor) else bool(mask.any())
 
 
 def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Event]) -> Scan:
-    """Look at g along a step."""
+    """Evaluate g along a step, and find which events happen."""
     t, dt = to_tensor(step.t), to_tensor(step.dt)
     part = torch.arange(1, PARTS, dtype=dt.dtype, device=dt.device) / PARTS
     inside = method.dense_output(F, step, part.expand(len(dt), -1)).unbind(1)
@@ -107,7 +108,7 @@ def scan(method: Method, F: Field, step: Step, watch: Watch, events: Sequence[Ev
 
 
 def slopes_of(F: Field, t: Tensor, dt: Tensor, y: Tensor, k: Tensor, count: int) -> Tensor:
-    """dg/dt dt `(B, E)` along a trajectory with the slope `k` `(B, n)`."""
+    """dg/dt times dt `(B, E)`, along a trajectory with slope `k` `(B, n)`."""
     assert F.watch is not None
     watch, tangents = F.watch, (dt.detach(), (dt.unsqueeze(1) * k).detach())
     primals = (t.detach(), y.detach())
@@ -123,7 +124,7 @@ def slopes_of(F: Field, t: Tensor, dt: Tensor, y: Tensor, k: Tensor, count: int)
 
 
 def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tensor, Tensor]:
-    """Which event `(B,)` is first in a step, by index (-1: none), and where `(B,)` from 0 to 1."""
+    """The index `(B,)` of the first event in a step (-1: none), and its relative position `(B,)` from 0 to 1."""
     t, dt = to_tensor(step.t), to_tensor(step.dt)
     where, first = torch.ones_like(dt), torch.full_like(dt, -1, dtype=torch.int64)
     hit = to_tensor(found.hit)
@@ -136,7 +137,7 @@ def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tenso
         start, slope = numbers[:, 0], to_tensor(found.slope)[:, i]
 
         def deflated(g: Tensor, x: Tensor, start: Tensor = start, leaving: Tensor = leaving) -> Tensor:
-            # Without the root at the start, which has been.
+            # The root at the start has been dealt with, so it is divided out.
             return torch.where(leaving, (g - start) / torch.where(x == 0, 1.0, x), g)
 
         def at(x: Tensor, i: int = i, deflated: Callable[..., Tensor] = deflated) -> Tensor:
@@ -148,7 +149,7 @@ def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tenso
         a, b = (place.to(dt.dtype) / PARTS for place in places)
         ga, gb = (deflated(numbers.gather(1, j.unsqueeze(1))[:, 0], x) for j, x in zip(places, (a, b)))
         ga = torch.where(leaving & (a == 0), slope, ga)
-        # Where another event stopped the sample as this one was about to happen, it has happened at the start.
+        # If another event stopped the sample just before this one, this one happens at the start of the step.
         passed = (a == 0) & (to_tensor(found.sign)[:, i] * ga <= 0)
         root = torch.where(passed, 0.0, root_between(at, a, b, ga, gb, hits & ~passed))
         sooner = hits & ((first < 0) | (root < where))
@@ -157,9 +158,9 @@ def first_root(method: Method, F: Field, step: Step, found: Scan) -> tuple[Tenso
 
 
 def root_between(f: Map, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor, active: Tensor) -> Tensor:
-    """A root `(B,)` of f between a and b, where it has different signs, for the `active` samples; else b.
+    """A root `(B,)` of f between a and b, where f has different signs, for the `active` samples; b for others.
 
-    Regula falsi in the Illinois way, with a bisection every third time: Dowell and Jarratt, BIT 11 (1971).
+    The Illinois variant of regula falsi, with a bisection every third time: Dowell and Jarratt, BIT 11 (1971).
     """
     a, b = torch.where(active, a, b), b
     going = active & (fb != 0)
@@ -175,7 +176,7 @@ def root_between(f: Map, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor, active: T
         fx = f(x)
         right = going & (fx * fb > 0)
         left = going & ~right
-        # An end that stays a second time counts half.
+        # The value at an end point that stays for a second time is halved.
         fa = torch.where(right & (side > 0), fa / 2, fa)
         fb = torch.where(left & (side < 0), fb / 2, fb)
         a, fa = torch.where(left, x, a), torch.where(left, fx, fa)
@@ -198,8 +199,8 @@ def correct(
 ) -> Tensor:
     """The length `(B,)` of the true step that ends where g of event `first` (-1: none) is 0, from `length`.
 
-    Secant steps, the first one with the slope of g at the end; `retake` gives, for lengths, the end states and
-    their slopes `(B, n)`. Lengths stay between 0 and `dt`; they are found to within `resolved`.
+    Found by secant steps, the first one with the slope of g at the end. `retake` maps lengths to the end states
+    and their slopes `(B, n)`. Lengths stay between 0 and `dt`, and are found to within `resolved`.
     """
     active = first >= 0
     best, least = length, torch.full_like(length, float("inf"))
@@ -229,7 +230,7 @@ def correct(
 
 
 def chosen(F: Field, first: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """g `(B,)` of event `first` `(B,)`; 0 where that is negative."""
+    """g `(B,)` of event `first` `(B,)`; 0 where `first` is negative."""
     assert F.watch is not None
     g = torch.zeros_like(t)
     for i in range(int(unwrapped(first).max()) + 1):

@@ -1,8 +1,8 @@
-"""`ddeint`: a slope that depends on earlier states, as a chain of ordinary differential equations.
+"""`ddeint`: delay differential equations, solved by the method of steps.
 
-Over a time that is no longer than the shortest lag, all that f asks of the past is known: the method of steps.
-Each link of the chain is a solve of its own, and has the dense output of earlier ones as an argument, so that the
-derivative goes back along the chain by itself, whatever adjoint a link has.
+Over an interval no longer than the shortest lag, all past states that f needs are already known, so the delay
+equation is an ordinary one there. The solve is a chain of such ordinary solves. Each link takes the dense output
+of earlier links as an argument, so that derivatives pass back along the chain automatically, with any adjoint.
 
 Bellen and Zennaro, "Numerical Methods for Delay Differential Equations", 2003, chapters 2 to 4.
 """
@@ -39,9 +39,9 @@ from implicitly.transforms import full_precision, is_cpu, unhooked
 from implicitly.tree import Layout
 from implicitly.unrolled import UnrolledAdjoint
 
-# Times that differ by no more than so many units of rounding are the same one.
+# Times that differ by no more than this many units of rounding count as equal.
 SAME = 64
-# So many jumps of derivatives are looked for at most, those of the lowest ones first.
+# At most this many jumps of derivatives are tracked, those of the lowest derivatives first.
 JUMPS = 1000
 
 
@@ -58,38 +58,38 @@ def ddeint(
     in_dims: Any = None,
     on_failure: str = "raise",
 ) -> Trajectory:
-    """Solve the delay equation dy/dt = f(t, y(t), (y(t - lag) for each lag), *args), and differentiate it.
+    """Solve the delay equation dy/dt = f(t, y(t), (y(t - lag) for each lag), *args), differentiably.
 
-    Derivatives of the solution jump where a lag, or a sum of lags, has passed since `t[0]`: steps end there, as
-    far as the order of the method lets the jumps matter. The past is read off the dense output of its steps; these
-    adapt to the tolerances as those of `odeint` do, and none is longer than the shortest lag.
+    Derivatives of the solution jump where a lag, or a sum of lags, has passed since `t[0]`. Steps end at these
+    times, as far as the jumps matter for a method of this order. Past states come from the dense output of earlier
+    steps. Steps adapt to the tolerances as in `odeint`, and none is longer than the shortest lag.
 
     Args:
         f: `f(t, y, delayed, *args)` returns dy/dt: the pytree, shapes and dtypes of y. `delayed` is a tuple with a
             state like y for each lag. Gradients reach the tensors of `args` and the parameters of every module
             that f or history is, is bound to or closes over.
-        history: what y was up to `t[0]`: a tensor or pytree of tensors that it was all the time, or
-            `history(t, *args)`. With `batch_dims=1` t comes 0-d for the start, else in the shape `(B, 1, ..., 1)`.
+        history: y up to `t[0]`: a tensor or pytree of tensors if it was constant, otherwise a function
+            `history(t, *args)`. With `batch_dims=1` its t is 0-d for the start, else of shape `(B, 1, ..., 1)`.
         t: the output times `(T,)`, increasing: a tensor, an array or numbers. `t[0]` is where history ends.
         lags: a tuple of positive numbers or of 0-d tensors, or a tensor `(m,)`; gradients reach tensors.
-        solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps, but for those that
-            reach the end of a lag. `max_steps` counts for each stretch of one lag.
+        solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps, except those that
+            end where a lag ends. `max_steps` applies to each stretch of one lag.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`. Later slopes depend on all
-            steps, so the memory of each grows with their number.
+            earlier steps, so with any adjoint memory grows with the number of steps.
         batch_dims: 0: y is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent samples,
             each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`. Samples share the lags.
-        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
-            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
+        in_dims: which of `args` have one entry per sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. If given, finished samples are dropped from the calls of f.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
-            that they got to are NaN, their gradients zero. Of args that `in_dims` does not tell of, those at which
-            f is NaN for a failed sample can make gradients NaN; a `ConvergenceWarning` says so unless "ignore".
+            they reached are NaN, their gradients zero. Without `in_dims`, gradients by args at which f is NaN for
+            a failed sample can become NaN; a `ConvergenceWarning` says so unless "ignore".
 
     Returns:
-        `Trajectory`, as of `odeint`; `interpolate` reads what is stored, without calls of f.
+        `Trajectory`, as from `odeint`; `interpolate` reads the stored dense output, without calling f.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, before any step; under `torch.vmap`, in place of
-            which `batch_dims=1` has samples with steps of their own.
+        TypeError, ValueError: for invalid input, before any step; also under `torch.vmap`: use `batch_dims=1`
+            instead, which gives each sample its own steps.
         SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
 
     Source: Bellen and Zennaro, "Numerical Methods for Delay Differential Equations", 2003; Hairer, Norsett and
@@ -104,7 +104,7 @@ def ddeint(
 
 
 class Link(NamedTuple):
-    """A part of the solution, from `begin` to `end`."""
+    """One link of the chain: the solution from `begin` to `end`."""
 
     begin: float
     end: float
@@ -113,15 +113,15 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Delayed:
-    """A delay equation, checked.
+    """A delay equation whose input has been checked.
 
     Attributes:
-        history: None where `before` is what y was all the time.
+        history: the history as a function; None if it is the constant `before`.
         times: `(T,)`.
         lags: `(m,)`.
-        dims: which of `args` hold one entry a sample; None: not known.
-        y0: the start.
-        degree: that of the dense output.
+        dims: which of `args` have one entry per sample; None: not known.
+        y0: the initial state.
+        degree: the degree of the dense output.
     """
 
     f: Callable[..., Any]
@@ -147,7 +147,7 @@ class Delayed:
         in_dims: Any,
         solver: Method,
     ) -> Delayed:
-        """Check what came in; raises TypeError / ValueError."""
+        """Check the arguments of `ddeint`; raises TypeError / ValueError."""
         if not callable(f):
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
         given = callable(history)
@@ -155,7 +155,7 @@ class Delayed:
         y0 = history if first is None else history(first, *args)
         layout = Layout.of(y0, batch_dims, "history")
         rows, _ = series_of(t, layout)
-        if first is not None and first.dtype != rows.dtype:  # not where its rounding is
+        if first is not None and first.dtype != rows.dtype:  # evaluate at t[0] as rounded to the right dtype
             y0 = history(rows[0, 0], *args)
             layout = Layout.of(y0, batch_dims, "history")
         if isinstance(t, Tensor) and t.ndim != 1:
@@ -175,12 +175,12 @@ class Delayed:
 
     @property
     def same(self) -> float:
-        """How far two times may be apart to be taken for one."""
+        """The distance up to which two times count as equal."""
         most = max(abs(_number(x)) for x in (self.times[0], self.times[-1]))
         return SAME * torch.finfo(self.times.dtype).eps * most
 
     def stated(self, y: Any, begin: Tensor, end: Tensor, links: Sequence[Link], recording: bool) -> Problem:
-        """The equation from y at `begin` to the `end`, as an ordinary one: the past is known there."""
+        """The ordinary differential equation from y at `begin` to the `end`, where the needed past is known."""
         first, a, b = (_number(x) for x in (self.times[0], begin, end))
         windows = []
         for lag in map(_number, self.lags):
@@ -193,9 +193,9 @@ class Delayed:
         return Problem.of(f, y, span, args, batch_dims=batch_dims, in_dims=dims, recording=recording)
 
     def bounds(self, solver: Method) -> list[Tensor]:
-        """The times, 0-d, at which links begin and end: where derivatives jump, at most the shortest lag apart.
+        """The times, 0-d, at which links begin and end: all jumps of derivatives, at most the shortest lag apart.
 
-        Raises ValueError where there would be too many.
+        Raises ValueError if there would be too many.
         """
         span = _number(self.times[-1] - self.times[0])
         lags = np.array([_number(x) for x in self.lags])
@@ -216,17 +216,17 @@ class Delayed:
         counts = [0 * unit]
         for jump in (*_jumps(lags, span - self.same, solver.order), None):
             until = span if jump is None else jump @ lags
-            while until - counts[-1] @ lags > shortest + self.same:  # longer than what is known of the past
+            while until - counts[-1] @ lags > shortest + self.same:  # a longer link would need unknown past states
                 counts.append(counts[-1] + unit)
             if jump is not None and until - counts[-1] @ lags > self.same:
                 counts.append(jump)
-        # Sums of products, as autocast would round what `@` gives.
+        # Sums of products rather than `@`, whose result autocast would round.
         sums = [self.times[0] + (torch.as_tensor(count).to(self.lags) * self.lags).sum() for count in counts[1:]]
         return [self.times[0], *sums, self.times[-1]]
 
 
 def _first(t: Any) -> Tensor:
-    """The time `t[0]`, 0-d, before it is known what y is like; raises TypeError for what holds no times."""
+    """The time `t[0]`, 0-d, before the dtype of y is known; raises TypeError if `t` holds no times."""
     if isinstance(t, Tensor) and t.ndim and t.numel():
         return t.flatten()[0]
     if isinstance(t, Sequence | np.ndarray) and len(t) and isinstance(t[0], NUMBERS):
@@ -237,7 +237,7 @@ def _first(t: Any) -> Tensor:
 
 
 def _seen(x: Tensor) -> np.ndarray:
-    """The numbers of `x`, which are waited for."""
+    """The numbers of `x` as an array; waits for the accelerator."""
     seen = to_host(x.cpu())
     assert isinstance(seen, np.ndarray)
     return seen
@@ -248,7 +248,7 @@ def _number(x: Tensor) -> float:
 
 
 def _lags_of(lags: Any, layout: Layout) -> Tensor:
-    """`lags` as a tensor `(m,)`; raises TypeError / ValueError for what cannot be lags."""
+    """`lags` as a tensor `(m,)`; raises TypeError / ValueError for invalid lags."""
     if not isinstance(lags, Tensor | tuple | list):
         raise TypeError(f"lags must be a tuple of numbers or a tensor (m,), got a {type(lags).__name__}")
     if not isinstance(lags, Tensor):
@@ -273,7 +273,7 @@ def _lags_of(lags: Any, layout: Layout) -> Tensor:
 
 
 def _dims_of(in_dims: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """`in_dims` as one entry for each of `args`; None where they are not known."""
+    """`in_dims` as one entry for each of `args`; None if they are not known."""
     if in_dims is None and any(isinstance(x, Tensor) for x in pytree.tree_leaves(args)):
         return None
     dims = tuple(in_dims) if isinstance(in_dims, tuple | list) else (in_dims,) * len(args)
@@ -283,9 +283,9 @@ def _dims_of(in_dims: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _jumps(lags: np.ndarray, span: float, order: int) -> Iterator[np.ndarray]:
-    """How often each of the `lags` has passed `(m,)` when a derivative up to the `order` jumps, within `span`.
+    """The times within `span` at which a derivative up to the `order` jumps, as multiples `(m,)` of the `lags`.
 
-    After k lags it is that of order k + 1; higher ones than the order are smooth enough for the method.
+    After k lags, the derivative of order k + 1 jumps; jumps beyond the order do not affect the method.
     """
     m = len(lags)
     levels = [k for k in range(1, order + 1) if math.comb(m + k, k) <= JUMPS]
@@ -309,7 +309,10 @@ def _slope(
     windows: tuple[Piecewise | None, ...],
     *args: Any,
 ) -> Any:
-    """dy/dt of an ordinary equation: of each lag the state is in a window, or not yet."""
+    """dy/dt of the ordinary equation on one link.
+
+    The delayed state for each lag comes from a window of the solution, or from the history if there is none yet.
+    """
     delayed = []
     for lag, window in zip(lags.unbind(), windows):
         if window is not None:
@@ -322,19 +325,19 @@ def _slope(
 
 @dataclass
 class Chain:
-    """A solve, link by link."""
+    """A solve of a delay equation, link by link."""
 
     delayed: Delayed
     solver: Method
     adjoint: TrajectoryAdjoint | UnrolledAdjoint
     on_failure: str
     links: list[Link] = field(default_factory=list)
-    found: Integrated | None = None  # of all links, with the outputs of the last
+    found: Integrated | None = None  # the result over all links, with the outputs of the last one
     calls: int = 0
     y: Any = None
 
     def go_on(self, begin: Tensor, end: Tensor) -> None:
-        """Solve from `begin` to the `end`, unless all samples have failed."""
+        """Solve the link from `begin` to `end`, unless all samples have failed."""
         delayed = self.delayed
         if self.found is not None and not _seen(self.ended).any():
             return
@@ -346,11 +349,11 @@ class Chain:
             self._solve(problem, begin, end)
 
     def _solve(self, problem: Problem, begin: Tensor, end: Tensor) -> None:
-        """Solve the `problem` of the link from `begin` to the `end`, and note what is found."""
+        """Solve the `problem` of the link from `begin` to `end`, and store the result."""
         solver = self._method(begin, end)
         solver.check(problem)
         problem = solver.checked(problem)
-        heard: list[Halt] = []  # emptied again: what is heard of a solve refers to it
+        heard: list[Halt] = []  # emptied below, to break the reference cycle: a `Halt` refers to its solve
         problem, found, calls = self._solved(solver, problem, lambda *ended: heard.append(ended[2]))
         self.calls += calls + problem.calls
         told = self._noted(found)
@@ -365,7 +368,7 @@ class Chain:
         return self.found.status == int(Status.CONVERGED)
 
     def _method(self, begin: Tensor, end: Tensor) -> Method:
-        """The solver of one link: it tells of progress in the whole, and only the first begins with `dt0`."""
+        """The solver of one link; its progress is that of the whole solve, and only the first link uses `dt0`."""
         solver, told = self.solver, self.solver.progress
         if told is not None:
             first, last = (_number(x) for x in (self.delayed.times[0], self.delayed.times[-1]))
@@ -374,10 +377,10 @@ class Chain:
         return solver if not self.links or solver.dt0 is None else replace(solver, dt0=None)
 
     def _solved(self, solver: Method, problem: Problem, report: Report) -> tuple[Problem, Integrated, int]:
-        """The `problem` through the knots of the steps that it takes, what is found there, and the calls of f.
+        """The `problem` with output times at the knots of its steps, the result there, and the calls of f.
 
-        Which steps there are is known afterwards. An adjoint that goes by noted steps has the values of the solve
-        that noted them; the others solve once more.
+        The steps, and so the knots, are known only after a solve. `RecursiveCheckpointAdjoint`, which replays
+        recorded steps, takes its values from that solve; the other adjoints solve once more.
         """
         adjoint, span, degree = self.adjoint, problem.rows(problem.times), self.delayed.degree
         exact = isinstance(adjoint, RecursiveCheckpointAdjoint)
@@ -397,7 +400,11 @@ class Chain:
         return problem, found, calls + work.known[2]
 
     def _noted(self, found: Integrated) -> Integrated:
-        """Count a link in; gives how all ended so far, those that failed before as if they had not."""
+        """Merge the result of a link into `found`.
+
+        Returns the state of all samples so far, where those that failed in earlier links (and have been reported)
+        count as converged.
+        """
         if (before := self.found) is None:
             self.found = found
             return found
@@ -408,19 +415,19 @@ class Chain:
         return self.found._replace(status=torch.where(alive, found.status, int(Status.CONVERGED)))
 
     def _go_from(self, problem: Problem, values: Tensor, begin: Tensor, end: Tensor) -> None:
-        """Add a link with `values` `(B, K, n)`, from the last of which the next one goes on."""
+        """Add a link with `values` `(B, K, n)`; the next link starts from the last of them."""
         self.y = pytree.tree_map(lambda x: x[-1], problem.stacked(values))
-        at_start = problem.times == problem.times[:, :1]  # no step passes its own begin
+        at_start = problem.times == problem.times[:, :1]  # no step has outputs at its own start
         if _seen(at_start[:, 1:]).any():
             values = torch.where(at_start.unsqueeze(2), problem.y0.unsqueeze(1), values)
-        # What a failed sample left must not turn zero cotangents of shared tensors into NaN.
+        # NaN in a failed sample must not turn zero cotangents of shared tensors into NaN.
         values = torch.where(self.ended[:, None, None], values, values.detach().nan_to_num(0.0))
         times = problem.times.T if self.delayed.layout.batch_dims else problem.times[0]
         states = Piecewise(times, problem.stacked(values))
         self.links.append(Link(_number(begin), _number(end), states))
 
     def trajectory(self) -> Trajectory:
-        """What was found so far."""
+        """The `Trajectory` found so far."""
         found, layout = self.found, self.delayed.layout
         assert found is not None
         each, times = layout.per_sample, self.delayed.times
@@ -441,7 +448,7 @@ class Chain:
         )
 
     def at(self, t: Tensor) -> Any:
-        """The solution at times `(W,)` or `(W, B)`; NaN where a sample did not get to."""
+        """The solution at times `(W,)` or `(W, B)`; NaN at times that a sample did not reach."""
         found, layout = self.found, self.delayed.layout
         assert found is not None
         states = Piecewise.joined([link.states for link in self.links])
@@ -458,7 +465,7 @@ class Chain:
         )
 
     def interpolate(self, t: Any) -> Any:
-        """As of `Trajectory`."""
+        """The solution at other times, see `Trajectory.interpolate`."""
         delayed = self.delayed
         wanted = times_of(t, delayed.layout)
         seen, first, last = (_seen(x) for x in (wanted, delayed.times[0], delayed.times[-1]))
@@ -467,13 +474,13 @@ class Chain:
         return self.at(wanted.T if delayed.layout.batch_dims else wanted[0])
 
 
-# Of `Integrated`: what counts in the last link that a sample got to, and what adds up.
+# Fields of `Integrated` taken from the last link that a sample reached, and those summed over links.
 _LAST = ("status", "error", "t", "length")
 _SUMS = ("steps", "tries")
 
 
 class _Steps(Opaque):
-    """The steps of a solve, as `Record.stacked` has them: nothing that has a derivative. `work` knows the rest."""
+    """The steps of a solve, as `Record.stacked` returns them, without derivatives; the rest is left in `work`."""
 
     @staticmethod
     @unhooked()
@@ -482,7 +489,7 @@ class _Steps(Opaque):
         stepper = work.stepper(is_cpu(times), times.detach(), *theta)
         found, y, calls = integrate(stepper, y0.detach(), k0, work.record, nodes.listen)
         steps = work.record.stacked(times)
-        work.record.note_all(Taken(*(x.T for x in steps)))  # which are forgotten there
+        work.record.note_all(Taken(*(x.T for x in steps)))  # put back, as `stacked` removes them
         accepted = Taken(*steps).accepted.cpu().numpy()
         values = nodes.at_knots(accepted, y, is_success(found.status))
         work.known = found._replace(values=values), y, calls

@@ -1,4 +1,4 @@
-"""Events: what a user watches along a trajectory, and what follows when it happens."""
+"""Events: sign changes of a function along a trajectory, and what follows when one happens."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from implicitly.tree import Layout
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens where a number changes its sign along a trajectory.
+    """An event that happens where a function g changes its sign along a trajectory.
 
-    An event happens where g reaches 0 or passes it, after the first time. Where g is 0 at the start, or after a
-    restart, the sign just after counts: a ball that leaves the floor does not hit it, and where a restart takes
-    the g of another event over 0, that one does not happen. It is looked for at the ends of every accepted step
-    and at a few points between, so two changes of sign much closer than a step can be missed; `dt_max` of the
-    method shortens the steps. Where restarts follow each other so fast that rounding does not tell them apart, as
-    the bounces of a ball do in the end, the sample ends as `Status.STEP_UNDERFLOW`, and has no gradient, not even
-    of the events before. To stop earlier, let a component of y count, which `restart` increases: with it, g of the
-    bounce may be `torch.where(count < 3, height, 1.0)`, and that of an event without restart the opposite.
+    It happens where g reaches or crosses 0, after the first time. If g is 0 at the start or after a restart, its
+    sign just afterwards counts: a ball that leaves the floor does not hit it. If a restart moves the g of another
+    event across 0, that event does not happen. Sign changes are looked for at the ends of every accepted step and
+    at a few points in between, so two of them much closer than a step can be missed; `dt_max` of the method
+    shortens the steps. If restarts follow each other so fast that rounding cannot separate them, as the bounces of
+    a ball finally do, the sample ends with `Status.STEP_UNDERFLOW` and has no gradient, not even through earlier
+    events. To stop before that, let a component of y count the restarts: `restart` increases it, g of the bounce
+    is `torch.where(count < 3, height, 1.0)`, and g of an event without restart is the opposite.
 
     Args:
-        g: `g(t, y, *args)` is one number a sample: 0-d for one system, `(B,)` with `batch_dims=1`, in the dtype of
-            y. It must be differentiable at the event for the event's time to be.
+        g: `g(t, y, *args)` returns one number per sample: 0-d for one system, `(B,)` with `batch_dims=1`, in the
+            dtype of y. It must be differentiable at the event for the event's time to be differentiable.
         direction: +1: g changes from negative to positive as the solve goes on; -1: from positive to negative;
             0: both.
-        restart: None: the sample ends there. Else `restart(t, y, *args)` is the state, like y, from which it goes
-            on.
+        restart: None: the sample ends there. Otherwise `restart(t, y, *args)` is the state, like y, from which it
+            continues.
 
     Raises:
-        TypeError, ValueError: for what cannot be an event.
+        TypeError, ValueError: for invalid arguments.
     """
 
     g: Callable[..., Any]
@@ -51,7 +51,7 @@ class Event:
 
 
 def events_of(event: Any) -> tuple[Event, ...]:
-    """`event`, None, an `Event` or a sequence of them, as a tuple; raises TypeError for anything else."""
+    """`event` (None, an `Event` or a sequence of them) as a tuple; raises TypeError / ValueError otherwise."""
     events = () if event is None else (event,) if isinstance(event, Event) else event
     if not isinstance(events, tuple | list) or not all(isinstance(e, Event) for e in events):
         raise TypeError(f"event must be an im.Event or a tuple of them, got {event!r}")
@@ -61,7 +61,7 @@ def events_of(event: Any) -> tuple[Event, ...]:
 
 
 def check_number(value: Any, i: int, layout: Layout) -> None:
-    """Raise TypeError / ValueError unless `value`, which g of event `i` returned, is one number a sample."""
+    """Raise TypeError / ValueError unless `value`, which g of event `i` returned, is one number per sample."""
     if not isinstance(value, Tensor):
         raise TypeError(f"g of event {i} must return a tensor, got a {type(value).__name__}")
     lead = (layout.batch,) if layout.batch_dims else ()

@@ -1,7 +1,7 @@
 """A solve as one graph: the steps of `integrate`, in a loop that `torch.compile` sees as a whole.
 
-What a solve leaves (the lengths of its steps, its outputs) goes into buffers that the loop writes in place; all
-else is carried. A graph takes at most `CHUNK` steps, and is run again from where it got to.
+The results of a solve (the lengths of its steps, its outputs) go into buffers that the loop writes in place;
+everything else is carried. A graph takes at most `CHUNK` steps, and is run again from where it stopped.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from implicitly.ode.method import Memory
 from implicitly.ode.record import Record, State, Taken
 from implicitly.solution import Status, is_running, is_success
 
-# Tried steps of one run of the graph, between whose ends no state is kept.
+# The number of attempted steps in one run of the graph; no state is kept in between.
 CHUNK = 128
-# Outputs that a step passes at once; a step that passes more of them is taken again for the others.
+# The number of outputs that a step can pass at once; a step that passes more is taken again for the others.
 WINDOW = 32
 
 
 class Looping(NamedTuple):
-    """What the loop carries."""
+    """The state that the loop carries."""
 
     carry: Carry
-    noted: Tensor  # () steps in the buffers
+    noted: Tensor  # () the number of steps in the buffers
     column: Tensor  # (B,) the first output that is not known yet
-    calls: Tensor  # () of f
+    calls: Tensor  # () the number of calls of f
 
 
 class Buffers(NamedTuple):
-    """What the loop writes: its steps, as the fields of `Taken` `(CHUNK, B)`, and outputs `(B, T - 2 + W, n)`."""
+    """The buffers of the loop: its steps, as fields of `Taken` `(CHUNK, B)`, and outputs `(B, T - 2 + W, n)`."""
 
     t: Tensor
     dt: Tensor
@@ -49,9 +49,9 @@ class Buffers(NamedTuple):
 
     @classmethod
     def empty(cls, times: Tensor, y: Tensor) -> Buffers:
-        """For times `(B, T)` and states like `y` `(B, n)`."""
+        """Empty buffers for times `(B, T)` and states like `y` `(B, n)`."""
         batch, between = len(times), times.shape[1] - 2
-        # Each with memory of its own: a loop refuses two inputs of which one might be changed by way of the other.
+        # Each with memory of its own, as a loop refuses inputs that may alias each other.
         t, dt = (times.new_empty(CHUNK, batch) for _ in range(2))
         last, accepted = (times.new_empty(CHUNK, batch, dtype=torch.bool) for _ in range(2))
         return cls(t, dt, last, accepted, y.new_empty(batch, between + window_of(times), y.shape[1]))
@@ -63,13 +63,16 @@ class Buffers(NamedTuple):
 
 
 def window_of(times: Tensor) -> int:
-    """Of `(B, T)` output times, how many a step may pass at once."""
+    """How many of the output times `(B, T)` a step may pass at once."""
     return min(times.shape[1] - 2, WINDOW)
 
 
 class Left(NamedTuple):
-    """What a graph leaves: the solve as far as it got, and whether there is more of it; what its loop carried and
-    wrote; and what the method carried into the first step of all, if that is among the steps."""
+    """The result of one run of a graph.
+
+    The solve so far, and whether it goes on; what the loop carried and wrote; and the method's memory before the
+    first step of the whole solve, if that is among the steps.
+    """
 
     found: Integrated
     running: Tensor  # () bool
@@ -80,11 +83,11 @@ class Left(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """What the graphs compute.
+    """The functions that the graphs compute.
 
     Attributes:
-        stepper: `stepper(times, *theta)` takes the steps.
-        differentiates: whether the steps do.
+        stepper: `stepper(times, *theta)` returns the stepper.
+        differentiates: whether the steps need derivatives of f.
     """
 
     stepper: Callable[..., Stepper]
@@ -92,7 +95,7 @@ class Loop:
 
     @property
     def in_place(self) -> bool:
-        """Whether buffers are written in place, or carried, and copied for each step."""
+        """Whether buffers are written in place; otherwise they are carried, and copied at each step."""
         return LOOPS.writes and not self.differentiates
 
     def begin(self, times: Tensor, y0: Tensor, *theta: Tensor) -> Left:
@@ -105,7 +108,7 @@ class Loop:
         return left._replace(first=carry.memory)
 
     def go_on(self, spec: pytree.TreeSpec, times: Tensor, y0: Tensor, *rest: Tensor) -> Left:
-        """`CHUNK` more steps from what is carried and written, the leaves of `spec`, before theta."""
+        """`CHUNK` more steps; `rest` holds the carry and buffers (the leaves of `spec`), then theta."""
         count = spec.num_leaves
         looping, buffers = pytree.tree_unflatten(list(rest[:count]), spec)
         looping = looping._replace(noted=torch.zeros_like(looping.noted))
@@ -114,7 +117,7 @@ class Loop:
     def steps(
         self, times: Tensor, y0: Tensor, theta: tuple[Tensor, ...], looping: Looping, buffers: Buffers
     ) -> Left:
-        """Up to `CHUNK` of them."""
+        """Up to `CHUNK` steps."""
 
         def step(k: int | Tensor, carried: Any) -> Any:
             looping, written = carried
@@ -131,7 +134,7 @@ class Loop:
         self, times: Tensor, theta: tuple[Tensor, ...], L: Looping, buffers: Buffers
     ) -> tuple[Looping, Buffers]:
         """One step of the loop."""
-        # Made here, as a loop may change nothing that lies outside of it.
+        # Made here, since a loop may change nothing outside of it.
         stepper = self.stepper(times, *views(*theta))
         step, taken, _, new = stepper.advance(L.carry)
         accepted, column, inner = taken.accepted, L.column, buffers.inner
@@ -139,7 +142,7 @@ class Loop:
             columns = column.unsqueeze(1) + torch.arange(width, device=times.device)
             part = stepper.part(step, columns.clamp(max=times.shape[1] - 3) + 1).clamp(0, 1)
             values = stepper.method.dense_output(stepper.bound.F, step, part)
-            # What is beyond the end of the step is written again by a later one.
+            # Outputs beyond the end of the step are overwritten by a later one.
             inner = self.put(inner, 1, columns.unsqueeze(2).expand_as(values), values)
             place = torch.arange(times.shape[1] - 2, device=times.device)
             left = (stepper.passed(taken) & (place >= column.unsqueeze(1))).sum(1)
@@ -162,7 +165,7 @@ class Loop:
 
 
 def where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`torch.where` for `(B,)` and rows of whatever shape."""
+    """`torch.where` for a mask `(B,)` and rows of any shape."""
     return torch.where(mask.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
@@ -175,7 +178,7 @@ def integrate_as_graph(
     record: Record | None,
     check: Check | None,
 ) -> tuple[Integrated, Tensor, int] | None:
-    """As `integrate`; None where no graph can be had. `key` names all that decides about `stepper`."""
+    """As `integrate`, by a graph; None if there can be none. `key` identifies all that determines `stepper`."""
     times = times.contiguous()
     taker = stepper(times, *theta)
     method, start = taker.method, State(y0, taker.clock(taker.begin))
@@ -192,7 +195,7 @@ def integrate_as_graph(
         carry = left.looping.carry
         start = State(carry.y, (*carry.memory, *taker.clock(carry.t)))
         flat, spec = pytree.tree_flatten((left.looping, left.buffers))
-        # Each with the strides of any tensor like it: others would make another graph.
+        # Made contiguous, as other strides would make another graph.
         flat = [x.clone(memory_format=torch.contiguous_format) for x in flat]
         go_on = partial(loop.go_on, spec)
         left = run_as_graph(name, (key, "go on"), go_on, times, y0, *flat, *theta, varies=True)

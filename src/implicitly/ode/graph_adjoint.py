@@ -1,10 +1,10 @@
-"""The derivative of a solve as one graph: its noted steps, taken once more and pulled back through.
+"""The derivative of a solve as one graph: its recorded steps are taken again and pulled back through.
 
-A graph takes up to `BLOCK` noted steps. One loop computes the states between them again, without derivatives, into
-buffers; a second one goes backwards through the steps, and pulls the cotangents of the state, of what the method
-carries, and of all that is shared through each of them. Of a method that searches for the slopes of its stages,
-the first loop keeps those, too, so that the second one has nothing to search for. The same graph with no step to
-pull back through gives the state after a block, where a solve kept states further apart.
+A graph handles up to `BLOCK` recorded steps. One loop recomputes the states between them, without derivatives,
+into buffers. A second loop goes backwards through the steps, and pulls the cotangents of the state and of the
+method's memory back through each, accumulating those of shared inputs. For a method that solves for the slopes of
+its stages, the first loop keeps these too, so that the second one has nothing to solve. If a solve kept states
+further apart than a block, the same graph, with no step to pull back through, gives the state after a block.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, 
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.record import Record, State, Taken
 
-# Steps of one run of the graph, the states before all of which are in memory.
+# The number of steps in one run of the graph; the states before all of them are in memory.
 BLOCK = 32
 
 
 class Rows(NamedTuple):
-    """Steps, in the order in which they were taken, of which one that passes many outputs is several rows.
+    """Steps in the order in which they were taken, where a step that passes many outputs takes several rows.
 
-    All of the rows of a step pass outputs, and the last one moves on. Of the outputs between the ends of the
-    solve, a row passes those from `first` on up to, not with, `stop`.
+    All rows of a step pass outputs, and the last one moves on. Of the outputs between the ends of the solve, a row
+    passes those from `first` up to `stop` (exclusive).
 
     Attributes:
         lengths: `(2, N, B)`: t and dt.
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, steps: Taken, times: Tensor) -> tuple[Rows, list[int]]:
-        """The rows of steps, each field `(N, B)`, for times `(B, T)`; also where the rows of each step begin."""
+        """The rows of steps, each field `(N, B)`, for times `(B, T)`; also the first row of each step."""
         t, dt, last, accepted, _ = steps
         lengths, flags, count = torch.stack([t, dt]), torch.stack([last, accepted, accepted]), len(t)
         width = window_of(times)
@@ -74,11 +74,11 @@ class Rows(NamedTuple):
         return cls(lengths[:, index], flags, first, torch.minimum(first + width, stop)), begins.tolist()
 
     def block(self, begin: int, stop: int) -> Rows:
-        """The rows from `begin` on up to, not with, `stop`, and as many more as `BLOCK` has."""
+        """The rows from `begin` up to `stop` (exclusive), padded to `BLOCK` rows."""
         return Rows(*(pad(x[..., begin:stop, :], (0, 0, 0, BLOCK - (stop - begin))) for x in self))
 
     def row(self, k: Tensor) -> tuple[Taken, Tensor, Tensor, Tensor]:
-        """Row `k` `(1,)`: the step, who moves on `(B,)`, and `first` and `stop` `(B,)`."""
+        """Row `k` `(1,)`: the step, which samples move on `(B,)`, and `first` and `stop` `(B,)`."""
         lengths, flags, first, stop = (x.index_select(-2, k).squeeze(-2) for x in self)
         (t, dt), (last, accepted, moves) = lengths.unbind(), flags.unbind()
         return Taken(t, dt, last, accepted, torch.zeros_like(t, dtype=torch.int8)), moves, first, stop
@@ -86,14 +86,14 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Pull:
-    """What the graph computes.
+    """The function that the graph computes.
 
     Attributes:
-        stepper: `stepper(times, *theta, moving=...)` takes the steps, see `Stepper`.
-        shared: which inputs (times, y0, theta), without y0, a derivative is wanted by.
-        width: how many tensors are a state with what the method carries.
-        found: how many slopes of a step are kept from the first loop for the second.
-        differentiates: whether the steps do.
+        stepper: `stepper(times, *theta, moving=...)` returns the stepper, see `Stepper`.
+        shared: the indices of the inputs (times, y0, theta), except y0, by which derivatives are wanted.
+        width: the number of tensors in a state with the method's memory.
+        found: the number of slopes of a step that the first loop keeps for the second.
+        differentiates: whether the steps need derivatives of f.
     """
 
     stepper: Callable[..., Stepper]
@@ -104,23 +104,23 @@ class Pull:
 
     @property
     def in_place(self) -> bool:
-        """Whether the buffers are written in place, or carried, and copied for each step."""
+        """Whether buffers are written in place; otherwise they are carried, and copied at each step."""
         return LOOPS.writes and not self.differentiates
 
     def run(self, counts: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Up to `BLOCK` rows.
 
         Args:
-            counts: `(3,)` int64: how many rows to go on by, from the state before the first; how many to pull back
-                through, the first of those; and whether the first row is the first of the solve. Slopes that
-                are kept are those of the rows gone on by.
-            tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with what is carried), of which the first
-                is that before the first row; its cotangents after the last row; which samples `(B,)` finished;
-                the cotangents of the outputs between `(B, T - 2, n)`; and the inputs.
+            counts: `(3,)` int64: how many rows to advance, from the state before the first; through how many of
+                these, from the first, to pull back; and whether the first row is the first of the solve. Slopes
+                are kept for the rows advanced.
+            tensors: the rows; buffers `(BLOCK + 1, B, ...)` of states (with the method's memory), the first of
+                which is that before the first row; the cotangents of the state after the last row; which samples
+                `(B,)` finished; the cotangents of the outputs between the ends `(B, T - 2, n)`; and the inputs.
 
         Returns:
-            The calls of f; the state after the rows gone on by; its cotangents before the rows pulled back
-            through; and those of the shared inputs.
+            The number of calls of f; the state after the rows advanced; the cotangents of the state before the
+            rows pulled back through; and those of the shared inputs.
         """
         count, width = len(Rows._fields), self.width
         rows, given = Rows(*tensors[:count]), tensors[count:]
@@ -162,7 +162,7 @@ class Pull:
         _, (calls, state, states, slopes) = repeat(forward, begin, _always, on)
         sums = (torch.zeros_like(inputs[i]) for i in self.shared)
         _, (calls, carry) = repeat(backward, (calls, (*bars, *sums)), _always, back)
-        # What is carried into the first step follows from y0.
+        # The memory before the first step follows from y0.
         bars = tuple(torch.where(first > 0, x, 0.0) for x in carry[1:width])
         (by_y0, *found), took = self.pulled(self.begun, tuple(inputs), (finite_start(inputs[1], finished),), bars)
         sums = (s + x for s, x in zip(carry[width:], found))
@@ -178,7 +178,7 @@ class Pull:
         inputs: Any,
         *state: Tensor,
     ) -> tuple[tuple[Tensor, ...], int]:
-        """The state after a row, and the outputs `(B, W, n)` that it passes, if any may be; and the calls of f."""
+        """The state after a row, the outputs `(B, W, n)` that it passes, if any may be, and the calls of f."""
         times, _, *theta = inputs
         stepper = self.stepper(times, *theta, moving=0 in self.shared)
         stepper.bound.F.found = known
@@ -189,7 +189,7 @@ class Pull:
         return after, stepper.bound.F.calls
 
     def begun(self, inputs: Any, y0: Tensor) -> tuple[Memory, int]:
-        """What is carried into the first step from `y0`, and the calls of f."""
+        """The method's memory before the first step from `y0`, and the number of calls of f."""
         times, _, *theta = inputs
         stepper = self.stepper(times, *theta, moving=0 in self.shared)
         return restart(stepper, y0).memory, stepper.bound.F.calls
@@ -201,8 +201,10 @@ class Pull:
         state: tuple[Tensor, ...],
         bars: tuple[Tensor, ...],
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The cotangents of `state` and of the shared inputs for those `bars` of what `f(inputs, *state)` gives
-        beside the calls of the user's f; and those."""
+        """The cotangents of `state` and of the shared inputs, and the number of calls of the user's f.
+
+        `bars` are the cotangents of what `f(inputs, *state)` returns besides that number.
+        """
         chosen = [inputs[i] for i in self.shared]
 
         def of(*given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -220,7 +222,7 @@ class Pull:
 def moved(
     stepper: Stepper, taken: Taken, moves: Tensor, state: tuple[Tensor, ...]
 ) -> tuple[Step, tuple[Tensor, ...]]:
-    """A noted step, taken once more from `state`, and the state after it of the samples that move on."""
+    """Take a recorded step again from `state`: the step, and the state after it of the samples that move on."""
     y, *memory = state
     step, after, _ = again(stepper, taken, State(y, tuple(memory)), outputs=False)
     y, memory = kept(moves, (after.y, after.memory), (y, tuple(memory)))
@@ -228,7 +230,7 @@ def moved(
 
 
 def window(times: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns `(B, W)` from `first` on, among the outputs between; and which of them are before `stop`."""
+    """Columns `(B, W)` from `first` on, among the outputs between the ends, and which of them are below `stop`."""
     columns = first.unsqueeze(1) + torch.arange(window_of(times), device=times.device)
     return columns.clamp(max=max(times.shape[1] - 3, 0)), columns < stop.unsqueeze(1)
 
@@ -238,10 +240,10 @@ def _always(carry: Any) -> bool:
 
 
 def _bars(g: Tensor, reached: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The cotangents of the last state, with what it carries, for those of outputs and of the times reached."""
+    """The cotangents of the last state and its memory, given those of the outputs and of the times reached."""
     carried = [torch.zeros_like(x) for x in state[1 : len(state) - len(reached)]]
     bars = (g[:, -1], *carried, *(x.unsqueeze(1) for x in reached))
-    # Cloned, so that the stride of a lone sample is that of any tensor like it.
+    # Cloned, so that the strides for a single sample are the usual ones.
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in bars)
 
 
@@ -257,11 +259,11 @@ def sweep_as_graph(
     g: Tensor,
     *reached: Tensor,
 ) -> tuple[list[Tensor], Tensor] | None:
-    """The cotangents of the `wanted` inputs (times, y0, theta) for those `g` `(B, T, n)` of the outputs of a solve
-    whose states `record` holds, and `(B,)` of the times reached where states carry those; and the calls of f. None
-    where no graph can be had.
+    """`sweep` by a graph: the cotangents of the `wanted` inputs (times, y0, theta), and the number of calls of f.
 
-    It has at least one step and one sample. `key` names all that decides about it and about `stepper`.
+    They are for cotangents `g` `(B, T, n)` of the outputs of a solve whose states `record` holds and, if states
+    carry their time, `(B,)` of the times reached. None if there can be no graph. The solve has at least one step
+    and one sample. `key` identifies all that determines the graph and `stepper`.
     """
     inputs = tuple(x.contiguous() for x in inputs)
     (times, *_), shared = inputs, [i for i in wanted if i != 1]

@@ -1,6 +1,6 @@
 """A backward solve of the continuous adjoint, from one output time to the one before, as one graph.
 
-Its loop carries what a step does, and the gradients by theta, to each of which a step adds its integral.
+Its loop carries the state of the solve, and the gradients by theta, to which each step adds its integral.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from implicitly.solution import Status, is_running
 
 
 class Arrived(NamedTuple):
-    """Where a backward solve got to."""
+    """The result of a backward solve."""
 
     z: Tensor  # (B, N)
     slope: Tensor  # (B, N) where it began
@@ -39,14 +39,14 @@ class Arrived(NamedTuple):
 
 @dataclass(frozen=True)
 class Back:
-    """What the graph computes.
+    """The function that the graph computes.
 
     Attributes:
-        stepper: `stepper(ends, *theta)` takes the steps of z.
-        plain: gives f for theta.
-        packed: how y and a lie in z.
-        places: of theta by which gradients are wanted.
-        guessed: whether the length of a first step is given.
+        stepper: `stepper(ends, *theta)` returns the stepper of z.
+        plain: maps theta to the field of f.
+        packed: the layout of y and a in z.
+        places: the indices of the theta by which gradients are wanted.
+        guessed: whether the length of the first step is given.
     """
 
     stepper: Callable[..., Stepper]
@@ -58,9 +58,9 @@ class Back:
     def run(
         self, limit: Tensor, ends: Tensor, z: Tensor, scale: Tensor, length: Tensor, *theta: Tensor
     ) -> Arrived:
-        """From `z` `(B, N)`, whose a is in units of `scale` `(B, 1)`, between the times `ends` `(B, 2)`.
+        """Solve from `z` `(B, N)`, whose a is in units of `scale` `(B, 1)`, between the times `ends` `(B, 2)`.
 
-        `length` `(B,)` of the first step, where it is `guessed`; at most `limit` `()` steps.
+        `length` `(B,)` is that of the first step, if it is `guessed`; there are at most `limit` `()` steps.
         """
         stepper = self.stepper(ends, *theta)
         F: Any = stepper.bound.F
@@ -70,7 +70,7 @@ class Back:
 
         def step(k: int | Tensor, carried: Any) -> Any:
             carry, sums, first, calls = carried
-            # Made here, as a loop may change nothing that lies outside of it.
+            # Made here, since a loop may change nothing outside of it.
             ends_here, scale_here, *theta_here = views(ends, scale, *theta)
             stepper = self.stepper(ends_here, *theta_here)
             step, taken, _, new = stepper.advance(carry)
@@ -95,8 +95,9 @@ class Back:
     def from_slopes(
         self, method: Method, step: Step, taken: Taken, scale: Tensor, first: tuple[Tensor, ...], F: Augmented
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The integral of one system from what its slopes found, and what belongs to the slope at the next step's
-        start, as `first` does to that at the start of this one.
+        """The integral for one system from the integrand kept at its slopes.
+
+        Also the integrand at the start of the next step, as `first` is that at the start of this one.
         """
         accepted = taken.accepted.reshape(())
         parts = integrated(method, (step.dt * scale).reshape(()), [list(first), *F.pulled])
@@ -106,7 +107,7 @@ class Back:
         )
 
     def integral(self, nodes: QuadratureNodes, theta: list[Tensor]) -> tuple[Tensor, ...]:
-        """The integral of a df/dtheta over a step, by those theta that gradients are wanted of."""
+        """The integral of a df/dtheta over a step, for those theta by which gradients are wanted."""
 
         def slopes(*theta: Tensor) -> tuple[Tensor, ...]:
             f = self.plain(*theta)

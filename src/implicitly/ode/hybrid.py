@@ -1,8 +1,8 @@
-"""Steps that end where something happens: at an event, or at a time that must be hit.
+"""Steps that end at an event, or at one of the method's `tstops`.
 
-A step in which an event happens is taken anew, up to the event. Taken once more for a derivative, its length is
-again what makes g vanish at its end, by the implicit function theorem. So states carry their time. The lengths of
-other steps are constants there, in time or in arc length.
+A step in which an event happens is taken again, up to the event. When it is replayed for a derivative, its length
+is differentiated by the implicit function theorem, as the length for which g vanishes at its end. Therefore states
+carry their time. The lengths of all other steps are constants for the derivative, in time or in arc length.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
 from implicitly.solution import Status, is_running
 
-# Weight of the state's relative change in arc length, that of time over the whole interval being 1. More suits
-# jumps, less suits solutions that settle.
+# The weight of the state's relative change in the arc length, where time over the whole interval has weight 1. A
+# larger weight suits jumps, a smaller one suits solutions that settle.
 MOTION = 2.0
-# What part of its size a tolerance is taken for where only absolute ones are given.
+# The relative tolerance assumed if only absolute tolerances are given.
 LOOSE = 1e-3
-# Which way g moves at an event is looked at where the step up to it is at most so many times as long as times
-# resolve, and where the same event had a restart right before it.
+# The direction in which g moves at an event is checked if the step up to it is at most this many times as long as
+# times resolve, and if the same event had a restart right before it.
 UNSURE = 4.0
 
 
 @dataclass
 class HybridStepper(Stepper):
-    """Takes steps that events and the method's `tstops` end.
+    """A stepper whose steps end at events and at the method's `tstops`.
 
     Attributes:
-        events: what is watched.
-        arc_length: whether derivatives take the arc length of a step for constant, not its time.
+        events: the events to watch for.
+        arc_length: whether derivatives hold the arc length of a step fixed, instead of its length in time.
     """
 
     events: tuple[Event, ...] = ()
@@ -67,17 +67,17 @@ class HybridStepper(Stepper):
 
     @cached_property
     def stops(self) -> Array:
-        """The times `(K,)` to be hit."""
+        """The `tstops` `(K,)` of the method."""
         stops = self.method.tstops
         return np.array(stops, dtype=self.seen.dtype) if self.host else self.seen.new_tensor(stops)
 
     @cached_property
     def sign(self) -> Array:
-        """In which direction `(B,)` time goes; forward where it stands still."""
+        """The direction `(B,)` of time, +1 or -1; +1 where the interval has length 0."""
         return library(self.end).where(self.end >= self.begin, filled(self.end, 1.0), -1.0)
 
     def ahead(self, t: Array) -> tuple[Array, Array]:
-        """Where `(B,)` the next step from t must end at the latest, and whether that is before the end."""
+        """The time `(B,)` at which the next step from t must end at the latest, and whether it is a `tstop`."""
         xp, sign = library(t), self.sign[:, None]
         ordered = sign * self.stops
         passed = (ordered <= sign * t[:, None]) | (ordered >= sign * self.end[:, None])
@@ -87,7 +87,7 @@ class HybridStepper(Stepper):
         return xp.where(stop, self.sign * nearest, self.end), stop
 
     def bounds(self, t: Array) -> tuple[Tensor, Tensor] | None:
-        """Between which times `(B,)` a step from t may ask for f, which may jump at both of its ends."""
+        """The times `(B,)` between which a step from t may evaluate f, which may jump at both ends; None: any."""
         if not self.method.tstops:
             return None
         xp, far, limit = library(t), self.sign * float("inf"), self.ahead(t)[0]
@@ -96,11 +96,11 @@ class HybridStepper(Stepper):
         return to_tensor(xp.minimum(begin, end)), to_tensor(xp.maximum(begin, end))
 
     def _jumps(self, t: Array) -> Array:
-        """Where `(B,)` f may jump."""
+        """Which of the times t `(B,)` are `tstops`, where f may jump."""
         return (self.stops == t[:, None]).any(1)
 
     def after(self, t: Array) -> Array:
-        """The times `(B,)` at which f is asked for the slopes with which steps from t begin: behind its jumps."""
+        """The times `(B,)` at which f is evaluated for slopes at the start of steps from t: behind its jumps."""
         if not self.method.tstops:
             return t
         seen = to_host(t) if self.host and isinstance(t, Tensor) else t
@@ -113,7 +113,7 @@ class HybridStepper(Stepper):
         return torch.where(to_tensor(jumps), to_tensor(behind), to_tensor(t))
 
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
-        """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
+        """The step from `c`, its `Taken` for the record, and the ratio `(B,)` of its error to the tolerance."""
         if not self.method.tstops:
             return super().try_step(c)
         xp, (limit, stop) = library(c.t), self.ahead(c.t)
@@ -134,15 +134,15 @@ class HybridStepper(Stepper):
         return (to_tensor(t).unsqueeze(1),)
 
     def reached(self, state: State) -> Tensor:
-        """The times `(B,)` at which a solve ended, with their derivative."""
+        """The times `(B,)` at which a solve ended, differentiable."""
         return state.memory[-1][:, 0]
 
     def happened(self, c: Carry) -> tuple[Array, Array]:
-        """The event `(B,)` that happened last, -1 for none, and how many did."""
+        """The index `(B,)` of the event that happened last, -1 for none, and how many did."""
         return (c.watch[3], c.watch[4]) if self.events else super().happened(c)
 
     def start(self, y: Tensor, k: Tensor, length: Array | None = None) -> Carry:
-        """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
+        """The state before the first step, which is tried with `length` `(B,)` if that is known."""
         begin = self.begin
         t = self.after(begin)
         if t is not begin:  # f jumps right there
@@ -166,7 +166,7 @@ class HybridStepper(Stepper):
         return bool(self.events or self.method.tstops)
 
     def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
-        """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        """Try one step from `c`: the step, its `Taken` for the record, its error, the new state of the loop."""
         if not self.cuts:
             return super().advance(c)
         with torch.no_grad(), np.errstate(all="ignore") if self.host else nullcontext():
@@ -179,7 +179,7 @@ class HybridStepper(Stepper):
             return step, taken, error, self._settled(c, new, taken) if any_now(taken.ends != 0) else new
 
     def _cut(self, c: Carry, step: Step, taken: Taken, error: Array) -> tuple[Step, Taken, Array, Watch]:
-        """The step tried from `c` up to the first event in it, and what is known of events then."""
+        """The step tried from `c`, cut at the first event in it, and what is known of events then."""
         old, tried = Watch(*c.watch), taken.dt
         xp, found = library(error), scan(self.method, self.bound.F, step, old, self.events)
         error = xp.where(found.sick & taken.accepted, float("inf"), error)
@@ -216,11 +216,10 @@ class HybridStepper(Stepper):
         return step, taken, error, Watch(*(xp.where(*pair) for pair in pairs))
 
     def _turned(self, step: Step, t: Array, first: Array, sign: Array) -> Array:
-        """Where `(B,)` g of event `first` (-1: none) has not come to change its `sign` `(B, E)` at t, where a step
-        ends, but moves away from 0.
+        """Where `(B,)` g of event `first` (-1: none) moves away from 0 at the end t of a step.
 
-        So it is in a bounce that rounding does not resolve: the ball still rises where it is taken to hit the
-        floor, and a restart would send it through.
+        Then it does not change its `sign` `(B, E)`. This happens in a bounce that rounding does not resolve: the
+        ball is still rising when it seems to hit the floor, and a restart would send it through.
         """
         slopes = to_host(
             slopes_of(self.bound.F, to_tensor(t), to_tensor(self.sign), step.y1, step.k1, len(self.events))
@@ -231,10 +230,13 @@ class HybridStepper(Stepper):
         return turned
 
     def _first_event(self, step: Step, memory: Memory, found: Scan, hits: Array) -> tuple[Array, Array, Array]:
-        """Which event `(B,)` is first in a step, taken with `memory`, -1: none; where from 0 to 1; and how long
-        the step to it is."""
+        """The first event in a step that was taken with `memory`.
+
+        Returns its index `(B,)` (-1: none), its relative position in the step from 0 to 1, and the length of the
+        step up to it.
+        """
         stepper, mask, rows = self, to_tensor(hits), None
-        if self.bound.sample_dims is not None and self.host:  # of those samples alone
+        if self.bound.sample_dims is not None and self.host:  # only for the samples with an event
             rows = mask.nonzero()[:, 0]
 
             def some_of(x: Any) -> Any:
@@ -255,7 +257,7 @@ class HybridStepper(Stepper):
 
         resolved = to_tensor(stepper.resolved(step.t, step.t + step.dt))
         length = correct(retake, F, first, t, dt, torch.where(first >= 0, part * dt, dt), resolved / 2)
-        # Who starts anew at the last time has arrived.
+        # A sample that would restart at the last time has arrived.
         arrived = (t + length - to_tensor(stepper.end)).abs() <= resolved
         for i, event in enumerate(self.events):
             if event.restart is not None:
@@ -270,7 +272,7 @@ class HybridStepper(Stepper):
         return spread
 
     def _settled(self, c: Carry, new: Carry, taken: Taken) -> Carry:
-        """What follows for the samples whose step something ended."""
+        """The state of the loop for samples whose step ended at an event or a `tstop`."""
         xp, ends, t = library(taken.dt), taken.ends, new.t
         if self.method.tstops:
             t = xp.where(ends == STOP, self.ahead(c.t)[0], t)
@@ -285,7 +287,7 @@ class HybridStepper(Stepper):
         if any_now(restarted):
             watch = self._watch_anew(Watch(*c.watch), Watch(*watch), restarted, ends, to_tensor(t), y)
             status = xp.where(restarted & (watch.stuck > len(self.events)), int(Status.STEP_UNDERFLOW), status)
-        # A step that was cut says nothing against the length that had been meant.
+        # A step that was cut short says nothing against the length that was planned.
         length = xp.where(ends != 0, c.length, new.length)
         return new._replace(y=y, memory=memory, t=t, length=length, status=status, watch=watch)
 
@@ -295,7 +297,7 @@ class HybridStepper(Stepper):
         xp, before = library(after), new.value
         index = np.arange(len(self.events)) if xp is np else torch.arange(len(self.events), device=t.device)
         fired = ends[:, None] == index + 1
-        # What a restart leaves as it was keeps its sign: two events may happen at once.
+        # A g that a restart does not change keeps its sign, since two events may happen at once.
         same = abs(after - before) <= ROUNDING * torch.finfo(t.dtype).eps * abs(c.value)
         after = xp.where(fired & (abs(after) <= 4 * abs(before)), 0.0, after)
         fresh = (fired | ~same) & restarted[:, None]
@@ -306,7 +308,7 @@ class HybridStepper(Stepper):
         )
 
     def _begun(self, ends: Tensor, t: Tensor, y: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """State and memory from which samples go on at t `(B,)` after steps that `ends` `(B,)` ended."""
+        """State and memory from which samples continue at t `(B,)`, after steps that ended by `ends` `(B,)`."""
         F, anew = self.bound.F, ends == STOP
         for i, event in enumerate(self.events):
             mask = ends == i + 1
@@ -322,7 +324,7 @@ class HybridStepper(Stepper):
     # -------------------------------------------------------------------------------------- and once more
 
     def retaken(self, taken: Taken, y: Tensor, memory: Memory) -> tuple[Step, Tensor, Memory]:
-        """A noted step, and the state and memory from which the next one goes on."""
+        """Take a recorded step again: the step, and the state and memory from which the next one starts."""
         *carried, clock = memory
         carried, t, accepted = tuple(carried), clock[:, 0], to_tensor(taken.accepted)
         ends = torch.where(accepted, to_tensor(taken.ends), 0)
@@ -346,10 +348,11 @@ class HybridStepper(Stepper):
         return step, y, (*carried, t.unsqueeze(1))
 
     def _speed(self, y: Tensor, k: Tensor) -> Tensor:
-        """1 `(B,)`, with the derivative of the logarithm of the arc length a time, at y `(B, n)` of slope k.
+        """1 `(B,)`, with the derivative of log(d arc length / dt), at y `(B, n)` with slope k.
 
-        Arc length is that of (t / span, MOTION y / size), with a component's size |y| + atol / rtol. So what moves
-        by much less than its size in all of the time, and what errors make move, counts for little beside time.
+        The arc length is that of the curve (t / span, MOTION y / size), where the size of a component is
+        |y| + atol / rtol. So motion that is small relative to the size over the whole interval, or that errors
+        cause, counts for little compared with time.
         """
         method, rtol = self.method, self.method.rtol
         loose = torch.where(rtol > 0, rtol, LOOSE) if isinstance(rtol, Tensor) else rtol or LOOSE
@@ -367,7 +370,7 @@ class HybridStepper(Stepper):
         y: Tensor,
         memory: Memory,
     ) -> Tensor:
-        """The times `(B,)` `known` at which events end a step, with the derivative by where the step began."""
+        """The `known` times `(B,)` at which events end a step, differentiable by the state where it began."""
         method, field, count = self.method, self.bound.field, len(memory)
         limits = bounds or ()
 
@@ -384,14 +387,14 @@ class HybridStepper(Stepper):
 
             return g
 
-        # It is there to be differentiated alone, and that warns whatever a failed solve does: g may only touch 0.
+        # This condition exists only for its derivative, which always warns if a solve fails: g may only touch 0.
         condition = Condition(bind, "the time of an event", y.dtype, Report("warn"))
         theta = (y, t, ends.to(y.dtype), known, *limits, *memory, *self.bound.theta)
         return attach(condition, known.unsqueeze(1), theta, Backward(DenseLU()))[:, 0]
 
 
 def with_times_clamped(F: Field, bounds: tuple[Tensor, Tensor] | None) -> Field:
-    """F that sees no times outside of `bounds`, each `(B,)`."""
+    """F with times clamped to `bounds`, each `(B,)`; None: F itself."""
     if bounds is None:
         return F
     return replace(

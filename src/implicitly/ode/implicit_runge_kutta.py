@@ -1,8 +1,8 @@
 """Diagonally implicit Runge-Kutta methods, for stiff systems: each stage solves an equation.
 
 A stage Y of a step with length dt satisfies Y = base + g dt f(t, Y), where base is known from the stages before.
-Newton's method finds it, with one matrix I - g dt J for all stages and, while that converges, for several steps;
-the implicit function theorem differentiates it, whatever Newton's path.
+Newton's method finds it, with one matrix I - g dt J for all stages and, while that converges, for several steps.
+The implicit function theorem differentiates it, whatever path Newton's method took.
 
 Hairer and Wanner, "Solving Ordinary Differential Equations II", section IV.8; Kvaerno, "Singly diagonally implicit
 Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
@@ -48,20 +48,20 @@ from implicitly.pullback import pullback, pulled
 from implicitly.solution import Status
 from implicitly.transforms import is_batched, is_plain, records
 
-# Newton's method gives a stage up at this rate of convergence, and asks for a new Jacobian beyond the other.
+# Newton's method gives up a stage at the first rate of convergence, and asks for a new Jacobian beyond the second.
 TOO_SLOW, SLOW = 0.9, 0.03
-# Full Newton steps may lead away at first; by how much the error may then exceed the last change.
+# Full Newton steps may lead away at first; the error may then exceed the last change by this factor.
 FAR = 1e3
-# Iterations with one Jacobian before constant steps have one for each.
+# With constant steps, this many iterations use one Jacobian; after that each iteration computes its own.
 PATIENT = 4
-# How accurate a stage is, relative to the tolerance of the step.
+# The tolerance of a stage, relative to the tolerance of the step.
 STAGE_TOLERANCE = 3e-2
-# Slopes that a stage's own is guessed from.
+# The number of earlier slopes from which that of a stage is predicted.
 PREDICT = 3
 
 
 class Stage(NamedTuple):
-    """The equation Y = base + length f(moment, Y) of a stage."""
+    """The equation of a stage, Y = base + length f(moment, Y)."""
 
     moment: Tensor
     base: Tensor
@@ -70,28 +70,28 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitRungeKutta(RungeKutta):
-    """A diagonally implicit Runge-Kutta method. With `dt`, the tolerances hold for its stages.
+    """Base class of diagonally implicit Runge-Kutta methods. With `dt`, the tolerances apply to the stages.
 
     Args:
-        stage_solver: a solver that finds the stages, such as `NewtonKrylov()` where Jacobians are too large to be
-            stored, with tolerances of its own; None: Newton's method with a Jacobian `(n, n)` a sample that is
-            used as long as it converges.
-        stage_tolerance: how accurate that makes a stage, relative to the tolerance of the step; None: 0.03. The
-            derivative takes stages for exact: across jumps at a loose rtol it may need 1e-4.
-        limit_gib: what the Jacobians of all samples may take.
+        stage_solver: the solver for the stages, with its own tolerances, such as `NewtonKrylov()` if Jacobians are
+            too large to be stored; None: Newton's method with a Jacobian `(n, n)` per sample, which is reused as
+            long as it converges.
+        stage_tolerance: the tolerance of that Newton's method, relative to the tolerance of the step; None: 0.03.
+            The derivative assumes exact stages: across jumps at a loose rtol it may need 1e-4.
+        limit_gib: the most memory that the Jacobians of all samples may take.
     """
 
     stage_solver: Solver | None = None
     stage_tolerance: float | None = None
     limit_gib: float = 4.0
-    # A rejected step is often only one that Newton's method dislikes.
+    # A step is often rejected only because Newton's method did not converge.
     controller: Controller = Controller(shrink=0.5)
 
     stage_steps: ClassVar[int] = 10
 
     @property
     def stability(self) -> float:
-        """Any: what decays does so in steps of every length."""
+        """inf: decay is stable for steps of every length."""
         return float("inf")
 
     def __post_init__(self):
@@ -113,30 +113,30 @@ class ImplicitRungeKutta(RungeKutta):
             )
 
     def check(self, problem: Problem) -> None:
-        """As of `Method`; also raises ValueError where the dtype cannot resolve the tolerance of stages."""
+        """As in `Method`; also raises ValueError if the dtype cannot resolve the tolerance of stages."""
         super().check(problem)
         if self.stage_solver is not None:
             self.stage_solver.tolerances(problem.y0.dtype)
 
     @property
     def sees_end(self) -> bool:
-        """NaN in any stage shows in the state."""
+        """True, as NaN in any stage shows up in the state."""
         return True
 
     @property
     def differentiates(self) -> bool:
-        """Its stages take Jacobians."""
+        """True: its stages need Jacobians."""
         return True
 
     @property
     def found_slopes(self) -> int:
-        """Those of all stages."""
+        """The number of stages: their slopes need not be solved for if they are given."""
         return self.tableau.stages
 
     @property
     def ungraphed(self) -> str | None:
-        """What of it no graph of `torch.compile` has; None: nothing."""
-        # The tracer refuses Newton's loop there, which counts calls of f, and takes minutes for Broyden's.
+        """The feature of this method that `torch.compile` cannot have in a graph; None if there is none."""
+        # The tracer refuses Newton's loop there, since it counts calls of f, and takes minutes for Broyden's.
         return super().ungraphed or (None if self.stage_solver is None else "a stage_solver")
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
@@ -184,7 +184,7 @@ class ImplicitRungeKutta(RungeKutta):
 
 @remembered(256)
 def predictor(nodes: tuple[float, ...], i: int) -> tuple[float, ...]:
-    """Weights of the slopes before stage `i` that guess its own: the polynomial through the nearest ones."""
+    """The weights of earlier slopes that predict that of stage `i`, by the polynomial through the nearest ones."""
     near: dict[float, int] = {}
     for j in sorted(range(i), key=lambda j: abs(nodes[j] - nodes[i])):
         if nodes[j] not in near and len(near) < PREDICT:
@@ -204,13 +204,13 @@ def _never_zero(length: Length) -> Length:
 
 
 class StageIterate(NamedTuple):
-    """An iterate of Newton's method, and for each sample `(B,)` what is known of it."""
+    """An iterate of Newton's method, with its convergence data for each sample `(B,)`."""
 
     z: Tensor
-    size: Array  # of the last change, over the tolerance
-    gain: Array  # the error that is left, relative to that
-    going: Array  # whether it has not converged and still may
-    slow: Array  # whether it has converged slower than a new Jacobian would
+    size: Array  # the size of the last change, over the tolerance
+    gain: Array  # the estimated remaining error, relative to the last change
+    going: Array  # whether it has not converged yet, but still may
+    slow: Array  # whether it converges slower than with a new Jacobian
     converged: Array
 
 
@@ -221,12 +221,12 @@ class StageNewton:
     Attributes:
         inverse: of I - g dt J, `(B, n, n)`; None where the user's solver finds the stages, or they are known.
         scale: the tolerance of each component `(B, n)`.
-        least: `(B,)` the change, relative to that, which rounding may leave.
-        fresh: whether J is that of this step.
-        full: whether every iteration has a Jacobian of its own.
-        gain: as of the last `StageIterate` of the stage before.
-        slow: whether it would profit from a new Jacobian.
-        failed: `(B,)` the samples of which a stage was not found; None: none.
+        least: `(B,)` the change, relative to that, which rounding may cause.
+        fresh: whether J was computed in this step.
+        full: whether every iteration computes its own Jacobian.
+        gain: that of the last `StageIterate` of the stage before.
+        slow: whether a new Jacobian would help.
+        failed: `(B,)` the samples for which some stage was not found; None: none.
     """
 
     method: ImplicitRungeKutta
@@ -243,7 +243,7 @@ class StageNewton:
     def at(
         cls, method: ImplicitRungeKutta, F: Field, t: Array, dt: Array, y: Tensor, fresh: bool = False
     ) -> StageNewton:
-        """For a step from y `(B, n)` at t; with the Jacobian of an earlier step unless `fresh`."""
+        """The solver for a step from y `(B, n)` at t, with the Jacobian of an earlier step unless `fresh`."""
         with torch.no_grad():
             y = y.detach()
             scale = method.tolerance(y)
@@ -258,26 +258,26 @@ class StageNewton:
             return cls(method, inverse_of(J, own * method.tableau.a[-1][-1]), scale, least, fresh)
 
     def harder(self, F: Field, t: Array, dt: Array, y: Tensor) -> StageNewton | None:
-        """What may find stages that this did not; None: nothing, or a shorter step does it with less work."""
+        """A solver that may find stages that this one did not; None: none, or a shorter step takes less work."""
         if not self.fresh:
             return StageNewton.at(self.method, F, t, dt, y, fresh=True)
-        # A step is taken again from where a state was kept, so not always with that Jacobian of an earlier step
-        # which led to its stages at first; and the one at its start may not lead there.
-        # A graph has always the Jacobian of the step's own start.
+        # A step that is taken again starts from a checkpoint, so not always with the earlier Jacobian that led to
+        # its stages the first time; and the Jacobian at its own start may not lead there.
+        # A graph always uses the Jacobian at the step's own start.
         traced = torch.compiler.is_dynamo_compiling()
         if self.full or traced or not F.again or self.method.stage_solver is not None:
             return None
-        if self.failed is None or all_now(~self.failed):  # an accelerator is waited for, rather than a step
+        if self.failed is None or all_now(~self.failed):  # waiting for an accelerator costs less than a step
             return None
         return replace(StageNewton.at(self.method, F, t, dt, y, fresh=True), full=True)
 
     def keep(self, F: Field) -> None:
-        """Have the next step compute its own Jacobian, where this one has served its time."""
+        """Drop the Jacobian if it has served its time, so that the next step computes its own."""
         if self.slow or self.failed is not None:
             F.notes.pop("jacobian", None)
 
     def filtered(self, error: Tensor) -> Tensor:
-        """An error estimate that does not overrate what is stiff (Hairer and Wanner, equation IV.8.19)."""
+        """An error estimate that does not overrate stiff components (Hairer and Wanner, equation IV.8.19)."""
         return error if self.inverse is None else _times(self.inverse, error)
 
     def solve(self, F: Field, stage: Stage, guess: Tensor) -> Tensor:
@@ -289,8 +289,8 @@ class StageNewton:
                 z, failed = self._search(self.method.stage_solver, F, stage, guess)
             else:
                 z, failed = self._iterate(F, stage, guess)
-        # Nobody has looked yet where autograd records a solve; and a step that is taken again may have begun with
-        # another Jacobian. Of what `vmap` maps nobody can look.
+        # Failures are noted also in steps that autograd records, where nobody has checked yet, and in steps taken
+        # again, as these may have begun with another Jacobian. Under `vmap` nobody can check.
         if not (is_batched(z) or (F.once and torch.compiler.is_dynamo_compiling())):
             self._note(failed)
         if not _attaches(F):
@@ -298,16 +298,16 @@ class StageNewton:
         if F.once and self.method.stage_solver is None:
             return _attached_once(F, stage, z, self.method.limit_gib)
         condition, theta = _condition(F, stage)
-        # Of very stiff systems rounding leaves more than the default asks for.
+        # For very stiff systems, rounding leaves a larger residual than the default tolerance allows.
         by_lu = DenseLU(limit_gib=self.method.limit_gib, rtol=torch.finfo(z.dtype).eps ** 0.5)
         solver = by_lu if self.method.stage_solver is None else GMRES()
         return attach(condition, z, theta, Backward(solver))
 
     def _iterate(self, F: Field, stage: Stage, z: Tensor) -> tuple[Tensor, Array]:
-        """Newton's iterates from z, and which samples `(B,)` it did not find."""
+        """Run Newton's method from z: the last iterate, and for which samples `(B,)` it did not converge."""
         xp, traced = library(self.least), torch.compiler.is_dynamo_compiling()
         ones = xp.ones_like(self.least)
-        # Begin with what the last stage showed (Hairer and Wanner, equation IV.8.10 and after).
+        # Begin with the rate of the last stage (Hairer and Wanner, equation IV.8.10 and after).
         gain = clamped(self.gain * ones, 1e-16, 1.0) ** 0.8
         begin = StageIterate(z, ones, gain, ones > 0, ones < 0, ones < 0)
         if traced:
@@ -316,7 +316,7 @@ class StageNewton:
             with np.errstate(all="ignore"):
                 _, found = repeat(partial(self._change, F, stage), begin, _goes_on, self.method.stage_steps)
         self.slow |= maybe_any(found.slow)
-        # Of matrices that change with the iterates, the rate says nothing about the next stage.
+        # If the matrix changes with the iterates, the rate says nothing about the next stage.
         self.gain = found.gain if self.method.dt is None and not self.full else 1.0
         return found.z, ~found.converged
 
@@ -338,7 +338,7 @@ class StageNewton:
     def _change(self, F: Field, stage: Stage, i: int | Tensor, it: StageIterate) -> StageIterate:
         """Iterate number i + 1."""
         inverse = self.inverse
-        # A step that cannot be made shorter has a matrix for each iteration at last; in a graph at once.
+        # A step that cannot be made shorter finally gets a new matrix for each iteration; in a graph, right away.
         if self.full or (self.method.dt is not None and (isinstance(i, Tensor) or i >= PATIENT)):
             inverse = inverse_of(jacobian(F, stage.moment.detach(), it.z, self.method.limit_gib), stage.length)
             if not isinstance(i, Tensor):  # a loop of a graph may change nothing outside of it
@@ -351,7 +351,7 @@ class StageNewton:
             shown = xp.where(rate < TOO_SLOW, rate / (1 - rate), FAR if self.full else float("inf"))
             gain = torch.where(i > 0, shown, gain) if isinstance(i, Tensor) else shown
             slow = slow | ((rate > SLOW) & (size > self.least) & (i > 0))
-        # NaN has not converged. What rounding leaves says nothing about the rate.
+        # NaN counts as not converged. Changes of the size of rounding say nothing about the rate.
         converged = (gain * size <= (self.method.stage_tolerance or STAGE_TOLERANCE)) | (size <= self.least)
         hopeful = xp.isfinite(size) & xp.isfinite(gain)
         return StageIterate(it.z + d, size, gain, hopeful & ~converged, slow, converged)
@@ -360,7 +360,7 @@ class StageNewton:
         """The stage as the user's solver finds it, and which samples `(B,)` it did not find."""
         bound: list[Field] = []
         condition, theta = _condition(F, stage, bound)
-        # Says nothing: a step whose stage is not found is taken anew and shorter, or ends the sample.
+        # No report: a step whose stage is not found is repeated with a shorter length, or ends the sample.
         found = find(solver, replace(condition, report=Report("ignore")), guess, theta)
         F.calls += sum(G.calls for G in bound)
         right = found.status == int(Status.CONVERGED)
@@ -375,7 +375,7 @@ class StageNewton:
 
 
 def _attaches(F: Field) -> bool:
-    """Whether a step is taken for its derivative, or may be; of a graph, `once` says it."""
+    """Whether a step is, or may be, taken for its derivative; in a graph, `once` says so."""
     return F.once or (records() and not torch.compiler.is_dynamo_compiling())
 
 
@@ -384,12 +384,12 @@ def _goes_on(it: StageIterate) -> bool | Tensor:
     return going if isinstance(going, Tensor) else bool(going)
 
 
-# Up to so many columns, products one after the other are quicker than all at once.
+# Up to this many columns, one product after the other is faster than all at once.
 FEW = 16
 
 
 def jacobian(F: Field, moment: Tensor, y: Tensor, limit_gib: float) -> Tensor:
-    """df/dy `(B, n, n)`, one matrix a sample."""
+    """The Jacobian df/dy `(B, n, n)`, one matrix per sample."""
     if y.shape[1] <= FEW and not torch.compiler.is_dynamo_compiling() and is_plain(y, moment, *F.theta):
         leaf = y.detach().requires_grad_()
         with torch.enable_grad():
@@ -399,7 +399,7 @@ def jacobian(F: Field, moment: Tensor, y: Tensor, limit_gib: float) -> Tensor:
 
 
 def _rows(slope: Tensor, y: Tensor) -> Tensor:
-    """dslope/dy `(B, n, n)` of what autograd recorded."""
+    """The derivative of `slope` by y `(B, n, n)`, from the graph that autograd recorded."""
     if not slope.requires_grad:
         return slope.new_zeros(*slope.shape, slope.shape[1])
     if slope.shape[1] == 0:  # states without entries
@@ -425,7 +425,7 @@ def _residual(F: Field, stage: Stage, z: Tensor) -> Tensor:
 
 
 def _condition(F: Field, stage: Stage, bound: list[Field] | None = None) -> tuple[Condition, tuple[Tensor, ...]]:
-    """The equation of a stage as the kernel sees it, and all that it depends on.
+    """The equation of a stage as a `Condition`, and the tensors that it depends on.
 
     The fields that it calls, which count their calls, are added to `bound`.
     """
@@ -439,7 +439,7 @@ def _condition(F: Field, stage: Stage, bound: list[Field] | None = None) -> tupl
         return lambda z: _residual(G, Stage(moment, base, own), z)
 
     theta = (stage.moment, stage.base, *length, *F.theta)
-    # Its derivative warns whatever a failed solve does: samples that failed have no part in it.
+    # Its derivative always warns if a linear solve fails, since samples that failed have no part in it.
     return Condition(bind, "a stage", stage.base.dtype, Report("warn"), relative_to_iterate=True), theta
 
 
@@ -453,7 +453,7 @@ def _attached_once(F: Field, stage: Stage, z: Tensor, limit_gib: float) -> Tenso
     if rows:
         J = _rows(slope, leaf)
     else:
-        # What nobody differentiates needs no transform, under which some operations fail, as on sparse matrices.
+        # Without a derivative no transform is needed, under which some operations fail, such as sparse products.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else torch.no_grad():
             J = jacobian(F, moment, z.detach(), limit_gib).detach()
     return z.detach() + _times(inverse_of(J, length), stage.base + stage.length * slope - z.detach())
@@ -475,7 +475,7 @@ class ImplicitMidpoint(ImplicitRungeKutta):
 
 @dataclass(frozen=True, kw_only=True)
 class Trapezoid(ImplicitRungeKutta):
-    """The trapezoid rule (Crank and Nicolson), of order 2, A-stable."""
+    """The trapezoidal rule (Crank-Nicolson), of order 2, A-stable."""
 
     tableau: ClassVar[Tableau] = tableaus.TRAPEZOID
 
@@ -489,11 +489,11 @@ class Kvaerno3(ImplicitRungeKutta):
 
 @dataclass(frozen=True, kw_only=True)
 class Kvaerno5(ImplicitRungeKutta):
-    """Kvaerno's pair 5(4), L-stable: for stiff systems, and the one to try first.
+    """Kvaerno's pair 5(4), L-stable: the method to try first for stiff systems.
 
-    Between steps the state is a quartic of order 4. Along the slow manifold of a very stiff system the ends of
-    steps are far more accurate than rtol asks, and what lies between may be less: `dt_max` or `tstops` are the
-    remedy where that counts.
+    The dense output is a quartic of order 4. Along the slow manifold of a very stiff system, the ends of steps are
+    far more accurate than rtol demands, and outputs inside steps may be less accurate; where that matters, use
+    `dt_max` or `tstops`.
     """
 
     tableau: ClassVar[Tableau] = tableaus.KVAERNO5

@@ -1,7 +1,7 @@
-"""The loop of trajectories: every sample takes its own steps, accepts or rejects them, and ends on its own.
+"""The integration loop: every sample takes its own steps, accepts or rejects them, and ends on its own.
 
-A step that is accepted is noted, so that a derivative can take the same steps again: `replay`. Output times are
-read off the dense output of the step that passes them; no step is shortened for one.
+Accepted steps are recorded, so that a derivative can take the same steps again (`replay`). Outputs come from the
+dense output of the step that passes their time; no step is shortened to hit one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from implicitly.ode.record import Record, State, Taken, spread
 from implicitly.solution import Status, is_running, is_success
 from implicitly.transforms import is_batched, is_cpu, is_tracked
 
-# A step this much too short for the rest is stretched, rather than leaving a rest that rounding decides about.
+# A step that falls short of the end by at most this fraction is stretched to it; otherwise rounding would decide
+# about the tiny rest.
 STRETCH = 1e-3
 
 
-# Of so many numbers, all outputs are evaluated in each step, where an accelerator would have to be waited for to
-# know which ones the step passes.
+# On an accelerator, finding out which outputs a step passes would make the host wait. So up to this many numbers,
+# all outputs are evaluated in each step.
 FEW_OUTPUTS = 2**20
 
 
 class Piece(NamedTuple):
-    """Outputs inside of a step: `values` `(P, n)` of samples `rows` `(P,)` at output times `columns` `(P,)`.
+    """Outputs inside a step: `values` `(P, n)` of samples `rows` `(P,)` at output times `columns` `(P,)`.
 
-    Where nobody is to look which ones there are, `(B, T - 2, n)` of rows `(B, 1)` at columns `(T - 2,)`, 0 where
-    they are not `inside` `(B, T - 2)`.
+    If the host must not look which ones there are: values `(B, T - 2, n)` of rows `(B, 1)` at columns `(T - 2,)`,
+    0 where they are not `inside` `(B, T - 2)`.
     """
 
     rows: Tensor
@@ -50,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """Where the samples are."""
+    """The loop's state: where each sample is."""
 
     y: Tensor  # (B, n)
     memory: Memory
@@ -60,15 +61,15 @@ class Carry(NamedTuple):
     status: Array | None  # None: every sample is running (known only where looking is cheap)
     steps: Array  # (B,) accepted
     tries: Array  # (B,)
-    watch: tuple[Array, ...] = ()  # what else a stepper must know
-    before: tuple[Array, ...] = ()  # (B,) the error of the accepted step before the last, for who wants it
+    watch: tuple[Array, ...] = ()  # further state of a stepper, such as what it knows of events
+    before: tuple[Array, ...] = ()  # (B,) the error of the accepted step before that, if the controller needs it
 
 
 class Integrated(NamedTuple):
     """The result of a solve: outputs `(B, T, n)`, and how each sample ended `(B,)`.
 
-    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did. Where events
-    are watched, `event_times` and `event_indices` `(B, K)` tell of all of them, NaN and -1 behind a sample's last.
+    `event` is the index of the event that happened last, -1 for none, and `event_count` how many did. If there are
+    events, `event_times` and `event_indices` `(B, K)` list all that happened, with NaN and -1 after the last one.
     """
 
     values: Tensor
@@ -85,11 +86,11 @@ class Integrated(NamedTuple):
 
     @property
     def usual(self) -> tuple[Tensor, ...]:
-        """What a solve without events has, too."""
+        """The fields that a solve without events has, too."""
         return tuple(x for x in self[:USUAL] if x is not None)
 
 
-# So many fields does a solve without events have.
+# The number of fields that a solve without events has.
 USUAL = Integrated._fields.index("event_times")
 
 
@@ -98,7 +99,7 @@ class Bound:
     """The vector field at `theta`, for all samples or some of them.
 
     Attributes:
-        field: gives, for theta, the `Field`.
+        field: maps theta to the `Field`.
         sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
         once: see `Field`.
         F: the field.
@@ -116,7 +117,7 @@ class Bound:
         self.F.once = self.once
 
     def take(self, rows: Tensor) -> Bound:
-        """The field of the samples `rows` alone."""
+        """The field for the samples `rows` only."""
         assert self.sample_dims is not None
         theta = tuple(x if d is None else x.index_select(d, rows) for x, d in zip(self.theta, self.sample_dims))
         return replace(self, theta=theta)
@@ -124,15 +125,15 @@ class Bound:
 
 @dataclass
 class Stepper:
-    """Takes the steps of one solve: `times` `(B, T)` by a `method` along a vector field.
+    """Takes the steps of one solve through `times` `(B, T)`, by a `method` along a vector field.
 
     Attributes:
-        host: whether numbers of a sample are arrays of the host.
-        moving: whether a derivative may reach the times; None: found out.
-        seen: the times as numbers.
+        host: whether per-sample numbers, such as times and step lengths, are NumPy arrays on the host.
+        moving: whether a derivative may reach the times; None: detected.
+        seen: the times as numbers, without derivatives.
         begin: the first time `(B,)`.
         end: the last time `(B,)`.
-        plain: `Taken.ends` of a step that nothing special ends.
+        plain: `Taken.ends` of a step that ends at no event and none of `tstops`.
     """
 
     method: Method
@@ -147,29 +148,31 @@ class Stepper:
 
     def __post_init__(self):
         self.seen = to_host(self.times) if self.host else self.times.detach()
-        if self.moving is None:  # a trace cannot tell
+        if self.moving is None:  # while tracing, this cannot be detected
             self.moving = not torch.compiler.is_dynamo_compiling() and is_tracked(self.times)
         self.begin, self.end = self.seen[:, 0], self.seen[:, -1]
         self.plain = filled(self.begin, 0, "int8") if isinstance(self.begin, Tensor) else _plain(len(self.begin))
 
     def clock(self, t: Array) -> Memory:
-        """What states carry of their time `(B,)`, besides the method's memory: nothing, as all follows from the
-        first and the last time."""
+        """What states carry of their time `(B,)`, besides the method's memory.
+
+        Here nothing, as derivatives with respect to times follow from the first and the last time.
+        """
         return ()
 
     def take(self, rows: Tensor) -> Self:
-        """What takes the steps of the samples `rows` alone."""
+        """The stepper for the samples `rows` only."""
         return replace(self, bound=self.bound.take(rows), times=self.times.index_select(0, rows))
 
     def located(self, t: Array, dt: Array, last: Array) -> tuple[Array, Array]:
-        """Time and length of a step as its derivative sees them: they move with the first and the last time."""
+        """Time and length of a step, made differentiable: they move with the first and the last time."""
         if not self.moving:
             return t, dt
         t = self.times[:, 0] + to_tensor(t - self.begin)
         return t, torch.where(to_tensor(last), self.times[:, -1] - t, to_tensor(dt))
 
     def start(self, y: Tensor, k: Tensor, length: Array | None = None) -> Carry:
-        """The state before the first step, which is to be tried with `length` `(B,)` where that is known."""
+        """The state before the first step, which is tried with `length` `(B,)` if that is known."""
         method, t = self.method, self.begin
         xp, span = library(t), self.end - self.begin
         given, seen_finite = method.dt if method.dt0 is None else method.dt0, False
@@ -183,7 +186,7 @@ class Stepper:
         ones = filled(length, 1.0)
         if finite is not None and (maybe_any(~finite) or len(y) == 0):  # without samples, none is running
             status = xp.where(finite, int(Status.RUNNING), filled(zeros, int(Status.NON_FINITE)))
-        if maybe_any(there := span == 0):  # of one time only
+        if maybe_any(there := span == 0):  # samples with a single time have nothing to solve
             status = filled(zeros, int(Status.RUNNING)) if status is None else status
             status = xp.where(there & is_running(status), int(Status.CONVERGED), status)
         memory = method.start(self.bound.F, t, y, k)
@@ -191,8 +194,10 @@ class Stepper:
         return Carry(y, memory, t, length, ones, status, zeros, zeros, before=before)
 
     def first_length(self, y: Tensor, k: Tensor) -> tuple[Array, bool]:
-        """The length `(B,)` of the first step from y `(B, n)`, whose slope is k, and whether y and k are seen to
-        be finite on the way."""
+        """The length `(B,)` of the first step from y `(B, n)`, whose slope is k.
+
+        Also whether y and k were found to be finite on the way.
+        """
         method, t = self.method, self.begin
         with torch.no_grad():
             given = (self.bound.F, t, y, k, self.end - t, method.order, method.tolerance(y), method.norm)
@@ -200,11 +205,11 @@ class Stepper:
                 return first_step(*given)[0], False
             with np.errstate(all="ignore"):
                 length, sizes = first_step(*given)
-        # Other norms may leave out what is not finite.
+        # Other norms may ignore entries that are not finite.
         return length, method.norm is rms_norm and len(y) > 0 and all_now(np.isfinite(sizes))
 
     def try_step(self, c: Carry) -> tuple[Step, Taken, Array]:
-        """The step from `c`, what it is to be noted as, and `(B,)` its error over the tolerance."""
+        """The step from `c`, its `Taken` for the record, and the ratio `(B,)` of its error to the tolerance."""
         last, dt = step_length(c.t, c.length, self.end)
         self.bound.F.begin(last)
         step = self.method.step(self.bound.F, *self.located(c.t, dt, last), c.y, c.memory)
@@ -216,7 +221,7 @@ class Stepper:
         return step, Taken(c.t, dt, last, accepted, self.plain), error
 
     def tell(self, c: Carry) -> None:
-        """Tell the method's `progress` how far the samples that are running have come."""
+        """Tell the method's `progress` how far the slowest running sample has come."""
         if self.method.progress is None:
             return
         span = abs(self.end - self.begin)
@@ -226,24 +231,24 @@ class Stepper:
         self.method.progress(float(part.min()) if len(part) else 1.0)
 
     def after(self, t: Array) -> Array:
-        """The times `(B,)` at which f is asked for the slopes with which steps from t begin."""
+        """The times `(B,)` at which f is evaluated for the slopes at the start of steps from t."""
         return t
 
     def reached(self, state: State) -> Tensor | None:
-        """The times `(B,)` at which a solve ended, with their derivative; None: where the times end."""
+        """The times `(B,)` at which a solve ended, differentiable; None: at the last of the times."""
         return None
 
     def happened(self, c: Carry) -> tuple[Array, Array]:
-        """The event `(B,)` that happened last, -1 for none, and how many did."""
+        """The index `(B,)` of the event that happened last, -1 for none, and how many did."""
         return filled(c.steps, -1), filled(c.steps, 0)
 
     def advance(self, c: Carry) -> tuple[Step, Taken, Array, Carry]:
-        """One step tried from `c`: the step, what it is to be noted as, its error, and what follows."""
+        """Try one step from `c`: the step, its `Taken` for the record, its error, the new state of the loop."""
         step, taken, error = self.try_step(c)
         return step, taken, error, self.judge(c, step, taken, error)
 
     def retaken(self, taken: Taken, y: Tensor, memory: Memory) -> tuple[Step, Tensor, Memory]:
-        """A noted step, and the state and memory from which the next one goes on."""
+        """Take a recorded step again: the step, and the state and memory from which the next one starts."""
         dt = library(taken.dt).where(taken.accepted, taken.dt, 0.0)
         place = self.located(taken.t, dt, taken.last & taken.accepted)
         self.bound.F.again = True
@@ -251,16 +256,16 @@ class Stepper:
         return step, step.y1, step.memory
 
     def resolved(self, t: Array, other: Array | None = None) -> Array:
-        """The shortest length `(B,)` of a step from t, or between t and another time, as times resolve it.
+        """The shortest length `(B,)` of a step from t, or between t and another time, that the dtype resolves.
 
-        The end may be far away, and says nothing but how near to 0 is near.
+        The end may be far away, so it only sets the scale for times near 0.
         """
         xp, eps = library(t), torch.finfo(self.times.dtype).eps
         size = xp.maximum(abs(t), eps * eps * abs(self.end) if other is None else abs(other))
         return 4 * eps * size
 
     def _error(self, step: Step) -> Array:
-        """The error `(B,)` of a step over the tolerance; inf where it met NaN or inf."""
+        """The ratio `(B,)` of the error of a step to the tolerance; inf where it met NaN or inf."""
         method, y1 = self.method, step.y1.detach()
         if method.dt is not None:
             finite = finite_rows(y1)
@@ -273,13 +278,13 @@ class Stepper:
         return xp.where(bad, float("inf"), error)
 
     def judge(self, c: Carry, step: Step, taken: Taken, error: Array) -> Carry:
-        """What follows for all samples from a step."""
+        """The state of the loop after a step: which samples accept it, go on, or end."""
         accepted, last, method = taken.accepted, taken.last, self.method
         xp, length = library(error), c.length
         if method.dt is None:
             factor = method.controller.factor(error, c.error, accepted, method.order, c.before)
             length = clamped(abs(taken.dt) * factor, None, method.dt_max)
-        if c.status is None and not maybe_any(~accepted):  # the usual steps: all go on, or end
+        if c.status is None and not maybe_any(~accepted):  # the usual case: all samples go on, or all end
             steps, tries, before = c.steps + 1, c.tries + 1, (c.error,) if c.before else ()
             if not maybe_any(last):
                 t = c.t + taken.dt
@@ -289,7 +294,7 @@ class Stepper:
                 return Carry(step.y1, step.memory, self.end, length, error, status, steps, tries, c.watch, before)
         status = filled(c.steps, int(Status.RUNNING)) if c.status is None else c.status
         running = is_running(status)
-        length = xp.where(running, length, c.length)  # a sample that ended keeps that of a next solve
+        length = xp.where(running, length, c.length)  # a sample that ended keeps the length to continue with
         if maybe_any(rejected := running & ~accepted):
             dead, length, reason = self._given_up(c, rejected, length, error)
             status = xp.where(dead, reason, status)
@@ -302,10 +307,10 @@ class Stepper:
         return Carry(y, memory, t, length, error, status, steps, tries, c.watch, before)
 
     def _given_up(self, c: Carry, rejected: Array, length: Array, error: Array) -> tuple[Array, Array, Array]:
-        """Which samples `(B,)` cannot go on with a step of `length`, what lengths others have, and the reasons."""
+        """Which samples `(B,)` cannot go on with a step of `length`, the lengths for the others, the reasons."""
         xp = library(length)
         reason = filled(c.steps, int(Status.NON_FINITE))
-        if self.method.dt is not None:  # of constant steps, nothing can be made shorter
+        if self.method.dt is not None:  # constant steps cannot be made shorter
             return rejected, length, reason
         shortest = clamped(self.resolved(c.t), self.method.dt_min, None)
         reason = xp.where(xp.isfinite(error), int(Status.STEP_UNDERFLOW), reason)
@@ -320,7 +325,7 @@ class Stepper:
         return (sign * (inner - begin) > 0) & (sign * (inner - end) <= 0) & taken.accepted[:, None]
 
     def outputs(self, step: Step, taken: Taken, mapped: bool = False) -> Iterator[Piece]:
-        """The outputs that a step passes; where `vmap` maps it, nobody can look which ones."""
+        """The outputs that a step passes; under `vmap` (`mapped`) it is impossible to look which ones."""
         if self.times.shape[1] == 2:
             return
         passed = self.passed(taken)
@@ -343,7 +348,7 @@ class Stepper:
         yield Piece(rows, columns[rows, at] + 1, values[rows, at])
 
     def _all_outputs(self, step: Step, inside: Tensor) -> Piece:
-        """Those that are `inside` `(B, T - 2)` of a step, by operations that `vmap` maps."""
+        """The outputs that are `inside` `(B, T - 2)` a step, by operations that work under `vmap`."""
         rows = torch.arange(len(self.times), device=self.times.device).unsqueeze(1)
         columns = torch.arange(1, self.times.shape[1] - 1, device=self.times.device)
         part = torch.where(inside, self.part(step, columns.expand(len(rows), -1)), 0.0)
@@ -351,7 +356,7 @@ class Stepper:
         return Piece(rows, columns, torch.where(inside.unsqueeze(2), values, 0.0), inside)
 
     def part(self, step: Step, columns: Tensor) -> Tensor:
-        """Where `(B, W)` in the step, from 0 to 1, the times in `columns` `(B, W)` are."""
+        """The relative positions `(B, W)` in the step, from 0 to 1, of the times in `columns` `(B, W)`."""
         t, dt = to_tensor(step.t), to_tensor(step.dt)
         return (self.times.gather(1, columns) - t.unsqueeze(1)) / torch.where(dt == 0, 1.0, dt).unsqueeze(1)
 
@@ -362,21 +367,21 @@ def _plain(batch: int) -> np.ndarray:
 
 
 def step_length(t: Array, length: Array, end: Array) -> tuple[Array, Array]:
-    """Which samples `(B,)` a step of `length` from t leads to the `end`, and how long it is, with its sign.
+    """Which samples `(B,)` reach the `end` in a step of `length` from t, and its signed length.
 
-    It is at least as long as times resolve at t: a step of length 0 would have no error, and go on for ever.
+    The length is at least what the dtype resolves at t; a step of length 0 would have no error and repeat forever.
     """
     xp, left = library(t), end - t
     length = xp.maximum(length, shortest_step(t))
     last = length * (1 + STRETCH) >= abs(left)
     if not isinstance(last, Tensor) and last.all():
         return last, left
-    # As long as the times it lies between resolve: far from 0, dt and t would part otherwise.
+    # The difference of the rounded times; otherwise dt and the times would drift apart far from 0.
     return last, xp.where(last, left, (t + length * xp.sign(left)) - t)
 
 
 def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) -> tuple[Tensor, Memory]:
-    """State and memory after a step where `mask` `(B,)`, else those before."""
+    """The `new` state and memory where `mask` `(B,)`, otherwise the `old` ones."""
     if not isinstance(mask, Tensor):
         if mask.all():
             return new
@@ -387,13 +392,13 @@ def kept(mask: Array, new: tuple[Tensor, Memory], old: tuple[Tensor, Memory]) ->
     return where_rows(rows, y, y_old), tuple(where_rows(rows, m, o) for m, o in zip(memory, memory_old))
 
 
-# Is told of each step that any of the samples `rows` (None: all) accepted, and who took it.
+# Called with the stepper after each step that any of the samples `rows` (None: all) accepted.
 Listen = Callable[[Stepper, Step, Taken, Tensor | None], None]
 
 
 @dataclass
 class Outputs:
-    """Those between the ends `(B, T - 2, n)` of a solve, as its steps pass them; like `y0` `(B, n)`."""
+    """Collects the outputs between the ends of a solve, `(B, T - 2, n)` like `y0` `(B, n)`, as steps pass them."""
 
     times: Tensor
     y0: Tensor
@@ -401,7 +406,7 @@ class Outputs:
     inner: Tensor | None = None
 
     def add(self, pieces: Iterable[Piece]) -> None:
-        """Those of a step."""
+        """Add the outputs of a step."""
         for piece in pieces:
             if piece.inside is None:
                 self.pieces.append(piece)
@@ -413,7 +418,7 @@ class Outputs:
 
     @property
     def found(self) -> Tensor:
-        """All of them; NaN where a solve did not get to."""
+        """All outputs; NaN at times that the solve did not reach."""
         if self.inner is not None:
             return self.inner
         if not self.pieces:
@@ -428,7 +433,7 @@ class Outputs:
 
 @dataclass
 class Run:
-    """A solve under way: what takes its steps, and what they leave."""
+    """A solve in progress: its stepper, and what its steps have left."""
 
     stepper: Stepper
     record: Record | None
@@ -463,7 +468,7 @@ class Run:
         return new
 
     def drop(self, carry: Carry) -> Carry:
-        """Go on with the samples that are running, alone."""
+        """Drop finished samples, and go on with those that are running."""
         assert carry.status is not None
         keep = torch.from_numpy(is_running(carry.status).nonzero()[0])
         self.calls += self.stepper.bound.F.calls
@@ -473,19 +478,19 @@ class Run:
 
 
 class Happened(NamedTuple):
-    """Events that ended a step, each `(B,)`: of which samples, their indices, and when."""
+    """Events that ended a step, each field `(B,)`: for which samples, with which indices, and when."""
 
     now: Array
     index: Array
     t: Array
 
     def of_all(self, rows: Tensor | None, batch: int) -> Happened:
-        """Those of the samples `rows` as ones of all."""
+        """The events of the samples `rows`, spread to all samples."""
         return self if rows is None else Happened(*(spread(x, rows, batch) for x in self))
 
 
 def told(happened: list[Happened], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The times, like those `(B,)` of `like`, and the indices of all events `(B, K)`, each sample's in turn."""
+    """The times, in the dtype of `like` `(B,)`, and the indices of all events, `(B, K)` each, in order."""
     if not happened:
         return like.new_zeros(len(like), 0), like.new_zeros(len(like), 0, dtype=torch.int64)
     now, index, t = (torch.stack([to_tensor(x) for x in part], dim=1) for part in zip(*happened))
@@ -496,14 +501,16 @@ def told(happened: list[Happened], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_turn(now: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of steps `(B, M)` that events end or not: the places `(B, K)` of each sample's first `count` ones, and how
-    many of these there are."""
+    """The places `(B, K)` of the first `count` true entries in each row of `now` `(B, M)`.
+
+    Also which of these places `(B, K)` really hold one, as rows may have fewer.
+    """
     place = now.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     return place, torch.arange(place.shape[1], device=now.device) < now.sum(1, keepdim=True)
 
 
 def of_all(piece: Piece, rows: Tensor | None) -> Piece:
-    """A piece of the samples `rows`, as one of all."""
+    """A piece of the samples `rows` (None: all), with its rows renumbered to those of all samples."""
     return piece if rows is None else piece._replace(rows=rows[piece.rows])
 
 
@@ -514,8 +521,10 @@ def integrate(
     record: Record | None = None,
     listen: Listen | None = None,
 ) -> tuple[Integrated, Tensor, int]:
-    """Solve from `y0` `(B, n)`, whose slope is `k0`, by `march`; also gives the states `(B, n)` got to and the
-    calls of f."""
+    """Solve from `y0` `(B, n)`, whose slope is `k0`, by `march`.
+
+    Returns the result, the states `(B, n)` reached and the number of calls of f.
+    """
     run, ended = march(stepper, y0, k0, record, listen)
     assert ended.status is not None
     numbers = (ended.status, ended.error, ended.steps, ended.tries, ended.t, ended.length)
@@ -534,11 +543,11 @@ def march(
     listen: Listen | None = None,
     length: Array | None = None,
 ) -> tuple[Run, Carry]:
-    """The steps from `y0` `(B, n)`, whose slope is `k0`: what they left, and where they ended, with a status for
-    every sample.
+    """Take all steps from `y0` `(B, n)`, whose slope is `k0`.
 
-    Those that were accepted are noted in `record`, and `listen` is told of them. Finished samples are dropped from
-    the calls where the stepper knows how. The first step is tried with `length` `(B,)` where that is known.
+    Returns what they left, and the final state of the loop with a status for every sample. Accepted steps are
+    noted in `record` and passed to `listen`. Finished samples are dropped from the calls of f where the stepper
+    knows how. The first step is tried with `length` `(B,)` if that is known.
     """
     carry = stepper.start(y0, k0, length)
     run = Run(stepper, record, len(y0), Outputs(stepper.times, y0), listen)
@@ -562,7 +571,7 @@ def _unfinished(c: Carry) -> bool:
 
 
 def _worth_a_step(droppable: bool, c: Carry) -> bool | Tensor:
-    """Whether any sample is running, and, where others can be dropped, most are."""
+    """Whether any sample is running and, if finished ones can be dropped, whether most are."""
     if c.status is None:
         return True
     running = is_running(c.status)
@@ -572,7 +581,7 @@ def _worth_a_step(droppable: bool, c: Carry) -> bool | Tensor:
 
 
 def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
-    """`full` with `part` in its `rows`; what a method carries is of no use any more."""
+    """`full` with `part` in its `rows`; the method's memory is left out, as it is no longer needed."""
     assert rows is not None
     if part.status is None:
         part = part._replace(status=filled(part.steps, int(Status.RUNNING)))
@@ -586,14 +595,14 @@ def _with_rows(full: Carry, rows: Tensor | None, part: Carry) -> Carry:
 
 
 class Ended(NamedTuple):
-    """How a solve ended: the codes `(B,)` of `Status`, and the times `(B,)` it got to."""
+    """How a solve ended: the codes `(B,)` of `Status`, and the times `(B,)` reached."""
 
     status: Tensor
     t: Tensor
 
     @property
     def finished(self) -> Tensor:
-        """Which samples `(B,)` ended as they should."""
+        """Which samples `(B,)` ended successfully."""
         return is_success(self.status)
 
     def late(self, times: Tensor) -> Tensor:
@@ -605,8 +614,10 @@ class Ended(NamedTuple):
 
 
 def assemble(outputs: Outputs, y1: Tensor, ended: Ended | None) -> Tensor:
-    """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`; NaN where a solve did not get to. None: it got to
-    all of them."""
+    """All outputs `(B, T, n)`, the last of which is y1 `(B, n)`, with NaN at times that were not reached.
+
+    `ended` is None if all were reached.
+    """
     times, y0 = outputs.times, outputs.y0
     inner = None if times.shape[1] == 2 else outputs.found
     if ended is not None and inner is not None and maybe_any(late := ended.late(times)):
@@ -619,7 +630,7 @@ def assemble(outputs: Outputs, y1: Tensor, ended: Ended | None) -> Tensor:
 
 
 class Again(NamedTuple):
-    """A noted step, taken once more: what it passed, and where all samples are then."""
+    """A recorded step taken again: the step, the state of all samples after it, and the outputs it passed."""
 
     step: Step
     state: State
@@ -627,9 +638,9 @@ class Again(NamedTuple):
 
 
 def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True, mapped: bool = False) -> Again:
-    """Take a noted step once more, from `state`, of the samples that accepted it where f can be asked for those.
+    """Take a recorded step again from `state`, if possible only for the samples that accepted it.
 
-    Lengths are constants; only the last step of a sample ends where its times end.
+    Step lengths are constants; only the last step of a sample ends, differentiably, where its times end.
     """
     rows = _few(stepper, taken)
     if rows is None:
@@ -645,7 +656,7 @@ def again(stepper: Stepper, taken: Taken, state: State, outputs: bool = True, ma
 
 
 def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
-    """The samples that accepted a step, where only those are to take it again; None: all."""
+    """The samples that accepted a step, if only those are to take it again; None: all."""
     if stepper.bound.sample_dims is None or isinstance(taken.accepted, Tensor):
         return None
     (rows,) = taken.accepted.nonzero()
@@ -653,7 +664,7 @@ def _few(stepper: Stepper, taken: Taken) -> Tensor | None:
 
 
 def restart(stepper: Stepper, y0: Tensor) -> State:
-    """The state before the first step, computed anew from `y0` `(B, n)`."""
+    """The state before the first step, computed again from `y0` `(B, n)`."""
     t = stepper.times[:, 0] if stepper.moving else stepper.begin
     F = stepper.bound.F
     clock, t = stepper.clock(t), stepper.after(t)
@@ -661,18 +672,18 @@ def restart(stepper: Stepper, y0: Tensor) -> State:
 
 
 def stand_ins(finished: Tensor, stays: Tensor) -> Tensor:
-    """Which sample `(B,)` is to be in the place of each: itself where it `stays` `(B,)`, else one that `finished`.
+    """The sample `(B,)` that replaces each: itself where it `stays` `(B,)`, otherwise one that `finished`.
 
-    A sample that failed has no cotangent, but where f has no derivative, 0 times that is NaN, not 0.
+    A sample that failed has cotangent 0, but where f has no derivative, 0 times that is NaN, not 0.
     """
     index = torch.arange(len(finished), device=finished.device)
     return torch.where(stays, index, finished.to(torch.int64).argmax())
 
 
 def finite_start(y: Tensor, finished: Tensor) -> Tensor:
-    """`y` `(B, n)` without the NaN and inf of samples that failed before their first step.
+    """`y` `(B, n)` with 0 in place of NaN and inf, from samples that failed before their first step.
 
-    They are never stepped, and 0 times their derivative must be 0.
+    These samples take no step, and 0 times their derivative must be 0.
     """
     return y.nan_to_num(0.0, 0.0, 0.0) if maybe_any(~finished) else y
 
@@ -680,9 +691,11 @@ def finite_start(y: Tensor, finished: Tensor) -> Tensor:
 def replay(
     stepper: Stepper, steps: list[Taken], y: Tensor, ended: Ended, events: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The outputs `(B, T, n)` of the noted steps from `y`, as a plain differentiable program; also the times
-    `(B,)` they got to, where states carry theirs; and the times `(B, K)` of as many `events`, 0 behind a sample's
-    last."""
+    """Take the recorded steps again from `y`, by plain differentiable operations.
+
+    Returns the outputs `(B, T, n)`, the times `(B,)` reached (None unless states carry their time), and the times
+    `(B, K)` of K = `events` events, with 0 after a sample's last.
+    """
     y0 = finite_start(y, ended.finished)
     state = restart(stepper, y0)
     outputs = Outputs(stepper.times, y0)
@@ -697,8 +710,11 @@ def replay(
 
 
 def _times_of(happened: list[tuple[Tensor, Tensor]], count: int, times: Tensor) -> Tensor:
-    """The times `(B, K)` of up to `count` events of each sample, from which steps `(B,)` they end, and when."""
-    if len(happened) < count:  # those that only failed samples had are left out
+    """The times `(B, K)` of up to `count` events of each sample.
+
+    `happened` has, for each step, which samples `(B,)` an event ended, and when.
+    """
+    if len(happened) < count:  # events that only failed samples had are left out
         none = torch.zeros_like(times[:, 0], dtype=torch.bool), times[:, 0]
         happened = [*happened, *[none] * (count - len(happened))]
     if not count:
@@ -711,8 +727,10 @@ def _times_of(happened: list[tuple[Tensor, Tensor]], count: int, times: Tensor) 
 def states_before(
     stepper: Stepper, record: Record, steps: list[Taken], stop: int, size: int = 1
 ) -> list[tuple[int, State]]:
-    """A step and the state before it, for every `size`-th step up to `stop` from one the state before which is
-    kept, the last for which that makes `size` steps."""
+    """Recompute states from a checkpoint: every `size`-th step up to `stop`, with the state before it.
+
+    The checkpoint is the last kept state that leaves at least `size` steps up to `stop`.
+    """
     first = record.kept_before(max(1, stop - size + 1))
     states = [(first, record.before(first, len(stepper.times)))]
     for i in range(first + size, stop, size):

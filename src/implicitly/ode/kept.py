@@ -1,4 +1,4 @@
-"""The recording of a short solve, kept so that its first derivative need not take the steps again."""
+"""The autograd recording of a short solve, kept so that its first derivative need not take the steps again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from implicitly.pullback import pulled
 
 
 class Kept(NamedTuple):
-    """The `values` `(B, T, n)` that a solve gave, with the autograd graph that leads to them from the leaves.
+    """The `values` `(B, T, n)` of a solve, with their autograd graph from the leaves `y0`, `k0` and `theta`.
 
-    Those are `y0`, `k0` and `theta`.
     The slope `k0` `(B, n)` at `y0` is a leaf of its own, since it was computed before the solve, without a graph.
-    `nbytes` is about what the graph takes.
+    `nbytes` is the approximate size of the graph.
     """
 
     values: Tensor
@@ -31,8 +30,10 @@ class Kept(NamedTuple):
     def pull(
         self, field: Callable[..., Field], begin: Tensor, bar: Tensor, wanted: list[int], retain: bool
     ) -> list[Tensor]:
-        """The cotangents of the `wanted` inputs, places in (times, y0, theta) without the times, for the cotangent
-        `bar` of the values; `retain` keeps the graph."""
+        """The cotangents of the `wanted` inputs, given the cotangent `bar` of the values.
+
+        `wanted` are indices into (times, y0, *theta), never that of the times; `retain` keeps the graph.
+        """
         shared = [self.theta[i - 2] for i in wanted if i > 1]
         y_bar, k_bar, *sums = pulled([self.values], [bar], [self.y0, self.k0, *shared], retain)
         with torch.enable_grad():
@@ -46,7 +47,7 @@ class Kept(NamedTuple):
 class Meter:
     """Lets autograd record calls of f as long as it saves at most `budget` bytes for them.
 
-    The first call is measured, and stands for the others. Beyond the budget nothing is recorded any more.
+    The first call is measured, and all others are assumed to need the same. Beyond the budget nothing is recorded.
     """
 
     budget: int
@@ -56,11 +57,11 @@ class Meter:
 
     @property
     def full(self) -> bool:
-        """Whether the calls take more than can be kept."""
+        """Whether the calls need more than the budget."""
         return self.spent > self.budget
 
     def of(self, field: Callable[..., Field]) -> Callable[..., Field]:
-        """`field` with calls of f that are counted."""
+        """`field`, with the memory of its calls of f counted."""
 
         def metered(*theta: Tensor) -> Field:
             self._own.update(x.data_ptr() for x in theta)
@@ -85,9 +86,9 @@ class Meter:
 
 
 def saved_bytes(x: Tensor, own: set[int]) -> int:
-    """Bytes of the tensors that autograd saved on the way to `x`, but for those at the addresses `own`.
+    """Bytes of the tensors that autograd saved on the way to `x`, without those at the addresses `own`.
 
-    This asks the graph itself, as hooks on what is saved would stand in the way of `torch.func` within f.
+    This walks the graph itself, since hooks on saved tensors would break uses of `torch.func` within f.
     """
     found, nodes, seen = {}, [x.grad_fn], set()
     while nodes:
@@ -101,7 +102,7 @@ def saved_bytes(x: Tensor, own: set[int]) -> int:
 
 
 def _saved(node: Any) -> Iterator[Tensor]:
-    """The tensors that a node of a graph holds."""
+    """The tensors that a node of an autograd graph has saved."""
     for name in _names(type(node)):
         value = getattr(node, name)
         for x in value if isinstance(value, tuple | list) else (value,):
@@ -111,6 +112,6 @@ def _saved(node: Any) -> Iterator[Tensor]:
 
 @functools.lru_cache(maxsize=256)
 def _names(kind: type) -> tuple[str, ...]:
-    """What nodes of this kind call what they hold; those of `autograd.Function` have one name for all of it."""
+    """The attributes in which nodes of this kind save tensors; those of `autograd.Function` have a single one."""
     names = tuple(name for name in dir(kind) if name.startswith("_saved_"))
     return (*names, "saved_tensors") if hasattr(kind, "saved_tensors") else names

@@ -1,4 +1,4 @@
-"""What a method for trajectories is: tolerances, one step, and what is known between its ends."""
+"""The base class of ODE methods: tolerances, a single step, and its dense output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from implicitly.ode.control import Controller, Norm, rms_norm, stands_still
 from implicitly.ode.problem import Field, Problem
 from implicitly.transforms import unwrapped
 
-# What a method carries from one step to the next besides the state: tensors with one row a sample.
+# What a method carries from one step to the next besides the state: tensors with one row per sample.
 Memory = tuple[Tensor, ...]
 
 
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     t: Array
     dt: Array
     y: Tensor
-    y1: Tensor  # the state it ends with
+    y1: Tensor  # the state at its end
     memory: Memory  # what the next step needs
     k: Tensor  # the slope at y
     k1: Tensor  # the slope at y1
@@ -40,33 +40,34 @@ _CONTROLLER = Controller()
 
 
 def _controller() -> Controller:
-    """The default; the tracer of `torch.compile` cannot take up an object, but can make one."""
+    """The default controller; `torch.compile` cannot trace a reference to an existing object, but can make one."""
     return Controller() if torch.compiler.is_dynamo_compiling() else _CONTROLLER
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method for trajectories, with its tolerances.
+    """Base class of ODE methods, with their tolerances and step sizes.
 
-    A step is accepted where the norm of (error / (atol + rtol * max(|y|, |y1|))) is at most 1, sample by sample.
+    A step is accepted if the norm of error / (atol + rtol * max(|y|, |y1|)) is at most 1, for each sample on its
+    own.
 
     Args:
         rtol, atol: relative and absolute tolerance of the local error; numbers, or tensors that broadcast over one
             flattened sample.
         dt: constant step size; the last step is shortened to end at t[-1], and tolerances are not used.
-        dt0: the length of the first step; None: found from f, for one more call.
-        dt_min: a sample whose steps would have to be shorter ends as `Status.STEP_UNDERFLOW`; 0: as short as the
+        dt0: the length of the first step; None: estimated, with one more call of f.
+        dt_min: a sample that needs shorter steps ends with `Status.STEP_UNDERFLOW`; 0: the shortest steps that the
             dtype resolves.
-        dt_max: steps are at most that long.
-        max_steps: attempted steps after which a sample ends as `Status.MAX_STEPS`.
-        controller: how the next length follows from the error.
-        norm: maps `(B, n)` to `(B,)`; the root mean square unless given.
-        tstops: times between the first and the last at which a step must end, because f jumps there. Steps up to
-            one ask for f before it only, those from one after it only.
-        progress: is told after each step tried how far the solve has come: the part from 0 to 1 of the way of the
-            sample that is furthest behind, 1 at the end. It is waited for, and so is an accelerator; with it no
-            graph of `compile=True` can be had. With tqdm: `progress=lambda part: bar.update(part - bar.n)` of a
-            `bar = tqdm(total=1.0)`.
+        dt_max: the maximal length of a step.
+        max_steps: number of attempted steps after which a sample ends with `Status.MAX_STEPS`.
+        controller: the step-size controller, which computes the next step length from the error.
+        norm: the norm of the error, which maps `(B, n)` to `(B,)`; by default the root mean square.
+        tstops: times between the first and the last at which a step must end because f jumps there. A step that
+            ends at such a time evaluates f only before it, a step that begins there only after it.
+        progress: a function that is called after each attempted step with the fraction, from 0 to 1, of the
+            interval that the slowest sample has covered; 1 at the end. The solve waits for it, and for an
+            accelerator; with it, `compile=True` makes no graph. With tqdm:
+            `progress=lambda part: bar.update(part - bar.n)` for a `bar = tqdm(total=1.0)`.
     """
 
     rtol: float | Tensor = 1e-5
@@ -102,7 +103,7 @@ class Method(ABC):
         for which in ("rtol", "atol"):
             value = getattr(self, which)
             check_kind(name, which, value, (*NUMBERS, Tensor), "a number or a tensor, got {value!r}")
-            if isinstance(value, NUMBERS):  # the usual case; a tensor of it takes longer to make
+            if isinstance(value, NUMBERS):  # the usual case, for which a tensor would be slower
                 right = 0 <= value < float("inf")
             else:
                 right = bool((value.isfinite() & (value >= 0)).all())
@@ -110,7 +111,7 @@ class Method(ABC):
                 raise ValueError(f"{name}: {which} must be finite and >= 0, got {value}")
 
     def _check_lengths(self, name: str) -> None:
-        """Raise TypeError / ValueError for lengths that steps cannot have."""
+        """Raise TypeError / ValueError for invalid step lengths."""
         for which in ("dt", "dt0", "dt_min", "dt_max"):
             value = getattr(self, which)
             if value is None and which in ("dt", "dt0"):
@@ -137,39 +138,39 @@ class Method(ABC):
     @property
     @abstractmethod
     def adaptive(self) -> bool:
-        """Whether it estimates its error."""
+        """Whether it estimates its error, so that its steps can adapt."""
 
     @property
     def sees_end(self) -> bool:
-        """Whether NaN in the slope at the end of a step shows in the error."""
+        """Whether NaN in the slope at the end of a step shows up in the error estimate."""
         return False
 
     @property
     def differentiates(self) -> bool:
-        """Whether a step asks for derivatives of f."""
+        """Whether a step needs derivatives of f."""
         return False
 
     @property
     def nodes(self) -> tuple[float, ...] | None:
-        """The nodes c of the times t + c dt at which any step calls f, in that order; None: steps differ.
+        """The nodes c of the times t + c dt at which every step calls f, in that order; None: steps differ.
 
-        A method with nodes has steps that say with NaN or inf in the state that there was some before.
+        In a method with nodes, NaN or inf during a step always shows up in the state after it.
         """
         return None
 
     @property
     def output_calls(self) -> int:
-        """How often it calls f for the outputs that a step passes."""
+        """How many calls of f it makes for the outputs that a step passes."""
         return 0
 
     @property
     def found_slopes(self) -> int:
-        """How many slopes of a step, if it is told them, save the search for them, see `Field.found`."""
+        """How many slopes of a step need not be solved for if they are given in `Field.found`."""
         return 0
 
     @property
     def ungraphed(self) -> str | None:
-        """What of it no graph of `torch.compile` has; None: nothing."""
+        """The feature of this method that `torch.compile` cannot have in a graph; None if there is none."""
         return "tstops" if self.tstops else "progress" if self.progress is not None else None
 
     @property
@@ -179,32 +180,36 @@ class Method(ABC):
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """What the slopes weigh in what a step adds to the state, where these are the slope it begins with and
-        those of its calls of f at its `nodes`, in that order; None: they are not."""
+        """The quadrature weights of the slopes in y1 - y.
+
+        They belong to the slope at the start of a step and those at its `nodes`, in that order; None: y1 - y is
+        not such a sum.
+        """
         return None
 
     @property
     def splits(self) -> bool:
-        """Whether a state must be a pair (q, p), halves of equal width of which each moves by the other alone."""
+        """Whether a state must be a pair (q, p) of equal widths, the slope of each depending on the other only."""
         return False
 
     @property
     def stability(self) -> float | None:
-        """The largest step times rate with which what decays at that rate does so in the method too; inf: any;
-        None: not known."""
+        """The stability limit on the negative real axis: the largest step times decay rate that is stable.
+
+        inf: every step is; None: not known.
+        """
         return None
 
     def check(self, problem: Problem) -> None:
-        """Raise TypeError / ValueError for tolerances and lengths that do not suit the `problem`, or that its
-        dtype cannot resolve."""
+        """Raise TypeError / ValueError for tolerances and lengths that do not fit the `problem` or its dtype."""
         if self.dt is None:
             self._check_tolerances(problem.y0.shape[1], problem.dtype)
             self._check_norm(problem.y0.detach())
-        elif not captured():  # there `unroll` has looked at the times
+        elif not captured():  # during a capture, `unroll` has checked the times
             self._check_length(problem.times)
 
     def _check_tolerances(self, width: int, dtype: torch.dtype) -> None:
-        """Raise ValueError for tolerances of a state of `width` numbers a sample."""
+        """Raise ValueError for tolerances that do not fit states of `width` numbers per sample or the `dtype`."""
         name, eps, tiny = type(self).__name__, torch.finfo(dtype).eps, torch.finfo(dtype).tiny
         for which, value in (("rtol", self.rtol), ("atol", self.atol)):
             if isinstance(value, Tensor) and value.shape not in ((), (1,), (width,)):
@@ -223,7 +228,7 @@ class Method(ABC):
             )
 
     def _check_norm(self, y: Tensor) -> None:
-        """Raise TypeError / ValueError for a norm that is not one number a row of y `(B, n)`."""
+        """Raise TypeError / ValueError for a norm that does not return one number per row of y `(B, n)`."""
         if self.norm is rms_norm:
             return
         with torch.no_grad():
@@ -237,7 +242,7 @@ class Method(ABC):
             )
 
     def _check_length(self, times: Tensor) -> None:
-        """Raise ValueError for constant steps that do not move the `times` `(B, T)`."""
+        """Raise ValueError for constant steps too short to be resolved at the `times` `(B, T)`."""
         assert self.dt is not None
         length, seen = min(self.dt, self.dt_max), to_host(times) if on_host(times) else times.detach()
         begin, end = seen[:, 0], seen[:, -1]
@@ -251,26 +256,26 @@ class Method(ABC):
         )
 
     def checked(self, problem: Problem) -> Problem:
-        """`problem`, with the calls of f that it took to see that the method applies to it.
+        """Check, before any step, that the method applies to the `problem`.
 
-        Raises TypeError / ValueError where it does not; called before any step.
+        Returns the problem, with the calls of f that this took added to its count; raises TypeError / ValueError.
         """
         return problem
 
     @abstractmethod
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
-        """What to carry from y `(B, n)`, whose slope is k, at t `(B,)`."""
+        """The memory with which to start from y `(B, n)`, whose slope is k, at t `(B,)`."""
 
     def slope(self, memory: Memory) -> Tensor:
-        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        """The slope `(B, n)` at the state that goes with `memory`."""
         return memory[0]
 
     @abstractmethod
     def step(self, F: Field, t: Array | tuple[Tensor, ...], dt: Array, y: Tensor, memory: Memory) -> Step:
         """One step from y `(B, n)` at t `(B,)`, of length dt `(B,)`.
 
-        Of a method with `nodes` dt may be a float, the length for all samples, and t the times of the nodes, a
-        tuple of what f sees.
+        For a method with `nodes`, dt may be a float, the length for all samples, and t a tuple of the times of the
+        nodes, as f sees them.
         """
 
     @abstractmethod
@@ -279,7 +284,7 @@ class Method(ABC):
 
     def dense_output_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
         """The states `(B, n)` at t + part dt for each of `parts`."""
-        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+        # One number at a time: the compiler fails to declare a constant tensor inside a loop's body.
         part = torch.cat([torch.full_like(step.y[:, :1], c) for c in parts], dim=1)
         return self.dense_output(F, step, part).unbind(1)
 
@@ -289,16 +294,16 @@ class Method(ABC):
         return self.norm(step.error / tolerance)
 
     def tolerance(self, y: Tensor, y1: Tensor | None = None) -> Tensor:
-        """What the error of each component may be, `(B, n)`."""
+        """The tolerance for the error of each component, `(B, n)`."""
         size = y.abs() if y1 is None else torch.maximum(y.abs(), y1.abs())
         allowed, tiny = size * self.rtol + self.atol, torch.finfo(size.dtype).tiny
         if isinstance(self.atol, float) and self.atol >= tiny:
             return allowed
-        return torch.clamp(allowed, min=tiny)  # where both are 0, so is the error: 0 / tiny is 0
+        return torch.clamp(allowed, min=tiny)  # where the tolerance is 0, so is the error, and 0 / tiny is 0
 
 
 def hermite(step: Step, part: Tensor) -> Tensor:
-    """The cubic through both ends and both slopes, `(B, W, n)`."""
+    """The cubic Hermite interpolant `(B, W, n)` of the states and slopes at both ends."""
     x, dt = part.unsqueeze(2), to_tensor(step.dt)[:, None, None]
     y, y1, k, k1 = (v.unsqueeze(1) for v in (step.y, step.y1, step.k, step.k1))
     bend = (1 - 2 * x) * (y1 - y) + (x - 1) * dt * k + x * dt * k1

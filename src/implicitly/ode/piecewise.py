@@ -1,4 +1,4 @@
-"""A solution as polynomials between its steps: what later slopes can ask of earlier states."""
+"""A solution as piecewise polynomials, from which later slopes of a delay equation read past states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from implicitly.transforms import is_tracked
 
 
 class Piecewise(NamedTuple):
-    """N polynomials of degree p, one behind the other, each by its values at p + 1 `places`.
+    """N consecutive polynomials of degree p, each given by its values at p + 1 `places`.
 
     The last place of one is the first of the next, so there are K = N p + 1 times.
     """
@@ -40,10 +40,10 @@ class Piecewise(NamedTuple):
         return pytree.tree_map(between, self.values)
 
     def _weighed(self, t: Tensor, degree: int) -> tuple[Tensor, Tensor]:
-        """Which values are around t and what they weigh, `(W, p + 1)` or `(W, p + 1, B)`, differentiable."""
+        """The indices of values around t and their differentiable weights, `(W, p + 1)` or `(W, p + 1, B)`."""
         begins, ends = self.times[:-1:degree].detach(), self.times[degree::degree].detach()
         ones = (1,) * (t.ndim - 1)
-        # Those of no length, which samples of fewer steps have, know of no slope, also where it is their turn.
+        # Pieces of length 0, which samples with fewer steps have, define no slope, so they are never chosen.
         long = begins != ends
         number = _range(len(begins), t.device).view(-1, *ones)
         behind = torch.where(long & (begins <= t.detach().unsqueeze(1)), number, -1).amax(1)
@@ -56,7 +56,7 @@ class Piecewise(NamedTuple):
         return place, (factors.prod(-1) * scale).movedim(-1, 1)
 
     def _on_host(self, t: Tensor, degree: int) -> tuple[Tensor, Tensor]:
-        """As `_weighed`, by operations that take less time where numbers are few."""
+        """As `_weighed`, in NumPy, which is faster for small sizes."""
         seen, times = t.numpy(), self.times.numpy()
         begins = times[:-1:degree]
         if t.ndim == 1:
@@ -73,7 +73,7 @@ class Piecewise(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Piecewise]) -> Piecewise:
-        """Those of several, of which each begins where the one before ends."""
+        """Several solutions as one, where each begins where the one before ends."""
         if len(parts) == 1:
             return parts[0]
         first, *others = parts
@@ -92,13 +92,13 @@ def _range(count: int, device: torch.device) -> Tensor:
 
 @remembered(32)
 def places(degree: int) -> np.ndarray:
-    """Where `(p + 1,)` in a piece, from 0 to 1, its values are known: at Chebyshev's points."""
+    """The relative positions `(p + 1,)`, from 0 to 1, of the known values in a piece: Chebyshev points."""
     return (1 - np.cos(np.pi * np.arange(degree + 1) / degree)) / 2
 
 
 @remembered(32)
 def _lagrange(degree: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the polynomials that are 1 at one of the `places`, 0 at others: places, which is which, and factors."""
+    """For the Lagrange polynomials, 1 at one of the `places` and 0 at the others: places, a mask, and factors."""
     x, same = torch.from_numpy(places(degree)), torch.eye(degree + 1, dtype=torch.bool)
     scale = 1 / torch.where(same, 1.0, x.unsqueeze(1) - x).prod(1)
     return x.to(device, dtype), same.to(device), scale.to(device, dtype)
@@ -106,7 +106,7 @@ def _lagrange(degree: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 
 @remembered(32)
 def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """As `_lagrange`, to be combined with an array of `ndim` dimensions; and the numbers of the places."""
+    """As `_lagrange`, shaped to broadcast with an array of `ndim` dimensions; and the indices of the places."""
     count, ones = degree + 1, (1,) * (ndim - 1)
     x, same, scale = (c.numpy() for c in _lagrange(degree, torch.float64, torch.device("cpu")))
     x, scale = x.astype(dtype).reshape(count, *ones), scale.astype(dtype).reshape(count, *ones)
@@ -115,14 +115,14 @@ def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarr
 
 @dataclass
 class KnotRecorder:
-    """Listens to a solve of `batch` samples, for the values of its dense output at the places of each step."""
+    """Listens to a solve of `batch` samples, and records its dense output at the `places` of each step."""
 
     degree: int
     batch: int
     values: list[Tensor] = field(default_factory=list)  # (B, p, n)
 
     def listen(self, stepper: Stepper, step: Step, taken: Taken, rows: Tensor | None) -> None:
-        """Note a step, without its end, which is where the next one begins."""
+        """Record a step, without its end point, which is the start of the next one."""
         inner = torch.from_numpy(places(self.degree)[1:-1]).to(step.y).expand(len(step.y), -1)
         begin = step.y.unsqueeze(1)
         values = torch.cat([begin, stepper.method.dense_output(stepper.bound.F, step, inner)], dim=1)
@@ -133,7 +133,7 @@ class KnotRecorder:
     def at_knots(self, accepted: np.ndarray, end: Tensor, finished: Tensor) -> Tensor:
         """The values `(B, K, n)` at `knots` of the steps that samples `accepted` `(B, N)`, up to `end` `(B, n)`.
 
-        NaN behind what a sample got to that has not `finished`, which has one more piece there.
+        A sample that has not `finished` has one more piece, with NaN, beyond the time it reached.
         """
         end = torch.where(finished.unsqueeze(1), end, float("nan"))
         count = max(1, int((accepted.sum(1) + ~finished.cpu().numpy()).max(initial=0)))
@@ -148,10 +148,10 @@ class KnotRecorder:
 
 
 def knots(steps: Taken, span: np.ndarray, degree: int) -> np.ndarray:
-    """The places in steps, each field of them `(B, N)`, through the `span` `(B, 2)`.
+    """The knots of `steps`, each field `(B, N)`, through the `span` `(B, 2)`: the `places` in all steps.
 
-    Of each `(B, K, 3)`: its time, and how it moves with the first and with the last time. Samples of fewer steps
-    than others have further pieces of no length at the end.
+    For each, `(B, K, 3)` holds its time, and its derivatives by the first and by the last time. Samples with fewer
+    steps than others have additional pieces of length 0 at the end.
     """
     edges = [_edges(Taken(*step), ends) for *step, ends in zip(*steps, span)]
     count = max((len(e) for e in edges), default=2)
@@ -162,12 +162,12 @@ def knots(steps: Taken, span: np.ndarray, degree: int) -> np.ndarray:
 
 
 def _edges(steps: Taken, span: np.ndarray) -> np.ndarray:
-    """Where the steps of a sample begin and end, `(N + 1, 3)`, with how these move; of no step the `span`."""
+    """The start and end times of a sample's steps, `(N + 1, 3)`, as in `knots`; without any step, the `span`."""
     t, dt, last, _, ends = (x[steps.accepted] for x in steps)
     begins, stops = (t, ends == STOP) if len(t) else (span[:1], np.zeros(1, dtype=bool))
     if len(t) and not last[-1]:  # a sample that failed
         begins, stops = np.append(t, t[-1] + dt[-1]), np.append(stops, False)
-    # All steps move with the first time, up to one that ends at a time to be hit.
+    # All steps move with the first time, up to one that ends at one of `tstops`.
     moving = np.cumsum(stops) - stops == 0
     rows = np.stack([begins, moving.astype(t.dtype), np.zeros_like(begins)], axis=1)
     return np.concatenate([rows, np.array([[span[1], 0, 1]], dtype=t.dtype)])

@@ -1,7 +1,7 @@
-"""Constant steps along times that the host knows: where they begin and end is decided before the solve.
+"""Constant steps through times that the host knows, all planned before the solve.
 
-No step has to be judged then. An accelerator is asked for the times before the first step, and after the last one
-whether all is finite; nothing in between.
+No step has to be judged then. On an accelerator, the host reads the times before the first step, and checks after
+the last one that all is finite; in between it never has to wait.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from implicitly.ode.record import Record, State, Taken
 from implicitly.solution import Status
 from implicitly.transforms import is_tracked
 
-# Of so many steps the times are made ready at once; and nobody looks for NaN or inf in between, which stay in a
-# state once they are in it.
+# The times of this many steps are prepared at once, and NaN or inf is checked for only after each such block: once
+# in a state, it stays there.
 BLOCK = 16
 
 
 class Planned(NamedTuple):
-    """A step from t, dt long, that passes the outputs from `first` up to, not with, `stop`."""
+    """A step from t, of length dt, that passes the outputs from `first` up to `stop` (exclusive)."""
 
     t: float
     dt: float
@@ -39,8 +39,10 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """N steps: their beginnings, their lengths with the sign, and the places of the first output that each of
-    them does not pass, `(N,)`; `length` is what a next one would have."""
+    """N planned steps: start times, signed lengths, and the index of the first output that each does not pass.
+
+    These have the shape `(N,)`; `length` is the length that a next step would have.
+    """
 
     t: np.ndarray
     dt: np.ndarray
@@ -48,17 +50,17 @@ class Plan(NamedTuple):
     length: float
 
     def steps(self) -> Iterator[Planned]:
-        """One after the other."""
+        """The steps, one after the other."""
         stop = self.stop.tolist()
         return map(Planned, self.t.tolist(), self.dt.tolist(), [1, *stop[:-1]], stop)
 
     def stages(self, nodes: tuple[float, ...], like: Tensor) -> Tensor:
-        """The times of the stages of all steps, `(N * S, B)` beside `like` `(B, n)`."""
+        """The times `(N * S, B)` of the stages of all steps, on the device of `like` `(B, n)`."""
         times = stage_times(self.t, self.dt, nodes).T.reshape(-1, 1)
         return torch.from_numpy(times).to(like.device).expand(-1, len(like))
 
     def taken(self, batch: int, device: torch.device) -> Taken:
-        """The steps as ones that all samples accepted, each field `(N, B)`."""
+        """The steps as accepted by all samples, each field `(N, B)`."""
         t, dt = (torch.from_numpy(x).to(device).unsqueeze(1).expand(-1, batch) for x in (self.t, self.dt))
         last = torch.zeros_like(t, dtype=torch.bool)
         last[-1] = True
@@ -67,9 +69,9 @@ class Plan(NamedTuple):
 
 @remembered(16)
 def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> Plan | None:
-    """The steps of `length` through `times`; None for wrong times, of which some are too far from 0 for such
-    steps, or more than `limit` steps.
+    """Plan steps of `length` through `times`.
 
+    None if the times are invalid, or too far from 0 to resolve such steps, or if it takes more than `limit` steps.
     `single`: in float32, else in float64.
     """
     seen = np.array([times], dtype=np.float32 if single else np.float64)
@@ -91,9 +93,9 @@ def plan(times: tuple[float, ...], length: float, limit: int, single: bool) -> P
 
 
 def planned(method: Method, times: Tensor) -> Plan | None:
-    """The steps of a solve through `times` `(B, T)`; None where only the solve can tell them.
+    """The planned steps of a solve through `times` `(B, T)`; None if they cannot be known in advance.
 
-    Times on an accelerator are waited for.
+    Waits for times on an accelerator.
     """
     shared = len(times) == 1 or (len(times) > 1 and times.stride(0) == 0)
     if method.dt is None or method.nodes is None or method.tstops or method.progress is not None:
@@ -107,8 +109,11 @@ def planned(method: Method, times: Tensor) -> Plan | None:
 def take(
     method: Method, F: Field, times: Tensor, step: Planned, moments: Iterable[Tensor], y: Tensor, memory: Memory
 ) -> tuple[Tensor, Memory, tuple[Tensor, ...]]:
-    """The state and the memory after a step that calls f at `moments`, and the outputs `(B, W, n)` that it passes,
-    if any, of all at `times` `(B, T)` or `(1, T)`."""
+    """Take a step that calls f at `moments`.
+
+    Returns the state and the memory after it, and the outputs `(B, W, n)` that it passes, if any, among those at
+    `times` `(B, T)` or `(1, T)`.
+    """
     found = method.step(F, tuple(moments), step.dt, y, memory)
     if step.first == step.stop:
         return found.y1, found.memory, ()
@@ -121,9 +126,9 @@ def take(
 def integrate_planned(
     plan: Plan, method: Method, F: Field, times: Tensor, y0: Tensor, k0: Tensor, record: Record | None
 ) -> tuple[Integrated, Tensor] | None:
-    """As `integrate`, by the steps of a `plan`, which are noted in `record`; None where a sample met NaN or inf.
+    """Like `integrate`, by the steps of a `plan`, which are noted in `record`; None if a sample met NaN or inf.
 
-    Which sample and when is not known then.
+    In that case it is not known which sample did, and when.
     """
     nodes, near, count = method.nodes, on_host(times), len(plan.t)
     assert nodes is not None
@@ -138,7 +143,7 @@ def integrate_planned(
                 record.keep(i, State(y.detach(), tuple(m.detach() for m in memory)))
             y, memory, passed = take(method, F, times, step, islice(moments, len(nodes)), y, memory)
             outputs += passed
-        # The slope at the start may be missing in a state where f is finite again.
+        # k0 is checked too: NaN in the slope at the start may not show in the state, if f is finite again later.
         if (near or begin + BLOCK >= count) and not all_now(finite_rows(y.detach(), k0.detach())):
             return None
     if record is not None:
@@ -148,7 +153,7 @@ def integrate_planned(
 
 
 def arrived(values: Tensor, t: Tensor, status: int | Tensor, count: int, length: float) -> Integrated:
-    """The result of a solve that got to times `t` `(B,)` by `count` constant steps."""
+    """The result of a solve that reached times `t` `(B,)` in `count` constant steps."""
     none = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
     number = torch.zeros_like(t)
     ended, steps = (none + status, number, none + count, none + count), (t.clone(), number + length)

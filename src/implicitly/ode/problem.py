@@ -1,4 +1,4 @@
-"""What a user passed to `odeint`, as matrices: the start, the times, and the vector field on `(B, n)`."""
+"""The user's input to `odeint`, checked and flattened: initial state, times, and the vector field on `(B, n)`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ from implicitly.problem import sample_dims_of
 from implicitly.transforms import is_batched, is_wrapped, loses, unhooked, unwrapped
 from implicitly.tree import Layout
 
-# Up to so many times are looked at one by one.
+# Up to this many times are checked one by one, in Python.
 FEW = 64
 
 
 @dataclass
 class Field:
-    """Slopes `(B, n)` of states `(B, n)`: `F(moment, y)`, where moments come from `F.f_times(times)`.
+    """The vector field: slopes `(B, n)` of states `(B, n)`.
+
+    It is called as `F(moment, y)`, where a moment is a time in the form that f sees, from `F.f_times(times)`.
 
     Attributes:
-        show: times `(S, B)` as S moments, each as f is to see it.
-        slope: f on a moment and `(B, n)`.
-        bind: gives the field for other theta.
+        show: turns times `(S, B)` into S moments, each in the form that f sees.
+        slope: f at a moment and a state `(B, n)`.
+        bind: returns the field for other theta.
         theta: the tensors that it depends on.
-        calls: how often f was called, save by the loops of a traced graph,
-        loops: which know it as tensors.
-        notes: what a method keeps that only saves work, such as a Jacobian.
-        once: whether what is computed is differentiated once, in reverse, by nobody but ourselves.
-        again: whether steps are taken again that were accepted before, and cannot be made shorter.
-        found: slopes `(B, n)` of all stages of the one step that is taken, which is only to be differentiated.
-        last: of the step that is taken, for which samples it reaches the end, if it is accepted.
-        before: the calls before that step.
-        watch: the number `(B,)` that an event, by its index, watches at times `(B,)` and states `(B, n)`.
-        jump: the states `(B, n)` from which samples go on after an event.
+        calls: how often f was called, not counting calls in the loops of a traced graph.
+        loops: the numbers of calls in such loops, as tensors.
+        notes: what a method stores only to save work, such as a Jacobian.
+        once: whether the result is differentiated only once, in reverse mode, by this library itself.
+        again: whether the steps were accepted before and are taken again, so they cannot be made shorter.
+        found: known slopes `(B, n)` of all stages of the current step, which then only has to be differentiated.
+        last: for which samples the current step, if accepted, reaches the end.
+        before: the number of calls before the current step.
+        watch: the value `(B,)` of g of an event, given its index, at times `(B,)` and states `(B, n)`.
+        jump: the states `(B, n)` from which samples continue after an event.
     """
 
     show: Callable[[Tensor], Sequence[Tensor]]
@@ -67,15 +69,15 @@ class Field:
     jump: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
     def begin(self, last: Array) -> None:
-        """Note that a step begins, and which samples it is the `last` of."""
+        """Note that a step begins, and for which samples it is the `last`."""
         self.last, self.before = last, self.calls
 
     def f_times(self, times: Array) -> Sequence[Tensor]:
-        """Times `(S, B)`, one row a call, as f sees them."""
+        """Times `(S, B)`, one row per call, as f sees them."""
         return self.show(to_tensor(times))
 
     def stages(self, t: Array | Sequence[Tensor], dt: Array, nodes: tuple[float, ...]) -> Sequence[Tensor]:
-        """The times t + c dt, for the nodes c, as f sees them; t itself where it is those already."""
+        """The times t + c dt, for the nodes c, as f sees them; t itself if it already is a tuple of those."""
         return t if isinstance(t, tuple) else self.f_times(stage_times(t, dt, nodes))
 
     def __call__(self, moment: Tensor, y: Tensor) -> Tensor:
@@ -90,21 +92,22 @@ class Field:
 
 @dataclass(frozen=True)
 class Problem:
-    """dy/dt = f(t, y, *args), y(t[0]) = y0, to be known at the other times.
+    """The initial value problem dy/dt = f(t, y, *args), y(t[0]) = y0, with the times at which y is wanted.
 
     Attributes:
-        y0: the start `(B, n)`.
-        k0: its slope `(B, n)`, evaluated once to check what f returns; None where a graph is to evaluate it, which
-            calls `check` before its first use.
-        times: `(B, T)`, or `(1, T)` where all samples share them.
+        y0: the initial state `(B, n)`.
+        k0: its slope `(B, n)`, evaluated once to check what f returns; None if a graph evaluates it, which calls
+            `check` before its first use.
+        times: `(B, T)`, or `(1, T)` if all samples share them.
         theta: the tensors that f depends on besides t and y.
         sample_dims: for each of theta the dimension that holds the samples, None where shared; None: not known.
-        calls: the calls of f that checking took.
-        events: what is watched on the way; theta holds what their functions depend on, too.
-        check: evaluates k0, and raises TypeError / ValueError for what f may not return or depend on.
-        key: for a solve that is to be one graph, all that decides about it besides tensors and the method.
-        warns: whether to warn of samples that failed and make a gradient NaN.
-        places: `(B, T)` which of the times the user's are, where series repeat their last one; None: all in turn.
+        calls: the number of calls of f that checking took.
+        events: the events; theta includes the tensors that their functions depend on.
+        check: evaluates k0, and raises TypeError / ValueError if f returns or depends on something it must not.
+        key: for a solve as one graph, the cache key: all that determines the graph besides tensors and the method.
+        warns: whether to warn about failed samples that make a gradient NaN.
+        places: `(B, T)` for each of the user's times its index in `times`, if series repeat their last time; None:
+            they are the same.
     """
 
     opened: Opened
@@ -135,9 +138,9 @@ class Problem:
         events: tuple[Event, ...] = (),
         as_graph: bool = False,
     ) -> Problem:
-        """Check what came in, and that f returns what y0 is like; raises TypeError / ValueError.
+        """Check the arguments, and that f returns the structure of y0; raises TypeError / ValueError.
 
-        What is to be solved `as_graph` has args that can be compared, and is checked when the graph is made.
+        A solve `as_graph` needs args that can be compared (for the cache), and checks f when the graph is made.
         """
         if not callable(f):
             raise TypeError(f"f must be callable, got a {type(f).__name__}")
@@ -157,7 +160,7 @@ class Problem:
         def slope() -> Tensor:
             probe, moment, *given = inputs = known()
             show = _shown(layout)
-            # Where that is checked nothing requires a gradient, so neither may the result.
+            # While checking, no input requires a gradient, so the result must not require one either.
             with (
                 torch.set_grad_enabled(checking or (recording and torch.is_grad_enabled())),
                 told_of_draws(f, () if recording else opened.parts, layout.device),
@@ -165,7 +168,7 @@ class Problem:
             ):
                 value = watched(lambda y: opened((0, show(moment[None])[0], layout.unpack(y)), *given), probe)
             cast = opened.autocast
-            with nullcontext() if cast is None else torch.autocast(layout.device.type, cast):  # a solve is outside
+            with nullcontext() if cast is None else torch.autocast(layout.device.type, cast):  # off in a solve
                 layout.check(value, "y0")
             k0 = layout.pack(value)
             if checking:
@@ -182,20 +185,20 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that f computes in, which decides what errors can be resolved."""
+        """The dtype that f computes in, which limits the errors that can be resolved."""
         return self.opened.autocast or self.layout.dtype
 
     @property
     def evaluated(self) -> Problem:
-        """This problem with its k0."""
+        """This problem, with k0 evaluated."""
         return self if self.k0 is not None else replace(self, k0=self.check.of(), calls=1)
 
     def rows(self, times: Tensor) -> Tensor:
-        """`times` as `(B, T)`."""
+        """`times`, expanded to `(B, T)`."""
         return times.expand(self.y0.shape[0], -1)
 
     def asked(self, values: Tensor) -> Any:
-        """Outputs `(B, T, n)` at the times as those that the user asked for, see `stacked`."""
+        """Outputs `(B, T, n)` at `times` as outputs at the user's times, in the form of `stacked`."""
         if self.places is not None:
             values = values.gather(1, self.places.unsqueeze(2).expand(-1, -1, values.shape[2]))
         return self.stacked(values)
@@ -214,13 +217,15 @@ class Problem:
 
     @property
     def field(self) -> Callable[..., Field]:
-        """f at theta, for who may outlive this problem."""
+        """The function that maps theta to the `Field`, usable by objects that outlive this problem."""
         return partial(field_of, self.opened, self.layout, bool(self.events))
 
 
 def _at_once(f: Callable[..., Any], events: tuple[Event, ...]) -> Callable[..., Any]:
-    """f, and what events watch and lead to, as one function, so that modules which only an event uses are found,
-    too; the first entry of its state says which."""
+    """f and the g and restart of all events as one function, selected by the first entry of its state.
+
+    As one function, so that modules which only an event uses are found, too.
+    """
     if not events:
         return lambda call, *args: f(call[1], call[2], *args)
     maps = (f, *(m for e in events for m in (e.g, e.restart)))
@@ -235,7 +240,7 @@ def _at_once(f: Callable[..., Any], events: tuple[Event, ...]) -> Callable[..., 
 
 
 def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -> Field:
-    """f, and with events what they watch and lead to, at `theta`."""
+    """The `Field` of f at `theta`; with events, it includes their g and restart."""
     call, show = opened.at(*theta), _shown(layout)
     bind = partial(field_of, opened, layout, has_events)
 
@@ -258,7 +263,7 @@ def field_of(opened: Opened, layout: Layout, has_events: bool, *theta: Tensor) -
 def _check_events(
     events: tuple[Event, ...], opening: Opening, layout: Layout, known: tuple[Tensor, ...], checking: bool
 ) -> None:
-    """Raise TypeError / ValueError for what g or restart returns at the start, or reaches in a wrong way."""
+    """Raise TypeError / ValueError if g or restart returns something invalid at the start, or captures tensors."""
     (probe, moment, *theta), opened = known, opening.opened
     for i, event in enumerate(events):
         for which, name in ((1 + 2 * i, "g"), (2 + 2 * i, "restart"))[: 1 if event.restart is None else 2]:
@@ -278,7 +283,10 @@ def _check_events(
 
 
 def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Times as f sees them: 0-d for one system, else `(B, 1, ..., 1)` beside the first tensor of y."""
+    """Turns times into the form that f sees.
+
+    This is 0-d for one system, otherwise `(B, 1, ..., 1)` with as many dimensions as the first tensor of y.
+    """
     if layout.batch_dims == 0:
         return lambda times: times[:, 0].unbind()
     ones = (1,) * len(layout.leaves[0].shape)
@@ -286,7 +294,7 @@ def _shown(layout: Layout) -> Callable[[Tensor], Sequence[Tensor]]:
 
 
 def times_of(t: Any, layout: Layout) -> Tensor:
-    """`t` as `(B, T)` or `(1, T)`; raises TypeError / ValueError for what cannot be times."""
+    """`t` as `(B, T)` or `(1, T)`; raises TypeError / ValueError for invalid times."""
     rows = _rows_of(t, layout)
     seen = to_host(rows) if on_host(rows) else rows.detach()
     if not captured() and not all_now(library(seen).isfinite(seen)):
@@ -295,18 +303,18 @@ def times_of(t: Any, layout: Layout) -> Tensor:
 
 
 def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """A start and later times as `(B, T)` or `(1, T)`, and, where some samples have fewer, `Problem.places`.
+    """The start and later times as `(B, T)` or `(1, T)`, and `Problem.places` if some samples have fewer times.
 
-    Raises TypeError / ValueError for what cannot be such times.
+    Raises TypeError / ValueError for invalid times.
     """
     rows = _rows_of(t, layout)
     of_samples = len(rows) > 1 or _is_nested(t)
-    if of_samples and rows.shape[1] == 1 and not captured():  # series that all are one time
+    if of_samples and rows.shape[1] == 1 and not captured():  # all series consist of one time
         rows = rows.expand(-1, 2)
         return rows, torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
     if rows.shape[1] < 2:
         raise ValueError(f"t must hold the start and at least one other time, got {rows.shape[1]} in all")
-    if captured():  # of numbers, which `unroll.plan` has looked at
+    if captured():  # then they are numbers, which `unroll.plan` has checked
         return rows, None
     host = on_host(rows)
     if host and rows.numel() <= FEW and all(map(_in_order, rows.tolist())):
@@ -327,7 +335,7 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
 
 
 def _is_nested(t: Any) -> bool:
-    """Whether times hold a row for each sample."""
+    """Whether times have a row for each sample."""
     if isinstance(t, Tensor | np.ndarray):
         return t.ndim == 2
     first = t[0]
@@ -335,7 +343,7 @@ def _is_nested(t: Any) -> bool:
 
 
 def _in_order(row: list[float]) -> bool:
-    """Whether a few numbers, none of them inf, increase throughout, or decrease."""
+    """Whether the numbers are finite and strictly increase, or strictly decrease."""
     which = operator.lt if row[0] < row[1] else operator.gt
     return all(map(which, row, row[1:])) and math.isfinite(row[-1] - row[0])
 
@@ -356,7 +364,7 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"t must hold numbers only, got {t!r}: {error}") from error
     if t.dtype != layout.work_dtype or t.device != layout.device:
-        # Of a y0 in bfloat16 or of complex numbers, times are in another dtype.
+        # For y0 in bfloat16 or a complex dtype, times have another dtype.
         wanted = "y0" if layout.leaves[0].dtype == layout.work_dtype else f'"{layout.device}", {layout.work_dtype}'
         raise ValueError(
             f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "
@@ -376,7 +384,7 @@ _MAPPED = (
 
 
 def _disorder(seen: Tensor) -> str:
-    """What is wrong with times `(B, T)` that neither increase nor decrease throughout."""
+    """The error message for times `(B, T)` that neither increase nor decrease throughout."""
     gaps = seen.diff()
     row = int((~((gaps > 0).all(1) | (gaps < 0).all(1))).nonzero()[0])
     of_sample = f" of sample {row}" if len(seen) > 1 else ""

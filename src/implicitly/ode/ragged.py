@@ -1,7 +1,7 @@
 """Series of different lengths in one batch: a shorter one repeats its last time.
 
-Solvers know of times that increase or decrease throughout alone. So where a series is shorter than others, times
-that nobody asked for take the place of the repeated ones, within its longest gap, and outputs are picked.
+Solvers only accept times that strictly increase or decrease. So in a series that is shorter than others, extra
+times within its longest gap replace the repeated ones, and the requested outputs are selected afterwards.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def told_apart(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of times `(B, T)`, where some samples repeat their last one: as many without repetition, and `(B, T)` which
-    of these each of `rows` is. None where they are no such times.
+    """As many times without repetition as `rows` `(B, T)`, in which some samples repeat their last time.
 
-    Derivatives go to the first of equal times. A row of one time stays one: it has nowhere to go, and all of its
-    outputs are the start. Raises ValueError where a row is too fine for its dtype to hold times between.
+    Also returns `(B, T)`, for each of `rows` its index among the new times; None if `rows` are not such times.
+    Derivatives go to the first of equal times. A row with a single time stays as it is: there is nothing to solve,
+    and all of its outputs are the start. Raises ValueError if the dtype has no times inside the gaps of a row.
     """
     seen = rows.detach()
     gaps = seen.diff()

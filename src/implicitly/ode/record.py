@@ -1,4 +1,4 @@
-"""What a solve leaves for its derivative: its steps, and its state before some of them."""
+"""The record that a solve leaves for its derivative: its steps, and the states before some of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import Tensor
 from implicitly.host import Array, to_host
 from implicitly.ode.method import Memory
 
-# Of `Taken.ends`.
+# The value of `Taken.ends` for a step that ends at one of `tstops`.
 STOP = -1
 
-# States kept at first; beyond twice as many as their spacing every other is forgotten.
+# This many states are always kept; beyond that, every other one is dropped once there are more than twice as many
+# as their spacing.
 CHECKPOINTS = 32
 
 
 def spread(x: np.ndarray, rows: Tensor, batch: int) -> np.ndarray:
-    """What is known `(R,)` of the samples `rows`, as of all of `batch`: 0 for others."""
+    """Values `(R,)` of the samples `rows` as values of all `batch` samples, 0 for the others."""
     full = np.zeros(batch, dtype=x.dtype)
     full[to_host(rows)] = x
     return full
 
 
 class Taken(NamedTuple):
-    """A step that some samples accepted, each `(B,)`: from t, dt long, or up to the end where `last`.
+    """A step that some samples accepted, each field `(B,)`: from t, of length dt, or up to the end where `last`.
 
-    `ends` is int8: 0; `STOP` where the step ends at a time that must be hit; i + 1 where event i ends it.
+    `ends` is int8: `STOP` where the step ends at one of `tstops`, i + 1 where event i ends it, otherwise 0.
     """
 
     t: Array
@@ -39,19 +40,19 @@ class Taken(NamedTuple):
     ends: Array
 
     def of_all(self, rows: Tensor | None, batch: int) -> Taken:
-        """The step of the samples `rows` as one of all, which others did not accept."""
+        """The step of the samples `rows` as a step of all samples, which the others did not accept."""
         return self if rows is None else Taken(*(spread(x, rows, batch) for x in self))
 
 
 class State(NamedTuple):
-    """Where the samples `rows` are (None: all)."""
+    """The state and memory of the samples `rows` (None: all)."""
 
     y: Tensor
     memory: Memory
     rows: Tensor | None = None
 
     def full(self, batch: int) -> State:
-        """With a row for each of `batch` samples; 0 for those that take no further step."""
+        """This state with a row for each of `batch` samples; 0 for those that take no further step."""
         if (rows := self.rows) is None:
             return self
 
@@ -63,10 +64,10 @@ class State(NamedTuple):
 
 @dataclass
 class Record:
-    """All steps, and states at O(sqrt(steps)) of them.
+    """All steps of a solve, and the states before O(sqrt(steps)) of them.
 
-    `states[i]` is the state before step i, for every i that `spacing` divides. Steps noted many at a time, of each
-    of whose `blocks` only the first state is kept, count as one there.
+    `states[i]` is the state before step i, for every i that `spacing` divides. Steps that are noted in `blocks`,
+    with only the first state of each block known, count as one step per block for the spacing.
     """
 
     steps: list[Taken] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Record:
     states: dict[int, State] = field(default_factory=dict)
     spacing: int = 1
     clean: bool = True  # whether no sample met NaN or inf in a step that others accepted
-    stand_ins: Tensor | None = None  # `(B,)` whose states are to be in the place of each sample's; None: its own
+    stand_ins: Tensor | None = None  # `(B,)` the sample whose states replace those of each sample; None: its own
 
     def note(self, taken: Taken, state: State) -> None:
         """Note a step from `state`."""
@@ -82,16 +83,16 @@ class Record:
         self.steps.append(taken)
 
     def note_many(self, taken: Taken, state: State) -> None:
-        """Note steps, each field `(N, B)`, the first of them from `state`."""
+        """Note a block of steps, each field `(N, B)`, the first of them from `state`."""
         self._keep(len(self.blocks), sum(len(block.t) for block in self.blocks), state)
         self.note_all(Taken(*(x.clone() for x in taken)))
 
     def note_all(self, taken: Taken) -> None:
-        """Note steps, each field `(N, B)`, the states before which came to `keep`."""
+        """Note a block of steps, each field `(N, B)`, whose states were passed to `keep` separately."""
         self.blocks.append(taken)
 
     def wants(self, step: int) -> bool:
-        """Whether the state before a step, which are counted from 0, is one to `keep`."""
+        """Whether `keep` would keep the state before this step (counted from 0)."""
         return step % self.spacing == 0
 
     def keep(self, step: int, state: State) -> None:
@@ -107,25 +108,28 @@ class Record:
             self.states = dict(list(self.states.items())[::2])
 
     def before(self, step: int, batch: int) -> State:
-        """The state of all of `batch` samples before a step, which is kept."""
+        """The state of all `batch` samples before a step, which must be one that is kept."""
         state, rows = self.states[step].full(batch), self.stand_ins
         if rows is None:
             return state
         return State(state.y[rows], tuple(m[rows] for m in state.memory))
 
     def kept_before(self, stop: int) -> int:
-        """The last step before `stop` the state before which is kept."""
+        """The last step below `stop` whose initial state is kept."""
         return max(i for i in self.states if i < stop)
 
     def stacked(self, like: Tensor) -> tuple[Tensor, ...]:
-        """The steps as the fields of `Taken`, tensors `(B, N)` beside `like` `(B, ...)`, and forgotten here."""
+        """The steps as the fields of `Taken`, tensors `(B, N)` on the device of `like` `(B, ...)`.
+
+        They are removed from this record.
+        """
         if self.blocks:
             blocks, self.blocks = self.blocks, []
             return tuple(torch.cat(parts).T for parts in zip(*blocks))
         if not self.steps:
             empty = like.new_zeros(like.shape[0], 0)
             return empty, empty.clone(), empty.bool(), empty.bool(), empty.to(torch.int8)
-        steps, self.steps = self.steps, []  # as a few tensors they take a hundredth of the memory
+        steps, self.steps = self.steps, []  # stacked to a few tensors, they take a hundredth of the memory
         parts = zip(*steps)
         if isinstance(steps[0].t, Tensor):
             return tuple(torch.stack(part, dim=1) for part in parts)
@@ -133,7 +137,7 @@ class Record:
 
 
 def unstacked(parts: tuple[Tensor, ...], host: bool) -> list[Taken]:
-    """The steps that `Record.stacked` gave; for the `host` where they may be looked at."""
+    """The steps that `Record.stacked` returned, one by one; as arrays if `host`."""
     if host:
         return [Taken(*step) for step in zip(*(np.ascontiguousarray(to_host(x).T) for x in parts))]
     return [Taken(*step) for step in zip(*(x.unbind(1) for x in parts))]

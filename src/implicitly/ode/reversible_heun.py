@@ -17,14 +17,14 @@ from implicitly.ode.problem import Field
 class ReversibleHeun(Method):
     """The reversible Heun method, of order 2; one call of f a step.
 
-    It carries a second state, which f is asked for, and the slope there. The same step of length -dt, from the end
-    of a step and what is carried then, leads back to its start but for rounding. Steps adapt by the difference to
-    an embedded method of order 1.
+    It carries a second state, at which f is evaluated, and the slope there. The same step with length -dt, from
+    the end of a step and the memory there, leads back to its start up to rounding. The error estimate is the
+    difference to an embedded method of order 1.
 
-    What parts the two states is not damped, and where solutions attract each other (dy/dt = -r y) it grows like
-    exp(r t), so that constant steps lose their accuracy there, and adaptive ones grow ever shorter: the method is
-    for spans of a few 1 / r, and for systems that oscillate. (In the plane of dt times eigenvalues it is stable on
-    the imaginary axis between -i and i, and nowhere else.)
+    The difference between the two states is not damped, and where solutions attract each other (dy/dt = -r y) it
+    grows like exp(r t), so that constant steps lose accuracy there and adaptive ones become ever shorter. The
+    method suits spans of a few 1 / r, and systems that oscillate. (In the plane of dt times eigenvalues it is
+    stable on the imaginary axis between -i and i, and nowhere else.)
 
     Kidger, Foster, Li and Lyons, "Efficient and Accurate Gradients for Neural SDEs", NeurIPS 2021, algorithm 1,
     without noise; arXiv:2105.13493.
@@ -47,7 +47,7 @@ class ReversibleHeun(Method):
 
     @property
     def nodes(self) -> tuple[float, ...]:
-        """The end of a step."""
+        """Only the end of a step."""
         return (1.0,)
 
     def start(self, F: Field, t: Array, y: Tensor, k: Tensor) -> Memory:
@@ -55,7 +55,7 @@ class ReversibleHeun(Method):
         return (y, k)
 
     def slope(self, memory: Memory) -> Tensor:
-        """The slope `(B, n)` of the state beside which it carries `memory`."""
+        """The slope `(B, n)` at the state that goes with `memory`."""
         return memory[1]
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:

@@ -1,4 +1,4 @@
-"""Runge-Kutta methods, and the explicit ones: one step, and what is known between its ends."""
+"""Explicit Runge-Kutta methods, and the base class of all Runge-Kutta methods: one step and its dense output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from implicitly.ode.tableaus import Tableau
 
 @dataclass(frozen=True, kw_only=True)
 class RungeKutta(Method):
-    """A Runge-Kutta method, which is its tableau; it carries the slope at the state."""
+    """Base class of Runge-Kutta methods, each given by its tableau; the memory is the slope at the state."""
 
     tableau: ClassVar[Tableau]
 
@@ -56,7 +56,7 @@ class RungeKutta(Method):
         return torch.baddbmm(step.y.unsqueeze(1), weights, slope)
 
     def dense_output_at(self, F: Field, step: Step, parts: tuple[float, ...]) -> Sequence[Tensor]:
-        """As `between`, at numbers that all samples share."""
+        """The states `(B, n)` at t + part dt for each of `parts`, which all samples share."""
         if self.tableau.dense is None:
             return super().dense_output_at(F, step, parts)
         slopes, length = self._dense_slopes(F, step), as_length(step.dt)
@@ -73,31 +73,31 @@ class RungeKutta(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitRungeKutta(RungeKutta):
-    """A Runge-Kutta method whose stages follow from those before."""
+    """Base class of explicit Runge-Kutta methods: each stage follows from those before."""
 
     @property
     def sees_end(self) -> bool:
-        """Whether the error estimate uses the slope at the end."""
+        """Whether the error estimate uses the slope at the end of a step."""
         return self.tableau.fsal and self.tableau.error is not None and self.tableau.error[-1] != 0
 
     @property
     def nodes(self) -> tuple[float, ...]:
-        """Those of the stages but the first, and the end."""
+        """The nodes of all stages but the first, and of the end."""
         return self.tableau.call_nodes
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Those of the tableau."""
+        """The weights b of the tableau."""
         return self.tableau.b
 
     @property
     def stability(self) -> float:
-        """The largest step times rate with which what decays at that rate does so in the method too."""
+        """The stability limit on the negative real axis: the largest step times decay rate that is stable."""
         return real_limit(self.tableau)
 
     @property
     def output_calls(self) -> int:
-        """One for each stage of the dense output alone."""
+        """One call for each extra stage that only the dense output needs."""
         return len(self.tableau.extra)
 
     def step(self, F: Field, t: Array, dt: Array, y: Tensor, memory: Memory) -> Step:
@@ -131,10 +131,10 @@ class ExplicitRungeKutta(RungeKutta):
 
 
 def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tensor:
-    """What the stages `used` weigh in the dense output at `part` `(B, W)` of a step: `(B, W, len(used))`."""
+    """The weights `(B, W, len(used))` of the stages `used` in the dense output at `part` `(B, W)` of a step."""
     assert tableau.dense is not None
     if torch.compiler.is_dynamo_compiling():
-        # Number by number: the compiler forgets to declare a constant tensor of a loop's body.
+        # One number at a time: the compiler fails to declare a constant tensor inside a loop's body.
         rows = [tableau.dense[i] for i in used]
         return torch.stack(
             [functools.reduce(lambda p, c: (p + c) * part, row[::-1], 0.0 * part) for row in rows], 2
@@ -146,21 +146,21 @@ def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tens
 
 @remembered(256)
 def dense_weights_at(tableau: Tableau, part: float) -> tuple[float, ...]:
-    """What each stage weighs in the dense output at `part` of a step."""
+    """The weight of each stage in the dense output at `part` of a step."""
     assert tableau.dense is not None
     return tuple(sum(c * part ** (power + 1) for power, c in enumerate(row)) for row in tableau.dense)
 
 
 @remembered(64)
 def dense_matrix(tableau: Tableau, used: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The coefficients `(len(used), p)` of the dense output, by stages and powers."""
+    """The coefficients `(len(used), p)` of the dense output: a row per stage, a column per power."""
     assert tableau.dense is not None
     return torch.tensor([tableau.dense[i] for i in used], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(ExplicitRungeKutta):
-    """Euler's method, of order 1; constant steps."""
+    """The forward Euler method, of order 1; constant steps."""
 
     tableau: ClassVar[Tableau] = tableaus.EULER
 
@@ -174,21 +174,21 @@ class Midpoint(ExplicitRungeKutta):
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(ExplicitRungeKutta):
-    """Heun's method (the trapezoid, predicted by Euler), of order 2."""
+    """Heun's method (the explicit trapezoidal rule), of order 2."""
 
     tableau: ClassVar[Tableau] = tableaus.HEUN
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ralston(ExplicitRungeKutta):
-    """Ralston's method, of order 2 with the least error bound."""
+    """Ralston's method, of order 2 with the smallest error bound."""
 
     tableau: ClassVar[Tableau] = tableaus.RALSTON
 
 
 @dataclass(frozen=True, kw_only=True)
 class RK4(ExplicitRungeKutta):
-    """The classical method of order 4; constant steps."""
+    """The classical Runge-Kutta method of order 4; constant steps."""
 
     tableau: ClassVar[Tableau] = tableaus.RK4
 
@@ -202,7 +202,7 @@ class Bosh3(ExplicitRungeKutta):
 
 @dataclass(frozen=True, kw_only=True)
 class Dopri5(ExplicitRungeKutta):
-    """Dormand and Prince's pair 5(4). Its options are those of `implicitly.ode.method.Method`."""
+    """Dormand and Prince's pair 5(4). Its options are described in `implicitly.ode.method.Method`."""
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI5
 

@@ -1,4 +1,4 @@
-"""`odeint`: the solution of an ordinary differential equation, differentiable."""
+"""`odeint`: the differentiable solution of an ordinary differential equation."""
 
 from __future__ import annotations
 
@@ -34,31 +34,33 @@ from implicitly.unrolled import UnrolledAdjoint
 
 @dataclass(frozen=True)
 class Trajectory(Solution):
-    """What `odeint` returns: a `Solution` whose `residual` is the largest local error of the last step over its
-    tolerance, and whose `steps` are the accepted ones.
+    """The result of `odeint`: a `Solution` with what is specific to trajectories.
 
-    In a model under `torch.compile`, at most 100 steps of an explicit Runge-Kutta method or `ReversibleHeun` with
-    `dt`, through times that are a tuple of numbers, are part of the graph, with `RecursiveCheckpointAdjoint` or
-    `UnrolledAdjoint` and without events. There `interpolate` is not to be had, and failures are not announced:
-    `status` tells of them, and their gradients are NaN. Other times or another dt make another graph. Every other
-    solve is one graph break. A CUDA graph (`torch.cuda.graph`), captured after a solve that warms up, holds
-    the same ones in the same way, and RuntimeError is raised for others.
+    Its `residual` is the local error of the last accepted step over the tolerance, in the norm of the method; its
+    `steps` are the accepted ones.
+
+    In a model under `torch.compile`, a solve becomes part of the model's graph if it takes at most 100 steps of an
+    explicit Runge-Kutta method or `ReversibleHeun` with `dt`, through times given as a tuple of numbers, with
+    `RecursiveCheckpointAdjoint` or `UnrolledAdjoint`, and without events. Such a solve has no `interpolate` and
+    does not announce failures: `status` shows them, and their gradients are NaN. Other times or another dt make
+    another graph. Every other solve is one graph break. A CUDA graph (`torch.cuda.graph`), captured after a solve
+    as warm-up, can hold the same solves with the same restrictions; others raise RuntimeError.
 
     Attributes:
-        t: `(B,)` the time that each sample got to, differentiable: of the event that ended it, or the last.
-        rejected: `(B,)` the steps that were tried and found too long.
+        t: `(B,)` the time that each sample reached, differentiable: that of the event that ended it, or the last.
+        rejected: `(B,)` the number of steps that were tried and rejected as too long.
         interpolate: `interpolate(times)` is the solution at other times between the first and the last, in any
             order: of shape `(K, *y0.shape)` for times `(K,)`, or `(B, K)` with `batch_dims=1`. It is
-            differentiable like `value`, also in the times. Nothing is stored for it: the steps are taken again.
-            What is pickled has none, and no gradients.
-            f counts as it was: a module that trained does. ValueError where the parameters, args, y0, t or what
-            else f uses were changed in place since the solve.
-        event: `(B,)` int64, which event happened last, by its index; -1: none.
+            differentiable like `value`, also with respect to the times. Nothing is stored for it: the steps are
+            taken again. A pickled trajectory has no `interpolate` and no gradients.
+            f is called in the state it had during the solve: a module that was in training mode is again.
+            Raises ValueError if parameters, args, y0, t or other tensors that f uses were changed in place since.
+        event: `(B,)` int64, the index of the event that happened last; -1: none.
         event_count: `(B,)` int64, how many events happened.
-        event_times: `(K, B)`, or `(K,)` for one system, when all events happened, in turn, differentiable; K is
-            the largest `event_count`, and behind the last event of a sample there are NaN.
-            `interpolate(event_times)` of one system is its states there, before restarts.
-        event_indices: `(K, B)` or `(K,)` int64, which events these were; -1: none.
+        event_times: `(K, B)`, or `(K,)` for one system, the times of all events in order, differentiable; K is
+            the largest `event_count`, and NaN follows the last event of a sample. For one system,
+            `interpolate(event_times)` gives the states at the events, before restarts.
+        event_indices: `(K, B)` or `(K,)` int64, the indices of these events; -1: none.
     """
 
     t: Tensor
@@ -70,12 +72,12 @@ class Trajectory(Solution):
     event_indices: Tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the numbers. Neither the graph of their derivative is, nor the f of `interpolate`."""
+        """What is pickled: the numbers, without their autograd graph and without the f of `interpolate`."""
         state = pytree.tree_map_only(Tensor, torch.detach, dict(vars(self)))
         return state | {"interpolate": _left_behind}
 
     def __copy__(self) -> Trajectory:
-        return replace(self)  # else it would be that
+        return replace(self)  # otherwise copy.copy would use __getstate__, which drops graph and interpolate
 
 
 def is_traceable(
@@ -89,7 +91,7 @@ def is_traceable(
     compile: bool = False,
     **options: Any,
 ) -> bool:
-    """Whether a trajectory is plain operations, which a compiled model can have in its graph."""
+    """Whether the solve consists of plain operations, so that a compiled model can include it in its graph."""
     return event is None and not compile and is_unrollable(solver, adjoint, t)
 
 
@@ -110,32 +112,32 @@ def odeint(
     """Solve dy/dt = f(t, y, *args), y(t[0]) = y0, and differentiate the solution.
 
     Args:
-        f: `f(t, y, *args)` returns dy/dt, like y. Gradients reach tensors of `args` and parameters of all modules
-            that f is, is bound to or closes over. Within f, `torch.func` or autograd may differentiate by y.
-        y0: the start: a tensor or a pytree of tensors.
-        t: the output times, increasing or decreasing throughout, none of them twice: a tensor `(T,)`, an array, or
-            numbers; y0 is at `t[0]`. With `batch_dims=1` also `(B, T)`: shorter series repeat their last time, of
-            which the first gets the derivatives. A series of one time has y0 as all of its outputs.
+        f: `f(t, y, *args)` returns dy/dt, like y. Gradients reach tensors in `args` and parameters of all modules
+            that f is, is bound to or closes over. f itself may differentiate by y (`torch.func` or autograd).
+        y0: the initial state: a tensor or a pytree of tensors.
+        t: the output times, strictly increasing or strictly decreasing: a tensor `(T,)`, an array, or numbers;
+            y0 is the state at `t[0]`. With `batch_dims=1` also `(B, T)`: shorter series repeat their last time,
+            whose first copy gets the derivatives. In a series of a single time, all outputs are y0.
         solver: a method such as `Dopri5(rtol=1e-5, atol=1e-7)`; `dt=h` makes constant steps.
         adjoint: `RecursiveCheckpointAdjoint`, `BacksolveAdjoint` or `UnrolledAdjoint`.
         batch_dims: 0: y0 is one system, and t reaches f as a 0-d tensor. 1: dimension 0 holds independent
             samples, each with its own steps, and t reaches f with the shape `(B, 1, ..., 1)`.
-        in_dims: which of `args` hold one entry a sample, as in `torch.vmap`: an int or None for all, or a tuple
-            with one (or a pytree of them) for each. Where given, finished samples are dropped from the calls.
-        event: an `Event`, or several, which ends a sample, at `t` of the result, or restarts it. Outputs after the
-            end are the state there; one at the time of a restart, as rounding has it, is the state before.
+        in_dims: which of `args` have one entry per sample, as in `torch.vmap`: an int or None for all, or a tuple
+            with one (or a pytree of them) for each. If given, finished samples are dropped from the calls of f.
+        event: an `Event` or several; each ends a sample, at `t` of the result, or restarts it. Outputs after the
+            end are the state there; an output at the time of a restart, up to rounding, is the state before it.
         on_failure: "raise", "warn" or "ignore" when samples do not reach the end. Their outputs beyond the time
-            that they got to are NaN, their gradients zero. Of args that `in_dims` does not tell of, those at which
-            f is NaN for a failed sample can make gradients NaN; a `ConvergenceWarning` says so unless "ignore".
+            they reached are NaN, their gradients zero. Without `in_dims`, gradients by args at which f is NaN for
+            a failed sample can become NaN; a `ConvergenceWarning` says so unless "ignore".
         compile: run the solve as one graph of `torch.compile`, and its backward pass as another; a
-            `CompileWarning` says where none can be had, as with events.
+            `CompileWarning` says where that is not possible, as with events.
 
     Returns:
         `Trajectory`: `value` of shape `(T, *y0.shape)`; `status`, `residual`, `steps`, `t`, `rejected` of shape
         `(B,)`, or 0-d for one system. A sample that an event ended has `Status.EVENT`.
 
     Raises:
-        TypeError, ValueError: for input that cannot be meant, before any step.
+        TypeError, ValueError: for invalid input, before any step.
         SolverError: a sample did not reach the end and `on_failure="raise"`; carries the `Trajectory`.
 
     Source: Hairer, Norsett and Wanner, "Solving ODEs I", 1993; Chen et al., "Neural ODEs", NeurIPS 2018.
@@ -150,14 +152,14 @@ def odeint(
     problem = solver.checked(problem)
     with full_precision(problem.layout.device.type):  # f itself keeps the autocast it was called under
         if inside:
-            # To do them again, operations need the state of random numbers, at which a CUDA graph does not look.
+            # Recomputing operations needs the state of the random number generator, which CUDA graphs ignore.
             forget = torch.compiler.is_dynamo_compiling() and not isinstance(adjoint, UnrolledAdjoint)
             return _trajectory(problem, _not_again, *solve_in_graph(solver, problem, t, forget))
         return _solved(solver, adjoint, problem, on_failure)
 
 
 def _fits(solver: Method, adjoint: object, t: Any, more: bool) -> bool:
-    """True, or RuntimeError where a CUDA graph cannot hold the steps, or what is asked for `more`."""
+    """True; raises RuntimeError if a CUDA graph cannot hold the steps, or if `more` than steps is asked for."""
     if more or not is_unrollable(solver, adjoint, t):
         raise RuntimeError(
             "odeint: a CUDA graph can hold a trajectory whose steps are known before: of an explicit method or "
@@ -175,7 +177,7 @@ def _solved(
     again = partial(_interpolated, problem, lambda problem: solve(solver, problem, silent)[0].values)
 
     def solution(found: Integrated, calls: int) -> Trajectory:
-        # What f is now, after the solve: what it changes itself is its own affair.
+        # The snapshot of f is taken after the solve, so changes that f itself makes during a solve don't matter.
         interpolate = partial(again, _used(problem), problem.opened.snapshot())
         return _trajectory(problem, interpolate, found, calls)
 
@@ -191,7 +193,7 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
     each = problem.layout.per_sample
     reached = found.t if problem.events else found.t.detach()
     moving = not many and (torch.compiler.is_dynamo_compiling() or is_tracked(problem.times))
-    if moving and not problem.events:  # it moves with the end, where that was reached
+    if moving and not problem.events:  # where the end was reached, this time moves with the end
         whole = found.status.detach() == int(Status.CONVERGED)
         reached = torch.where(whole, problem.rows(problem.times)[:, -1], reached)
     event_times, event_indices = each_in_turn(found, problem.layout)
@@ -212,7 +214,7 @@ def _trajectory(problem: Problem, interpolate: Callable[[Any], Any], found: Inte
 
 
 def _of_mapped(problem: Problem, rows: int) -> Problem:
-    """A problem as one of all `rows` that `vmap` makes of it, which the solution that an error carries has."""
+    """The `problem` with all `rows` that `vmap` makes of it, for the solution that an error carries."""
     layout, places = problem.layout, problem.places
     times = rows // max(1, layout.batch)
     places = None if places is None else places.repeat(times, 1)
@@ -228,7 +230,7 @@ def each_in_turn(found: Integrated, layout: Layout) -> tuple[Tensor, Tensor]:
     return (times.T, indices.T) if layout.batch_dims else (times[0], indices[0])
 
 
-# A tensor that a solve depends on: what it is, and how often it had been changed in place.
+# A tensor that a solve depends on: its description, the tensor, and its version (counts in-place changes).
 Used = tuple[str, Tensor, int]
 
 
@@ -240,7 +242,7 @@ def _interpolated(
     as_then: Callable[[], AbstractContextManager[None]],
     t: Any,
 ) -> Any:
-    """The solution at times t: the steps of the solve taken again, with outputs there."""
+    """The solution at times t, found by taking the steps of the solve again with outputs there."""
     _check_unchanged(used)
     wanted = times_of(t, problem.layout)
     begin, end = problem.times[:, :1], problem.times[:, -1:]
@@ -251,10 +253,10 @@ def _interpolated(
     order = (sign * wanted.detach()).argsort(dim=1)
     times = wanted.expand(order.shape[0], -1).gather(1, order)
     rows = max(len(times), len(begin))
-    # No step passes the start itself; what it passes right behind has the derivatives of the solution there.
+    # No step covers the start itself; an output right behind it supplies the derivatives of the solution there.
     at_start, behind = times == begin, torch.where(times == begin, _behind(begin, end), 0.0)
     asked = torch.cat([begin.expand(rows, 1), (times + behind).expand(rows, -1), end.expand(rows, 1)], dim=1)
-    # Eagerly: a graph would be made for each number of times.
+    # Eagerly, since otherwise each number of times would need a graph of its own.
     with as_then(), full_precision(problem.layout.device.type):
         values = solve(replace(problem, times=asked, key=None))[:, 1:-1]
     if maybe_any(at_start):
@@ -264,7 +266,7 @@ def _interpolated(
 
 
 def _used(problem: Problem) -> list[Used]:
-    """The tensors that a solve depended on, but for those that f changes itself."""
+    """The tensors that a solve depended on, except those that f itself changes."""
     opened, theta = problem.opened, problem.theta
     kinds = ["a tensor of args"] * (len(theta) - len(opened.parameters)) + ["a parameter"] * len(opened.parameters)
     given = zip(("t", "y0", *kinds), (problem.times, problem.y0, *theta))
@@ -273,7 +275,7 @@ def _used(problem: Problem) -> list[Used]:
 
 
 def _check_unchanged(used: list[Used]) -> None:
-    """Raise ValueError where what a solve depends on is not what it was any more."""
+    """Raise ValueError if a tensor that the solve depends on has changed since."""
     for name, x, was in used:
         if version(x) != was:
             which = name if name in ("t", "y0") else f"{name} of shape {tuple(x.shape)}"
@@ -284,13 +286,13 @@ def _check_unchanged(used: list[Used]) -> None:
 
 
 def _behind(begin: Tensor, end: Tensor) -> Tensor:
-    """How far `(B, 1)`, with its sign, a time right behind `begin` is from it, the next one or so."""
+    """The signed distance `(B, 1)` from `begin` to a time right behind it, about the next representable one."""
     begin, span, known = begin.detach(), (end - begin).detach(), torch.finfo(begin.dtype)
     return span.sign() * torch.minimum((known.eps * begin.abs()).clamp(min=known.tiny), span.abs())
 
 
 def _moved_to(y0: Tensor, values: Tensor) -> Tensor:
-    """The numbers of `y0` `(B, 1, n)` with the derivative of `values` `(B, K, n)`; `y0` where those are none."""
+    """`y0` `(B, 1, n)` with the derivative of `values` `(B, K, n)`; plain `y0` where those are not finite."""
     return torch.where(values.isfinite(), y0.detach() + (values - values.detach()), y0)
 
 
@@ -303,7 +305,7 @@ def _left_behind(t: Any) -> Any:
 
 
 def _not_again(t: Any) -> Any:
-    """The `interpolate` of a solve in a graph, of which nothing is left but its outputs."""
+    """The `interpolate` of a solve inside a graph, which leaves nothing but its outputs."""
     raise ValueError(
         "interpolate takes the steps of a solve again, and this one is part of a graph of torch.compile; ask for "
         "these times in t"
@@ -317,14 +319,14 @@ _REMEDY = {
 }
 
 
-# From this part of what is stable on, it is stability that keeps steps short.
+# Steps longer than this fraction of the stability limit count as limited by stability.
 NEAR = 0.5
-# By how much a length in float32 may be off.
+# The relative error that a length in float32 may have.
 ROUNDING = 1e-6
 
 
 def _remedy(method: Method, status: Status, length: float, halt: Halt, row: int) -> str:
-    """What to try where sample `row` ended."""
+    """What to suggest to the user, given where sample `row` ended."""
     remedy, limit = _REMEDY[status], method.stability
     if status is Status.STEP_UNDERFLOW and length <= method.dt_min * (1 + ROUNDING):
         return f"a dt_min below {method.dt_min:g}, as the tolerances need shorter steps there; or loosen them"
@@ -353,7 +355,7 @@ def tell(
     halt: Halt,
     solution: Callable[[], Trajectory],
 ) -> None:
-    """Announce samples that did not reach the end of a `solve`: "raise" with the `solution`, "warn", "ignore"."""
+    """Announce samples that did not reach the end of a `solve`: raise with the `solution`, warn, or do nothing."""
     if on_failure == "ignore" or not maybe_any(found.status != int(Status.CONVERGED)):  # one operation, usually
         return
     found = Integrated(*(unwrapped(x.detach()) for x in found.usual))
@@ -387,7 +389,7 @@ def tell(
 
 
 def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Event, ...], compile: bool) -> None:
-    """Raise TypeError / ValueError for what is no choice."""
+    """Raise TypeError / ValueError for invalid options, or options that do not go together."""
     if not isinstance(solver, Method):
         raise TypeError(f"solver must be a method such as im.Dopri5(), got {solver!r}")
     if not isinstance(adjoint, TrajectoryAdjoint | UnrolledAdjoint):
@@ -407,5 +409,5 @@ def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Even
 
 
 def _ungraphed(solver: Method, events: tuple[Event, ...]) -> str | None:
-    """What of a solve no graph has; None: nothing."""
+    """The feature of this solve that cannot be compiled into a graph; None if there is none."""
     return "events" if events else solver.ungraphed

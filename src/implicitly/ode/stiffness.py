@@ -1,4 +1,4 @@
-"""Whether stability, rather than accuracy, is what keeps the steps of a solve short."""
+"""Finds out whether stability, rather than accuracy, keeps the steps of a solve short."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from implicitly.pullback import recorded
 from implicitly.solution import Status
 from implicitly.transforms import records
 
-# Among so many of the largest errors is looked for the one that counts most.
+# The component that counts most is searched for among this many of the largest errors.
 LARGEST = 64
-# No explicit method of these orders is stable for longer; and how finely its limit is found.
+# An upper bound on the stability limits of explicit methods of these orders, and the accuracy of the limit found.
 FURTHEST, FINENESS = 100.0, 1e-3
 
 
@@ -49,7 +49,7 @@ def real_limit(tableau: Tableau) -> float:
 class Halt:
     """Where a solve ended: states `(B, n)` at times `(B,)` along a `field` at `theta`.
 
-    `tried`: takes one more step from there, when asked.
+    `tried` is a function that takes one more step from there.
     """
 
     field: Callable[..., Field]
@@ -59,12 +59,12 @@ class Halt:
     tried: Callable[[], Step]
 
     def component(self, method: Method, row: int, status: Status) -> str | None:
-        """What is wrong in which component of a sample: words; None where one more step does not tell."""
+        """A description of what is wrong in which component of a sample; None if one more step shows nothing."""
         with torch.no_grad():
             if records():
                 return None
             step = self.tried()
-            # In the order in which they come to be: from one NaN on, all may be NaN.
+            # In the order in which they are computed, as all may be NaN after the first one.
             for rows in (step.y, step.k, *step.stages, step.y1, step.k1, step.error):
                 if rows is None or rows.shape != step.y.shape:
                     continue
@@ -85,17 +85,17 @@ class Halt:
             return f"largest error in component {most}" if sizes[most] > 0 else None
 
     def rate(self, row: int, steps: int = 40) -> float | None:
-        """The largest modulus of an eigenvalue of df/dy of a sample there, by power iteration with the transposed
-        Jacobian; the mean growth over the second half of the steps, as complex pairs make it fluctuate.
+        """The spectral radius of df/dy of a sample there, by power iteration with the transposed Jacobian.
 
-        None where it cannot be had: under transforms of torch.func, or where df/dy is NaN.
+        It is the mean growth over the second half of the steps, as complex pairs make the growth fluctuate. None
+        if it cannot be computed: under transforms of torch.func, or if df/dy is NaN.
         """
         with torch.no_grad():
             if records():
                 return None
         field = self.field(*(x.detach() for x in self.theta))
         pull = recorded(partial(field.at, self.t.detach()), (self.y.detach(),), [0])
-        generator = torch.Generator().manual_seed(0)  # not the user's draws
+        generator = torch.Generator().manual_seed(0)  # leaves the user's random state alone
         v, logs = torch.zeros_like(self.y), []
         v[row] = torch.randn(self.y.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(v)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Symplectic methods for separable Hamiltonian systems: kicks and drifts in turn."""
+"""Symplectic methods for separable Hamiltonian systems: alternating kicks and drifts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Splitting:
     """The coefficients of a symmetric composition of kicks (of p, by a force) and drifts (of q, by a velocity).
 
     A step is kick, drift, kick, ..., kick, of the lengths `kicks[0] dt`, `drifts[0] dt`, `kicks[1] dt`, ...
-    Where the velocity or the force depends on time too, a kick is at the time the drifts before it got to, a drift
-    at that of the kicks: each half then has the time of the other as one more variable, and the order holds.
+    If the velocity or the force also depends on time, a kick uses the time that the drifts before it reached, and
+    a drift that of the kicks: this treats time as one more variable in each half, so the order is preserved.
 
     Args:
         order: order p of the method.
@@ -65,15 +65,15 @@ BLANES_MOAN4 = _symmetric(
 
 @dataclass(frozen=True, kw_only=True)
 class Symplectic(Method):
-    """Kicks and drifts by a `Splitting`, of constant length; it carries the force at the state.
+    """Base class of symplectic splitting methods with constant steps; the memory is the force at the state.
 
     The state is a pair (q, p) of tensors of equal shape, and f(t, (q, p)) returns (dq/dt, dp/dt): dq/dt may depend
-    on p (and t) alone, dp/dt on q (and t) alone, as where a Hamiltonian is T(p) + V(q). A step calls f twice for
-    each drift. One that passes output times calls it twice more, for the slopes at its ends: outputs are read off
-    the cubic through them.
+    on p (and t) only, dp/dt on q (and t) only, as for a Hamiltonian T(p) + V(q). A step calls f twice for each
+    drift. A step that passes output times calls it twice more, for the slopes at its ends: the outputs are
+    interpolated by the cubic through them.
 
-    `odeint` raises TypeError / ValueError where the state is no such pair, or where, at the start, one half of
-    the field moves with what it must not depend on (two calls of f see to that).
+    `odeint` raises TypeError / ValueError if the state is not such a pair or if, at the start, one half of the
+    field changes with what it must not depend on (two calls of f check that).
     """
 
     splitting: ClassVar[Splitting]
@@ -85,26 +85,26 @@ class Symplectic(Method):
 
     @property
     def adaptive(self) -> bool:
-        """Never: steps of varying length would lose what the method is for."""
+        """False: with steps of varying length the method would lose its long-time conservation."""
         return False
 
     @property
     def output_calls(self) -> int:
-        """One for each end."""
+        """Two calls, one for each end of the step."""
         return 2
 
     @property
     def splits(self) -> bool:
-        """Always."""
+        """True: the state is always a pair (q, p)."""
         return True
 
     @property
     def nodes(self) -> tuple[float, ...]:
-        """Those of drifts and kicks in turn."""
+        """The nodes of drifts and kicks in turn."""
         return self.splitting.call_nodes
 
     def checked(self, problem: Problem) -> Problem:
-        """`problem`, a separable one."""
+        """Check that the `problem` is separable."""
         name, layout = type(self).__name__, problem.layout
         kind, count = layout.spec.type, len(layout.leaves)
         if kind not in (tuple, list, namedtuple) or layout.spec.num_children != 2 or count != 2:
@@ -139,7 +139,7 @@ class Symplectic(Method):
             force = halves(k)[1]
             p = advanced(p, length, (kick,), (force,))
         assert k is not None
-        # `between` asks for the slopes at the ends, which a step does without.
+        # The slopes at the ends are needed by `dense_output` only; a step does without them.
         return Step(t, dt, y, torch.cat([q, p], dim=1), (force,), k, k, None)
 
     def dense_output(self, F: Field, step: Step, part: Tensor) -> Tensor:
@@ -155,9 +155,9 @@ def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_coupled(name: str, problem: Problem) -> None:
-    """Raise ValueError where, at the start, dq/dt moves with q or dp/dt with p.
+    """Raise ValueError if, at the start, dq/dt changes with q or dp/dt with p.
 
-    A field that is not separable would be solved with order 1 at best, and nothing would show it.
+    A field that is not separable would be solved with order 1 at best, and nothing would reveal it.
     """
     with torch.no_grad():
         assert problem.k0 is not None
@@ -169,7 +169,7 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
             ("dp/dt", force, torch.cat([q, _elsewhere(p)], dim=1), 1),
         ):
             change = (halves(F(moment, moved))[place] - before).abs()
-            # Where f is undefined, at the start or beside it, nothing can be said.
+            # If f is undefined at the start or next to it, this cannot be checked.
             rounding = 100 * torch.finfo(problem.dtype).eps * before.abs().amax(1, keepdim=True).clamp(min=1e-30)
             wrong = (change > rounding) & change.isfinite()
             if maybe_any(wrong) and bool(unwrapped(wrong).any()):
@@ -181,7 +181,7 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
 
 
 def _elsewhere(x: Tensor) -> Tensor:
-    """`x` `(B, m)` moved by about a tenth of its size, each column by another part."""
+    """`x` `(B, m)` moved by about a tenth of its size, by a different fraction in each column."""
     size = x.square().mean(1, keepdim=True).sqrt()
     bend = torch.arange(x.shape[1], dtype=x.dtype, device=x.device).add(0.5).cos()
     return x + 0.1 * torch.where(size > 0, size, 1.0) * bend

@@ -1,8 +1,8 @@
 """Runge-Kutta methods as data: their coefficients, error estimates and dense outputs, nothing else.
 
 One step of length `dt` from y at t evaluates k_i = f(t + c_i dt, y + dt sum_j a_ij k_j) and advances to
-y + dt sum_i b_i k_i. Coefficients that are rational are written as fractions, where those are short. Order, nodes,
-error estimates, dense outputs and stability are what the tests prove of these numbers.
+y + dt sum_i b_i k_i. Rational coefficients are written as fractions if these are short. The tests verify order,
+nodes, error estimates, dense outputs and stability from these numbers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ class Tableau:
 
     Args:
         order: order p of the method, whose local error is O(dt^(p+1)).
-        a: row i has the coefficients of the stages before i; where the method is diagonally implicit, it goes on
-            with that of stage i itself, 0 for an explicit first stage.
+        a: row i has the coefficients of the stages before i; for a diagonally implicit method, also that of stage
+            i itself, which is 0 for an explicit first stage.
         b: weights `(s,)` of the new state.
         c: nodes `(s,)`, the sums of the rows of `a`.
         error: `(s,)`, `b` minus the weights of the embedded method, so that dt sum_i error_i k_i estimates the
-            local error. None where there is no embedded method.
+            local error. None if there is no embedded method.
         error_order: order q of the embedded method; the estimate is O(dt^(q+1)). None where `error` is.
         error_low: `(s,)`, a second and coarser estimate, for use as e^2 / sqrt(e^2 + 0.01 e_low^2) with the norms
             of both, which is O(dt^p). None for all methods but `DOPRI8`.
         dense: row i has the coefficients of theta^1, theta^2, ... in b_i(theta), with which
             y(t + theta dt) = y + dt sum_i b_i(theta) k_i for theta in [0, 1], over the stages and then the extra
             ones. The derivative is continuous across steps, and the local error is O(dt^p). None: the cubic
-            through both ends and their slopes is to be used.
+            through both ends and their slopes is used instead.
         extra: rows of `a` for further stages that only the dense output needs; each may use all stages before it.
         extra_c: nodes of the extra stages.
 
@@ -50,7 +50,7 @@ class Tableau:
 
     @property
     def stages(self) -> int:
-        """How many stages a step has, those of the dense output not counted."""
+        """The number of stages of a step, not counting those of the dense output."""
         return len(self.b)
 
     @property
@@ -81,7 +81,7 @@ def _minus(b: Sequence[float], embedded: Sequence[float]) -> tuple[float, ...]:
 
 
 def _dense(b: Sequence[float], end: int, *higher: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    """The rows of `Tableau.dense`, from Hairer's form of it, which has state and slope right at both ends.
+    """The rows of `Tableau.dense`, from Hairer's form of it, which matches state and slope at both ends.
 
     There b_i(theta) = theta (f0 + (1 - theta) (f1 + theta (f2 + (1 - theta) (f3 + ...)))). The ends determine f0,
     f1 and f2, the cubic through both; `higher` has f3, f4, ..., one row each over all stages.
@@ -107,7 +107,7 @@ def _dense(b: Sequence[float], end: int, *higher: Sequence[float]) -> tuple[tupl
 
 # -------------------------------------------------------------------------------------------- explicit, low order
 
-# The embedded method of the three of order 2 is Euler's, which is at hand with their first stage.
+# The embedded method of the three methods of order 2 is Euler's, which needs only their first stage.
 
 EULER = Tableau(order=1, a=((),), b=(1.0,), c=(0.0,))
 
@@ -115,8 +115,8 @@ MIDPOINT = Tableau(order=2, a=((), (1 / 2,)), b=(0.0, 1.0), c=(0.0, 1 / 2), erro
 
 HEUN = Tableau(order=2, a=((), (1.0,)), b=(1 / 2, 1 / 2), c=(0.0, 1.0), error=(-1 / 2, 1 / 2), error_order=1)
 
-# The least bound on the local error among two stages: Ralston, "Runge-Kutta methods with minimum error bounds",
-# Mathematics of Computation 16 (1962).
+# The smallest bound on the local error among two-stage methods: Ralston, "Runge-Kutta methods with minimum error
+# bounds", Mathematics of Computation 16 (1962).
 RALSTON = Tableau(
     order=2, a=((), (2 / 3,)), b=(1 / 4, 3 / 4), c=(0.0, 2 / 3), error=(-3 / 4, 3 / 4), error_order=1
 )

@@ -1,7 +1,7 @@
-"""Constant steps inside of a graph that the user compiles: `torch.compile(model)`.
+"""Constant steps inside a graph that the user compiles: `torch.compile(model)`.
 
-Where they begin and end is known before the solve, so nothing has to be decided in it: the steps become as many
-plain operations of the graph, and autograd finds their derivative.
+Their times are known before the solve, so nothing has to be decided in it: the steps become plain operations of
+the graph, one after the other, and autograd differentiates them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from implicitly.unrolled import UnrolledAdjoint
 
 
 def steps_of(times: tuple[float, ...], length: float, limit: int, single: bool) -> tuple[tuple[Any, ...], ...]:
-    """The steps of `plan`, each as the fields of `Planned`; none where it is None."""
+    """The steps of `plan`, each as the fields of `Planned`; empty if it is None."""
     found = plan(times, length, limit, single)
     return () if found is None else tuple(tuple(step) for step in found.steps())
 
 
-# What `torch.compiler.assume_constant_result` does; that imports the whole compiler.
+# This is what `torch.compiler.assume_constant_result` does, but that would import the whole compiler.
 steps_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _constant(x: float) -> float:
-    """`x` as a constant of the graph: the tracer leaves numbers open that it has seen to vary, but no key."""
+    """`x` as a constant of the graph: the tracer makes numbers that vary symbolic, but never the keys of a set."""
     return next(iter({float(x)}))
 
 
@@ -50,7 +50,7 @@ def _steps(method: Method, times: Any, single: bool) -> tuple[Planned, ...]:
 
 
 def is_unrollable(method: Any, adjoint: Any, t: Any) -> bool:
-    """Whether a solve through times t is a number of plain steps that is known before."""
+    """Whether a solve through times t takes plain steps whose number is known in advance."""
     return (
         isinstance(method, ExplicitRungeKutta | ReversibleHeun)
         and method.dt is not None
@@ -64,10 +64,10 @@ def is_unrollable(method: Any, adjoint: Any, t: Any) -> bool:
 
 
 def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -> tuple[Integrated, int]:
-    """The trajectory through the numbers `times`, recorded; and the calls of f.
+    """The trajectory through the numbers `times`, recorded by autograd, and the number of calls of f.
 
-    Where its operations are to `forget` what they computed, they are done again in the backward pass: of N steps
-    only the states after every sqrt(N) are kept.
+    With `forget`, intermediate results are recomputed in the backward pass: of N steps, only the states after
+    every sqrt(N) are kept.
     """
     steps = _steps(method, times, problem.layout.work_dtype == torch.float32)
     t = problem.rows(problem.times)
@@ -83,7 +83,7 @@ def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -
         else:
             y, memory, passed, count = block(y, memory)
         outputs, calls = [*outputs, *passed], calls + count
-    # With the times first in memory, as users get it: the compiler does not copy in all places where it should.
+    # Laid out with the times first, as users get it, since the compiler does not copy everywhere it should.
     values = torch.cat([x.transpose(0, 1) for x in (*outputs, y.unsqueeze(1))]).transpose(0, 1)
     status = torch.where(y.detach().isfinite().all(1), int(Status.CONVERGED), int(Status.NON_FINITE))
     return arrived(values, t[:, -1], status, len(steps), steps[-1].dt), calls
@@ -92,7 +92,7 @@ def solve_in_graph(method: Method, problem: Problem, times: Any, forget: bool) -
 def _advance(
     method: Method, problem: Problem, steps: Sequence[Planned], y: Tensor, memory: Memory
 ) -> tuple[Tensor, Memory, list[Tensor], int]:
-    """States, outputs `(B, W, n)` on the way, and the calls of f of some steps."""
+    """Take some steps: the state and memory after them, the outputs `(B, W, n)`, and the number of calls of f."""
     F, nodes = problem.field(*problem.theta), method.nodes
     assert nodes is not None
     outputs: list[Tensor] = []
