@@ -75,16 +75,16 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
             return untraced(*args, **kwargs)
 
         def recordable(*args: Any, **kwargs: Any) -> R:
-            if not torch.is_inference_mode_enabled():
-                try:
+            try:
+                if not torch.is_inference_mode_enabled():
                     return solve(*args, **kwargs)
-                except RuntimeError as error:
-                    if not _asked_for_a_number(error):
-                        raise
-                    raise NotImplementedError(f"{solve.__qualname__}: {NOT_RECORDED}") from error
-            # In inference mode autograd records nothing, not even for solvers that differentiate f.
-            with out_of_inference_mode((args, kwargs)) as (args, kwargs):
-                return solve(*args, **kwargs)
+                # In inference mode autograd records nothing, not even for solvers that differentiate f.
+                with out_of_inference_mode((args, kwargs)) as (args, kwargs):
+                    return solve(*args, **kwargs)
+            except RuntimeError as error:
+                if not _asked_for_a_number(error):
+                    raise
+                raise NotImplementedError(f"{solve.__qualname__}: {NOT_RECORDED}") from error
 
         # Each entry needs its own code object, where the compiler notes that a frame is to be skipped.
         entry.__code__ = entry.__code__.replace(co_name="entry_or_break")

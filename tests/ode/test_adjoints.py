@@ -9,8 +9,9 @@ import torch
 from torch import func, nn
 
 import implicitly as im
-from implicitly.ode import adjoints
-from implicitly.ode.adjoints import _at_once, _Trajectory
+from implicitly.ode import work
+from implicitly.ode.adjoints import _Trajectory
+from implicitly.ode.work import _at_once
 from tests.problems import draw, matrix
 
 D = torch.float64
@@ -99,7 +100,7 @@ def test_steps_pulled_back_through_at_once_give_what_each_by_itself_gives(monkey
             calls.append(1)
             return field(t, y, W)
 
-        monkeypatch.setattr(adjoints, "AT_ONCE", size)
+        monkeypatch.setattr(work, "AT_ONCE", size)
         value = im.odeint(counted, given[0], given[1], given[2], solver=method, batch_dims=1).value
         calls.clear()
         found.append((*torch.autograd.grad(value.sin().sum(), given), len(calls)))

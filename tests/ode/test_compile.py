@@ -19,7 +19,7 @@ from torch import nn
 
 import implicitly as im
 from implicitly.host import LOOPS
-from implicitly.ode import adjoints, graph, graph_adjoint, record
+from implicitly.ode import adjoints, graph, graph_adjoint, record, work
 
 D = torch.float64
 # Of few stages and steps.
@@ -365,7 +365,7 @@ def test_a_backward_pass_of_an_implicit_method_is_that_of_its_noted_steps(traced
     eager = im.odeint(pulled, y0, t, *args, **options)
     torch.testing.assert_close(solution.value, eager.value, rtol=1e-5, atol=1e-6)
     # The same steps, swept eagerly: what differs is where Newton's iterations end, within their tolerance.
-    monkeypatch.setattr(adjoints, "sweep_as_graph", lambda *args: None)
+    monkeypatch.setattr(work, "sweep_as_graph", lambda *args: None)
     _, right = derivatives(pulled, y0, t, *args, compile=True, **options)
     torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
 

@@ -39,6 +39,14 @@ def hit(y0, gravity):
     return (y0[..., 1] + speed) / gravity, speed
 
 
+def assert_same_derivatives(both, given):
+    """First and second derivatives of two numbers by the tensors `given`."""
+    first = [torch.autograd.grad(x, given, create_graph=True) for x in both]
+    torch.testing.assert_close(*first, rtol=1e-8, atol=1e-9)
+    second = [torch.autograd.grad(sum(x.sum() for x in g), given) for g in first]
+    torch.testing.assert_close(*second, rtol=1e-7, atol=1e-7)
+
+
 def bouncing(y0, gravity, restitution, end):
     """The state at `end` of a ball that bounces, and its times of bounces."""
     t, speed = hit(y0, gravity)
@@ -258,12 +266,7 @@ def test_a_ball_bounces_with_the_gradient_of_the_closed_form(adjoint, solver):
     torch.testing.assert_close(solution.value[1], bouncing(*given, 1.0)[0], rtol=0, atol=1e-11)
     middle = bouncing(*given, 1.0)[0]
     both = solution.value[1:].sin().sum(), torch.stack([middle, expected]).sin().sum()
-    first = [torch.autograd.grad(x, given, create_graph=True) for x in both]
-    for a, b in zip(*first):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
-    second = [torch.autograd.grad(sum(x.sum() for x in g), given) for g in first]
-    for a, b in zip(*second):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+    assert_same_derivatives(both, given)
 
 
 @pytest.mark.parametrize("in_dims", [None, (0, None)])
@@ -728,12 +731,7 @@ def test_the_times_of_all_bounces_have_the_derivatives_of_the_closed_form(adjoin
         (weights * t.sin()).sum() + y.cos().sum()
         for t, y in ((solution.event_times, solution.value[-1]), (torch.stack(times), value))
     ]
-    first = [torch.autograd.grad(x, given, create_graph=True) for x in both]
-    for a, b in zip(*first):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
-    second = [torch.autograd.grad(sum(x.sum() for x in g), given) for g in first]
-    for a, b in zip(*second):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+    assert_same_derivatives(both, given)
     assert torch.autograd.gradcheck(lambda *given: solved(*given).event_times, given, check_forward_ad=True)
     mapped = func.vmap(lambda e: solved(*given[:2], e).event_times)(tensor(0.7, 0.9))
     torch.testing.assert_close(mapped[0], torch.stack(times), rtol=1e-9, atol=0)

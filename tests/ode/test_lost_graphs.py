@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import implicitly as im
-from implicitly.ode import adjoints
+from implicitly.ode import work
 from implicitly.ode.integrate import integrate
 from implicitly.ode.record import Record, State, Taken
 
@@ -38,5 +38,5 @@ def test_what_the_graph_noted_is_forgotten(arc_length, monkeypatch):
         return torch.autograd.grad(value.sin().sum(), inputs)
 
     right = gradients()
-    monkeypatch.setattr(adjoints, "integrate_as_graph", began)
+    monkeypatch.setattr(work, "integrate_as_graph", began)
     torch.testing.assert_close(gradients(compile=True), right, rtol=0, atol=0)

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitly as im
-from implicitly.ode import adjoints
+from implicitly.ode import work
 from implicitly.ode.record import CHECKPOINTS, Record
 
 F64 = torch.float64
@@ -45,7 +45,7 @@ def judged(monkeypatch) -> Callable[[Callable[[], Any]], Any]:
 
     def run(solve: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(adjoints, "planned", lambda *_: None)
+            patch.setattr(work, "planned", lambda *_: None)
             return solve()
 
     return run
@@ -58,7 +58,7 @@ def only_planned(monkeypatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("not by the plan")
 
-    monkeypatch.setattr(adjoints, "integrate", refuse)
+    monkeypatch.setattr(work, "integrate", refuse)
 
 
 def assert_same(one: im.Trajectory, other: im.Trajectory, exactly: bool) -> None:
@@ -148,12 +148,13 @@ def test_interpolation_derivatives_of_any_kind_and_transforms_are_the_same(judge
 def test_states_are_kept_as_ever(judged, monkeypatch):
     records: list[Record] = []
 
-    class Noted(Record):
-        def stacked(self, like: Tensor) -> tuple[Tensor, ...]:
-            records.append(self)
-            return super().stacked(like)
+    stacked = Record.stacked
 
-    monkeypatch.setattr(adjoints, "Record", Noted)
+    def noted(self: Record, like: Tensor) -> tuple[Tensor, ...]:
+        records.append(self)
+        return stacked(self, like)
+
+    monkeypatch.setattr(Record, "stacked", noted)
 
     def solve() -> None:
         im.odeint(Net(), start(), (0.0, 1.0), solver=im.Euler(dt=1 / 500))
@@ -220,7 +221,7 @@ def test_other_solves_look_after_their_steps(options, monkeypatch):
     def refuse(*_: Any) -> None:
         raise AssertionError("by a plan")
 
-    monkeypatch.setattr(adjoints, "integrate_planned", refuse)
+    monkeypatch.setattr(work, "integrate_planned", refuse)
     im.odeint(Net(), start(), **{"t": (0.0, 1.0)} | options)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
-from implicitly.argmin.refused import explained
+from implicitly.argmin.refused import explaining_refusals
 from implicitly.checks import check_listener
 from implicitly.condition import REMEDY, Condition, Map, explain
 from implicitly.functions import open_function
@@ -102,7 +102,7 @@ def implicit_gradient(
     state = partial(Problem.of, gradient, params, hyper, lambda w, dw: -dw, **options)
     tolerance = tolerance if records() else None  # without a derivative the test would serve nothing
     look = partial(_looked_at, state, inner_loss, params, tolerance, on_failure)
-    problem, theta, found = explained("implicit_gradient", inner_loss, look)
+    problem, theta, found = explaining_refusals("implicit_gradient", inner_loss, look)
     condition = _condition(problem, damping, on_failure)
     attached = attach_usable(found, condition, (found.z, *theta), Backward(linear_solver, listen=listen))
     return layout.unpack(attached)

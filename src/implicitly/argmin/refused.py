@@ -60,7 +60,7 @@ REFUSALS = (
 )
 
 
-def explained(entry: str, f: Callable[..., Any], solve: Callable[[], Result]) -> Result:
+def explaining_refusals(entry: str, f: Callable[..., Any], solve: Callable[[], Result]) -> Result:
     """Return `solve()`; if torch cannot differentiate `f`, raise a ValueError with the cause and a remedy.
 
     All other errors pass unchanged, as do those of the tracer, which explains itself what it cannot trace.

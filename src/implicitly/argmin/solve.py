@@ -16,7 +16,7 @@ from implicitly.argmin.gradient_descent import GradientDescent
 from implicitly.argmin.lbfgs import LBFGS
 from implicitly.argmin.least_squares import LevenbergMarquardt
 from implicitly.argmin.projection import ProjectedGradient, Projection
-from implicitly.argmin.refused import explained
+from implicitly.argmin.refused import explaining_refusals
 from implicitly.compiled import as_graphs
 from implicitly.condition import LINEAR_REMEDY, REMEDY, explain
 from implicitly.graph_break import one_break
@@ -89,7 +89,7 @@ def argmin(
     form = _form(constraint)
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
     solve = partial(_minimum, form, objective, z0, args, solver, adjoint, on_failure, compile, **options)
-    return explained(form.name, objective, solve)
+    return explaining_refusals(form.name, objective, solve)
 
 
 @one_break
@@ -118,7 +118,7 @@ def least_squares(
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
     solve = partial(_minimum, LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
-    return explained(LeastSquares.name, residuals, solve)
+    return explaining_refusals(LeastSquares.name, residuals, solve)
 
 
 def _form(constraint: Any) -> Form:

@@ -15,13 +15,15 @@ from implicitly.checks import NUMBERS, check_kind
 from implicitly.compiled import CompileWarning, run_as_graph
 from implicitly.condition import users_line, warn_of_failure
 from implicitly.host import Array, on_host, to_host, to_tensor
-from implicitly.ode.adjoints import Report, TrajectoryAdjoint, Work, silent, stays
+from implicitly.ode.adjoints import TrajectoryAdjoint
 from implicitly.ode.augmented import Packed, QuadratureNodes, augmented, integrated
 from implicitly.ode.graph_backsolve import Arrived, Back
-from implicitly.ode.integrate import USUAL, Bound, Ended, Integrated, Stepper, finite_start, march, stand_ins
+from implicitly.ode.integrate import USUAL, Bound, Ended, Integrated, Stepper, march
 from implicitly.ode.method import Method, Step
 from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
+from implicitly.ode.replay import finite_start, stand_ins
+from implicitly.ode.work import Report, Work, silent, stays
 from implicitly.pullback import pulled
 from implicitly.solution import Status
 from implicitly.transforms import Operation, asked, full_precision, is_wrapped, one_by_one, unhooked

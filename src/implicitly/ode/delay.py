@@ -25,7 +25,7 @@ from implicitly.checks import NUMBERS
 from implicitly.graph_break import one_break
 from implicitly.host import to_host
 from implicitly.implicit import Opaque
-from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, Report, TrajectoryAdjoint, Work, solve_unrolled
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
 from implicitly.ode.integrate import Integrated, integrate
 from implicitly.ode.method import Method
 from implicitly.ode.piecewise import KnotRecorder, Piecewise, knots
@@ -34,6 +34,7 @@ from implicitly.ode.record import Taken
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.solve import Trajectory, check_choices, each_in_turn, tell
 from implicitly.ode.stiffness import Halt
+from implicitly.ode.work import Report, Work
 from implicitly.solution import Status, is_success
 from implicitly.transforms import full_precision, is_cpu, unhooked
 from implicitly.tree import Layout

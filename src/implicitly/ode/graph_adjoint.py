@@ -24,9 +24,10 @@ from implicitly.compiled import run_as_graph
 from implicitly.host import LOOPS, views
 from implicitly.iterate import repeat
 from implicitly.ode.graph import window_of
-from implicitly.ode.integrate import Ended, Stepper, again, finite_start, kept, restart
+from implicitly.ode.integrate import Ended, Stepper, kept
 from implicitly.ode.method import Memory, Method, Step
 from implicitly.ode.record import Record, State, Taken
+from implicitly.ode.replay import again, finite_start, restart
 
 # The number of steps in one run of the graph; the states before all of them are in memory.
 BLOCK = 32

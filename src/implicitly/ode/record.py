@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitly.host import Array, to_host
+from implicitly.host import Array, to_host, to_tensor
 from implicitly.ode.method import Memory
 
 # The value of `Taken.ends` for a step that ends at one of `tstops`.
@@ -42,6 +42,38 @@ class Taken(NamedTuple):
     def of_all(self, rows: Tensor | None, batch: int) -> Taken:
         """The step of the samples `rows` as a step of all samples, which the others did not accept."""
         return self if rows is None else Taken(*(spread(x, rows, batch) for x in self))
+
+
+class Happened(NamedTuple):
+    """Events that ended a step, each field `(B,)`: for which samples, with which indices, and when."""
+
+    now: Array
+    index: Array
+    t: Array
+
+    def of_all(self, rows: Tensor | None, batch: int) -> Happened:
+        """The events of the samples `rows`, spread to all samples."""
+        return self if rows is None else Happened(*(spread(x, rows, batch) for x in self))
+
+
+def told(happened: list[Happened], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The times, in the dtype of `like` `(B,)`, and the indices of all events, `(B, K)` each, in order."""
+    if not happened:
+        return like.new_zeros(len(like), 0), like.new_zeros(len(like), 0, dtype=torch.int64)
+    now, index, t = (torch.stack([to_tensor(x) for x in part], dim=1) for part in zip(*happened))
+    place, known = in_turn(now, int(now.sum(1).max()))
+    return torch.where(known, t.gather(1, place), float("nan")), torch.where(
+        known, index.gather(1, place).long(), -1
+    )
+
+
+def in_turn(now: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The places `(B, K)` of the first `count` true entries in each row of `now` `(B, M)`.
+
+    Also which of these places `(B, K)` really hold one, as rows may have fewer.
+    """
+    place = now.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    return place, torch.arange(place.shape[1], device=now.device) < now.sum(1, keepdim=True)
 
 
 class State(NamedTuple):

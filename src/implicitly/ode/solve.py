@@ -18,7 +18,7 @@ from implicitly.compiled import CompileWarning
 from implicitly.condition import users_line, warn_of_failure
 from implicitly.graph_break import LONGEST, one_break, one_break_unless
 from implicitly.host import captured, maybe_any
-from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, silent, solve_unrolled
+from implicitly.ode.adjoints import RecursiveCheckpointAdjoint, TrajectoryAdjoint, solve_unrolled
 from implicitly.ode.events import Event, events_of
 from implicitly.ode.integrate import Integrated
 from implicitly.ode.method import Method
@@ -26,6 +26,7 @@ from implicitly.ode.problem import Problem, times_of
 from implicitly.ode.runge_kutta import Dopri5
 from implicitly.ode.stiffness import Halt
 from implicitly.ode.unroll import is_unrollable, solve_in_graph
+from implicitly.ode.work import silent
 from implicitly.solution import Solution, SolverError, Status, is_success
 from implicitly.transforms import full_precision, is_tracked, unwrapped, version
 from implicitly.tree import Layout
