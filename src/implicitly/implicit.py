@@ -55,6 +55,7 @@ from implicitly.transforms import (
     merge_rows,
     one_by_one,
     records,
+    split_rows,
     unhooked,
     unwrapped,
 )
@@ -222,13 +223,8 @@ class _Find(Opaque):
         start = [merge_rows(t, d, size) for t, d in zip(tensors[:starts], dims)]
         condition, theta = _mapped(condition, dims[starts:], size, tuple(tensors[starts:]))
         output = _Find.apply(solver, condition, run, starts, *start, *theta)
-        outputs = [_split_rows(t, size) if t.ndim else t for t in output]
+        outputs = [split_rows(t, size) if t.ndim else t for t in output]
         return tuple(outputs), tuple(0 if t.ndim else None for t in output)
-
-
-def _split_rows(x: Tensor, size: int) -> Tensor:
-    """A `(size * B, ...)` tensor as `(size, B, ...)`: undoes `merge_rows`."""
-    return x.reshape(size, len(x) // size, *x.shape[1:])
 
 
 # ------------------------------------------------------------------------------------- its derivative
@@ -447,7 +443,7 @@ class _Attach(Operation):
         size = info.batch_size
         condition, theta = _mapped(condition, in_dims[3:], size, tuple(theta))
         out = _Attach.apply(condition, backward, merge_rows(z, in_dims[2], size), *theta)
-        return _split_rows(out, size), 0
+        return split_rows(out, size), 0
 
 
 def _cotangents(
@@ -553,7 +549,7 @@ def _mapped(
             over = vmap(one, in_dims=(0, *in_dims), randomness="different")
 
             def call(*rows: Tensor) -> Any:
-                value = over(tuple(_split_rows(x, size) for x in rows), *theta)
+                value = over(tuple(split_rows(x, size) for x in rows), *theta)
                 return pytree.tree_map(lambda v: v.flatten(0, 1), value)
 
             return call

@@ -117,3 +117,28 @@ def pulled(
     what, by = (tuple(x) for x in zip(*pairs))
     found = _engine_run_backward(what, by, retain, recorded, tuple(inputs), True, accumulate_grad=False)
     return tuple(torch.zeros_like(x, requires_grad=recorded) if g is None else g for x, g in zip(inputs, found))
+
+
+def pushed(outputs: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tangents of `outputs` for the `tangents` of `inputs`, from the graph that autograd recorded.
+
+    The cotangents of the inputs are linear in those of the outputs, with the transposed Jacobian; a second reverse
+    pass, through this linear map, transposes it back. Tangents may have further dimensions, as in `pulled_each`.
+    """
+    bars = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+    with torch.enable_grad():
+        found = pulled(outputs, bars, inputs, retain=True, recorded=True)
+    return pulled_each(found, tangents, bars)
+
+
+def pulled_each(
+    outputs: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequence[Tensor], retain: bool = False
+) -> tuple[Tensor, ...]:
+    """As `pulled`; if the `bars` have further dimensions, for each of their slices along those."""
+    if not bars or bars[0].ndim == outputs[0].ndim:
+        return pulled(outputs, bars, inputs, retain)
+
+    def pull(*bars: Tensor) -> tuple[Tensor, ...]:
+        return pulled_each(outputs, bars, inputs, retain=True)
+
+    return tuple(x.movedim(0, -1) for x in vmap(pull, in_dims=-1)(*bars))

@@ -32,6 +32,11 @@ def merge_rows(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.flatten(0, 1)
 
 
+def split_rows(x: Tensor, size: int) -> Tensor:
+    """A `(size * B, ...)` tensor as `(size, B, ...)`: undoes `merge_rows`."""
+    return x.reshape(size, len(x) // size, *x.shape[1:])
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nobody will differentiate what is computed from `tensors` now: no autograd, no transform."""
     return (

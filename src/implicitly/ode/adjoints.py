@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vjp, vmap
+from torch.func import vjp
 
 from implicitly.checks import check_count
 from implicitly.implicit import push
 from implicitly.ode.integrate import USUAL, Ended, Integrated
 from implicitly.ode.kept import Meter
 from implicitly.ode.method import Method
-from implicitly.ode.problem import Field, Problem
+from implicitly.ode.problem import Problem
 from implicitly.ode.record import Record, Taken
-from implicitly.ode.work import EVENTS, REACHED, Report, Work
+from implicitly.ode.shortcut import Linear, Restored, Shortcut
+from implicitly.ode.work import EVENTS, REACHED, Report, Work, push_steps
 from implicitly.pullback import of_places, pull_within
 from implicitly.transforms import (
     Operation,
@@ -35,6 +36,7 @@ from implicitly.transforms import (
     merge_rows,
     one_by_one,
     records_plainly,
+    split_rows,
     unhooked,
     unwrapped,
 )
@@ -71,11 +73,14 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
     `torch.func` transforms do not use such a recording, and none is made under hooks on saved tensors, such as
     those of `torch.utils.checkpoint`.
 
-    The backward pass is itself differentiable, and forward mode goes through the recorded sequence of steps. The
-    time of an event is differentiated by the implicit function theorem, with respect to all that it depends on.
+    The backward pass is itself differentiable, and forward mode goes through the recorded sequence of steps. First
+    derivatives by `torch.func` take the steps again one by one, too, outside of the transform, so their memory
+    does not grow with the graph of all steps. (For tangents this excludes solves with events, `tstops`, arc length
+    or failed samples.) The time of an event is differentiated by the implicit function theorem, with respect to
+    all that it depends on.
 
-    Where `compile=True` made one graph of a solve, the backward pass is a graph, too. Second derivatives and
-    `torch.func` transforms run eagerly.
+    Where `compile=True` made one graph of a solve, the backward pass is a graph, too. Second derivatives, forward
+    mode and mapped transforms (`vmap`, `jacrev`) run eagerly.
 
     Args:
         arc_length: whether derivatives hold the arc lengths of adaptive steps fixed, instead of their lengths in
@@ -137,20 +142,97 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
 
 
 def _cotangents(
-    work: Work,
-    steps: tuple[Tensor, ...],
-    ended: Ended,
-    inputs: tuple[Tensor, ...],
-    wanted: list[int],
-    bars: tuple[Tensor, ...],
+    work: Work, saved: tuple[Tensor, ...], wanted: list[int], bars: tuple[Tensor, ...]
 ) -> Sequence[Tensor]:
     """The cotangents of the `wanted` inputs, given the cotangents `bars` of the outputs of the recorded steps."""
+    ended, steps, inputs = _saved(saved)
     if is_plain(*bars, *inputs):
         return work.swept(steps, ended, inputs, wanted, *bars)
-    of_wanted = of_places(partial(work.joined, steps, ended), inputs, wanted)
-    chosen, bar = tuple(inputs[i] for i in wanted), torch.cat([x.flatten() for x in bars])
-    transformed = any(is_wrapped(x) for x in (bar, *chosen))
-    return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
+    pullback = _Pullback(len(saved), work, wanted)
+    transformed = any(is_wrapped(x) for x in (*bars, *inputs))
+    if not transformed or (work.hybrid and any(is_batched(x) for x in bars)):
+        return pullback.exact(*saved, *bars)
+    return Shortcut.apply(pullback, *saved, *bars)
+
+
+@dataclass(frozen=True)
+class _Pullback(Linear):
+    """The cotangents of the `wanted` inputs, from what a solve saved and the cotangents of its outputs."""
+
+    work: Work
+    wanted: list[int]
+
+    def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
+        ended, steps, inputs = _saved(tensors[: self.count])
+        return self.work.swept(steps, ended, inputs, self.wanted, *tensors[self.count :])
+
+    def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
+        ended, steps, inputs = _saved(tensors[: self.count])
+        of_wanted = of_places(partial(self.work.joined, steps, ended), inputs, self.wanted)
+        chosen = tuple(inputs[i] for i in self.wanted)
+        bar = torch.cat([x.flatten() for x in tensors[self.count :]])
+        transformed = any(is_wrapped(x) for x in (bar, *chosen))
+        return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
+
+    def mapped(
+        self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
+    ) -> tuple[Linear, list[Tensor], Restored]:
+        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.wanted)
+        bars = [merge_rows(x, d, size) for x, d in zip(tensors[self.count :], dims[self.count :])]
+
+        def restored(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(x if i > 1 else split_rows(x, size) for i, x in zip(self.wanted, found))
+
+        return replace(self, work=work), [*saved, *bars], restored
+
+
+@dataclass(frozen=True)
+class _Pushforward(Linear):
+    """The tangents of the outputs, as one vector, from what a solve saved and the tangents of `moving` inputs."""
+
+    work: Work
+    moving: list[int]
+
+    def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
+        _, steps, inputs = _saved(tensors[: self.count])
+        return [push_steps(self.work, steps, inputs, self.moving, tensors[self.count :]).flatten(0, 2)]
+
+    def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
+        ended, steps, inputs = _saved(tensors[: self.count])
+        of_moving = of_places(partial(self.work.joined, steps, ended), inputs, self.moving)
+        return [push(of_moving, tuple(inputs[i] for i in self.moving), tensors[self.count :])]
+
+    def mapped(
+        self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
+    ) -> tuple[Linear, list[Tensor], Restored]:
+        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.moving)
+        directions = [
+            _in_front(x, d, size) if i > 1 else merge_rows(x, d, size)
+            for i, x, d in zip(self.moving, tensors[self.count :], dims[self.count :])
+        ]
+        linear = replace(self, work=work)
+        return linear, [*saved, *directions], lambda found: tuple(split_rows(x, size) for x in found)
+
+
+def _merged(
+    work: Work, size: int, dims: Sequence[int | None], saved: Sequence[Tensor], own: list[int]
+) -> tuple[Work, list[Tensor]]:
+    """A solve under `vmap`, and what it saved, as a solve of all samples.
+
+    Each of those that `vmap` maps has its own copy of the inputs `own`, counted as `wanted` and `moving` are.
+    """
+    first = len(Taken._fields) + 2  # the place of the times
+    merged, of_theta = [merge_rows(x, d, size) for x, d in zip(saved[: first + 2], dims)], []
+    for i, (x, d) in enumerate(zip(saved[first + 2 :], dims[first + 2 :]), 2):
+        shared = d is None and i not in own
+        merged.append(x if shared else _in_front(x, d, size))
+        of_theta.append(None if shared else 0)
+    return work.mapped(size, of_theta), merged
+
+
+def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """`x` with the dimension `dim` of `size` entries in front; None: the same for each."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 class _Trajectory(Operation):
@@ -187,13 +269,14 @@ class _Trajectory(Operation):
         _, times, y0, _, *theta = asked(ctx)
         wanted = [i for i, needed in enumerate((times, y0, *theta)) if needed]
         gradients: list[Tensor | None] = [None] * (2 + len(theta))
-        bars, (ended, steps, inputs) = [cotangents[i] for i in ctx.work.places], _saved(ctx.saved_tensors)
+        bars, saved = [cotangents[i] for i in ctx.work.places], ctx.saved_tensors
+        ended, _, inputs = _saved(saved)
         if any(g is not None for g in bars):
             shapes = ctx.work.shapes(*inputs[:2])
             # A failed sample has no derivative; NaN in its outputs must not reach tensors that samples share.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
             with ctx.restored(), full_precision(inputs[1].device.type):
-                found = _cotangents(ctx.work, steps, ended, inputs, wanted, bars)
+                found = _cotangents(ctx.work, saved, wanted, bars)
             ctx.work.tell_of_nan(ended.finished, found)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
@@ -205,13 +288,14 @@ class _Trajectory(Operation):
         moves = tangents[1:3] + tangents[4:]
         moving = [i for i, d in enumerate(moves) if d is not None]
         saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
-        ended, steps, inputs = _saved(saved)
+        directions = tuple(d for d in moves if d is not None)
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
-            directions = tuple(d for d in moves if d is not None)
-            of_moving = of_places(partial(ctx.work.joined, steps, ended), inputs, moving)
-            moved = push(of_moving, tuple(inputs[i] for i in moving), directions)
+            pushforward = _Pushforward(len(saved), ctx.work, moving)
+            steady = not (ctx.work.failed or ctx.work.hybrid)
+            along = (*saved, *directions)
+            (moved,) = Shortcut.apply(pushforward, *along) if steady else pushforward.exact(*along)
         out: list[Tensor | None] = [None] * (EVENTS + (2 if ctx.work.events else 0))
-        shapes = ctx.work.shapes(*inputs[:2])
+        shapes = ctx.work.shapes(*_saved(saved)[2][:2])
         for i, shape, part in zip(ctx.work.places, shapes, moved.split([math.prod(shape) for shape in shapes])):
             out[i] = part.reshape(shape)
         return tuple(out)
@@ -221,30 +305,10 @@ class _Trajectory(Operation):
         work, *inputs = args
         size, dims = info.batch_size, in_dims[1:]
         start = (merge_rows(x, d, size) for x, d in zip(inputs[:3], dims))
-
-        def field(*theta: Tensor) -> Field:
-            def over(call: Callable[..., Tensor], t: Tensor, y: Tensor) -> Tensor:
-                each = vmap(
-                    lambda t, y, *th: call(work.field(*th), t, y),
-                    in_dims=(0, 0, *dims[3:]),
-                    randomness="different",
-                )
-                found = each(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta)
-                return found.flatten(0, 1)
-
-            return Field(
-                torch.unbind,
-                lambda t, y: over(lambda F, t, y: F.at(t, y), t, y),
-                field,
-                theta,
-                watch=lambda i, t, y: over(lambda F, t, y: F.watch(i, t, y), t, y),
-                jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
-            )
-
-        mapped = replace(work, field=field, sample_dims=None, key=None)  # graphs are of f, not of the mapped field
+        mapped = work.mapped(size, dims[3:])
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
-        work.calls, work.failed, work.most = mapped.calls, mapped.failed, mapped.most
-        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in output), (0,) * len(output)
+        work.calls, work.failed, work.most, work.record = mapped.calls, mapped.failed, mapped.most, mapped.record
+        return tuple(split_rows(x, size) for x in output), (0,) * len(output)
 
 
 def _saved(saved: tuple[Tensor, ...]) -> tuple[Ended, tuple[Tensor, ...], tuple[Tensor, ...]]:

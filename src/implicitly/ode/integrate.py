@@ -413,7 +413,8 @@ class Outputs:
             else:
                 inner, rows = self._unknown if self.inner is None else self.inner, piece.rows[:, 0]
                 few = len(rows) < len(inner)
-                new = torch.where(piece.inside.unsqueeze(2), piece.values, inner[rows] if few else inner)
+                inside = piece.inside.reshape(*piece.inside.shape, *(1,) * (inner.ndim - 2))
+                new = torch.where(inside, piece.values, inner[rows] if few else inner)
                 self.inner = inner.index_copy(0, rows, new) if few else new
 
     @property
@@ -428,7 +429,8 @@ class Outputs:
 
     @property
     def _unknown(self) -> Tensor:
-        return self.y0.new_full((len(self.y0), self.times.shape[1] - 2, self.y0.shape[1]), float("nan"))
+        batch, *shape = self.y0.shape
+        return self.y0.new_full((batch, self.times.shape[1] - 2, *shape), float("nan"))
 
 
 @dataclass

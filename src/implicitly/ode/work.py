@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from implicitly.compiled import Check
 from implicitly.condition import users_line
@@ -19,7 +20,17 @@ from implicitly.ode.events import Event
 from implicitly.ode.graph import integrate_as_graph
 from implicitly.ode.graph_adjoint import sweep_as_graph
 from implicitly.ode.hybrid import HybridStepper
-from implicitly.ode.integrate import USUAL, Bound, Ended, Integrated, Piece, Stepper, integrate
+from implicitly.ode.integrate import (
+    USUAL,
+    Bound,
+    Ended,
+    Integrated,
+    Outputs,
+    Piece,
+    Stepper,
+    assemble,
+    integrate,
+)
 from implicitly.ode.kept import Kept, Meter
 from implicitly.ode.method import Method, Step
 from implicitly.ode.planned import integrate_planned, planned
@@ -27,7 +38,7 @@ from implicitly.ode.problem import Field
 from implicitly.ode.record import Record, State, Taken, unstacked
 from implicitly.ode.replay import again, finite_start, replay, restart, stand_ins, states_before
 from implicitly.ode.stiffness import Halt
-from implicitly.pullback import pulled
+from implicitly.pullback import pulled_each, pushed
 from implicitly.solution import ConvergenceWarning, Status, is_success
 from implicitly.transforms import is_cpu, keeps_graph, unwrapped
 
@@ -223,7 +234,7 @@ class Work:
         """The result of `sweep`, computed as one graph if the solve was one."""
         record = self.record
         assert record is not None
-        if self.as_graph and steps[0].numel():
+        if self.as_graph and steps[0].numel() and bars[0].ndim == 3:
             key, stepper = self.graphs
             key = (key, self.arc_length)
             found = sweep_as_graph(key, self.method, stepper, record, steps, ended, inputs, wanted, *bars)
@@ -283,6 +294,30 @@ class Work:
         record = None if self.record is None else replace(self.record, stand_ins=rows)
         return replace(self, record=record), steps, ended, inputs
 
+    def mapped(self, size: int, dims: Sequence[int | None]) -> Work:
+        """This solve for `size` times as many samples, those that `vmap` maps; `dims` are those of theta."""
+
+        def field(*theta: Tensor) -> Field:
+            def over(call: Callable[..., Tensor], t: Tensor, y: Tensor) -> Tensor:
+                each = vmap(
+                    lambda t, y, *th: call(self.field(*th), t, y),
+                    in_dims=(0, 0, *dims),
+                    randomness="different",
+                )
+                found = each(t.reshape(size, -1), y.reshape(size, -1, y.shape[1]), *theta)
+                return found.flatten(0, 1)
+
+            return Field(
+                torch.unbind,
+                lambda t, y: over(lambda F, t, y: F.at(t, y), t, y),
+                field,
+                theta,
+                watch=lambda i, t, y: over(lambda F, t, y: F.watch(i, t, y), t, y),
+                jump=lambda i, t, y: over(lambda F, t, y: F.jump(i, t, y), t, y),
+            )
+
+        return replace(self, field=field, sample_dims=None, key=None)  # graphs are of f, not of the mapped field
+
     def tell_of_nan(self, finished: Tensor, gradients: Sequence[Tensor]) -> None:
         """Warn if failed samples that could not be left out made any of the `gradients` NaN."""
         if not (self.warns and self.failed) or self.sample_dims is not None or not maybe_any(finished):
@@ -314,12 +349,13 @@ def sweep(
     """The backward sweep over the steps: the cotangents of the `wanted` inputs (times, y0, theta).
 
     `g` `(B, T, n)` are the cotangents of the outputs; `reached` are those of the times reached `(B,)` if states
-    carry these, and those of the times of events `(B, K)` if there are events.
+    carry these, and those of the times of events `(B, K)` if there are events. Where g has further last
+    dimensions, so has the result.
     """
     (times, y0, *theta), failed = inputs, work.failed and maybe_any(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
-    sums = {i: torch.zeros_like(inputs[i]) for i in shared}
+    sums = {i: zeros_of(inputs[i], g.shape[3:]) for i in shared}
     leaves, record, host = _leaves(inputs, shared), work.record, on_host(times)
     assert record is not None
     reached, clocks = reached[:1], None if len(reached) < 2 else _clock_bars(stacked, reached[1])
@@ -327,7 +363,8 @@ def sweep(
     stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
     y_bar, memory_bar = g[:, -1], None
     if reached and times.shape[1] > 2:  # outputs after the end of a sample repeat its last state
-        y_bar = y_bar + torch.where(ended.late(times).unsqueeze(2), g[:, 1:-1], 0.0).sum(1)
+        late = ended.late(times)
+        y_bar = y_bar + torch.where(late.reshape(*late.shape, *(1,) * (g.ndim - 2)), g[:, 1:-1], 0.0).sum(1)
     size = 1 if failed else _at_once(y0)
     starts: list[tuple[int, State]] = []
     stop = len(steps)
@@ -342,21 +379,61 @@ def sweep(
         ticks = [] if clocks is None else list(zip(shown, clocks[:, begin:stop].split(1, dim=1)))
         stop = begin
         if memory_bar is None:
-            memory_bar = [torch.zeros_like(m) for m in after.memory]
+            memory_bar = [zeros_of(m, g.shape[3:]) for m in after.memory]
             memory_bar[len(memory_bar) - len(reached) :] = [x.unsqueeze(1) for x in reached]
         outputs = [after.y, *after.memory, *(p.values for p in pieces), *(t for t, _ in ticks)]
         bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces), *(bar for _, bar in ticks)]
-        y_bar, *found = pulled(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
+        y_bar, *found = pulled_each(outputs, bars, [y, *memory, *(leaves[i] for i in shared)])
         memory_bar, found = found[: len(memory)], found[len(memory) :]
         for j, gradient in zip(shared, found):
             sums[j] += gradient
     y = finite_start(y0, ended.finished).detach().requires_grad_()
     with torch.enable_grad():
         memory = restart(stepper, y).memory
-    first, *found = pulled(list(memory), memory_bar or [], [y, *(leaves[i] for i in shared)])
+    first, *found = pulled_each(list(memory), memory_bar or [], [y, *(leaves[i] for i in shared)])
     for j, gradient in zip(shared, found):
         sums[j] += gradient
     return [y_bar + first + g[:, 0] if i == 1 else sums[i] for i in wanted]
+
+
+def push_steps(
+    work: Work,
+    stacked: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    moving: list[int],
+    tangents: Sequence[Tensor],
+) -> Tensor:
+    """The forward sweep over the steps: the tangent `(B, T, n)` of the outputs.
+
+    `tangents` are those of the `moving` inputs (times, y0, theta). Where these have further last dimensions, so
+    has the result. Memory does not grow with the number of steps. For solves that reached the last of the `times`
+    in all samples.
+    """
+    times, y0, *_ = inputs
+    shared = [i for i in moving if i != 1]
+    leaves, host, size = _leaves(inputs, shared), on_host(times), _at_once(y0)
+    stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
+    given = dict(zip(moving, tangents))
+    several = tangents[0].shape[inputs[moving[0]].ndim :]
+    dy, along = given.get(1, zeros_of(y0, several)), [given[i] for i in shared]
+    y, parameters = y0.detach().requires_grad_(), [leaves[i] for i in shared]
+    with torch.enable_grad():
+        state = restart(stepper, y)
+    change = (dy, *pushed(state.memory, [y, *parameters], [dy, *along]))
+    steps, outputs = unstacked(stacked, host), Outputs(times, dy)
+    for begin in range(0, len(steps), size):
+        y, *memory = (x.detach().requires_grad_() for x in (state.y, *state.memory))
+        state, pieces, _ = _recorded(stepper, steps[begin : begin + size], State(y, tuple(memory)))
+        results = [state.y, *state.memory, *(p.values for p in pieces)]
+        moved = pushed(results, [y, *memory, *parameters], [*change, *along])
+        change, inner = moved[: 1 + len(memory)], moved[1 + len(memory) :]
+        outputs.add(piece._replace(values=value) for piece, value in zip(pieces, inner))
+    return assemble(outputs, change[0], None)
+
+
+def zeros_of(x: Tensor, several: Sequence[int]) -> Tensor:
+    """Zeros like x; if there are `several`, in further last dimensions."""
+    return x.new_zeros((*x.shape, *several)) if several else torch.zeros_like(x)
 
 
 def _leaves(inputs: tuple[Tensor, ...], shared: list[int]) -> list[Tensor]:
