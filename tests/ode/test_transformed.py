@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, func
+from torch import Tensor, func, nn
 
 import implicitly as im
 from implicitly.transforms import is_wrapped
@@ -199,3 +199,34 @@ def test_parameters_may_be_complex_or_of_another_dtype():
         return sum((g * g.conj()).real.sum() for g in func.grad(loss, (0, 1, 2))(*inputs))
 
     torch.testing.assert_close(func.grad(squares, (0, 1, 2))(y0, rate, scale), second)
+
+
+class Net(nn.Module):
+    """A network that is faster in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2).double()
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.linear(y).tanh() * (2.0 if self.training else 1.0)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_second_derivatives_are_of_the_layer_as_it_was_in_the_solve(transform):
+    y0, net = given()[0], Net()
+
+    def loss(y0: Tensor) -> Tensor:
+        return im.odeint(net, y0, (0.0, 1.0), solver=im.Dopri5(), batch_dims=1).value[-1].sin().sum()
+
+    def second(evaluated: bool) -> Tensor:
+        net.train()
+        leaf = y0.clone().requires_grad_()
+        if transform == "grad":
+            first = func.grad(loss)(leaf).square().sum()
+        else:
+            first = func.jvp(loss, (leaf,), (torch.ones_like(y0),))[1].square()
+        net.train(not evaluated)
+        return torch.autograd.grad(first, leaf)[0]
+
+    torch.testing.assert_close(second(True), second(False), rtol=0, atol=0)

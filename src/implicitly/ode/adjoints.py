@@ -5,31 +5,26 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import vjp
 
 from implicitly.checks import check_count
-from implicitly.implicit import push
+from implicitly.ode.derivative import pull_back, push_forward, saved_as
 from implicitly.ode.integrate import USUAL, Ended, Integrated
 from implicitly.ode.kept import Meter
 from implicitly.ode.method import Method
 from implicitly.ode.problem import Problem
-from implicitly.ode.record import Record, Taken
-from implicitly.ode.shortcut import Linear, Restored, Shortcut
-from implicitly.ode.work import EVENTS, REACHED, Report, Work, push_steps
-from implicitly.pullback import of_places, pull_within
+from implicitly.ode.record import Record
+from implicitly.ode.work import EVENTS, REACHED, Report, Work
 from implicitly.transforms import (
     Operation,
     asked,
-    full_precision,
     is_batched,
-    is_plain,
     is_recorded,
     is_tracked,
     is_wrapped,
@@ -141,100 +136,6 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         return Integrated(*output[:USUAL], *output[EVENTS:]), work.calls
 
 
-def _cotangents(
-    work: Work, saved: tuple[Tensor, ...], wanted: list[int], bars: tuple[Tensor, ...]
-) -> Sequence[Tensor]:
-    """The cotangents of the `wanted` inputs, given the cotangents `bars` of the outputs of the recorded steps."""
-    ended, steps, inputs = _saved(saved)
-    if is_plain(*bars, *inputs):
-        return work.swept(steps, ended, inputs, wanted, *bars)
-    pullback = _Pullback(len(saved), work, wanted)
-    transformed = any(is_wrapped(x) for x in (*bars, *inputs))
-    if not transformed or (work.hybrid and any(is_batched(x) for x in bars)):
-        return pullback.exact(*saved, *bars)
-    return Shortcut.apply(pullback, *saved, *bars)
-
-
-@dataclass(frozen=True)
-class _Pullback(Linear):
-    """The cotangents of the `wanted` inputs, from what a solve saved and the cotangents of its outputs."""
-
-    work: Work
-    wanted: list[int]
-
-    def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
-        ended, steps, inputs = _saved(tensors[: self.count])
-        return self.work.swept(steps, ended, inputs, self.wanted, *tensors[self.count :])
-
-    def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
-        ended, steps, inputs = _saved(tensors[: self.count])
-        of_wanted = of_places(partial(self.work.joined, steps, ended), inputs, self.wanted)
-        chosen = tuple(inputs[i] for i in self.wanted)
-        bar = torch.cat([x.flatten() for x in tensors[self.count :]])
-        transformed = any(is_wrapped(x) for x in (bar, *chosen))
-        return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
-
-    def mapped(
-        self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Linear, list[Tensor], Restored]:
-        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.wanted)
-        bars = [merge_rows(x, d, size) for x, d in zip(tensors[self.count :], dims[self.count :])]
-
-        def restored(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(x if i > 1 else split_rows(x, size) for i, x in zip(self.wanted, found))
-
-        return replace(self, work=work), [*saved, *bars], restored
-
-
-@dataclass(frozen=True)
-class _Pushforward(Linear):
-    """The tangents of the outputs, as one vector, from what a solve saved and the tangents of `moving` inputs."""
-
-    work: Work
-    moving: list[int]
-
-    def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
-        _, steps, inputs = _saved(tensors[: self.count])
-        return [push_steps(self.work, steps, inputs, self.moving, tensors[self.count :]).flatten(0, 2)]
-
-    def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
-        ended, steps, inputs = _saved(tensors[: self.count])
-        of_moving = of_places(partial(self.work.joined, steps, ended), inputs, self.moving)
-        return [push(of_moving, tuple(inputs[i] for i in self.moving), tensors[self.count :])]
-
-    def mapped(
-        self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Linear, list[Tensor], Restored]:
-        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.moving)
-        directions = [
-            _in_front(x, d, size) if i > 1 else merge_rows(x, d, size)
-            for i, x, d in zip(self.moving, tensors[self.count :], dims[self.count :])
-        ]
-        linear = replace(self, work=work)
-        return linear, [*saved, *directions], lambda found: tuple(split_rows(x, size) for x in found)
-
-
-def _merged(
-    work: Work, size: int, dims: Sequence[int | None], saved: Sequence[Tensor], own: list[int]
-) -> tuple[Work, list[Tensor]]:
-    """A solve under `vmap`, and what it saved, as a solve of all samples.
-
-    Each of those that `vmap` maps has its own copy of the inputs `own`, counted as `wanted` and `moving` are.
-    """
-    first = len(Taken._fields) + 2  # the place of the times
-    merged, of_theta = [merge_rows(x, d, size) for x, d in zip(saved[: first + 2], dims)], []
-    for i, (x, d) in enumerate(zip(saved[first + 2 :], dims[first + 2 :]), 2):
-        shared = d is None and i not in own
-        merged.append(x if shared else _in_front(x, d, size))
-        of_theta.append(None if shared else 0)
-    return work.mapped(size, of_theta), merged
-
-
-def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """`x` with the dimension `dim` of `size` entries in front; None: the same for each."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
 class _Trajectory(Operation):
     """A solve and its derivative as one autograd operation, which under `vmap` receives the whole batch.
 
@@ -270,13 +171,12 @@ class _Trajectory(Operation):
         wanted = [i for i, needed in enumerate((times, y0, *theta)) if needed]
         gradients: list[Tensor | None] = [None] * (2 + len(theta))
         bars, saved = [cotangents[i] for i in ctx.work.places], ctx.saved_tensors
-        ended, _, inputs = _saved(saved)
+        ended, _, inputs = saved_as(saved)
         if any(g is not None for g in bars):
             shapes = ctx.work.shapes(*inputs[:2])
             # A failed sample has no derivative; NaN in its outputs must not reach tensors that samples share.
             bars = tuple(_bar(g, shape, ended.finished, inputs[1]) for g, shape in zip(bars, shapes))
-            with ctx.restored(), full_precision(inputs[1].device.type):
-                found = _cotangents(ctx.work, saved, wanted, bars)
+            found = pull_back(ctx.work, ctx.restored, saved, wanted, bars)
             ctx.work.tell_of_nan(ended.finished, found)
             for i, gradient in zip(wanted, found):
                 gradients[i] = gradient
@@ -290,12 +190,9 @@ class _Trajectory(Operation):
         saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
         directions = tuple(d for d in moves if d is not None)
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
-            pushforward = _Pushforward(len(saved), ctx.work, moving)
-            steady = not (ctx.work.failed or ctx.work.hybrid)
-            along = (*saved, *directions)
-            (moved,) = Shortcut.apply(pushforward, *along) if steady else pushforward.exact(*along)
+            moved = push_forward(ctx.work, ctx.restored, saved, moving, directions)
         out: list[Tensor | None] = [None] * (EVENTS + (2 if ctx.work.events else 0))
-        shapes = ctx.work.shapes(*_saved(saved)[2][:2])
+        shapes = ctx.work.shapes(*saved_as(saved)[2][:2])
         for i, shape, part in zip(ctx.work.places, shapes, moved.split([math.prod(shape) for shape in shapes])):
             out[i] = part.reshape(shape)
         return tuple(out)
@@ -309,12 +206,6 @@ class _Trajectory(Operation):
         output = _Trajectory.apply(mapped, *start, *inputs[3:])
         work.calls, work.failed, work.most, work.record = mapped.calls, mapped.failed, mapped.most, mapped.record
         return tuple(split_rows(x, size) for x in output), (0,) * len(output)
-
-
-def _saved(saved: tuple[Tensor, ...]) -> tuple[Ended, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The saved tensors as: how the samples ended, the stacked steps, and the inputs (times, y0, theta)."""
-    count = 1 + len(Taken._fields)
-    return Ended(saved[0], saved[count]), tuple(saved[1:count]), tuple(saved[count + 1 :])
 
 
 def _bar(g: Tensor | None, shape: tuple[int, ...], finished: Tensor, like: Tensor) -> Tensor:

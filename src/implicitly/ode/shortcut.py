@@ -38,14 +38,14 @@ class Linear(ABC):
     @abstractmethod
     def mapped(
         self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Linear, list[Tensor], Restored]:
+    ) -> tuple[Linear, list[Tensor], Split]:
         """This function mapped over the dimensions `dims` of `size` entries, as one of merged `tensors`.
 
         Also a function that splits its values, so that they have the `size` entries in their first dimension.
         """
 
 
-Restored = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Split = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class _Several(Linear):
 
     def mapped(
         self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Linear, list[Tensor], Restored]:
-        each, merged, restored = self.each.mapped(size, dims, tensors)
-        return replace(self, each=each), merged, restored
+    ) -> tuple[Linear, list[Tensor], Split]:
+        each, merged, split = self.each.mapped(size, dims, tensors)
+        return replace(self, each=each), merged, split
 
 
 class Shortcut(Operation):
@@ -125,8 +125,8 @@ class Shortcut(Operation):
             ]
             output = Shortcut.apply(_Several(count, linear), *tensors[:count], *several)
             return output, tuple(x.ndim - 1 for x in output)
-        linear, merged, restored = linear.mapped(size, dims, tensors)
-        output = restored(Shortcut.apply(linear, *merged))
+        linear, merged, split = linear.mapped(size, dims, tensors)
+        output = split(Shortcut.apply(linear, *merged))
         return output, (0,) * len(output)
 
 
