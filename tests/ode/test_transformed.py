@@ -12,6 +12,7 @@ from torch import Tensor, func, nn
 
 import implicitly as im
 from implicitly.transforms import is_wrapped
+from implicitly.viz import peak_bytes
 from tests.problems import seeded
 
 D = torch.float64
@@ -155,6 +156,22 @@ def test_steps_are_taken_again_outside_of_the_transform(name, transform):
         assert calls <= 1.2 * len(wrapped)
     else:  # the call that checks what f returns, and the products for a Jacobian of the implicit method
         assert sum(wrapped) <= 3 < 0.1 * len(wrapped)
+
+
+def test_memory_does_not_hold_all_steps_at_once():
+    W, y0 = 0.3 * torch.randn(16, 16, generator=seeded(6)), torch.randn(64, 16, generator=seeded(7))
+
+    def loss(W: Tensor) -> Tensor:
+        solver = im.RK4(dt=1 / 300)
+        return im.odeint(lambda t, y, W: (y @ W).tanh(), y0, (0.0, 1.0), W, solver=solver).value[-1].sum()
+
+    def by_autograd() -> None:
+        leaf = W.clone().requires_grad_()
+        torch.autograd.grad(loss(leaf), leaf)
+
+    least = peak_bytes(by_autograd)
+    for transformed in (lambda: func.grad(loss)(W), lambda: func.jvp(loss, (W,), (W,))):
+        assert peak_bytes(transformed) < 1.5 * least
 
 
 def test_samples_that_fail_have_zero_gradients():
