@@ -22,7 +22,7 @@ LAYERS = (
     ("linear", "descent"),
     ("condition",),
     ("implicit",),
-    ("linearised", "changing"),
+    ("linearised", "changing", "known_views"),
     ("compiled",),
     ("problem",),
     ("linear_solve", "adjoints"),

@@ -546,7 +546,9 @@ def _compile(
 
     # The compiler keeps its graphs on the code object, so each function needs one of its own.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    options: dict[str, Any] = {"guard_filter_fn": filtered}
+    from implicitly.known_views import KnownViews  # which imports the compiler
+
+    options: dict[str, Any] = {"guard_filter_fn": filtered, "post_grad_custom_pre_pass": KnownViews()}
     if in_c:
         # Compiled separately, with few optimisations, it takes half as long, and the graph runs as fast.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
