@@ -313,3 +313,32 @@ def test_where_the_default_falls_short_some_hundred_unknowns_have_a_dense_matrix
     z = im.root(lambda z, b: z @ A.T - b, torch.zeros_like(b), b, solver=im.Newton()).value
     (found,) = torch.autograd.grad(z.sum(), b)
     torch.testing.assert_close(found[0], torch.linalg.solve(A.T, torch.ones(n, dtype=D)), rtol=1e-8, atol=1e-12)
+
+
+def _qp(p):
+    eye = torch.eye(3, dtype=D)
+    return im.qp(eye, p, torch.cat([eye, -eye]), torch.ones(6, dtype=D)).value
+
+
+OVERFLOWING = {
+    "root": lambda p: im.root(lambda z, p: z**3 + z - p, torch.zeros_like(p), p).value,
+    "argmin": lambda p: im.argmin(lambda z, p: ((z - p) ** 2 + z**4).sum(-1), torch.zeros_like(p), p).value,
+    "qp": _qp,
+    "linear_solve": lambda p: im.linear_solve(lambda u: 3 * u, p).value,
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_the_gradient_scaler_leaves_out_a_step_that_overflows(name):
+    """Only a warning: an error would end the training, where the scaler goes on with a smaller scale."""
+    parameter = torch.nn.Parameter(0.3 * torch.ones(2, 3, dtype=D))
+    optimizer, scaler = torch.optim.SGD([parameter], 0.1), torch.amp.GradScaler("cpu")
+    loss = OVERFLOWING[name](parameter).sum()
+    with pytest.warns(im.ConvergenceWarning, match=f"backward solve of {name}.*the gradient that comes in"):
+        scaler.scale(loss * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter.detach(), torch.full_like(parameter, 0.3))
+    assert scaler.get_scale() == 2.0**15
+    with pytest.warns(im.ConvergenceWarning, match="backward solve"):  # only that of the good sample is finite
+        (OVERFLOWING[name](parameter) * torch.tensor([[1.0], [float("nan")]])).sum().backward()

@@ -82,6 +82,20 @@ class Condition:
         """`found` with statuses corrected by `examine`."""
         return found if self.examine is None else self.examine(self.at(*theta), found)
 
+    def announce(self, solver: Solver, found: Found, theta: tuple[Tensor, ...]) -> None:
+        """Report the samples of `found` that fell short.
+
+        Where the cotangent that comes in is NaN or inf, a derivative warns at most: as any other layer does, it
+        passes that on, which the gradient scaler of mixed precision looks for, to leave out the step.
+        """
+        report, status = self.report, found.status
+        if report.of_derivative and report.on_failure == "raise" and not all_converged(status):
+            lost = ~theta[0].isfinite().all(1)
+            of_lost = status.masked_fill(~lost, int(Status.CONVERGED))
+            replace(report, on_failure="warn")(self.name, solver, found._replace(status=of_lost))
+            found = found._replace(status=status.masked_fill(lost, int(Status.CONVERGED)))
+        report(self.name, solver, found)
+
 
 @dataclass(frozen=True)
 class Graphs:
@@ -99,6 +113,7 @@ class Report:
     unpack: Callable[[Found], Solution] | None = None
     message: Callable[[str, Solver, Found, Tensor], str] | None = None  # instead of `explain`
     patient: bool = False  # whether another solver will be tried on the samples that fail here
+    of_derivative: bool = False  # whether the solve is the linear one of a derivative
 
     def __post_init__(self):
         check_on_failure(self.on_failure)

@@ -197,13 +197,19 @@ class Opened:
                 return self.f(state, *args)
         placed = [(home, given[i]) for home, (_, i) in zip(self.homes, self.places)]
         if transformed:  # torch.func refuses to change buffers in place, and derivatives should not update them
-            placed = [*self._copied_buffers(), *placed]
+            placed += self._copied_buffers({(id(held), name) for held, name in self.homes})
         with exchanged(placed):
             return self.f(state, *args)
 
-    def _copied_buffers(self) -> list[tuple[Home, Tensor]]:
-        """The places where the modules hold buffers, with a copy of each buffer."""
-        held = [(part._buffers, n, b) for part in self.parts for n, b in part._buffers.items() if b is not None]
+    def _copied_buffers(self, filled: set[tuple[int, str]]) -> list[tuple[Home, Tensor]]:
+        """The places where the modules hold buffers, except those `filled`, with a copy of each buffer."""
+        held = [
+            (part._buffers, name, b)
+            for part in self.parts
+            for name, b in part._buffers.items()
+            # A buffer that a transform maps is filled already, and where f is mapped anew, it cannot be copied.
+            if b is not None and (id(part._buffers), name) not in filled
+        ]
         copies = {id(b): b.clone() for *_, b in held}
         return [((home, name), copies[id(b)]) for home, name, b in held]
 

@@ -211,7 +211,7 @@ class _Find(Opaque):
         found = run(solver, condition, start[0], theta, *start[1:])
         if not found.ahead:
             found = condition.examined(found, theta)
-            condition.report(condition.name, solver, found)
+            condition.announce(solver, found, theta)
         # Outputs must not alias inputs: a converged start is its own answer.
         z = found.z.clone() if found.z is start[0] else found.z
         return z, *found[1:5], *found.estimate, *found.ahead
@@ -529,7 +529,7 @@ def pushed(condition: Condition) -> Condition:
 def _linear(condition: Condition, bind: Callable[..., Map], name: str) -> Condition:
     sample_dims = None if condition.sample_dims is None else (0, 0, *condition.sample_dims)
     message = condition.report.message or partial(explain, remedy=LINEAR_REMEDY)
-    report = replace(condition.report, unpack=None, message=message)
+    report = replace(condition.report, unpack=None, message=message, of_derivative=True)
     snapshot = condition.snapshot
     return Condition(bind, name, condition.dtype, report, linear=True, sample_dims=sample_dims, snapshot=snapshot)
 

@@ -1,8 +1,8 @@
 """Tells Inductor which tensors in the body of a loop are views of which others.
 
-PyTorch 2.13 notes a storage of its own for some views in the body of a loop. A pass of Inductor then writes in place
-into a tensor that such a view still reads. With `compile=True`, gradients through an f that assigns to slices,
-`d[:, 0] = x`, would silently be wrong.
+PyTorch 2.13 notes a storage of its own for some views in the body of a loop. A pass of Inductor then writes in
+place into a tensor that such a view still reads. With `compile=True`, gradients through an f that assigns to
+slices, `d[:, 0] = x`, would silently be wrong.
 """
 
 from __future__ import annotations

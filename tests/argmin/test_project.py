@@ -488,7 +488,7 @@ def test_plans_that_fail_are_told_and_harm_no_other():
 def test_a_plan_whose_gradient_is_nan_says_where_that_comes_from():
     cost, row = torch.rand(1, 3, 3, requires_grad=True), torch.ones(3)
     X = project.sinkhorn(cost, row, row)
-    with pytest.raises(im.SolverError, match=r"backward solve of sinkhorn.*the gradient that comes in"):
+    with pytest.warns(im.ConvergenceWarning, match=r"backward solve of sinkhorn.*the gradient that comes in"):
         (X * float("nan")).sum().backward()
 
 

@@ -281,6 +281,26 @@ def test_nothing_of_a_transform_leaks(transform):
     assert_close(layer(x.detach()), im.nn.DEQ(layer.cell)(x.detach()), atol=1e-4, rtol=1e-4)
 
 
+class WithBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.randn(4))
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.linear(z) + x + self.shift)
+
+
+def test_gradients_of_an_ensemble_whose_buffers_are_mapped():
+    layers = [im.nn.DEQ(WithBuffer()) for _ in range(3)]
+    parameters, buffers = stack_module_state(layers)
+    base, x = copy.deepcopy(layers[0]), torch.randn(5, 4)
+    each = vmap(grad(lambda p, b: functional_call(base, (p, b), (x,)).sin().sum()))(parameters, buffers)
+    for i, layer in enumerate(layers):
+        layer(x).sin().sum().backward()
+        assert_close(each["cell.linear.weight"][i], layer.cell.linear.weight.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_an_ensemble_by_vmap():
     layers = [im.nn.DEQ(Dense()) for _ in range(3)]
     parameters, buffers = stack_module_state(layers)

@@ -475,6 +475,17 @@ def test_dropout_in_an_ensemble(randomness):
     assert module_of(base).held.numel() == 0
 
 
+def test_batch_norm_in_an_ensemble():
+    layers = [layer_of("batch_norm") for _ in range(2)]
+    parameters, buffers = stack_module_state(layers)
+    base, x = copy.deepcopy(layers[0]), torch.randn(5, 4, dtype=DOUBLE)
+    out = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)  # warnings are errors
+    for i, layer in enumerate(layers):
+        assert_close(out[i], layer(x))
+        for key, b in layer.named_buffers():
+            assert_close(buffers[key][i], b)
+
+
 @pytest.mark.parametrize("name", ["dropout", "weight_norm"])
 def test_under_func_grad(name):
     layer = layer_of(name)

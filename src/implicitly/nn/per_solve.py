@@ -203,8 +203,10 @@ class BatchNorm(PerSolve):
         variance, mean = torch.var_mean(x.to(self.running_mean.dtype), dims, correction=0)
         with torch.no_grad():
             count = x.numel() / x.shape[1]
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), self.momentum)
+            # Not `lerp_`, which vmap knows only as a slow loop, with a warning.
+            self.running_mean += self.momentum * (mean.detach() - self.running_mean)
+            unbiased = variance.detach() * count / max(count - 1, 1)
+            self.running_var += self.momentum * (unbiased - self.running_var)
         return torch.stack([mean, variance])
 
     @property

@@ -226,7 +226,7 @@ class HybridStepper(Stepper):
         )
         xp, turned = library(slopes), first < -1
         for i in range(len(self.events)):
-            turned = xp.where(first == i, sign[:, i] * slopes[:, i] >= 0, turned)
+            turned = xp.where(first == i, sign[:, i] * slopes[:, i] > 0, turned)
         return turned
 
     def _first_event(self, step: Step, memory: Memory, found: Scan, hits: Array) -> tuple[Array, Array, Array]:
