@@ -707,6 +707,9 @@ def test_records_without_values_are_refused_with_what_to_use_instead():
             torch.func.linearize(lambda W, solve=solve: solve(W).value, W)
         with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError, match=name):
             solve(W)
+    x, W = x.to("meta"), W.to("meta")
+    with torch.device("meta"), pytest.raises(NotImplementedError, match=r"fixed_point: .*'meta'"):
+        solves["fixed_point"](W)
 
 
 def test_an_error_of_f_stays_what_it_is_where_operations_are_recorded():

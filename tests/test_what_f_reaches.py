@@ -123,6 +123,27 @@ def test_a_tensor_that_f_only_reaches_later_is_refused_then(w):
             solve(X)
 
 
+def test_lazy_modules_are_to_be_called_first():
+    x = torch.ones(2, 3)
+    for layer, f in ((im.nn.DEQ, nn.LazyLinear(3)), (im.nn.NeuralODE, nn.LazyLinear(3))):
+        cell = Takes(f)
+        with pytest.raises(ValueError, match=r"LazyLinear that does not know.*call f"):
+            layer(cell)(x)
+        cell(x, x)
+        layer(cell)(x)
+
+
+class Takes(nn.Module):
+    """A cell, and a field of a differential equation, of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return 0.1 * self.layer(inputs[0] + inputs[-1]).tanh()
+
+
 def test_what_f_reaches_but_never_uses_changes_nothing():
     w, x = torch.ones(4, dtype=torch.float64, requires_grad=True), X.clone().requires_grad_()
     unused = lambda z, x: 0.1 * z + x if x.numel() else w * z + x  # noqa: E731

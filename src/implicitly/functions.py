@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -347,6 +348,12 @@ def _held_by(parts: dict[str, nn.Module]) -> _Held:
     constants: list[tuple[str, Tensor, int]] = []
     slots: list[_Slot] = []
     for prefix, module in parts.items():
+        lazy: Any = module
+        if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
+            raise ValueError(
+                f"f has a {type(module).__name__} that does not know the shapes of its parameters yet; call f (or "
+                "the cell of a layer) once by itself before the first solve, as in cell(z, x)"
+            )
         for home in (module._parameters, module._buffers):
             for name, tensor in home.items():
                 if tensor is None:

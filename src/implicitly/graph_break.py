@@ -43,9 +43,9 @@ NOT_EXPORTED = (
 
 # Said where operations are recorded, or tensors are fake.
 NOT_RECORDED = (
-    "the number of steps of a solve depends on the values of tensors, which torch.func.linearize, make_fx and "
-    "FakeTensorMode do not have. Use torch.func.jvp, which gives the same products, with torch.func.vmap for "
-    "several at once; for graphs, compile=True or torch.compile"
+    "the number of steps of a solve depends on the values of tensors, which torch.func.linearize, make_fx, "
+    "FakeTensorMode and the device 'meta' do not have. Use torch.func.jvp, which gives the same products, with "
+    "torch.func.vmap for several at once; for graphs, compile=True or torch.compile"
 )
 
 
@@ -95,7 +95,9 @@ def one_break_unless(traceable: Callable[..., bool]) -> Callable[[Callable[P, R]
 
 def _asked_for_a_number(error: RuntimeError) -> bool:
     """Whether the solve read the value of a tensor that has none: a fake one, or one that a tracer records."""
-    return "tracing tensor" in str(error) or type(error).__name__ == "DataDependentOutputException"
+    text = str(error)
+    asked = "tracing tensor" in text or "called on meta tensors" in text
+    return asked or type(error).__name__ == "DataDependentOutputException"
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:
