@@ -18,7 +18,7 @@ def test_list_and_help_import_no_optional_package(capsys):
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip().endswith("[]")
-    assert re.search("deq-image +Image classification by the equilibrium", process.stdout)
+    assert re.search("deq-image +Image classification with a deep equilibrium model", process.stdout)
     assert "usage: implicitly COMMAND" in process.stdout
 
 

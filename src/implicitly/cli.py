@@ -24,25 +24,25 @@ from implicitly.solution import SolverError
 USAGE = """\
 usage: implicitly COMMAND ...
 
-Implicit layers for PyTorch: say what the output must satisfy; any solver finds it, one theorem
-differentiates it.
+Implicit layers for PyTorch: you state a condition on the output, a solver finds an output that
+satisfies it, and the implicit function theorem gives the gradient.
 
 commands:
-  tour                 two minutes of it: train a model, see the memory it saves, check its gradient,
-                       watch what flows can and cannot do, learn the faces of polygons
-  list                 the recipes: models that can be trained from here
-  fit RECIPE [...]     train one; `implicitly fit RECIPE --help` lists its options
+  tour                 a demonstration that takes two minutes: train a model, measure the memory it
+                       saves, check its gradient, train neural ODEs, learn polygons
+  list                 list the recipes, which are example models to train
+  fit RECIPE [...]     train a recipe; `implicitly fit RECIPE --help` lists its options
 
 options:
-  -h, --help           show this and leave
-  --version            show the version and leave
+  -h, --help           show this help message and exit
+  --version            show the version and exit
 """
 
 FIT_USAGE = """\
 usage: implicitly fit RECIPE [options]
 
-Train a model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists them; where
-trainings are long, --resume continues an interrupted run.
+Train an example model. Every hyperparameter is an option: `implicitly fit RECIPE --help` lists
+them. Recipes with long training runs have --resume, which continues an interrupted run.
 
 recipes:
 {recipes}
@@ -51,7 +51,7 @@ recipes:
 LIST_USAGE = """\
 usage: implicitly list
 
-Show the recipes, and what each trains.
+List the recipes and what each one trains.
 """
 
 # The extra of this package that installs a module, for those that may be missing.

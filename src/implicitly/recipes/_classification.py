@@ -46,37 +46,39 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The options that all such recipes have."""
+    """The options that all image recipes share."""
 
     dataset: ImageSet = "digits"
-    """What to classify. The digits come with scikit-learn; the others from a folder or the hub."""
+    """Data set. The digits come with scikit-learn; the others are read from --data or the Hugging Face hub."""
     data: Path | None = None
-    """Folder that holds mnist/ or cifar10/. Default: what IMPLICITLY_DATA names, else the hub."""
+    """Folder that contains mnist/ or cifar10/. Default: the folder in the environment variable IMPLICITLY_DATA;
+    if that is not set, the Hugging Face hub."""
     cache: Path = Path("runs/cache")
-    """Folder for decoded images."""
+    """Folder in which decoded images are cached."""
     out: Path | None = None
-    """Folder of the run: checkpoints and logs. Default: runs/RECIPE/DATASET-N, the next N."""
+    """Output folder for checkpoints and logs. Default: runs/RECIPE/DATASET-N, with the next free number N."""
     resume: bool = False
-    """Continue the run in --out, or else the newest one, from its last checkpoints."""
+    """Continue the run in --out, or the newest run if --out is not given, from its last checkpoints."""
     models: tuple[str, ...] = ()
     """Which networks to train."""
 
     epochs: int = 12
     """Passes over the training set."""
     max_steps: int | None = None
-    """Stop each training after so many steps, even within an epoch."""
+    """Stop each training after this many steps, even in the middle of an epoch."""
     batch_size: int = 64
-    """Images in a training step."""
+    """Images per training step."""
     learning_rate: float = 1e-3
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     validation: float = 0.1
-    """Share of the training set that is held out to choose the best checkpoint."""
+    """Fraction of the training set that is held out to choose the best checkpoint."""
     seed: int = 0
-    """Fixes the weights, the held-out images and the order of the batches (exactly so on a CPU)."""
+    """Random seed of the initial weights, the held-out images and the order of the batches; runs on a CPU are
+    exactly reproducible."""
     precision: Precision = "32-true"
-    """Of Lightning's Trainer."""
+    """Floating-point precision, as in Lightning's Trainer."""
     accelerator: Accelerator = "auto"
-    """Of Lightning's Trainer."""
+    """Device to train on, as in Lightning's Trainer."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -54,33 +54,33 @@ KEPT = 2**28
 
 @dataclass(frozen=True)
 class Config(ImageConfig):
-    """Image classification by the equilibrium of one convolutional cell, beside a ResNet of equal size."""
+    """Image classification with a deep equilibrium model, compared with a ResNet of equal size."""
 
     models: tuple[ModelName, ...] = ("deq", "quick", "unrolled", "resnet")
-    """Which networks to train."""
+    """Networks to train."""
 
     channels: int = 48
     """Channels of the equilibrium z."""
     inner_channels: int = 64
     """Channels between the two convolutions of the cell."""
     groups: int = 8
-    """Groups of the group norms; divides both numbers of channels."""
+    """Groups in the group norms; must divide --channels and --inner-channels."""
     stem_stride: int = 1
-    """2 halves height and width before the cell, which makes everything about four times cheaper."""
+    """Stride of the first convolution; 2 halves height and width and makes training about four times cheaper."""
     pooled_size: int = 4
-    """Height and width that average pooling leaves to the last, linear layer."""
+    """Height and width after average pooling, before the final linear layer."""
     rtol: float = 1e-2
-    """The solver stops at |f(z) - z| <= rtol |f(z)|."""
+    """Relative tolerance: the solver stops when |f(z) - z| <= rtol |f(z)|."""
     solver_steps: int = 25
-    """Most steps of the solver."""
+    """Maximum number of solver steps."""
     history: int = 5
-    """Iterates that Anderson acceleration combines."""
+    """Number of past iterates that Anderson acceleration combines."""
     quick_steps: int = 3
-    """Steps of the solver for each image and epoch when the quick one trains."""
+    """Solver steps per image and epoch when the network "quick" is trained."""
     unroll: int = 10
-    """Applications of the cell in the unrolled net."""
+    """How many times the network "unrolled" applies the cell."""
     blocks: int = 4
-    """Residual blocks of the ResNet."""
+    """Number of residual blocks in the ResNet."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,42 +49,42 @@ Network = Literal["plain", "augmented", "resnet"]
 
 @dataclass(frozen=True)
 class Config:
-    """Neural ODEs in the plane and on the line: what flows cannot do, and augmented ones can."""
+    """Maps that a neural ODE cannot represent but an augmented one can: separate a disc from a ring, square x."""
 
     tasks: tuple[Task, ...] = ("circles", "square")
-    """What to learn."""
+    """Tasks to train on."""
     networks: tuple[Network, ...] = ("plain", "augmented", "resnet")
-    """What to learn it with."""
+    """Networks to train."""
     out: Path = Path("runs/ode-circles")
-    """Folder for pictures and weights; those of an earlier run are replaced."""
+    """Output folder for pictures and weights; files of an earlier run are overwritten."""
 
     epochs: int = 24
-    """Most passes over the training points."""
+    """Maximum number of passes over the training points."""
     stop_circles: float = 0.05
-    """Stop a training for the circles when the mean cross-entropy of an epoch falls below."""
+    """On the circles, stop training when the mean cross-entropy of an epoch falls below this."""
     stop_square: float = 0.02
-    """Stop one for the square when the mean squared error of an epoch falls below."""
+    """On the square, stop training when the mean squared error of an epoch falls below this."""
     energy: float = 0.01
-    """Weight of the kinetic energy in the loss of the circles; it keeps paths short and straight."""
+    """Weight of the kinetic-energy penalty in the loss on the circles; it favours short, straight paths."""
     points: int = 2000
-    """Points to train with, and as many others to test with."""
+    """Number of training points; the test set has as many."""
     batch_size: int = 250
-    """Points in a training step."""
+    """Points per training step."""
     learning_rate: float = 2e-2
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     seed: int = 0
-    """Fixes the points, the weights and the order of the batches."""
+    """Random seed of the points, the initial weights and the order of the batches."""
     progress: bool = True
     """Show a progress bar."""
 
     width: int = 32
     """Units in each of the two hidden layers of f."""
     augment: int = 1
-    """Dimensions that the augmented network has more."""
+    """Extra dimensions of the augmented network."""
     blocks: int = 5
-    """Steps of the ResNet."""
+    """Number of residual blocks in the ResNet."""
     rtol: float = 1e-3
-    """Relative and absolute tolerance of the solver in training and tests."""
+    """Relative and absolute tolerance of the ODE solver in training and testing."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "epochs", "points", "batch_size", "width", "augment", "blocks")

@@ -46,38 +46,38 @@ Name = Literal["free", "penalised"]
 
 @dataclass(frozen=True)
 class Config:
-    """A neural ODE on the line that learns x -> x^3, with and without the Taylor regulariser."""
+    """A neural ODE that learns x -> x^3, with and without a penalty that makes it cheaper to solve."""
 
     names: tuple[Name, ...] = ("free", "penalised")
-    """What to train."""
+    """Networks to train."""
     out: Path = Path("runs/ode-easy")
-    """Folder for the picture and weights; those of an earlier run are replaced."""
+    """Output folder for the picture and weights; files of an earlier run are overwritten."""
 
     order: int = 3
-    """K, which derivative along the trajectory is penalised."""
+    """Order K of the time derivative d^K y/dt^K that is penalised."""
     weight: float = 1e-3
-    """Of the penalty in the loss."""
+    """Weight of the penalty in the loss."""
     target: float = 5e-4
-    """A training ends when the mean squared error falls below, so that calls of f are compared at equal loss."""
+    """Stop training when the mean squared error falls below this, to compare calls of f at equal loss."""
     steps: int = 600
-    """Most training steps, each with all points."""
+    """Maximum number of training steps; each uses all points."""
     points: int = 64
-    """Points to train with, evenly spaced."""
+    """Number of training points, evenly spaced."""
     learning_rate: float = 1e-2
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     seed: int = 0
-    """Fixes the weights."""
+    """Random seed of the initial weights."""
     progress: bool = True
     """Show a progress bar."""
 
     width: int = 32
     """Units in each of the two hidden layers of f."""
     gain: float = 6.0
-    """The hidden weights start so many times as large as Glorot and Bengio's."""
+    """Gain of the Xavier initialisation of the hidden layers."""
     dt: float = 0.125
-    """Step of the classical Runge-Kutta method in training."""
+    """Step size of the classical Runge-Kutta method (RK4) in training."""
     tolerance: float = 1e-8
-    """Relative and absolute tolerance of Dopri5 in the test."""
+    """Relative and absolute tolerance of Dopri5 in testing."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "order", "steps", "points", "width")

@@ -47,28 +47,29 @@ from implicitly.viz.style import COLOURS, new_figures, title
 
 @dataclass(frozen=True)
 class Config:
-    """Lotka-Volterra rates, and a neural correction, fitted to the lynx and hare pelts of 1900 to 1920."""
+    """A Lotka-Volterra model, with and without a neural correction, fitted to lynx and hare pelts (1900-1920)."""
 
     out: Path | None = None
-    """Folder for picture, tables and fits, replaced if there. Default: runs/ode-fit/lynx-hare-N, the next N."""
+    """Output folder for picture, tables and fits, which are overwritten. Default: runs/ode-fit/lynx-hare-N, with
+    the next free number N."""
     fitted_years: int = 16
-    """The first so many of the 21 years are fitted; the others are held out."""
+    """Number of years to fit, from the first of the 21; the others are held out."""
     guess: tuple[float, float, float, float] = (1.0, 0.1, 1.0, 0.1)
-    """Where the search for alpha, beta, gamma and delta begins."""
+    """Initial guess of alpha, beta, gamma and delta."""
     steps: int = 200
-    """Most steps of L-BFGS for the rates."""
+    """Maximum number of L-BFGS steps for the rates."""
     network_steps: int = 100
-    """Most steps of L-BFGS for rates and network."""
+    """Maximum number of L-BFGS steps for the rates and the network together."""
     hidden: int = 8
-    """Units of the network's one hidden layer."""
+    """Units in the hidden layer of the network."""
     correction: float = 0.1
-    """How large the correction is expected to be, per year: in each fitted year, normal with this deviation."""
+    """Prior standard deviation of the network's correction to the growth rates, per year."""
     rtol: float = 1e-6
-    """Relative and absolute tolerance of the solver, in the logarithms of the populations."""
+    """Relative and absolute tolerance of the ODE solver, for the logarithms of the populations."""
     years_beyond: int = 10
-    """Years drawn beyond 1920."""
+    """How many years after 1920 the picture shows."""
     seed: int = 0
-    """Fixes the first weights of the network."""
+    """Random seed of the initial weights of the network."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "steps", "network_steps", "hidden")

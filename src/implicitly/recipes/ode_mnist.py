@@ -60,28 +60,28 @@ DEPTH_IMAGES = 32  # of the batch whose memory is measured
 
 @dataclass(frozen=True)
 class Config(ImageConfig):
-    """An ODE-Net beside a ResNet: a flow in the place of residual blocks, on MNIST or the digits."""
+    """Image classification with a neural ODE in place of residual blocks, compared with a ResNet."""
 
     dataset: Dataset = "digits"
-    """What to classify. The digits come with scikit-learn; MNIST from a folder or the hub."""
+    """Data set. The digits come with scikit-learn; MNIST is read from --data or the Hugging Face hub."""
     models: tuple[ModelName, ...] = ("odenet", "resnet")
-    """Which networks to train."""
+    """Networks to train."""
 
     channels: int | None = None
-    """Channels of the state. Default: 64, as in the paper; 32 for the digits."""
+    """Channels of the state. Default: 64, as in the paper, or 32 for the digits."""
     downsamplings: int | None = None
-    """Convolutions of the stem that halve height and width. Default: 2, as in the paper; 1 for the digits."""
+    """Convolutions in the stem that halve height and width. Default: 2, as in the paper, or 1 for the digits."""
     groups: int = 8
-    """Groups of the group norms; divides the channels."""
+    """Groups in the group norms; must divide --channels."""
     blocks: int = 6
-    """Residual blocks of the ResNet."""
+    """Number of residual blocks in the ResNet."""
     tolerance: float = 1e-3
-    """Relative and absolute tolerance of the solver in training."""
+    """Relative and absolute tolerance of the ODE solver during training."""
 
     tolerances: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """Tolerances to test the trained flow with."""
+    """Solver tolerances at which the trained neural ODE is tested."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Numbers of steps, and of residual blocks, whose memory is measured."""
+    """Numbers of solver steps, and of residual blocks, for which memory is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,44 +75,46 @@ REACH = 100  # rollouts are this many times as long as the motions seen in train
 
 @dataclass(frozen=True)
 class Config:
-    """Hamiltonian and Lagrangian networks beside a plain one: whose energy drifts on a spring and pendulums."""
+    """Energy drift of Hamiltonian, Lagrangian and plain networks that learn a spring and pendulums."""
 
     systems: tuple[SystemName, ...] = ("spring", "pendulum", "double pendulum")
-    """What moves. Masses, lengths, gravity and stiffness are 1."""
+    """Mechanical systems to learn. All masses, lengths, stiffnesses and the gravity are 1."""
     models: tuple[ModelName, ...] = ("plain", "hamiltonian", "lagrangian")
-    """Which networks to train."""
+    """Networks to train."""
     out: Path | None = None
-    """Folder of the run: checkpoints, logs, pictures. Default: runs/ode-physics/motion-N, the next N."""
+    """Output folder for checkpoints, logs and pictures. Default: runs/ode-physics/motion-N, the next
+    free N."""
     resume: bool = False
-    """Continue the run in --out, or else the newest one, from its last checkpoints."""
+    """Continue the run in --out, or the newest run if --out is not given, from its last checkpoints."""
 
     motions: int = 400
-    """Motions in the training set, each from a start of its own."""
+    """Number of training trajectories, each with its own initial state."""
     horizon: float = 2.0
-    """Length of a motion, in time; a small swing of the pendulum takes 6.3. Rollouts are 100 times as long."""
+    """Duration of a training trajectory; a small swing of the pendulum takes 6.3. Rollouts are 100 times as
+    long."""
     points: int = 21
-    """States known of each motion, at equal distances."""
+    """Observed states per trajectory, evenly spaced in time."""
     noise: float = 0.0
-    """Standard deviation of the noise on training data, relative to that of the data."""
+    """Standard deviation of the noise added to the training data, relative to that of the data."""
     fit_to: Literal["derivatives", "windows"] = "derivatives"
-    """Fit the networks to dy/dt, or to the next --window states."""
+    """What to fit: the derivatives dy/dt, or windows of the next --window states."""
     window: int = 2
-    """States that are predicted from one, where windows are fitted."""
+    """With --fit-to windows: how many states to predict from one state."""
 
     epochs: int = 60
     """Passes over the training set."""
     batch_size: int = 256
-    """States (or windows) in a training step."""
+    """States (or windows) per training step."""
     learning_rate: float = 5e-3
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     width: int = 64
     """Units in each of the two hidden layers."""
     seed: int = 0
-    """Fixes the motions, the weights and the order of the batches."""
+    """Random seed of the trajectories, the initial weights and the order of the batches."""
     rollouts: int = 8
-    """Test motions that are followed over 100 times the horizon."""
+    """Number of test trajectories, each simulated for 100 times --horizon."""
     tolerance: float = 1e-6
-    """Of the solver (Dopri8) in rollouts, relative and absolute."""
+    """Relative and absolute tolerance of the ODE solver (Dopri8) in rollouts."""
     progress: bool = True
     """Show a progress bar."""
 

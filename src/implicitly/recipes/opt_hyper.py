@@ -62,44 +62,44 @@ LEARNED = {"decays": ("decay",), "weights": ("weight",), "both": ("decay", "weig
 
 @dataclass(frozen=True)
 class Config:
-    """Weight decays and data weights learned by implicit gradients, on digits with wrong labels."""
+    """Weight decays and per-image weights learned by implicit differentiation, on digits with wrong labels."""
 
     out: Path = Path("runs/opt-hyper")
-    """Folder for the picture and the table; those of an earlier run are replaced."""
+    """Output folder for the picture and the table; files of an earlier run are overwritten."""
     noise: float = 0.4
-    """Share of the training images that get a wrong label."""
+    """Fraction of the training images that get a wrong label."""
     clean: int = 200
-    """Images with right labels, taken from the training set."""
+    """Number of images with correct labels, taken from the training set for validation."""
     held_out: int = 50
-    """So many of the clean ones are not learned from; they choose the step."""
+    """How many of the clean images are held out to choose the best step."""
     seeds: int = 3
-    """Splits, noises and first weights; each row of the table is a mean over them."""
+    """Number of random seeds (for split, noise and initial weights) that the table averages over."""
     seed: int = 0
     """The first seed."""
     progress: bool = True
     """Show a progress bar."""
 
     hidden: int = 24
-    """Units of the network's hidden layer."""
+    """Units in the hidden layer of the network."""
     decay: float = 1e-2
-    """Weight decay without tuning, and where learning starts."""
+    """Weight decay without tuning, and initial value of the learned decays."""
     grid: tuple[float, float, int] = (1e-4, 1e-1, 9)
-    """Weight decays to try: the first, the last, and how many; evenly spaced in the logarithm."""
+    """Weight decays of the grid search: smallest, largest, and how many (evenly spaced in the logarithm)."""
     steps: int = 500
-    """Most steps of L-BFGS in a training from scratch."""
+    """Maximum number of L-BFGS steps when training from scratch."""
 
     outer_steps: int = 30
-    """Steps of Adam for the hyperparameters."""
+    """Number of Adam steps for the hyperparameters."""
     inner_steps: int = 20
-    """Most steps of L-BFGS that follow each, from where the last training ended."""
+    """Maximum number of L-BFGS steps after each of --outer-steps; they continue from the last weights."""
     decay_rate: float = 0.07
-    """Learning rate for the logarithms of the decays."""
+    """Learning rate of the logarithms of the decays."""
     weight_rate: float = 0.2
-    """Learning rate for the weights, before the sigmoid."""
+    """Learning rate of the image weights, before the sigmoid."""
     rtol: float = 0.1
-    """Relative tolerance of the conjugate gradients."""
+    """Relative tolerance of the conjugate gradient method."""
     damping: float = 1e-3
-    """Added to the Hessian, which is indefinite at times as the network is not convex."""
+    """Multiple of the identity added to the Hessian, which is sometimes indefinite, as the loss is not convex."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seeds", "hidden", "steps", "outer_steps", "inner_steps", "held_out")

@@ -45,27 +45,27 @@ EDGE = 0.1  # a face counts if it contributes an edge of this length; learned po
 
 @dataclass(frozen=True)
 class Config:
-    """Convex polygons whose faces are learned from points inside and outside, by projecting onto them."""
+    """A projection layer that learns a convex polygon from points inside and outside it."""
 
     polygons: tuple[int, ...] = (3, 5, 8)
-    """What to learn: random polygons with so many faces."""
+    """Numbers of faces (edges) of the random polygons to learn."""
     out: Path = Path("runs/opt-polytope")
-    """Folder for the picture and weights; those of an earlier run are replaced."""
+    """Output folder for the picture and weights; files of an earlier run are overwritten."""
 
     faces: int = 16
-    """Rows of G. Those too many end where they cut nothing off."""
+    """Rows of G, the most faces that can be learned; surplus rows become inactive."""
     margin: float = 0.5
-    """How far a projection should move an outside point at the start; it falls to 0 in the end."""
+    """Initial distance by which the projection should move an outside point; it decreases to 0 during training."""
     epochs: int = 50
     """Passes over the training points."""
     points: int = 2000
-    """Points to train with; ten times as many others to test with."""
+    """Number of training points; the test set has ten times as many."""
     batch_size: int = 250
-    """Points in a training step."""
+    """Points per training step."""
     learning_rate: float = 3e-2
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     seed: int = 0
-    """Fixes the polygons, the points and the order of the batches."""
+    """Random seed of the polygons, the points and the order of the batches."""
     progress: bool = True
     """Show a progress bar."""
 

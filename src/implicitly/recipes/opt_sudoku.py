@@ -54,42 +54,43 @@ CHUNK = 250  # boards that are tested at once
 
 @dataclass(frozen=True)
 class Config:
-    """A quadratic program that learns the rules of 4x4 Sudoku from examples, beside a convolutional network."""
+    """A quadratic program that learns the rules of 4x4 Sudoku from examples, compared with a convolutional net."""
 
     networks: tuple[Network, ...] = ("optnet", "conv")
-    """What to train."""
+    """Networks to train."""
     data: Path | None = None
-    """Folder that holds sudoku4_optnet/. Default: what IMPLICITLY_DATA names, else boards are made here."""
+    """Folder that contains sudoku4_optnet/. Default: the folder in the environment variable IMPLICITLY_DATA; if
+    that is not set, boards are generated."""
     out: Path = Path("runs/opt-sudoku")
-    """Folder for pictures and weights; those of an earlier run are replaced."""
+    """Output folder for pictures and weights; files of an earlier run are overwritten."""
 
     boards: int = 4000
-    """Boards to train with; the others are for tests."""
+    """Number of training boards; the others are for testing."""
     held_out: float = 0.1
-    """Share of the 288 solutions that no training board has."""
+    """Fraction of the 288 solutions that are held out, with all their puzzles, for testing."""
     batch_size: int = 100
-    """Boards in a training step."""
+    """Boards per training step."""
     epochs: int = 6
-    """Passes of the OptNet over the training boards."""
+    """Passes over the training boards for the OptNet."""
     conv_epochs: int = 20
-    """Those of the convolutional network, which are quick."""
+    """Passes over the training boards for the convolutional network, which trains faster."""
     learning_rate: float = 3e-2
-    """Of Adam for the OptNet at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam for the OptNet; a cosine schedule lowers it to 0."""
     conv_learning_rate: float = 3e-3
-    """The same for the convolutional network."""
+    """Initial learning rate of Adam for the convolutional network."""
     seed: int = 0
-    """Fixes the weights, which boards are for what, and the order of the batches."""
+    """Random seed of the initial weights, the data split and the order of the batches."""
     progress: bool = True
     """Show a progress bar."""
 
     equations: int = 40
-    """Rows of A. The rules have rank 40: with fewer they cannot be stated, more leave too few boards feasible."""
+    """Rows of A. The rules of Sudoku have rank 40: fewer rows cannot express them; more exclude valid boards."""
     ridge: float = 0.1
-    """Weight of |z|^2 in the program; without it, z would jump from board to board as A changes."""
+    """Weight of |z|^2 in the objective; without it, z would not be a continuous function of A."""
     channels: int = 32
-    """Of each hidden layer of the convolutional network."""
+    """Channels in each hidden layer of the convolutional network."""
     layers: int = 5
-    """Hidden layers of the convolutional network."""
+    """Number of hidden layers in the convolutional network."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "boards", "batch_size", "epochs", "conv_epochs", "equations", "channels", "layers")

@@ -61,31 +61,31 @@ FILES = ("Sim-TMY2.npz", "Sim-TMY3.npz")  # of the years to train with and to te
 
 @dataclass(frozen=True)
 class Config:
-    """Total-variation denoising of a 1-d signal with learned weights, beside the best single weight."""
+    """Total-variation denoising of a 1-d signal with learned weights, compared with the best single weight."""
 
     signal: Literal["steps", "hvac"] = "steps"
-    """Made-up days, or the air flow of a simulated building."""
+    """Signals to denoise: synthetic days (steps), or the air flow of a simulated building (hvac)."""
     data: Path | None = None
-    """Folder that holds hvac/. Default: what IMPLICITLY_DATA names."""
+    """Folder that contains hvac/. Default: the folder in the environment variable IMPLICITLY_DATA."""
     out: Path = Path("runs/opt-tv")
-    """Folder for the picture and weights; those of an earlier run are replaced."""
+    """Output folder for the picture and weights; files of an earlier run are overwritten."""
     models: tuple[Name, ...] = ("one weight", "per place", "network", "convolution")
-    """What to compare."""
+    """Denoisers to compare."""
 
     noise: float = 0.4
-    """Standard deviation of the noise, where that of the signals is 1."""
+    """Standard deviation of the noise, relative to that of the signals."""
     days: int = 256
-    """Made-up days to train with, and as many others to test with."""
+    """Number of synthetic training days; the test set has as many."""
     epochs: int = 50
-    """Passes through the training days."""
+    """Passes over the training days."""
     batch_size: int = 32
-    """Days in a training step."""
+    """Days per training step."""
     learning_rate: float = 1e-2
-    """Of Adam at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam; a cosine schedule lowers it to 0."""
     channels: int = 16
-    """Of the network's hidden layers."""
+    """Channels in the hidden layers of the networks."""
     seed: int = 0
-    """Fixes days, noise, first weights and the order of batches."""
+    """Random seed of the days, the noise, the initial weights and the order of the batches."""
     progress: bool = True
     """Show a progress bar."""
 
