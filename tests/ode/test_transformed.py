@@ -43,6 +43,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reversible": {"solver": im.ReversibleHeun(dt=0.05)},
     "an event": {"solver": im.Dopri5(rtol=1e-9, atol=1e-9), "event": im.Event(fallen)},
     "arc length": {"solver": im.Dopri5(rtol=1e-6), "adjoint": im.RecursiveCheckpointAdjoint(arc_length=True)},
+    "arc length, few steps": {
+        "solver": im.Tsit5(rtol=1e-2, atol=1e-2),
+        "adjoint": im.RecursiveCheckpointAdjoint(arc_length=True),
+    },
     "samples known": {"solver": im.Dopri5(rtol=1e-6), "in_dims": (None, 0)},
 }
 
@@ -156,6 +160,41 @@ def test_steps_are_taken_again_outside_of_the_transform(name, transform):
         assert calls <= 1.2 * len(wrapped)
     else:  # the call that checks what f returns, and the products for a Jacobian of the implicit method
         assert sum(wrapped) <= 3 < 0.1 * len(wrapped)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_forward_mode_with_constant_times(name):
+    y0, t, W, speed = given()
+
+    def values(*inputs: Tensor) -> Tensor:
+        return solved(name)(inputs[0], t, *inputs[1:])
+
+    inputs = y0, W, speed
+    moved = func.jvp(values, inputs, tuple(torch.ones_like(x) for x in inputs))[1]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    rows = [torch.autograd.grad(x, leaves, retain_graph=True) for x in values(*leaves).flatten()]
+    expected = torch.stack([sum(g.sum() for g in row) for row in rows])
+    torch.testing.assert_close(moved.flatten(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_second_derivatives_of_mapped_complex_states():
+    """Complex numbers start at even places of memory only, where an odd number of others may precede them."""
+    _, t, W, speed = given()
+    y0 = torch.randn(2, 3, 2, generator=seeded(8), dtype=D)
+
+    def loss(y0: Tensor, W: Tensor, speed: Tensor) -> Tensor:
+        def turns(t: Tensor, y: Tensor, W: Tensor, speed: Tensor) -> Tensor:
+            return (y @ W.mT.to(y.dtype)) * (0.3 + 0.5j) * speed - 0.1 * y * y.conj() * y
+
+        start = torch.complex(y0, 0.3 * y0)
+        value = im.odeint(turns, start, t, W, speed, batch_dims=1, solver=im.ReversibleHeun(dt=0.1)).value
+        return (value.real.sin() + value.imag).sum()
+
+    hessians = func.vmap(func.hessian(loss, (0, 1, 2)), in_dims=(0, None, None))(y0, W, speed)
+    for i in range(2):
+        expected = torch.autograd.functional.hessian(loss, (y0[i], W, speed))
+        found = tuple(tuple(block[i] for block in row) for row in hessians)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_memory_does_not_hold_all_steps_at_once():

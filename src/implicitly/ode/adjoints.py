@@ -150,6 +150,8 @@ class _Trajectory(Operation):
             found = work.run(times.detach(), y0.detach(), k0, *theta)
         else:
             found = work.run_kept(times, y0, k0, *theta)
+        # Forward mode writes a tangent of the same strides, so that an output cannot be an expanded tensor.
+        found = found._replace(t=found.t.contiguous())
         events = () if found.event_times is None else found[USUAL:]
         return *found.usual, *(work.record or Record()).stacked(times), *events
 

@@ -124,7 +124,8 @@ class Shortcut(Operation):
                 for x, d in zip(tensors[count:], dims[count:])
             ]
             output = Shortcut.apply(_Several(count, linear), *tensors[:count], *several)
-            return output, tuple(x.ndim - 1 for x in output)
+            # With the usual strides for each of them, which complex numbers need.
+            return tuple(x.movedim(-1, 0).contiguous() for x in output), (0,) * len(output)
         linear, merged, split = linear.mapped(size, dims, tensors)
         output = split(Shortcut.apply(linear, *merged))
         return output, (0,) * len(output)
@@ -141,7 +142,9 @@ def _flat(f: Callable[..., Sequence[Tensor]]) -> Callable[..., Tensor]:
 
 def _split(vector: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
     """Undoes `_joined`, for tensors like these."""
-    parts = vector.split([x.numel() * (2 if x.is_complex() else 1) for x in likes])
+    sizes = [x.numel() * (2 if x.is_complex() else 1) for x in likes]
+    # Copies, since complex numbers can start neither at an odd offset nor at multiples of an odd stride.
+    parts = (part.clone(memory_format=torch.contiguous_format) for part in vector.split(sizes))
     shaped = (
         torch.view_as_complex(part.reshape(*like.shape, 2)) if like.is_complex() else part.reshape(like.shape)
         for part, like in zip(parts, likes)
