@@ -111,7 +111,7 @@ class Shortcut(Operation):
         of = of_places(_flat(ctx.linear.exact), tensors, list(given))
         with forward_ad._set_fwd_grad_enabled(True):  # autograd switches it off here; an enclosing jvp needs it
             moved = push(of, tuple(tensors[i] for i in given), tuple(given.values()))
-        return tuple(_split(moved, ctx.likes))
+            return tuple(_split(moved, ctx.likes))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
