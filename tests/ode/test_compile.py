@@ -19,7 +19,7 @@ from torch import nn
 
 import implicitly as im
 from implicitly.host import LOOPS
-from implicitly.ode import adjoints, graph, graph_adjoint, record, work
+from implicitly.ode import derivative, graph, graph_adjoint, record, work
 
 D = torch.float64
 # Of few stages and steps.
@@ -273,8 +273,8 @@ def test_forward_mode_and_second_derivatives(traced):
         return im.odeint(turning, y0, (0.0, 1.0), w, solver=METHOD, compile=c).value[-1].sum()
 
     w = number(0.7)
-    for derivative in (torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
-        found, right = (derivative(end)(w, c) for c in (True, False))
+    for transform in (torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
+        found, right = (transform(end)(w, c) for c in (True, False))
         torch.testing.assert_close(found, right)
 
 
@@ -410,7 +410,7 @@ def test_an_implicit_method_with_lengths_constant_in_arc_length(traced, monkeypa
     assert solution.steps.max() > 2 * graph_adjoint.BLOCK
     assert len(traced) == 2
     # The same steps, through all of them at once: what differs is where Newton's iterations end.
-    monkeypatch.setattr(adjoints, "is_plain", lambda *args: False)
+    monkeypatch.setattr(derivative, "is_plain", lambda *args: False)
     _, right = derivatives(oscillator, y0, t, mu, compile=True, **options)
     torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 

@@ -64,6 +64,17 @@ def test_values_are_those_of_the_exact_solution(solver, error):
     assert (sol.value[:, 0] - exact).abs().max() < error
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+def test_derivatives_where_the_solution_is_zero_at_the_end_of_a_lag(adjoint):
+    """The output is on the first step of the next stretch, which must not be so short that it has no slope."""
+    t, lag = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([0.0, 1.0, 1.7], [1.0]))
+    history, solver = torch.tensor(1.0, dtype=torch.float64), im.Dopri8(rtol=1e-10, atol=1e-11)
+    value = im.ddeint(fall, history, t, lags=lag, solver=solver, adjoint=adjoint).value[1]
+    found = torch.autograd.grad(value, (t, lag))
+    expected = (t.new_tensor([1.0, -1.0, 0.0]), t.new_zeros(1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
 def strongly_delayed(solver) -> Tensor:
     lags, a = (torch.tensor(x, dtype=torch.float64) for x in ((1.0, 0.75), (8.0, 4.0)))
     t = torch.linspace(0, 2.9, 13, dtype=torch.float64)

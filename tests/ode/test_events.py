@@ -401,6 +401,29 @@ def test_several_events_also_at_once(start):
     assert int(solution.status) == im.Status.CONVERGED
 
 
+@pytest.mark.parametrize(
+    "solver", [im.Dopri5(), im.Kvaerno3(), im.Kvaerno5(), im.Adams()], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_events_at_once_may_restart_each_its_own_part(solver, order):
+    """The second of the two steps has length 0, from which implicit methods cannot tell a slope."""
+    limits, lights = tensor(1.0, 2.0), tensor([[0.0, 1.0], [1.0, 0.0]])
+    events = [im.Event(lambda t, y, i=i: y[i] - limits[i], restart=lambda t, y, i=i: y * lights[i]) for i in order]
+    rise = lambda t, y: limits + 0 * y  # noqa: E731
+    solution = im.odeint(rise, tensor(0.0, 0.0), (0.0, 2.5), event=tuple(events), solver=solver)
+    assert solution.event_indices.sort().values.tolist() == [0, 0, 1, 1]
+    torch.testing.assert_close(solution.event_times, tensor(1.0, 1.0, 2.0, 2.0), rtol=0, atol=1e-9)
+    torch.testing.assert_close(solution.value[-1], tensor(0.5, 1.0), rtol=0, atol=1e-9)
+
+
+def test_an_event_whose_g_jumps_may_happen_again():
+    event = im.Event(lambda t, y: torch.where(y > 0.75, 1.0, -1.0).to(y), restart=lambda t, y: y - 1)
+    solution = im.odeint(lambda t, y: torch.ones_like(y), tensor(-1.0), (0.0, 4.25), event=event)
+    assert int(solution.event_count) == 3
+    torch.testing.assert_close(solution.event_times, tensor(1.75, 2.75, 3.75), rtol=0, atol=1e-4)
+    torch.testing.assert_close(solution.value[-1], tensor(0.25), rtol=0, atol=1e-4)
+
+
 def test_the_index_tells_which_event_ended_a_sample():
     events = [im.Event(lambda t, y, level=level: y[..., 0] - level, 1) for level in (3.0, 2.0, 4.0)]
     options = {"batch_dims": 1, "event": tuple(events), "solver": im.Dopri5(dt0=5.0)}

@@ -96,6 +96,34 @@ def test_several_backward_passes_give_the_same():
     torch.testing.assert_close(again[:1], first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("solver", [im.RK4(dt=0.1), im.Dopri5()], ids=lambda s: type(s).__name__)
+def test_cotangents_may_be_mapped(solver):
+    f, y0 = Counted(), draw(2, 3, seed=1).requires_grad_()
+    wanted = [y0, *f.parameters()]
+
+    def rows(adjoint):
+        value = solve(f, y0, adjoint=adjoint, solver=solver).value
+        one = lambda bar: torch.autograd.grad(value, wanted, bar, retain_graph=True)  # noqa: E731
+        bars = torch.eye(value.numel(), dtype=D).unflatten(1, value.shape)
+        return torch.vmap(one)(bars), [torch.stack(x) for x in zip(*map(one, bars))]
+
+    mapped, each = rows(im.RecursiveCheckpointAdjoint())
+    torch.testing.assert_close(list(mapped), each, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(mapped, rows(NEVER)[0], rtol=1e-12, atol=1e-14)
+
+
+def test_jacobians_of_a_solve_within_a_solve():
+    def outer(t, y, w):
+        kept = im.RecursiveCheckpointAdjoint()
+        return solve(lambda t, z, w: w * z - z**3, y, w, adjoint=kept).value[-1] - y
+
+    def end(w):
+        return solve(outer, draw(2, seed=3), w, adjoint=NEVER, solver=im.RK4(dt=0.25)).value[-1]
+
+    w = draw(2, seed=4)
+    torch.testing.assert_close(torch.func.jacrev(end)(w), torch.func.jacfwd(end)(w), rtol=1e-10, atol=1e-12)
+
+
 def test_second_derivatives_are_right():
     f, y0 = Counted(), draw(2, 3, seed=1).requires_grad_()
     solver = im.RK4(dt=0.25)

@@ -821,6 +821,18 @@ def test_a_failure_under_vmap_carries_all_that_is_mapped(batch_dims):
     assert solution.value[-1, ones // 2 :].isnan().all()
 
 
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_a_start_below_the_tolerance_is_as_good_as_zero(batch_dims):
+    """Rounding, which is what it usually is, says nothing about the length of the first step."""
+
+    def evaluations(start):
+        y0, solver = torch.full((1, 1), start, dtype=D), im.Dopri8(rtol=1e-10, atol=1e-11)
+        f = lambda t, y: torch.cos(t) + 0 * y  # noqa: E731
+        return im.odeint(f, y0, (1.0, 2.0), solver=solver, batch_dims=batch_dims).evaluations
+
+    assert evaluations(3e-16) == evaluations(1e-12) == evaluations(0.0)
+
+
 def test_a_first_step_that_times_do_not_resolve_is_named():
     t = (1e6, 1e6 + 10.0)
     with pytest.raises(

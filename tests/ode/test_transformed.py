@@ -47,6 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "solver": im.Tsit5(rtol=1e-2, atol=1e-2),
         "adjoint": im.RecursiveCheckpointAdjoint(arc_length=True),
     },
+    "an event that restarts": {
+        "solver": im.Dopri5(rtol=1e-9, atol=1e-9),
+        "event": im.Event(fallen, restart=lambda t, y, *theta: 1.0 + 0.5 * y),
+    },
     "samples known": {"solver": im.Dopri5(rtol=1e-6), "in_dims": (None, 0)},
 }
 
@@ -114,7 +118,7 @@ def test_directions_may_be_mapped_twice(name):
     torch.testing.assert_close(moved, torch.einsum("tbimn,jkmn->jktbi", jacobian, directions))
 
 
-@pytest.mark.parametrize("name", ["adaptive", "implicit", "an event"])
+@pytest.mark.parametrize("name", ["adaptive", "implicit", "an event", "an event that restarts", "arc length"])
 def test_second_derivatives_are_those_of_autograd(name):
     y0, t, W, speed = given()
 

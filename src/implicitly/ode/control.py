@@ -118,6 +118,8 @@ def first_step(
     xp, whole = library(d0), abs(span)
     short = 1e-6 * clamped(whole, None, 1.0)  # a short step, where there is no other scale
     h0 = xp.where((d0 < 1e-5) | (d1 < 1e-5), short, 0.01 * d0 / clamped(d1, TINY, None))
+    # A state below the tolerance may be zero but for rounding, which says nothing about a step's length.
+    h0 = xp.where(d0 < 1, xp.maximum(h0, short), h0)
     h0 = xp.minimum(h0, whole)
     # Plain Python numbers raise an error on division by 0, so h0 must not be 0.
     h0 = xp.where(xp.isfinite(h0) & (h0 > 0), h0, clamped(1e-6 * whole, TINY, None))

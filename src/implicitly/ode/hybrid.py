@@ -330,8 +330,8 @@ class HybridStepper(Stepper):
         ends = torch.where(accepted, to_tensor(taken.ends), 0)
         last = accepted & to_tensor(taken.last)
         dt = torch.where(accepted, to_tensor(taken.dt), 0.0)
-        if self.arc_length:  # a failed sample's slope may be NaN, and 0 times its derivative must be 0
-            dt = dt / self._speed(y, torch.where(accepted.unsqueeze(1), self.method.slope(carried), 0.0))
+        if self.arc_length:  # a failed sample's slope may be NaN; and at slope 0, norms have no second derivative
+            dt = dt / self._speed(y, torch.where(accepted.unsqueeze(1), self.method.slope(carried), 1.0))
         dt = torch.where(last, self.times[:, -1] - t, dt)
         bounds = self.bounds(taken.t)
         if self.method.tstops:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitly.ode.problem import Field
-from implicitly.pullback import pulled
+from implicitly.pullback import pulled_each
 
 
 class Kept(NamedTuple):
@@ -30,15 +30,15 @@ class Kept(NamedTuple):
     def pull(
         self, field: Callable[..., Field], begin: Tensor, bar: Tensor, wanted: list[int], retain: bool
     ) -> list[Tensor]:
-        """The cotangents of the `wanted` inputs, given the cotangent `bar` of the values.
+        """The cotangents of the `wanted` inputs, given the cotangent `bar` of the values, as in `pulled_each`.
 
         `wanted` are indices into (times, y0, *theta), never that of the times; `retain` keeps the graph.
         """
         shared = [self.theta[i - 2] for i in wanted if i > 1]
-        y_bar, k_bar, *sums = pulled([self.values], [bar], [self.y0, self.k0, *shared], retain)
+        y_bar, k_bar, *sums = pulled_each([self.values], [bar], [self.y0, self.k0, *shared], retain)
         with torch.enable_grad():
             slope = field(*self.theta).at(begin, self.y0)
-        first, *more = pulled([slope], [k_bar], [self.y0, *shared])
+        first, *more = pulled_each([slope], [k_bar], [self.y0, *shared])
         found = iter([a + b for a, b in zip(sums, more)])
         return [y_bar + first if i == 1 else next(found) for i in wanted]
 

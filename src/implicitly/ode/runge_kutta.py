@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,8 +141,9 @@ def dense_weights(tableau: Tableau, used: tuple[int, ...], part: Tensor) -> Tens
             [functools.reduce(lambda p, c: (p + c) * part, row[::-1], 0.0 * part) for row in rows], 2
         )
     coefficients = dense_matrix(tableau, used, part.dtype, part.device)
-    powers = part.unsqueeze(2) ** torch.arange(1, coefficients.shape[1] + 1, device=part.device)
-    return powers @ coefficients.T
+    # Not `part ** exponents`: its derivatives have logarithms, of positions that may be 0 or, unused, negative.
+    powers = list(itertools.accumulate([part] * coefficients.shape[1], torch.mul))
+    return torch.stack(powers, 2) @ coefficients.T
 
 
 @remembered(256)
