@@ -50,12 +50,12 @@ def test_recipes_are_found_by_looking(tmp_path, monkeypatch, capsys):
             ["fit", "deq-imagge"],
             "there is no recipe 'deq-imagge'. Did you mean 'deq-image'?\n\nrecipes:\n  deq-image",
         ),
-        (["fit", "zzz"], "there is no recipe 'zzz'. There are: deq-image"),
+        (["fit", "zzz"], "there is no recipe 'zzz'. Available: deq-image"),
         (["turo"], "there is no command 'turo'. Did you mean 'tour'?"),
         (["list", "all"], "`implicitly list` takes no arguments; got all"),
         (["--version", "extra"], "`implicitly --version` takes no arguments; got extra"),
         (["--verson"], "there is no option '--verson'. Did you mean '--version'?"),
-        (["fit", "--resume"], "name a recipe before its options: `implicitly fit RECIPE --resume ...`"),
+        (["fit", "--resume"], "put the recipe before its options: `implicitly fit RECIPE --resume ...`"),
     ],
 )
 def test_what_is_not_understood_is_refused(arguments, message, capsys):
@@ -112,7 +112,7 @@ def test_a_file_is_no_folder_to_write_to(command, below, tmp_path, capsys):
     assert main([*command, "--out", str(file / below)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"implicitly {' '.join(command)}: out=")
-    assert f"must name a folder, but {file} is a file" in error
+    assert f"must be a folder, but {file} is a file" in error
     assert error.count("\n") == 1
 
 
@@ -121,7 +121,7 @@ def test_options_that_do_not_fit_the_data_are_refused(tmp_path, capsys):
     assert main(["fit", "deq-image", "--out", str(tmp_path), "--validation", "0.9999"]) == 2
     assert "validation=0.9999 holds out all 1,437 images" in capsys.readouterr().err
     assert main(["fit", "ode-mnist", "--out", str(tmp_path), "--downsamplings", "4"]) == 2
-    assert "downsamplings=4 leave nothing of images of 8x8 pixels" in capsys.readouterr().err
+    assert "downsamplings=4 is too many for images of 8x8 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_missing_data_and_checkpoints_are_told_in_one_line(tmp_path, capsys, mon
     pytest.importorskip("lightning", reason="needs the extra: implicitly[recipes]")
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "deq-image", "--dataset", "mnist", "--data", str(tmp_path)]) == 1
-    assert f"looked for the data set 'mnist' in {tmp_path / 'mnist'}" in capsys.readouterr().err
+    assert f"the data set 'mnist' was expected in {tmp_path / 'mnist'}" in capsys.readouterr().err
     assert main(["fit", "deq-image", "--resume"]) == 1
     assert "nothing to resume" in capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(implicitly.recipes, "__path__", [*implicitly.recipes.__path__, str(tmp_path)])
     assert main(["fit", "first"]) == 1
     error = capsys.readouterr().err
-    assert "needs no_such_package, which is not installed" in error
+    assert "no_such_package is not installed" in error
     assert 'pip install "implicitly[recipes]"' in error
     with pytest.raises(ModuleNotFoundError):  # a mistake of ours is not a missing extra
         main(["fit", "second"])
@@ -195,6 +195,6 @@ def test_fit_is_quiet_and_can_be_resumed(tmp_path, capsys):
         assert noise not in process.stdout
 
     assert main([*options, "--epochs", "2"]) == 1
-    assert "holds the checkpoints of another run" in capsys.readouterr().err
+    assert "contains the checkpoints of another run" in capsys.readouterr().err
     assert main([*options, "--epochs", "2", "--resume"]) == 0
     assert "deq-image on digits" in capsys.readouterr().out

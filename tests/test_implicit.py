@@ -137,7 +137,7 @@ def test_a_failure_says_what_happened_where_and_what_to_try():
     assert message.startswith("fixed_point: FixedPointIteration did not converge for 3 of 4 samples")
     assert "1 MAX_STEPS, 1 DIVERGED, 1 NON_FINITE" in message
     assert "Worst is sample 2: NON_FINITE after 0 steps with residual norm nan" in message
-    assert "Try: f returned NaN or inf" in message
+    assert "Try: check the inputs of f, which returned NaN or inf" in message
 
 
 def test_the_error_carries_the_solution():
@@ -179,9 +179,14 @@ def test_a_warning_points_at_the_line_of_the_user():
 REMEDIES = [
     (lambda z: 0.99 * z + 1, im.FixedPointIteration(max_steps=5), "MAX_STEPS", "raise max_steps"),
     (lambda z: 9.0 * z + 1, im.FixedPointIteration(), "DIVERGED", "use Anderson, Broyden or Newton"),
-    (lambda z: -z + 1, im.FixedPointIteration(), "STAGNATED", "the residual no longer falls"),
+    (lambda z: -z + 1, im.FixedPointIteration(), "STAGNATED", "the residual has stopped decreasing"),
     (lambda z: z + 1, im.Newton(), "SINGULAR", "the Jacobian is singular there"),
-    (lambda z: torch.log(z - 1), im.Anderson(), "NON_FINITE", "check its inputs, or start closer"),
+    (
+        lambda z: torch.log(z - 1),
+        im.Anderson(),
+        "NON_FINITE",
+        "check the inputs of f, which returned NaN or inf, or start closer",
+    ),
 ]
 
 
@@ -334,7 +339,7 @@ def test_the_gradient_scaler_leaves_out_a_step_that_overflows(name):
     parameter = torch.nn.Parameter(0.3 * torch.ones(2, 3, dtype=D))
     optimizer, scaler = torch.optim.SGD([parameter], 0.1), torch.amp.GradScaler("cpu")
     loss = OVERFLOWING[name](parameter).sum()
-    with pytest.warns(im.ConvergenceWarning, match=f"backward solve of {name}.*the gradient that comes in"):
+    with pytest.warns(im.ConvergenceWarning, match=f"backward solve of {name}.*the incoming gradient"):
         scaler.scale(loss * float("inf")).backward()
     scaler.step(optimizer)
     scaler.update()

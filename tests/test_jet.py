@@ -544,8 +544,8 @@ def test_memory_is_freed_without_waiting_for_cycles_to_be_found():
         (lambda x: x.add_(1), "add_ writes into a tensor"),
         (lambda x: F.silu(x, inplace=True), "silu writes into a tensor"),
         (lambda x: torch.exp(x, out=torch.zeros(3)), "exp writes into a tensor"),
-        (lambda x: F.dropout(x), "a new mask at each call"),
-        (lambda x: F.pad(x, (1, 1), value=2.0), "pad has a rule for the value 0, got 2.0"),
+        (lambda x: F.dropout(x), "a new mask in each call"),
+        (lambda x: F.pad(x, (1, 1), value=2.0), "pad has a rule for the value 0 only, got 2.0"),
         (lambda x: torch.einsum("i,i,i", x, x, x), "one or two operands"),
         (lambda x: x.to(torch.int64), "torch.int64 has no derivatives"),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "div has no rule for rounding_mode='floor'"),
@@ -585,7 +585,7 @@ def test_bad_input_is_refused():
         trajectory_derivatives(lambda t, y: y, 0.0, 1.0, 2)
     with pytest.raises(ValueError, match="y holds no tensor"):
         trajectory_derivatives(lambda t, y: y, 0.0, (), 2)
-    with pytest.raises(ValueError, match="whole number >= 1, got 0"):
+    with pytest.raises(ValueError, match="an int >= 1, got 0"):
         trajectory_derivatives(lambda t, y: y, 0.0, x, 0)
     with pytest.raises(ValueError, match=r"shapes of y, \[\(3,\)\]; got \[\(1,\)\]"):
         trajectory_derivatives(lambda t, y: y[:1], 0.0, x, 2)

@@ -255,7 +255,9 @@ def test_the_truncated_neumann_series_has_exactly_as_many_terms_as_asked_for():
 
 
 def test_dense_matrices_that_do_not_fit_are_refused_with_their_size_and_a_remedy():
-    with pytest.raises(ValueError, match=r"4 dense 6 x 6 matrices take .* GiB \(limit 1e-09\); use a matrix-free"):
+    with pytest.raises(
+        ValueError, match=r"4 dense 6 x 6 matrices take .* GiB \(limit 1e-09 GiB\); use a matrix-free"
+    ):
         solve(im.DenseLU(limit_gib=1e-9), GENERAL, draw(4, 6, seed=2))
 
 

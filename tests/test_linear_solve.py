@@ -154,8 +154,8 @@ def test_the_residual_reported_is_that_of_the_value():
 
 REMEDIES = [
     (3 * EYE, im.Neumann(), "DIVERGED", "lower damping, or use GMRES"),
-    (-EYE, im.CG(), "SINGULAR", "not positive definite: use GMRES"),
-    (float("nan") * EYE, im.GMRES(), "NON_FINITE", "what the operator returns, holds NaN or inf"),
+    (-EYE, im.CG(), "SINGULAR", "use GMRES if CG was used, as the operator may not be positive definite"),
+    (float("nan") * EYE, im.GMRES(), "NON_FINITE", "what the operator returns, for NaN or inf"),
     (M, im.GMRES(max_steps=1), "MAX_STEPS", "raise max_steps, loosen rtol"),
 ]
 
@@ -163,7 +163,7 @@ REMEDIES = [
 @pytest.mark.parametrize("constant", [1.0, torch.tensor([0.0, 0, 0, 1e-30], dtype=D), 1j], ids=str)
 def test_an_operator_with_a_constant_term_is_refused(constant):
     b = B.to(torch.result_type(B, constant))
-    refused = pytest.raises(ValueError, match=r"not linear: of u = 0 it makes 1.*subtract it from b")
+    refused = pytest.raises(ValueError, match=r"not linear: it maps u = 0 to 1.*subtract it from b")
     with refused:
         im.linear_solve(lambda u: 2 * u + constant, b, on_failure="ignore")
     with refused:
@@ -171,7 +171,7 @@ def test_an_operator_with_a_constant_term_is_refused(constant):
 
 
 def test_where_no_residual_falls_the_operator_is_asked_after():
-    with pytest.raises(im.SolverError, match=r"STAGNATED.*Try: .*look whether the operator is linear in u"):
+    with pytest.raises(im.SolverError, match=r"STAGNATED.*Try: .*check that the operator is linear in u"):
         im.linear_solve(lambda u: u**2, torch.ones(2, 3))
 
 
@@ -184,5 +184,5 @@ def test_what_to_try_is_said_of_linear_systems(A, solver, status, remedy):
 def test_what_to_try_is_said_of_their_derivatives():
     b = B.clone().requires_grad_()
     value = im.linear_solve(apply, b, M, on_failure="warn").value
-    with pytest.warns(im.ConvergenceWarning, match="backward solve.*the gradient that comes in"):
+    with pytest.warns(im.ConvergenceWarning, match="backward solve.*the incoming gradient"):
         (value * float("nan")).sum().backward()

@@ -85,9 +85,9 @@ def test_finished_samples_are_dropped_from_the_calls(transpose):
 
 
 def test_in_dims_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="should hold 5 samples"):
+    with pytest.raises(ValueError, match="must have 5 entries there"):
         solved(B, EACH, SCALE, in_dims=(0, 0))
-    with pytest.raises(ValueError, match="batch_dims=0 is one system"):
+    with pytest.raises(ValueError, match="batch_dims=0 means one system"):
         im.linear_solve(lambda u, a: a * u, B, SCALE, batch_dims=0, in_dims=0)
 
 

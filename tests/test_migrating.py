@@ -196,7 +196,7 @@ def test_defaults_of_trajectories_are_those_of_the_tables():
         safety=0.9, shrink=0.2, grow=10.0, integral=1.0, proportional=0.0, derivative=0.0
     )
     assert im.BacksolveAdjoint().seminorm
-    with pytest.raises(ValueError, match=r"smallest rtol it can is 2\.4e-07"):
+    with pytest.raises(ValueError, match=r"smallest possible rtol is 2\.4e-07"):
         im.odeint(decay, START.float(), (0.0, 1.0), solver=im.Dopri5(rtol=1e-7))
     with pytest.raises(ValueError, match=re.escape("RK4(dt=...)")):
         im.RK4()

@@ -74,7 +74,7 @@ def test_who_waits_too_long_for_another_thread_is_told(monkeypatch):
     idle.start(), thread.start()
     try:
         entered.wait()
-        with pytest.raises(RuntimeError, match=r"another thread .* copy\.deepcopy"), exchange.claimed([held]):
+        with pytest.raises(RuntimeError, match=r"another thread .*copy\.deepcopy"), exchange.claimed([held]):
             pass
     finally:
         leave.set()

@@ -127,7 +127,7 @@ def test_lazy_modules_are_to_be_called_first():
     x = torch.ones(2, 3)
     for layer, f in ((im.nn.DEQ, nn.LazyLinear(3)), (im.nn.NeuralODE, nn.LazyLinear(3))):
         cell = Takes(f)
-        with pytest.raises(ValueError, match=r"LazyLinear that does not know.*call f"):
+        with pytest.raises(ValueError, match=r"LazyLinear whose parameters have no .*call f"):
             layer(cell)(x)
         cell(x, x)
         layer(cell)(x)

@@ -84,11 +84,11 @@ def check_choices(
         raise TypeError(f"adjoint must be an adjoint such as im.ImplicitAdjoint(), got {adjoint!r}")
     if solver.linear:
         raise TypeError(
-            f"{type(solver).__name__} solves linear systems; use {try_solver} as solver here, and it in "
-            "ImplicitAdjoint(linear_solver=...)"
+            f"{type(solver).__name__} solves linear systems only: pass {try_solver} as solver, and "
+            f"{type(solver).__name__} as ImplicitAdjoint(linear_solver=...)"
         )
     if solver.needs is not None and solver.needs not in offers:
-        raise TypeError(f"{type(solver).__name__} needs {_NEEDS[solver.needs]}. Use {try_solver} as solver here")
+        raise TypeError(f"{type(solver).__name__} needs {_NEEDS[solver.needs]}. Pass {try_solver} as solver here")
     solver.tolerances(dtype)
     adjoint.check(solver, dtype, iterates)
     return adjoint
@@ -116,6 +116,10 @@ class ImplicitAdjoint(Adjoint):
 
     A sample whose backward solve breaks down (because its Jacobian is singular) gets a zero gradient and is
     reported as `on_failure` says.
+
+    Raises:
+        TypeError, ValueError: for invalid options; ValueError from a solve if `inverse` needs an estimate that its
+            solver does not have.
     """
 
     linear_solver: Solver = field(default_factory=_gmres)
@@ -181,14 +185,17 @@ class _Unrolled(Adjoint):
         """Raise ValueError for a solver that cannot be recorded."""
         if not solver.recordable:
             raise ValueError(
-                f"UnrolledAdjoint records what the solver does, and {type(solver).__name__} decomposes matrices, "
-                "which has no derivative where eigenvalues coincide; use ImplicitAdjoint"
+                f"UnrolledAdjoint differentiates the operations of the solver, but {type(solver).__name__} "
+                "decomposes matrices, which has no derivative where eigenvalues coincide; use ImplicitAdjoint"
             )
 
     def find(self, solver: Solver, condition: Condition, problem: Problem) -> Found:
         """The solver's result, with autograd recording."""
         if condition.graphs is not None:
-            raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+            raise ValueError(
+                "UnrolledAdjoint needs autograd to record the solve, which compile=True does not allow: use "
+                "ImplicitAdjoint, or compile=False"
+            )
         if torch.compiler.is_dynamo_compiling():
             return search(solver, condition, problem.z0, problem.theta, problem.r0, unrolled=True)
         found = search(solver, condition, problem.z0, problem.theta, problem.r0)

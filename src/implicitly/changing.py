@@ -55,10 +55,10 @@ def _told_of_draws(parts: Sequence[nn.Module], device: torch.device) -> Iterator
         return
     found = dict.fromkeys(type(part).__name__ for part in parts if part.training and drops_out(part))
     warnings.warn(
-        f"in training, f draws random numbers ({', '.join(found)}), and so is another function in every call: the "
-        "solver may not get to an end, and gradients are wrong. Use implicitly.nn.Dropout in an implicitly.nn.DEQ "
-        "or NeuralODE, which draws once a solve; or f.eval(); or UnrolledAdjoint with a fixed number of steps, "
-        "which differentiates by what was drawn",
+        f"in training mode, f draws new random numbers in every call ({', '.join(found)}), so the solver may not "
+        "converge, and gradients are wrong. Use implicitly.nn.Dropout in an implicitly.nn.DEQ or NeuralODE, which "
+        "draws once per solve; or f.eval(); or UnrolledAdjoint with a fixed number of steps, which differentiates "
+        "the calls as they were made",
         PerCallWarning,
         stacklevel=users_line(),
     )

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(FIT_USAGE.format(recipes=_listing(find_recipes())))
             return 0
         case ["fit", option, *_] if option.startswith("-"):
-            return _refuse(f"name a recipe before its options: `implicitly fit RECIPE {option} ...`")
+            return _refuse(f"put the recipe before its options: `implicitly fit RECIPE {option} ...`")
         case ["fit", name, *options]:
             return _fit(name, options)
         case ["tour", *options]:
@@ -143,7 +143,7 @@ def _run(module_name: str, program: str, options: list[str]) -> int:
             raise
         extras = ",".join(dict.fromkeys(["recipes", EXTRAS.get(package, "recipes")]))
         return _fail(
-            f"{program}: needs {package}, which is not installed. To install all that it needs:\n\n"
+            f"{program}: {package} is not installed. To install everything this command needs:\n\n"
             f'    pip install "implicitly[{extras}]"',
         )
     except OptionError as error:
@@ -161,7 +161,7 @@ def _listing(recipes: dict[str, str]) -> str:
 
 def _closest(word: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {matches[0]!r}?" if matches else f"There are: {', '.join(known)}."
+    return f"Did you mean {matches[0]!r}?" if matches else f"Available: {', '.join(known)}."
 
 
 def _fail(message: str) -> int:

@@ -150,7 +150,7 @@ class _Count:
 def compile_statistics() -> tuple[CompiledSolve, ...]:
     """The solves of which `compile=True` keeps graphs, from the least to the most recently used.
 
-    It is a snapshot; later solves do not change it. A process keeps at most `CAPACITY` graphs.
+    It is a snapshot; later solves do not change it. A process keeps at most 32 graphs (`CAPACITY`).
     """
     with _lock:
         return tuple(graph.report() for graph in _graphs.values())
@@ -248,13 +248,14 @@ def _outcome(
             return out
         if graph.calls < 2:
             done = True
-            reason = "what f computes changes in ways that it does not see"
-            _fall_back(graph, reason if graph.calls else "its answer is wrong", time.perf_counter() - begin)
+            reason = "what f computes has changed in a way that the compiler does not see"
+            reason = reason if graph.calls else "the result of the graph is wrong"
+            _fall_back(graph, reason, time.perf_counter() - begin)
             return None
     except _NotTracedError:  # from now on the compiler skips this code, so the graph is dropped
         warnings.warn(
-            f"{graph.name}: the compiler is off here, as under a TorchDispatchMode, such as one that counts "
-            "operations; the eager loop runs instead of a graph",
+            f"{graph.name}: torch.compile is disabled here, for example by an active TorchDispatchMode; the eager "
+            "loop runs instead of a graph",
             CompileWarning,
             stacklevel=users_line(),
         )
@@ -386,7 +387,7 @@ def _counted(name: str, key: Hashable, shapes: _Shapes) -> str | None:
         return None
     return (
         f"{name}: compile=True makes graph {count.made} for the same function, as {_change(last, shapes)}; pad "
-        "batches to a few sizes, have tensors in place of numbers that change, or use compile=False"
+        "batches to a few sizes, pass numbers that change as tensors, or use compile=False"
     )
 
 
@@ -405,8 +406,8 @@ def _within_capacity() -> str | None:
     _dropped.clear()
     return (
         f"{name}: compile=True keeps {CAPACITY} graphs, and {MANY} were dropped that had been used only "
-        "once; a function that is made anew for each call, as a lambda is, has a new graph each time: make it "
-        "once, with what changes in args, or use compile=False"
+        "once; a function that is created anew for each call, such as a lambda, needs a new graph each time: "
+        "create it once and pass what changes in args, or use compile=False"
     )
 
 
@@ -602,7 +603,7 @@ class _Solves:
         if condition.graphs is None:
             return search(solver, condition, z0, theta, r0)
         r0 = own.residual(z0, *theta) if r0 is None else r0
-        name = f"{own.name} with {type(solver).__name__}"
+        name = f"{own.name} with {solver.label or type(solver).__name__}"
         bare = own.bare()
 
         def solve(z0: Tensor, r0: Tensor, *theta: Tensor) -> Found:
@@ -618,7 +619,7 @@ class _Solves:
         self, solver: Solver, condition: Condition, u0: Tensor, theta: tuple[Tensor, ...], b: Tensor
     ) -> Found:
         """Like `implicit.search`, for the linear `condition` of reverse mode, with `theta` (b, z, ...)."""
-        found, name = None, f"{condition.name} with {type(solver).__name__}"
+        found, name = None, f"{condition.name} with {solver.label or type(solver).__name__}"
         eager = partial(search, solver, condition, u0, theta, b)
         told: list[Found] = []  # by the eager loop, after a graph with samples without a solution
 

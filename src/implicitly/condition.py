@@ -171,26 +171,28 @@ def as_solution(found: Found) -> Solution:
 
 
 REMEDY = {
-    Status.MAX_STEPS: "raise max_steps, loosen rtol, or try another solver",
-    Status.STAGNATED: "the residual no longer falls: loosen rtol, use a wider dtype, or try another solver",
+    Status.MAX_STEPS: "raise max_steps, loosen rtol, or use another solver",
+    Status.STAGNATED: "loosen rtol, use a wider dtype, or use another solver: the residual has stopped decreasing",
     Status.DIVERGED: "lower damping, or use Anderson, Broyden or Newton, which need no contraction",
-    Status.SINGULAR: "the Jacobian is singular there: the solution is not locally unique, or does not exist",
-    Status.NON_FINITE: "f returned NaN or inf: check its inputs, or start closer (z0)",
-    Status.INFEASIBLE: "no point satisfies the constraints: check their signs, or relax them",
-    Status.UNBOUNDED: "the objective falls for ever along a feasible direction: constrain it",
-    Status.NOT_MINIMUM: "a stationary point that is no local minimum: start elsewhere (z0)",
+    Status.SINGULAR: "start elsewhere (z0), or change f: the Jacobian is singular there, so the solution is "
+    "not locally unique or does not exist",
+    Status.NON_FINITE: "check the inputs of f, which returned NaN or inf, or start closer (z0)",
+    Status.INFEASIBLE: "check the signs of the constraints, or relax them: no point satisfies all of them",
+    Status.UNBOUNDED: "add constraints: the objective is unbounded below on the feasible set",
+    Status.NOT_MINIMUM: "start elsewhere (z0): the stationary point found is not a local minimum",
 }
 
 
 # Remedies for the linear solve of a derivative.
 LINEAR_REMEDY = {
     **REMEDY,
-    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or take another one, "
-    "such as im.DenseLU() for up to some thousand unknowns",
+    Status.MAX_STEPS: "raise max_steps of the adjoint or its linear_solver, loosen its rtol, or use another one, "
+    "such as im.DenseLU() for up to a few thousand unknowns",
     Status.DIVERGED: "lower damping, or use GMRES, which needs no contraction",
-    Status.SINGULAR: "the Jacobian is singular there (or, for CG, not positive definite: use GMRES): the solution "
-    "is not locally unique, or does not exist",
-    Status.NON_FINITE: "the gradient that comes in, or the derivative of f at the solution, holds NaN or inf",
+    Status.SINGULAR: "use GMRES if CG was used, as the Jacobian may not be positive definite; else it is singular "
+    "at the solution, which is not locally unique",
+    Status.NON_FINITE: "check the loss, and f at the solution: the incoming gradient, or the derivative of f "
+    "there, contains NaN or inf",
 }
 
 
@@ -202,9 +204,10 @@ def explain(name: str, solver: Solver, found: Found, failed: Tensor, remedy: Map
     worst = failed[torch.where(residual.isfinite(), residual, float("inf")).argmax()]
     status = Status(int(found.status[worst]))
     return (
-        f"{name}: {type(solver).__name__} did not converge for {len(failed)} of {len(found.status)} samples "
-        f"({summary}). Worst is sample {int(worst)}: {status.name} after {int(found.steps[worst])} steps with "
-        f"residual norm {float(found.residual[worst]):.3g}. Try: {remedy[status]}"
+        f"{name}: {solver.label or type(solver).__name__} did not converge for {len(failed)} of "
+        f"{len(found.status)} samples ({summary}). Worst is sample {int(worst)}: {status.name} after "
+        f"{int(found.steps[worst])} steps with residual norm {float(found.residual[worst]):.3g}. "
+        f"Try: {remedy[status]}"
     )
 
 

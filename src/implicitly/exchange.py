@@ -36,9 +36,10 @@ def _claimed(holders: Iterable[dict[str, Any]]) -> Iterator[None]:
     with _released:
         if not _released.wait_for(lambda: all(_owners.get(i, me) == me for i in ids), PATIENCE):
             raise RuntimeError(
-                f"f uses a module with which another thread has been calling its f for {PATIENCE:g} seconds, and "
-                "solves that record derivatives exchange parameters meanwhile. Give each thread a copy of the "
-                "module, by copy.deepcopy; or solve under torch.no_grad() where no gradients are wanted"
+                f"f uses a module that another thread has been using in a solve for {PATIENCE:g} seconds, and a "
+                "solve with gradients temporarily replaces the parameters of its modules. Give each thread a "
+                "copy of the module (copy.deepcopy), or solve under torch.no_grad() where no gradients are "
+                "needed"
             )
         new = [i for i in ids if i not in _owners]
         _owners.update(dict.fromkeys(new, me))

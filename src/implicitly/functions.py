@@ -351,8 +351,8 @@ def _held_by(parts: dict[str, nn.Module]) -> _Held:
         lazy: Any = module
         if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
             raise ValueError(
-                f"f has a {type(module).__name__} that does not know the shapes of its parameters yet; call f (or "
-                "the cell of a layer) once by itself before the first solve, as in cell(z, x)"
+                f"f contains a {type(module).__name__} whose parameters have no shapes yet; call f (or the cell "
+                "of a layer) once before the first solve, as in cell(z, x)"
             )
         for home in (module._parameters, module._buffers):
             for name, tensor in home.items():
@@ -419,7 +419,7 @@ def refuse_captured(opening: Opening, outputs: Tensor, known: tuple[Tensor, ...]
 def _refuse(named: list[str], unseen: str = "") -> None:
     raise ValueError(
         f"f uses {', '.join(named)}, which requires gradients (or belongs to a torch.func transform) but is "
-        "neither in args nor a parameter of a module that f is or closes over, so its gradient would be lost. "
+        "neither in args nor a parameter of a module that f is or refers to, so its gradient would be lost. "
         f"Pass it in args, which f gets after the unknown{unseen}; or .detach() it if no gradient is wanted"
     )
 
@@ -455,7 +455,7 @@ def like(value: Tensor, x: Tensor) -> Tensor:
     if value.shape != x.shape:
         raise ValueError(
             f"f returned {value.shape[0]} samples of {value.shape[1]} numbers for {x.shape[0]} of {x.shape[1]}; "
-            "in its first call it returned as many as it was given. What it returns must not depend on the call"
+            "in its first call it returned as many as it was given. The number must not change between calls"
         )
     return value
 

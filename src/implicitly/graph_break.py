@@ -36,9 +36,9 @@ REASON = "implicitly: a solve is one break; compile what is inside with compile=
 
 # Said where torch.export calls the model itself, with tensors that have no values.
 NOT_EXPORTED = (
-    "torch.export cannot hold a solve whose number of steps depends on numbers. What has a known one, such as "
-    "FixedPointIteration(rtol=0) with JacobianFreeAdjoint, or an explicit method with dt= and times that are "
-    "numbers, is exported with strict=True, under torch.no_grad()"
+    "torch.export cannot export a solve whose number of steps depends on the values of tensors. A solve with a "
+    "known number of steps, such as FixedPointIteration(rtol=0) with JacobianFreeAdjoint, or an explicit method "
+    "with dt= and times that are numbers, can be exported with strict=True, under torch.no_grad()"
 )
 
 # Said where operations are recorded, or tensors are fake.

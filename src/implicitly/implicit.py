@@ -376,9 +376,9 @@ def _finite(t: Tensor, condition: Condition) -> Tensor:
     def tell(gradient: Tensor) -> None:
         if condition.report.on_failure != "ignore" and not bool(unwrapped(gradient).isfinite().all()):
             warnings.warn(
-                f"{condition.name}: samples without a solution, at which f has no derivative, make the gradient "
-                f"of a tensor of shape {shape} NaN. Say with in_dims which args hold the samples: then "
-                "failed ones are left out",
+                f"{condition.name}: the gradient of a tensor of shape {shape} is NaN, because f has no finite "
+                "derivative at samples without a solution. Use in_dims to say which args have one entry per "
+                "sample: then failed samples are left out",
                 ConvergenceWarning,
                 stacklevel=users_line(),
             )

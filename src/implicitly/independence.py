@@ -32,6 +32,9 @@ def check_independence(f: Callable[..., Any], z: Any, *args: Any, samples: int =
         z: a state near which f is differentiable, `(B, ...)` or a pytree of them.
         samples: report pairs for at most this many coupled outputs i, the first ones; all outputs are searched.
 
+    Returns:
+        The pairs (i, j), sorted.
+
     Raises:
         ValueError: a derivative is not finite, and so tells nothing.
     """

@@ -132,6 +132,8 @@ class Solver(ABC):
     recordable: ClassVar[bool] = True
     # What it needs besides a residual: see `Descent`.
     needs: ClassVar[str | None] = None
+    # What messages call it, where users do not know its class; by default they name the class.
+    label: ClassVar[str | None] = None
 
     def __post_init__(self):
         for name in ("rtol", "atol"):

@@ -56,6 +56,8 @@ class GMRES(LinearSolver):
 
     Args:
         restart: dimension of the Krylov space at which it is started anew; memory is `2 * restart` states.
+
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
     """
 
     restart: int = 20
@@ -163,7 +165,11 @@ def _nonzero(norm: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CG(LinearSolver):
-    """Conjugate gradients for symmetric positive definite M (Hestenes and Stiefel 1952)."""
+    """Conjugate gradients for symmetric positive definite M (Hestenes and Stiefel 1952).
+
+    Where it finds M not positive definite, the sample ends as `Status.SINGULAR`.
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+    """
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The search direction."""
@@ -185,7 +191,10 @@ class CG(LinearSolver):
 
 @dataclass(frozen=True)
 class BiCGStab(LinearSolver):
-    """BiCGStab: two products with M per step and a memory of five states (van der Vorst 1992)."""
+    """BiCGStab: two products with M per step and a memory of five states (van der Vorst 1992).
+
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+    """
 
     def start(self, F: Affine, z: Tensor, r: Tensor) -> tuple[Tensor, ...]:
         """The shadow residual, the search direction, and the inner product of both."""
@@ -224,6 +233,10 @@ class Neumann(LinearSolver):
     """The Neumann series u <- u + damping * (b - M u); it converges where |1 - damping * eig(M)| < 1.
 
     With `rtol=0` it is the series truncated after exactly `max_steps` terms.
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+
+    Args:
+        damping: a positive number; 1 is the plain series.
     """
 
     recurrent: ClassVar[bool] = False
@@ -247,6 +260,7 @@ class DenseLU(LinearSolver):
     """Batched dense LU: n products form the matrix, one factorisation solves, and further steps refine.
 
     Meant for small n. Raises ValueError where the matrices would take more than `limit_gib` GiB.
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
     """
 
     recurrent: ClassVar[bool] = False
@@ -285,8 +299,9 @@ def dense(operator: Callable[[Tensor], Tensor], like: Tensor, limit_gib: float) 
     size_gib = batch * n * n * like.element_size() / 2**30
     if size_gib > limit_gib:
         raise ValueError(
-            f"{batch} dense {n} x {n} matrices take {size_gib:.1f} GiB (limit {limit_gib:g}); use a matrix-free "
-            "solver: NewtonKrylov, Anderson or Broyden to solve, GMRES or BiCGStab for linear systems"
+            f"{batch} dense {n} x {n} matrices take {size_gib:.1f} GiB (limit {limit_gib:g} GiB); use a "
+            "matrix-free solver: NewtonKrylov, Anderson or Broyden to solve, GMRES or BiCGStab for linear "
+            "systems"
         )
     eye = torch.eye(n, dtype=like.dtype, device=like.device)
     columns = at_once(operator, eye.unsqueeze(1).expand(n, batch, n))

@@ -82,7 +82,7 @@ def _check_at_zero(image: Tensor) -> None:
     constant = image[(image != 0) & image.isfinite()]  # NaN and inf come from an operator that contains them
     if constant.numel():
         raise ValueError(
-            f"the operator is not linear: of u = 0 it makes {float(constant[0]):.3g}, not 0. Leave its constant "
+            f"the operator is not linear: it maps u = 0 to {float(constant[0]):.3g}, not 0. Leave the constant "
             "term out of the operator, and subtract it from b"
         )
 
@@ -90,9 +90,10 @@ def _check_at_zero(image: Tensor) -> None:
 _REMEDY = {
     **LINEAR_REMEDY,
     Status.MAX_STEPS: REMEDY[Status.MAX_STEPS],
-    Status.STAGNATED: "the residual no longer falls: look whether the operator is linear in u, or loosen rtol, "
-    "use a wider dtype, or try another solver",
-    Status.SINGULAR: "the operator is singular, or, for CG, not positive definite: use GMRES there",
-    Status.NON_FINITE: "b (of a derivative, the gradient that comes in), or what the operator returns, holds NaN "
+    Status.STAGNATED: "check that the operator is linear in u, loosen rtol, use a wider dtype, or use another "
+    "solver: the residual has stopped decreasing",
+    Status.SINGULAR: "use GMRES if CG was used, as the operator may not be positive definite; otherwise "
+    "it is singular",
+    Status.NON_FINITE: "check b (for a derivative, the incoming gradient) and what the operator returns, for NaN "
     "or inf",
 }

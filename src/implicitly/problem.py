@@ -154,7 +154,10 @@ def sample_dims_of(
         alone = layout.batch_dims and count == 0 and not captured and not any(True for _ in opened.buffers())
         return shared if alone else None
     if layout.batch_dims == 0:
-        raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
+        raise ValueError(
+            "in_dims says which args have one entry per sample, but batch_dims=0 means one system; leave "
+            "in_dims out"
+        )
     flat = pytree._broadcast_to_and_flatten(
         list(in_dims) if isinstance(in_dims, list) else in_dims, opened.args_spec
     )
@@ -170,11 +173,11 @@ def sample_dims_of(
             continue
         shape = tuple(next(tensors).shape)
         if dim is not None and not (isinstance(dim, int) and -len(shape) <= dim < len(shape)):
-            raise ValueError(f"in_dims has {dim!r} for an arg of shape {shape}, which has no such dimension")
+            raise ValueError(f"in_dims is {dim!r} for an arg of shape {shape}, which has no such dimension")
         if dim is not None and shape[dim] != layout.batch:
             raise ValueError(
-                f"in_dims has {dim} for an arg of shape {shape}, so it should hold {layout.batch} samples there, "
-                f"as z0 does; it holds {shape[dim]}"
+                f"in_dims is {dim} for an arg of shape {shape}, which must have {layout.batch} entries there, "
+                f"one per sample of z0; it has {shape[dim]}"
             )
         dims.append(dim)
     return (*dims, *shared)

@@ -1,7 +1,7 @@
-"""`implicitly tour`: what implicit layers are for, in two minutes on two CPU cores.
+"""`implicitly tour`: a demonstration of implicit layers that takes two minutes on two CPU cores.
 
-Each part measures something, says what it means, and draws a picture; the tour fails if a part does not keep its
-promise.
+Each part measures something, explains the result and draws a picture. The tour fails (exit status 1) if a result
+is not as expected.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ if TYPE_CHECKING:
     from implicitly.data import ImageData
     from implicitly.recipes.deq_image import Result
 
-GRADIENT_TOLERANCE = 1e-7  # central differences in float64 are good for some ten digits
-MEMORY_STEPS = (1, 25, 50, 100, 150, 200)
+GRADIENT_TOLERANCE = 1e-7  # relative; central differences in float64 reach about ten digits here
+MEMORY_STEPS = (1, 25, 50, 100, 150, 200)  # numbers of solver steps for which memory is measured
+# Short trainings, so that the tour takes two minutes, and what they must reach at least (at most: FLOW_ERROR).
 FLOW_EPOCHS = 10
-FLOW_ACCURACY = 0.97  # of the augmented flow on the circles
-FLOW_ERROR = 0.2  # of the augmented flow on the square
+FLOW_ACCURACY = 0.97  # of the augmented neural ODE on the circles
+FLOW_ERROR = 0.2  # mean squared error of the augmented neural ODE on the square
 POLYTOPE_EPOCHS = 40
-POLYTOPE_OVERLAP = 0.95  # of learned and true polygons
+POLYTOPE_OVERLAP = 0.95  # intersection over union of learned and true polygons
 
 
 @dataclass(frozen=True)
 class Config:
-    """Two minutes of implicit layers: train a model, see the memory it saves, check its gradient, watch flows and
-    learn the faces of polygons.
-    """
+    """Demonstration of implicit layers: training, memory and gradients, neural ODEs, quadratic programs."""
 
     out: Path = Path("out/tour")
-    """Folder for pictures, checkpoints and logs."""
+    """Output folder for pictures, checkpoints and logs."""
     epochs: int = 4
-    """Passes over the digits in the training."""
+    """Passes over the training digits in part 1."""
     accuracy: float = 0.97
-    """Test accuracy below which the tour fails."""
+    """Test accuracy on the digits below which the tour fails, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "epochs")
@@ -104,9 +103,9 @@ def main(config: Config) -> int:
     config.out.mkdir(parents=True, exist_ok=True)
     journey = Journey(Console(), config.out)
     journey.say(
-        "\n[bold]implicitly[/bold]: layers that say [italic]what[/italic] their output must satisfy, and "
-        "leave [italic]how[/italic] to a solver. This tour trains one, weighs it, checks its gradient, "
-        "sends points along the flow of another, and has a third find shapes. It takes less than two minutes."
+        "\n[bold]implicitly[/bold]: layers whose output is defined by a [italic]condition[/italic] and computed "
+        "by a [italic]solver[/italic]. This tour trains such a layer, measures its memory, checks its gradient, "
+        "trains neural ODEs, and trains a layer that solves quadratic programs. It takes about two minutes."
     )
     with one_thread():
         train(journey, config)
@@ -137,11 +136,11 @@ def one_thread() -> Iterator[None]:
 
 def train(journey: Journey, config: Config) -> None:
     """Train the deep equilibrium model of the recipe deq-image on handwritten digits."""
-    journey.console.rule("[bold]1  A network of one layer, infinitely deep", align="left")
+    journey.console.rule("[bold]1  A network of infinitely many identical layers", align="left")
     journey.say(
-        "A residual network stacks blocks. Stack the same block for ever, and its activations settle at an "
-        "equilibrium z = f(z, x). A deep equilibrium model has a solver find that z, instead of building the "
-        "stack. Here one learns to read handwritten digits of 8x8 pixels."
+        "A residual network is a stack of blocks. If the same block f is repeated indefinitely, the activations "
+        "can converge to an equilibrium z = f(z, x). A deep equilibrium model computes this z with a solver "
+        "instead of building the stack. Here one learns to classify handwritten digits of 8x8 pixels."
     )
     # Lightning takes seconds to import; by now there is something to read meanwhile.
     from implicitly.data import digits
@@ -156,9 +155,9 @@ def train(journey: Journey, config: Config) -> None:
     steps = result.costs.forward_calls / result.costs.steps
     journey.console.print()
     journey.say(
-        f"It reads [bold]{100 * result.test_accuracy:.1f} %[/bold] of {len(data.test)} digits that it has "
-        f"never seen, with {result.parameters:,} parameters. A batch took {steps:.0f} calls of f on average: "
-        "the solver decides how deep the network is, digit by digit, and stops each one where it has settled."
+        f"It classifies [bold]{100 * result.test_accuracy:.1f} %[/bold] of {len(data.test)} unseen digits "
+        f"correctly, with {result.parameters:,} parameters. A batch took {steps:.0f} calls of f on average. "
+        "The depth of the network is not fixed: the solver stops for each digit as soon as it has converged."
     )
     kept = result.test_accuracy >= config.accuracy
     journey.find(
@@ -188,7 +187,7 @@ def draw_training(journey: Journey, result: Result, data: ImageData, rtol: float
     journey.draw(
         "digits.png",
         viz.plot_predictions(images[shown, 0], labels[shown], predictions[shown]),
-        "what the network reads, its mistakes first",
+        "predictions of the network, mistakes first",
     )
     assert isinstance(network.body, im.nn.DEQ)  # that is what was trained
     cell = network.body.cell
@@ -206,8 +205,8 @@ def draw_training(journey: Journey, result: Result, data: ImageData, rtol: float
             histories[name] = recorder.history
     journey.draw(
         "solvers.png",
-        viz.plot_convergence(histories, rtol, "64 test digits and the trained cell: median, and where 80 % lie"),
-        "how three solvers find the equilibria of the trained network",
+        viz.plot_convergence(histories, rtol, "64 test digits and the trained cell: median, and range of 80 %"),
+        "convergence of three solvers for the trained network",
     )
 
 
@@ -230,11 +229,11 @@ def weigh(journey: Journey) -> None:
     from rich.progress import track
     from rich.table import Table
 
-    journey.console.rule("[bold]2  Memory that does not grow", align="left")
+    journey.console.rule("[bold]2  Memory that does not grow with the number of steps", align="left")
     journey.say(
-        "How to differentiate a loop that ran 200 times? Autograd can record every turn of it: unrolling. "
-        "The implicit function theorem needs the end point alone: there dz/dx = (I - df/dz)^-1 df/dx, "
-        "whatever path led to it. The layer here is z = tanh(W z + x), 64 wide, on a batch of 512."
+        "There are two ways to differentiate the result of 200 solver steps. Unrolling lets autograd record "
+        "every step. The implicit function theorem needs only the solution, where dz/dx = (I - df/dz)^-1 df/dx, "
+        "however the solver got there. The layer here is z = tanh(W z + x), 64 wide, on a batch of 512."
     )
     torch.manual_seed(0)
     layer, x = TanhLayer(64), torch.randn(512, 64)
@@ -257,7 +256,9 @@ def weigh(journey: Journey) -> None:
             layer.zero_grad()
             measured[name].append(viz.peak_bytes(lambda: solve(steps, adjoint).square().sum().backward()))  # noqa: B023 (called at once)
 
-    table = Table(caption=f"peak memory of forward and backward; forward alone takes {forward / 2**20:.1f} MiB")
+    table = Table(
+        caption=f"peak memory of forward and backward pass; the forward pass alone: {forward / 2**20:.1f} MiB"
+    )
     table.add_column("solver steps", justify="right")
     for name in adjoints:
         table.add_column(name, justify="right")
@@ -267,8 +268,8 @@ def weigh(journey: Journey) -> None:
     unrolled, implicit = (measured[name][-1] / forward for name in adjoints)
     journey.say(
         f"\nAfter {MEMORY_STEPS[-1]} steps, unrolling takes [bold]{unrolled:.0f} times[/bold] the memory of "
-        f"the forward pass. Implicit differentiation takes [bold]{implicit:.1f} times[/bold] as much, as it "
-        "did after one step: how long the solver runs no longer decides what fits into memory."
+        f"the forward pass alone. Implicit differentiation takes [bold]{implicit:.1f} times[/bold] as much, "
+        "however many steps the solver takes."
     )
     flat = max(measured["implicit"]) <= 1.1 * min(measured["implicit"])
     journey.find("memory when unrolled", f"{unrolled:.0f} x forward", unrolled > 10)
@@ -287,10 +288,11 @@ def check(journey: Journey) -> None:
     """Compare the implicit gradient with central finite differences, entry by entry."""
     from rich.table import Table
 
-    journey.console.rule("[bold]3  A gradient you can check", align="left")
+    journey.console.rule("[bold]3  A gradient that you can check", align="left")
     journey.say(
-        "That gradient goes round the solver, not through it. Is it right? Nudge each weight of such a layer "
-        "up and down by 0.00001, solve again to 13 digits, and see how the loss answers."
+        "The implicit gradient does not differentiate the steps of the solver. To check it, we change each weight "
+        "of a small layer by +-0.00001, solve again to a relative tolerance of 1e-13, and compare the change of "
+        "the loss with the gradient."
     )
     torch.manual_seed(0)
     layer = TanhLayer(8).double()
@@ -309,7 +311,7 @@ def check(journey: Journey) -> None:
     differences = central_differences(loss, weight, 1e-5, journey.console)
     relative = viz.relative_difference(weight.grad, differences)
 
-    table = Table(caption="relative difference: to the largest entry of the gradient")
+    table = Table(caption="relative difference: relative to the largest entry of the gradient")
     for heading in ("weight", "finite difference", "implicit", "relative difference"):
         table.add_column(heading, justify="right")
     for i, j in [(0, 0), (1, 5), (3, 2), (4, 7), (6, 1), (7, 7)]:
@@ -317,8 +319,10 @@ def check(journey: Journey) -> None:
         table.add_row(f"W({i}, {j})", *(f"{value:+.9f}" for value in row), f"{relative[i, j]:.0e}")
     journey.console.print(table)
     worst = float(relative.max())
-    journey.say(f"\nOver all {weight.numel()} weights the two differ by at most [bold]{worst:.0e}[/bold].")
-    journey.find("gradient against finite differences", f"{worst:.0e} apart", worst < GRADIENT_TOLERANCE)
+    journey.say(
+        f"\nFor all {weight.numel()} weights, the relative difference is at most [bold]{worst:.0e}[/bold]."
+    )
+    journey.find("gradient against finite differences", f"differ by {worst:.0e}", worst < GRADIENT_TOLERANCE)
     journey.draw(
         "gradient.png",
         viz.plot_gradient_check(weight.grad, differences, "central finite difference"),
@@ -332,7 +336,7 @@ def central_differences(loss: Callable[[], Tensor], parameter: Tensor, step: flo
 
     result = torch.zeros_like(parameter)
     entries, slots = parameter.data.view(-1), result.data.view(-1)
-    for index in track(range(len(entries)), "nudging  ", console=console):
+    for index in track(range(len(entries)), "differencing", console=console):
         original = entries[index].item()
         values = []
         for nudged in (original + step, original - step):
@@ -348,15 +352,15 @@ def central_differences(loss: Callable[[], Tensor], parameter: Tensor, step: flo
 
 
 def flow(journey: Journey) -> None:
-    """Show what the flow of a differential equation cannot do, and what one more dimension changes."""
+    """Show what a neural ODE cannot represent, and what one more dimension changes."""
     from implicitly.recipes import ode_circles
 
-    journey.console.rule("[bold]4  What a flow cannot do", align="left")
+    journey.console.rule("[bold]4  What a neural ODE cannot represent", align="left")
     journey.say(
-        "Let a network say where points go next, dy/dt = f(y), and a solver take them there: a neural ODE. Its "
-        "trajectories never cross. So on the line it keeps points in order, and can never learn x -> x²; in the "
-        "plane it cannot pull a disc out of a ring. A residual network, whose steps are finite, jumps over. Or "
-        "one more dimension, zero at the start, lets trajectories pass each other: an augmented neural ODE."
+        "A neural ODE moves points along dy/dt = f(y), where f is a network. Its trajectories never cross. So in "
+        "one dimension it keeps points in order and cannot learn x -> x²; in the plane it cannot separate a disc "
+        "from the ring around it. A residual network can, as its steps are finite. An augmented neural ODE can, "
+        "too: it has one more dimension, which starts at zero, so that trajectories can pass each other."
     )
     config = ode_circles.Config(epochs=FLOW_EPOCHS, out=journey.out / "ode")
     results = ode_circles.run(config)
@@ -369,19 +373,22 @@ def flow(journey: Journey) -> None:
     circles = found["circles", "augmented"]
     assert circles.accuracy is not None  # the circles have one
     journey.say(
-        f"\nOn the square, no map that keeps points in order has an error below {least:.2f}. The plain flow ends "
-        f"at [bold]{plain:.2f}[/bold], the augmented one at [bold]{augmented:.3f}[/bold]. The circles it tells "
-        f"apart in [bold]{100 * circles.accuracy:.1f} %[/bold] of cases, by {circles.forward_calls} calls of f."
+        f"\nOn x -> x², no increasing function has an error below {least:.2f}. The plain neural ODE reaches "
+        f"[bold]{plain:.2f}[/bold], the augmented one [bold]{augmented:.3f}[/bold]. The augmented one also "
+        f"classifies [bold]{100 * circles.accuracy:.1f} %[/bold] of the points of the circles correctly, with "
+        f"{circles.forward_calls} calls of f."
     )
     journey.find(
-        "augmented flow on the circles", f"{100 * circles.accuracy:.1f} %", circles.accuracy >= FLOW_ACCURACY
+        "augmented neural ODE: accuracy on circles",
+        f"{100 * circles.accuracy:.1f} %",
+        circles.accuracy >= FLOW_ACCURACY,
     )
     journey.find(
-        "error of flows on x²",
-        f"plain {plain:.2f} (bound {least:.2f}), augmented {augmented:.3f}",
+        "error on x²",
+        f"plain {plain:.2f} (lower bound {least:.2f}), augmented {augmented:.3f}",
         plain >= least and augmented <= FLOW_ERROR,
     )
-    journey.files["ode/circles.png"] = "where three networks take a disc and the ring around it"
+    journey.files["ode/circles.png"] = "how three networks move a disc and the ring around it"
     journey.files["ode/square.png"] = "trajectories of three networks that learn x²"
 
 
@@ -394,10 +401,10 @@ def project(journey: Journey) -> None:
 
     journey.console.rule("[bold]5  An optimisation problem as a layer", align="left")
     journey.say(
-        "A layer may also be the solution of an optimisation problem: z minimises |z - x|² subject to G z <= h. "
-        "That is the point of a polygon nearest to x; the weights G and h are its faces. Here the layer learns "
-        "polygons that it cannot see. It is told of some points whether they lie inside, and should leave those "
-        "where they are, and move the others."
+        "The output of a layer can also be the solution of an optimisation problem: here z minimises |z - x|² "
+        "subject to G z <= h. It is the point of a polygon that is nearest to x; the weights G and h are the "
+        "faces of the polygon. The layer learns an unknown polygon from points that are labelled as inside or "
+        "outside: it should not move points inside, and should move points outside."
     )
     config = opt_polytope.Config(polygons=(3, 5), epochs=POLYTOPE_EPOCHS, out=journey.out / "opt")
     results = opt_polytope.run(config)
@@ -406,9 +413,9 @@ def project(journey: Journey) -> None:
     steps = POLYTOPE_EPOCHS * -(-config.points // config.batch_size)
     programs = len(results) * POLYTOPE_EPOCHS * config.points
     journey.say(
-        f"\nWithin {steps} training steps each, polygons and what was learned of them overlap to "
+        f"\nAfter {steps} training steps each, the overlap of true and learned polygons is "
         + " and ".join(f"[bold]{100 * result.iou:.1f} %[/bold]" for result in results)
-        + f". On the way, {programs:,} quadratic programs were solved and differentiated."
+        + f". The training solved and differentiated {programs:,} quadratic programs."
     )
     worst = min(result.iou for result in results)
     journey.find(
@@ -416,7 +423,7 @@ def project(journey: Journey) -> None:
         " and ".join(f"{100 * result.iou:.1f} %" for result in results),
         worst >= POLYTOPE_OVERLAP,
     )
-    journey.files["opt/polytopes.png"] = "how the faces of two polygons are learned"
+    journey.files["opt/polytopes.png"] = "two polygons at several stages of training"
 
 
 # --- Summary -----------------------------------------------------------------------------------------------
@@ -433,7 +440,7 @@ def summarise(journey: Journey, seconds: float) -> int:
         table.add_row("[green]ok[/green]" if kept else "[bold red]no[/bold red]", what, how_much)
     table.add_row("", "time", f"{seconds:.0f} s")
     journey.console.print(table)
-    journey.console.print(f"\nfiles in {journey.out.absolute()}", highlight=False)
+    journey.console.print(f"\nfiles are in {journey.out.absolute()}", highlight=False)
     files = Table(show_header=False, box=None)
     for name, shows in journey.files.items():
         files.add_row(f"  {name}", shows)

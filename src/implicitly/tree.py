@@ -103,7 +103,7 @@ class Layout:
                 kind, remedy = f"a tensor of {leaf.layout}", "to_dense()"
                 if leaf.is_nested:
                     kind, remedy = "a nested tensor", "to_padded_tensor(0.0)"
-                raise TypeError(f"{of} is {kind}, but solvers need all numbers of a state: pass {of}.{remedy}")
+                raise TypeError(f"{of} is {kind}, but solvers need dense tensors: pass {of}.{remedy}")
             if leaf.ndim < batch_dims:
                 place = placed(spec, i, "as", name)
                 raise ValueError(

@@ -12,6 +12,9 @@ class UnrolledAdjoint:
 
     Memory grows with the number of iterations or steps. Choices (when to stop, which iterate was best, how long a
     step is) are not differentiated. For a fixed point, gradients flow to z0 too.
+
+    A solve raises ValueError with `compile=True`, and with solvers whose operations have no derivative everywhere,
+    such as `NewtonKKT`.
     """
 
     recording: ClassVar[bool] = True

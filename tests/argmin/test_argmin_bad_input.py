@@ -25,7 +25,7 @@ def refused(error, *parts, f=bowl, z0=Z0, args=(X,), entry=im.argmin, **options)
 
 
 def test_an_objective_of_another_shape_is_refused_with_what_came_and_what_is_expected():
-    refused(ValueError, "one value a sample", "(4,)", "(4, 3)", ".sum(-1)", f=lambda z, x: (z - x).square())
+    refused(ValueError, "one value per sample", "(4,)", "(4, 3)", ".sum(-1)", f=lambda z, x: (z - x).square())
     refused(ValueError, "expected (4,), got ()", "batch_dims=0", f=lambda z, x: bowl(z, x).sum())
     refused(ValueError, "expected (), got (4,)", batch_dims=0)
 
@@ -56,11 +56,11 @@ def test_constraints_of_another_shape_are_refused():
         im.Projection(lambda z: z, step=0.0)
     refused(
         ValueError,
-        "more equations than",
+        "more than the",
         "4 numbers",
         constraint=im.Equality(lambda z, x: torch.cat([z, z[:, :1]], 1)),
     )
-    refused(ValueError, "one row a sample", constraint=im.Equality(lambda z, x: z[:2]))
+    refused(ValueError, "one row per sample", constraint=im.Equality(lambda z, x: z[:2]))
     refused(ValueError, "dtype and device", constraint=im.Equality(lambda z, x: z.float()))
 
 
@@ -88,8 +88,8 @@ def test_solvers_of_objectives_are_refused_by_roots_and_fixed_points():
 
 @pytest.mark.parametrize("adjoint", [im.PhantomAdjoint(), im.JacobianFreeAdjoint()])
 def test_inexact_adjoints_need_iterations_and_only_projections_have_them(adjoint):
-    refused(ValueError, "has none", adjoint=adjoint)
-    refused(ValueError, "has none", adjoint=adjoint, constraint=im.Equality(lambda z, x: z[:, 0]))
+    refused(ValueError, "does not have", adjoint=adjoint)
+    refused(ValueError, "does not have", adjoint=adjoint, constraint=im.Equality(lambda z, x: z[:, 0]))
     value = im.argmin(
         bowl, Z0, X.clone().requires_grad_(), constraint=lambda z, x: z.clamp(min=0), adjoint=adjoint
     )
@@ -159,7 +159,7 @@ def test_a_sample_in_trouble_says_which_and_harms_no_other(solver, trouble):
 
 def test_failures_raise_with_the_solution_and_what_to_try():
     a = torch.tensor([1.0, -1.0], dtype=D)
-    with pytest.raises(im.SolverError, match=r"1 UNBOUNDED.*Worst is sample 1.*constrain it") as caught:
+    with pytest.raises(im.SolverError, match=r"1 UNBOUNDED.*Worst is sample 1.*add constraints") as caught:
         im.argmin(TROUBLES["unbounded"][0], torch.full((2, 2), 0.3, dtype=D), a)
     assert caught.value.solution.status.tolist() == [0, im.Status.UNBOUNDED]
     with pytest.raises(im.SolverError, match=r"NOT_MINIMUM.*start elsewhere"):
@@ -307,19 +307,19 @@ def branching(z, x):
 @pytest.mark.parametrize(
     ("f", "does", "instead"),
     [
-        (counting, "changes in place a tensor that is not its own", "compute without it"),
-        (lambda z, x: bowl(z.sub_(x), 0 * x), "changes in place its z", "z.clone()"),
-        (lambda z, x: bowl(z.requires_grad_(), x), "calls requires_grad_()", "leave requires_grad_() out"),
+        (counting, "changes in place a tensor that it did not create", "do not modify it"),
+        (lambda z, x: bowl(z.sub_(x), 0 * x), "changes z or a parameter in place", "z.clone()"),
+        (lambda z, x: bowl(z.requires_grad_(), x), "calls requires_grad_()", "leave out requires_grad_()"),
         (lambda z, x: torch.from_numpy((z - x).detach().numpy()).square().sum(1), "leaves torch", "operations of"),
         (lambda z, x: WithContext.apply(z - x), "torch.autograd.Function", "setup_context(ctx, inputs, output)"),
-        (lambda z, x: torch.cdist(z, x).diagonal(), "without a second derivative", "torch.cdist(x, y) as"),
+        (lambda z, x: torch.cdist(z, x).diagonal(), "has no second derivative", "torch.cdist(x, y) as"),
         (branching, "branches on the values", "torch.where"),
     ],
     ids=["captured", "in-place", "requires-grad", "numpy", "function", "second", "branch"],
 )
 def test_what_torch_cannot_differentiate_is_told_with_the_remedy(f, does, instead):
     for entry in (im.argmin, im.least_squares):
-        with pytest.raises(ValueError, match="differentiates the function") as caught:
+        with pytest.raises(ValueError, match="differentiates the function that it is given twice") as caught:
             entry(f, Z0, X.clone().requires_grad_())
         for part in (does, instead, "torch says: "):
             assert part in str(caught.value)

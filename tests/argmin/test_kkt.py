@@ -234,3 +234,14 @@ def test_products_of_columns_are_formed_for_many_samples_only():
         torch.testing.assert_close(plus_gram(base, G, d), expected, rtol=1e-12, atol=1e-12)
     of_columns = 50 * 40 * 40 * D.itemsize
     assert peak_bytes(lambda: plus_gram(base, G, few)) < of_columns < peak_bytes(lambda: plus_gram(base, G, many))
+
+
+def test_a_derivative_that_falls_short_is_told_with_the_options_of_the_adjoint():
+    torch.manual_seed(0)
+    p = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    G, h = torch.randn(30, 20, dtype=torch.float64), 1e-6 * torch.rand(30, dtype=torch.float64)
+    adjoint = im.KKTAdjoint(max_steps=1, rtol=3e-16)
+    z = im.qp(torch.eye(20, dtype=torch.float64), p, G, h, adjoint=adjoint).value
+    message = r"backward solve of qp: the linear solver of KKTAdjoint did not.*Try: raise max_steps of KKTAdjoint"
+    with pytest.raises(im.SolverError, match=message):
+        z.sum().backward()

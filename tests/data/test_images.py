@@ -139,7 +139,7 @@ def test_hub_is_asked_where_no_folder_is_named(monkeypatch, tmp_path, small_mnis
     monkeypatch.delenv("IMPLICITLY_DATA", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FileNotFoundError, match=r"'mnist' on the Hugging Face hub \(ylecun/mnist\)") as failure:
+    with pytest.raises(FileNotFoundError, match=r"'mnist' from the Hugging Face hub \(ylecun/mnist\)") as failure:
         mnist()
     assert "--data FOLDER, or IMPLICITLY_DATA=FOLDER" in str(failure.value)
     assert "\n" not in str(failure.value)
@@ -211,7 +211,7 @@ def test_damaged_cache_says_which_file_to_delete(cifar_folder, tmp_path):
         (gzip.compress(bytes([0, 0, 8, 3]) + bytes(12))[:-9], "ended before"),
         (
             gzip.compress(bytes([0, 0, 13, 3]) + bytes(12)),
-            "begins with 00 00 0d 03, an idx file here with 00 00 08 03",
+            "begins with 00 00 0d 03, but an idx file begins with 00 00 08 03",
         ),
         (gzip.compress(bytes([0, 0, 8, 1]) + bytes(4)), "begins with 00 00 08 01"),
         (gzip.compress(bytes([0, 0, 8, 3]) + bytes(3)), "begins with"),
@@ -275,14 +275,14 @@ def test_missing_folder_and_file_say_where_and_what_to_do(monkeypatch, mnist_fol
     assert "--data FOLDER" in message
 
     monkeypatch.setenv("IMPLICITLY_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match=r"environment variable IMPLICITLY_DATA names .*elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"environment variable IMPLICITLY_DATA is .*elsewhere"):
         load_images("cifar10")
     assert len(load_images("mnist", mnist_folder).train) == 40  # the argument goes before the variable
     monkeypatch.setenv("IMPLICITLY_DATA", str(mnist_folder))
     assert len(load_images("mnist").train) == 40
 
     (mnist_folder / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"looked for t10k-labels-idx1-ubyte\.gz in"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*t10k-labels-idx1-ubyte\.gz"):
         load_images("mnist")
 
 

@@ -77,7 +77,7 @@ def test_boards_are_read_from_the_folder_that_is_named(folder, monkeypatch):
     assert torch.equal(read.puzzles, made.puzzles)
     assert torch.equal(read.solutions, made.solutions)
     assert read.puzzles.dtype == torch.float32
-    assert sudoku4(count=30).name == "boards made here"
+    assert sudoku4(count=30).name == "generated boards"
     monkeypatch.setenv("IMPLICITLY_DATA", str(folder))
     assert sudoku4().name == "OptNet's boards"
 
@@ -105,13 +105,13 @@ def exchanged(boards):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("features.pt", lambda b: b[:7], "features.pt holds 7 boards, labels.pt 20"),
-        ("features.pt", lambda b: b.flip(0), "board 0 of features.pt has another solution"),
-        ("features.pt", lambda b: b.flatten(1), re.escape("it holds (20, 64)")),
-        ("features.pt", lambda b: {"boards": b}, "it holds dict"),
-        ("features.pt", lambda b: b / 2, "should hold 0 and 1"),
-        ("labels.pt", exchanged, "board 3 of labels.pt is no solved Sudoku"),
-        ("labels.pt", torch.zeros_like, "board 0 of labels.pt is no solved Sudoku"),
+        ("features.pt", lambda b: b[:7], "features.pt contains 7 boards, but labels.pt 20"),
+        ("features.pt", lambda b: b.flip(0), "board 0 of features.pt contradicts its solution"),
+        ("features.pt", lambda b: b.flatten(1), re.escape("it contains (20, 64)")),
+        ("features.pt", lambda b: {"boards": b}, "it contains dict"),
+        ("features.pt", lambda b: b / 2, "must contain only 0 and 1"),
+        ("labels.pt", exchanged, "board 3 of labels.pt is not a solved Sudoku"),
+        ("labels.pt", torch.zeros_like, "board 0 of labels.pt is not a solved Sudoku"),
     ],
 )
 def test_wrong_files_are_refused(folder, name, change, message):
@@ -129,7 +129,7 @@ def test_missing_and_damaged_files_are_named(folder, tmp_path):
     (place / "labels.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"there is no file .*labels\.pt"):
         sudoku4(folder)
-    with pytest.raises(FileNotFoundError, match="name none to play with boards made here"):
+    with pytest.raises(FileNotFoundError, match="give none to use generated boards"):
         sudoku4(tmp_path / "elsewhere")
 
 

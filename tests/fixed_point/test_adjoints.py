@@ -470,7 +470,7 @@ def test_a_gradient_that_is_nan_comes_out_as_nan_and_is_blamed_on_who_sent_it():
     (gradient,) = torch.autograd.grad(value, x, g)
     assert gradient.isfinite().all(1).tolist() == [True, False, False, True]
     warned = im.fixed_point(_tanh, Z0, matrix(3, 0.8, 52), x).value
-    with pytest.warns(im.ConvergenceWarning, match="the gradient that comes in"):
+    with pytest.warns(im.ConvergenceWarning, match="the incoming gradient"):
         torch.autograd.grad(warned, x, g)
 
 

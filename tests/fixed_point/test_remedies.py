@@ -21,14 +21,14 @@ def slope(z, x):
 
 @pytest.mark.parametrize("solver", STEPPING, ids=lambda s: type(s).__name__)
 def test_of_a_steady_state_the_sign_is_said_and_changing_it_helps(solver):
-    with pytest.raises(im.SolverError, match=r"along -residual.*change its sign \(as of the right side of dz/dt"):
+    with pytest.raises(im.SolverError, match=r"change the sign of F or scale it: this solver steps along -F\(z\)"):
         im.root(slope, Z0, X, solver=solver)
     value = im.root(lambda z, x: -slope(z, x), Z0, X, solver=solver).value
     assert_close(value, im.root(slope, Z0, X).value, rtol=0, atol=1e-8)
 
 
 def test_of_a_residual_in_other_units_the_scale_is_said_and_changing_it_helps():
-    with pytest.raises(im.SolverError, match=r"along -residual.* or scale it; or use Newton or NewtonKrylov$"):
+    with pytest.raises(im.SolverError, match=r"or scale it: .*along -F\(z\).*; or use Newton or NewtonKrylov$"):
         im.root(lambda z, x: -1e9 * slope(z, x), Z0, X, solver=im.Broyden())
     assert im.root(lambda z, x: -slope(z, x), Z0, X, solver=im.Broyden()).converged.all()
 
@@ -46,7 +46,7 @@ def test_newton_is_told_to_start_elsewhere(entry, f, solver):
 
 def test_newton_without_a_line_search_is_told_of_it():
     start = torch.full((2, 1), 1e-6, dtype=D)
-    with pytest.raises(im.SolverError, match=r"DIVERGED.*or with line_search=True"):
+    with pytest.raises(im.SolverError, match=r"DIVERGED.*or use line_search=True"):
         im.root(lambda z: z**2 - 1, start, solver=im.Newton(line_search=False))
     assert im.root(lambda z: z**2 - 1, start).converged.all()
 

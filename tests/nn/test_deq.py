@@ -608,7 +608,7 @@ def test_a_function_is_no_cell():
 def test_an_index_without_a_warm_start_is_refused():
     layer, x, index = im.nn.DEQ(Dense()), torch.randn(3, 4), torch.arange(3)
     for call in (lambda: layer(x, index=index), lambda: layer.iterates(x, (2,), index=index)):
-        with pytest.raises(ValueError, match=r"index .* this layer has none"):
+        with pytest.raises(ValueError, match=r"index .* which this layer does not have"):
             call()
 
 
@@ -633,7 +633,7 @@ def test_a_number_is_for_all_samples():
 
 def test_other_shared_tensors_in_x_are_refused_by_their_shape():
     layer = im.nn.DEQ(Scaled(), init=start_of_first)
-    with pytest.raises(ValueError, match=r"x has a tensor of shape \(4,\), but z0 holds 3 samples"):
+    with pytest.raises(ValueError, match=r"x has a tensor of shape \(4,\), but z0 has 3 samples"):
         layer((torch.randn(3, 4), torch.ones(4)))
 
 

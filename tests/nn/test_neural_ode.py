@@ -436,11 +436,11 @@ def test_a_buffer_of_f_may_hold_the_samples():
 
 
 def test_in_dims_that_cannot_be_meant_are_refused():
-    with pytest.raises(ValueError, match="batch_dims=0 is one system"):
+    with pytest.raises(ValueError, match="batch_dims=0 means one system"):
         im.nn.NeuralODE(Fading(), in_dims=0)
     with pytest.raises(ValueError, match=r"in_dims=\(0, None\) has 2 entries, but f gets 1 args"):
         OneLong(in_dims=(0, None)).rows(RATES)
-    with pytest.raises(ValueError, match="so it should hold 16 samples"):
+    with pytest.raises(ValueError, match="which must have 16 entries there"):
         OneLong(in_dims=0).rows(RATES[:3])
 
 
@@ -727,7 +727,7 @@ def test_what_only_x_shows_is_refused_at_the_call():
     with pytest.raises(ValueError, match="regularisers needs x to be one tensor"):
         im.nn.NeuralODE(f, regularisers=both())((torch.randn(3),))
     solver = im.Dopri5(rtol=torch.full((WIDTH,), 1e-3))
-    with pytest.raises(ValueError, match="rtol must be one number"):
+    with pytest.raises(ValueError, match="rtol must be a single number"):
         im.nn.NeuralODE(f, solver=solver, regularisers=both())(torch.randn(2, WIDTH))
     with pytest.raises(TypeError, match="t must be a tensor, an array or a sequence of times, got a float"):
         im.nn.NeuralODE(f)(torch.randn(2, WIDTH), t=1.0)
@@ -737,9 +737,9 @@ def test_what_only_x_shows_is_refused_at_the_call():
         im.nn.NeuralODE(f, solver=im.Anderson())(torch.randn(2, WIDTH))
     with pytest.raises(TypeError, match="solver must be a method"):
         im.nn.NeuralODE(f, solver=im.Anderson(), regularisers=both())(torch.randn(2, WIDTH))
-    with pytest.raises(ValueError, match=r"no pair \(q, p\) then, as Leapfrog needs it"):
+    with pytest.raises(ValueError, match=r"no longer a pair \(q, p\), which Leapfrog needs"):
         im.nn.NeuralODE(f, solver=im.Leapfrog(dt=0.1), regularisers=both())(torch.randn(2, WIDTH))
-    with pytest.raises(ValueError, match=r"y of shape \(2,\) has no dimension 1 for time .*dim=-1"):
+    with pytest.raises(ValueError, match=r"y of shape \(2,\) has no dimension 1 to which time .*dim=-1"):
         im.nn.NeuralODE(im.nn.ConcatTime(nn.Linear(3, 2)))(torch.randn(2))
     with pytest.raises(TypeError, match=r"torch\.Generator, got a int"):
         im.nn.JacobianFrobenius(0)

@@ -395,7 +395,7 @@ def test_a_statistic_serves_one_place_of_a_cell():
 
 def test_a_mask_serves_places_of_one_shape():
     x = torch.randn(6, 4)
-    with pytest.raises(ValueError, match=r"mask of shape \(6, 8\) .* shape \(6, 4\)"):
+    with pytest.raises(ValueError, match=r"mask for this solve has shape \(6, 8\), .* shape \(6, 4\)"):
         im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 8))(x)
     assert im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 8)).eval()(x).shape == (6, 4)
     assert im.nn.DEQ(AtTwoPlaces(im.nn.Dropout(0.5), 4))(x).shape == (6, 4)

@@ -175,7 +175,7 @@ def test_more_than_one_number_a_state_is_refused(kind, name):
     y = states(3)
     for value in (lambda y: y, lambda y: y.sum(), lambda y: y[..., None, :1]):
         with pytest.raises(
-            ValueError, match=rf"{name} must return one number a state, of shape \(3,\) or \(3, 1\)"
+            ValueError, match=rf"{name} must return one number per state, of shape \(3,\) or \(3, 1\)"
         ):
             kind(value)(0.0, y)
 

@@ -55,7 +55,9 @@ def test_what_draws_or_iterates_in_every_call_is_told_of_once(layer, module, inn
     layer = layer(module(inner()))
     if isinstance(layer, im.nn.NeuralODE):  # adaptive steps would become ever smaller
         layer.solver = im.RK4(dt=0.5)
-    with pytest.warns(im.nn.PerCallWarning, match=f"in training, {named} makes.* implicitly.nn") as seen:
+    with pytest.warns(
+        im.nn.PerCallWarning, match=f"in training mode, {named} changes the function .* implicitly.nn"
+    ) as seen:
         called(layer)
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -65,7 +67,7 @@ def test_what_draws_or_iterates_in_every_call_is_told_of_once(layer, module, inn
 
 
 def test_slopes_that_are_drawn_in_every_call_are_told_of():
-    with pytest.warns(im.nn.PerCallWarning, match=r"in training, RReLU \(inner\) makes"):
+    with pytest.warns(im.nn.PerCallWarning, match=r"in training mode, RReLU \(inner\) changes the function"):
         called(im.nn.DEQ(Around(nn.RReLU())))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -150,7 +152,9 @@ def trajectory(f, **how):
 @pytest.mark.parametrize("drop", [nn.Dropout(0.2), im.nn.Dropout(0.2)], ids=["torch", "ours"])
 def test_dropout_in_a_bare_solve_is_told_of(solve, few, drop):
     f = nn.Sequential(nn.Linear(4, 4), drop)
-    with pytest.warns(im.nn.PerCallWarning, match=r"f draws random numbers \(Dropout\).*UnrolledAdjoint") as seen:
+    with pytest.warns(
+        im.nn.PerCallWarning, match=r"f draws new random numbers in every call \(Dropout\).*UnrolledAdjoint"
+    ) as seen:
         solve(f, **few)
     assert seen[0].filename == __file__
     with warnings.catch_warnings():

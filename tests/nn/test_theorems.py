@@ -360,7 +360,7 @@ def test_a_statistic_in_the_first_layer():
 def test_a_statistic_of_an_equilibrium_that_is_not_known_yet_is_refused():
     first, second = deq(Dense()), deq(Normalised())
     composed, x = im.nn.compose(first, second), input_of(6, 4)
-    with pytest.raises(ValueError, match="second layer takes a statistic"):
+    with pytest.raises(ValueError, match="second layer computes batch statistics"):
         composed(x)
     composed.eval()
     assert_close(composed(x), second(first(x)))

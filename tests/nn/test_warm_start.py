@@ -126,7 +126,7 @@ def test_last_epoch_refuses_a_list():
 
 @pytest.mark.parametrize("size", [2.5, "3", True])
 def test_last_epoch_refuses_what_is_no_count(size):
-    with pytest.raises(TypeError, match="size is a whole number"):
+    with pytest.raises(TypeError, match="size must be an int"):
         im.nn.LastEpoch(size)
 
 
@@ -188,7 +188,7 @@ def test_a_state_dict_brings_back_every_start(make):
 
 
 def test_equilibria_of_another_data_set_are_refused():
-    with pytest.raises(ValueError, match=r"LastEpoch\(size=5\) cannot go on from equilibria of 6 samples"):
+    with pytest.raises(ValueError, match=r"LastEpoch\(size=5\) cannot load the equilibria of 6 samples"):
         im.nn.LastEpoch(5).load_state_dict(im.nn.LastEpoch(6).state_dict())
 
 

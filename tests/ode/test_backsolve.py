@@ -168,7 +168,7 @@ def test_each_sample_may_have_times_of_its_own():
         return value.sin().sum()
 
     compare(run, given)
-    with pytest.raises(ValueError, match="times of their own"):
+    with pytest.raises(ValueError, match="cannot have different times"):
         run(TIGHT, BACK[1])
 
 

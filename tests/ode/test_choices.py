@@ -59,8 +59,8 @@ def test_options_of_controllers(options, error, message):
     ("adjoint", "options", "message"),
     [
         (im.BacksolveAdjoint, {"check": "a"}, "check must be a number, got 'a'"),
-        (im.BacksolveAdjoint, {"listen": 3}, "listen must be a function of a number, got 3"),
-        (im.RecursiveCheckpointAdjoint, {"listen": 3}, "listen must be a function of a number, got 3"),
+        (im.BacksolveAdjoint, {"listen": 3}, "listen must be a function of one number, got 3"),
+        (im.RecursiveCheckpointAdjoint, {"listen": 3}, "listen must be a function of one number, got 3"),
         (im.RecursiveCheckpointAdjoint, {"arc_length": 1}, "arc_length must be True or False, got 1"),
     ],
 )

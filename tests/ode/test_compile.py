@@ -619,6 +619,6 @@ def test_args_that_cannot_be_compared_are_refused():
 )
 def test_options_of_methods_that_have_no_graph_are_told_of(traced, method, what):
     y0, w, t = torch.randn(3, 2, dtype=D), torch.tensor(0.8, dtype=D), torch.tensor([0.0, 0.2], dtype=D)
-    with pytest.warns(im.CompileWarning, match=f"no one graph for {what}; the eager loop runs"):
+    with pytest.warns(im.CompileWarning, match=f"compile=True is not supported for {what}; the eager loop runs"):
         assert_same(turning, y0, t, w, solver=method)
     assert not traced

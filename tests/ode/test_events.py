@@ -558,7 +558,12 @@ Y = torch.ones(2, 3, dtype=D)
             ValueError,
             "expected torch.float64, got torch.float32",
         ),
-        (lambda: im.Event(lambda t, y: y[0, 0] > 1), {}, ValueError, "torch.bool: not y > 1 but y - 1"),
+        (
+            lambda: im.Event(lambda t, y: y[0, 0] > 1),
+            {},
+            ValueError,
+            "torch.bool: for example y - 1 instead of y > 1",
+        ),
         (lambda: im.Event(lambda t, y: 1.0), {}, TypeError, "got a float"),
         (lambda: im.Event(lambda t, y: y.sum(), restart=lambda t, y: y[0]), {}, ValueError, r"restart of event 0"),
         (lambda: im.Event(lambda t, y: y.mul_(2).sum()), {}, ValueError, "in place"),
@@ -843,5 +848,5 @@ def test_a_count_in_the_state_stops_after_so_many_events():
 
 def test_what_g_returns_is_named_once():
     event = im.Event(lambda t, y: y)
-    with pytest.raises(ValueError, match=r"^g of event 0 must return one number a sample"):
+    with pytest.raises(ValueError, match=r"^g of event 0 must return one number per sample"):
         im.odeint(lambda t, y: -y, torch.ones(2, dtype=D), (0.0, 1.0), event=event)

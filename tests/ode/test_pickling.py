@@ -28,7 +28,7 @@ def test_a_trajectory_keeps_its_numbers(kind):
         assert torch.equal(torch.as_tensor(getattr(found, name)), torch.as_tensor(getattr(solution, name)))
     assert found.converged
     assert not any(x.requires_grad for x in torch.utils._pytree.tree_leaves(found.value))
-    with pytest.raises(RuntimeError, match="call interpolate before, or ask for these times in t"):
+    with pytest.raises(RuntimeError, match="call interpolate before pickling, or pass these times in t"):
         found.interpolate((0.3,))
 
 

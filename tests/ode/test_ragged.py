@@ -189,7 +189,7 @@ def test_transforms_of_torch_func():
 @pytest.mark.parametrize("times", [[0.0, 1.0, 1.0], [0.0, 1.0, 0.5]])
 def test_times_in_disorder_are_refused_under_vmap(times):
     t = torch.tensor([[0.0, 0.5, 1.0], times])
-    with pytest.raises(ValueError, match=r"for each entry that torch\.vmap maps.*batch_dims=1"):
+    with pytest.raises(ValueError, match=r"in each entry that torch\.vmap maps.*batch_dims=1"):
         torch.vmap(lambda t: im.odeint(lambda t, y: -y, torch.ones(2), t).value)(t)
 
 

@@ -70,7 +70,7 @@ def test_what_solves_no_equations_is_refused(solver):
 
 
 def test_tolerances_are_those_of_the_solver():
-    with pytest.raises(ValueError, match=r"pass stage_solver=im.Newton\(rtol=..., atol=...\) alone"):
+    with pytest.raises(ValueError, match=r"pass only stage_solver=im.Newton\(rtol=..., atol=...\)"):
         im.Kvaerno5(stage_solver=im.Newton(), stage_tolerance=0.1)
     with pytest.raises(TypeError, match="stage_tolerance must be a number, got a str"):
         im.Kvaerno5(stage_tolerance="tight")

@@ -142,7 +142,7 @@ def test_all_learn_the_digits_and_one_table_compares_them(tmp_path, capsys):
     assert 2 * deq.steps < deq.forward_calls <= 26 * deq.steps
     assert deq.backward_calls > 0
     check_logs(results[0])
-    with pytest.raises(CheckpointError, match=r"holds the checkpoints of another run.*--resume"):
+    with pytest.raises(CheckpointError, match=r"contains the checkpoints of another run.*--resume"):
         main(small(out=tmp_path / "run"))
 
 
@@ -221,11 +221,11 @@ def test_note_about_jpeg_stands_under_the_table(tmp_path, capsys):
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"validation": 1.0}, "validation must lie between 0 and 1"),
         ({"groups": 5}, r"groups must divide channels and inner_channels; got 5, 48 and 64"),
-        ({"models": ()}, "models must name at least one"),
-        ({"models": ("deq", "deq")}, "each once"),
+        ({"models": ()}, "models must contain at least one name"),
+        ({"models": ("deq", "deq")}, "none twice"),
         ({"inner_channels": 0}, "inner_channels must be at least 1"),
         ({"accelerator": "foo"}, "accelerator must be one of auto, cpu, gpu, cuda, mps; got foo"),
-        ({"accelerator": "cpu", "precision": "16-mixed"}, "precision must be one that a CPU computes in"),
+        ({"accelerator": "cpu", "precision": "16-mixed"}, "precision must be one that a CPU supports"),
         ({"cache": Path("elsewhere")}, "cache has no effect: the digits come with scikit-learn"),
         ({"rtol": math.inf}, "rtol must be a finite number"),
     ],
@@ -239,7 +239,8 @@ def test_bad_options_are_refused(changes, message):
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
 def test_an_accelerator_that_is_not_there_is_refused(accelerator):
     with pytest.raises(
-        ValueError, match=f"accelerator must be one that PyTorch finds here: auto, cpu; got {accelerator}"
+        ValueError,
+        match=f"accelerator must be one that PyTorch finds on this machine: auto, cpu; got {accelerator}",
     ):
         Config(accelerator=accelerator)
 
@@ -297,7 +298,7 @@ def test_equilibria_too_large_for_a_checkpoint_start_from_zero_again(data, tmp_p
     config = small(epochs=1, batch_size=256)
     fit("quick", config, data, tmp_path)
     assert "equilibria" not in torch.load(tmp_path / LAST, weights_only=True)
-    with pytest.warns(UserWarning, match="starts its next epoch from zero"):
+    with pytest.warns(UserWarning, match="starts the next epoch from zero"):
         resumed = fit("quick", dataclasses.replace(config, resume=True, epochs=2), data, tmp_path)
     assert resumed.costs.steps == 2 * resumed.training.batches_per_epoch
 
@@ -363,7 +364,9 @@ def test_checkpoint_cut_anywhere_is_refused(checkpoint, tmp_path, share):
     content, identity = checkpoint
     path = tmp_path / LAST
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=rf"cannot read the checkpoint {re.escape(str(path))} .*no intact"):
+    with pytest.raises(
+        CheckpointError, match=rf"cannot read the checkpoint {re.escape(str(path))} .*no other intact"
+    ):
         read_checkpoint(path, identity)
 
 
@@ -390,7 +393,7 @@ def test_checkpoint_with_changed_bytes_is_refused(checkpoint, tmp_path, place):
     path.write_bytes(content[:begin] + changed + content[begin + 64 :])
     torch.load(path, weights_only=True)  # sees nothing
     with pytest.raises(
-        CheckpointError, match=rf"checksum of {re.escape(largest.filename)} in it is wrong.*no intact"
+        CheckpointError, match=rf"checksum of {re.escape(largest.filename)} in the file is wrong.*no other intact"
     ):
         read_checkpoint(path, identity)
     previous_of(path).write_bytes(content)
@@ -406,7 +409,7 @@ def test_incomplete_checkpoint_is_refused(checkpoint, tmp_path, part):
     parts = torch.load(path, weights_only=True)
     del parts[part]
     torch.save(parts, path)
-    with pytest.raises(CheckpointError, match=rf"{LAST} is without {part}\. There is no intact"):
+    with pytest.raises(CheckpointError, match=rf"{LAST} lacks {part}\. There is no other intact"):
         read_checkpoint(path, identity, Training.kept)
 
 
@@ -415,11 +418,11 @@ def test_a_run_cannot_end_before_where_it_is(data, tmp_path):
     steps = 2 * fit("resnet", config, data, tmp_path).training.batches_per_epoch
     resumed = dataclasses.replace(config, resume=True)
     with pytest.raises(
-        CheckpointError, match="had 2 epochs, and cannot end after 1: resume with --epochs 2 or more"
+        CheckpointError, match="a run of 2 epochs, which is more than 1: resume with --epochs 2 or more"
     ):
         fit("resnet", dataclasses.replace(resumed, epochs=1), data, tmp_path)
     with pytest.raises(
-        CheckpointError, match=f"had {steps} steps, and cannot end after 3: .* --max-steps {steps}"
+        CheckpointError, match=f"a run of {steps} steps, which is more than 3: .* --max-steps {steps}"
     ):
         fit("resnet", dataclasses.replace(resumed, max_steps=3), data, tmp_path)
 
@@ -429,15 +432,19 @@ def test_checkpoint_of_another_recipe_or_shape_is_refused(checkpoint, tmp_path):
     path = tmp_path / LAST
     path.write_bytes(content)
     assert read_checkpoint(path, identity)["global_step"] == 1
-    with pytest.raises(CheckpointError, match=r"run's: its recipe is deq-image, here it is other-recipe\. Resume"):
+    with pytest.raises(
+        CheckpointError, match=r"another run: its recipe is deq-image, this run's is other-recipe\. Resume"
+    ):
         read_checkpoint(path, {**identity, "recipe": "other-recipe"})
-    with pytest.raises(CheckpointError, match=r"its seed is 0, here it is 3; its channels is 8, here it is 16\."):
+    with pytest.raises(
+        CheckpointError, match=r"its seed is 0, this run's is 3; its channels is 8, this run's is 16\."
+    ):
         read_checkpoint(path, {**identity, "channels": 16, "seed": 3})
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="does not say what it belongs to, and this is deq-image"):
+    with pytest.raises(CheckpointError, match="does not name a recipe, and this is deq-image"):
         read_checkpoint(path, identity)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="does not say what it belongs to"):
+    with pytest.raises(CheckpointError, match="does not name a recipe"):
         read_checkpoint(path, identity)
 
 
@@ -468,7 +475,7 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path) == {"epoch": 2}
     assert torch.load(previous_of(path)) == {"epoch": 1}
     assert {file.name for file in tmp_path.iterdir()} == {LAST, previous_of(path).name}
-    with pytest.raises(TypeError, match="no storage options"):
+    with pytest.raises(TypeError, match="storage_options must be None"):
         write({}, path, storage_options={"a": 1})
 
 
@@ -482,10 +489,10 @@ def test_run_folders_are_numbered_and_never_mixed(tmp_path):
     assert run_folder(tmp_path, "digits", None, resume=True) == tmp_path / "digits-10"
     out = tmp_path / "mine"
     assert run_folder(tmp_path, "digits", out, resume=False) == out
-    with pytest.raises(CheckpointError, match=r"mine holds no MODEL/last\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"mine contains no MODEL/last\.ckpt"):
         run_folder(tmp_path, "digits", out, resume=True)
     (out / "deq").mkdir(parents=True)
     (out / "deq" / LAST).touch()
     assert run_folder(tmp_path, "digits", out, resume=True) == out
-    with pytest.raises(CheckpointError, match="holds the checkpoints of another run"):
+    with pytest.raises(CheckpointError, match="contains the checkpoints of another run"):
         run_folder(tmp_path, "digits", out, resume=False)

@@ -84,7 +84,7 @@ def test_main_leaves_a_table_pictures_and_weights(tmp_path, capsys):
         assert f"{result.loss:.4f}" in text
         weights = torch.load(tmp_path / f"{result.task}-{result.name}.pt")
         assert weights.keys() == result.model.state_dict().keys()
-    assert "no increasing map" in text
+    assert "no increasing function" in text
     for name in ("circles.png", "square.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -83,8 +83,8 @@ def test_main_leaves_a_table_a_picture_and_weights(tmp_path, capsys):
         ({"order": 0}, "order must be at least 1; got 0"),
         ({"weight": 0.0}, "weight must be positive; got 0.0"),
         ({"target": -1.0}, "target must be positive"),
-        ({"names": ()}, "names must name at least one"),
-        ({"names": ("free", "free")}, "each once"),
+        ({"names": ()}, "names must contain at least one name"),
+        ({"names": ("free", "free")}, "none twice"),
     ],
 )
 def test_bad_options_are_refused(changes, message):

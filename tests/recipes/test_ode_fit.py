@@ -139,7 +139,7 @@ def test_search_that_ends_too_early_has_no_errors(simulated, fitted):
     # Half a standard error off in alpha alone: the likelihood is still convex there, but no maximum.
     off = 0.5 * fitted.covariance[0, 0].sqrt() * torch.eye(8, dtype=torch.float64)[0]
     with pytest.raises(
-        ValueError, match=r"no maximum .* could still grow by \d.* after 7 steps. Try more --steps"
+        ValueError, match=r"found no maximum .* can still grow by \d.* after 7 steps. Try more --steps"
     ):
         covariance_at_optimum(loss, fitted.theta + off, steps=7)
 
@@ -198,10 +198,12 @@ def test_band_widens_with_what_is_not_known(fitted):
 
 def test_verdict_says_what_the_numbers_say():
     better, worse = (Score(0.1, 0.5), Score(0.2, 0.0)), (Score(0.1, 0.5), Score(0.3, -1.0))
-    assert "does not extrapolate better: RMSE 0.300 on the held-out years, 0.200 without" in verdict(
+    assert "does not extrapolate better: RMSE on the held-out years 0.300 with it, 0.200 without" in verdict(
         {"rates": better, "rates + network": worse}
     )
-    assert "extrapolates better: RMSE 0.200" in verdict({"rates": worse, "rates + network": better})
+    assert "extrapolates better: RMSE on the held-out years 0.200" in verdict(
+        {"rates": worse, "rates + network": better}
+    )
 
 
 # --- The command --------------------------------------------------------------------------------------------

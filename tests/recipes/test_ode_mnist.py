@@ -99,7 +99,7 @@ def test_memory_grows_with_blocks_and_unrolled_steps_and_less_with_steps_taken_a
         two, four, eight = measured[name]
         assert eight - four == pytest.approx(2 * (four - two), rel=0.05), name  # a straight line
         assert four - two > 0
-    again = measured["ODE, steps taken again"]
+    again = measured["ODE, steps recomputed"]
     unrolled = measured["ODE, unrolled"]
     assert again[2] - again[0] < 0.1 * (unrolled[2] - unrolled[0])
     assert 0 < forward < unrolled[0]
@@ -174,7 +174,7 @@ def test_command_line_leaves_pictures_table_and_checkpoints(run):
 def test_command_line_does_not_overwrite_and_resumes(run, capsys):
     folder, command_line = run
     assert command(command_line) == 1
-    assert "holds the checkpoints of another run" in capsys.readouterr().err
+    assert "contains the checkpoints of another run" in capsys.readouterr().err
     assert command([*command_line, "--resume", "--max-steps", "4"]) == 0
     assert "stopped after 4 steps" in " ".join(capsys.readouterr().out.split())
     assert len(torch.load(folder / "odenet" / LAST, weights_only=True)["calls"]) == 4
@@ -202,7 +202,7 @@ def test_resumed_training_is_the_uninterrupted_one(data, tmp_path, monkeypatch):
     assert resumed.training.calls == whole.training.calls
     assert len(whole.training.calls) == whole.costs.steps == 2 * batches
     assert {path.name for path in resumed.folder.iterdir()} >= {LAST, BEST, "logs"}
-    with pytest.raises(CheckpointError, match=r"its tolerance is 0\.001, here it is 0\.1"):
+    with pytest.raises(CheckpointError, match=r"its tolerance is 0\.001, this run's is 0\.1"):
         fit("odenet", replace(config, resume=True, tolerance=0.1), data, tmp_path / "parts")
 
 
@@ -227,13 +227,13 @@ def test_mixed_precision_solves_in_full_precision(data, tmp_path):
         ({"channels": 0}, "channels must be at least 1; got 0"),
         ({"blocks": 0}, "blocks must be at least 1"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"models": ("resnet", "resnet")}, "models must name at least one, and each once"),
+        ({"models": ("resnet", "resnet")}, "models must contain at least one name, and none twice"),
         ({"tolerance": 0.0}, "tolerance and tolerances must be finite and at least 1e-06, .* 32-true; got 0.0"),
-        ({"tolerances": ()}, "tolerances must hold at least one number"),
-        ({"tolerances": (1.0, 0.1)}, "tolerances must hold at least one number, and ascend"),
+        ({"tolerances": ()}, "tolerances must be one or more numbers"),
+        ({"tolerances": (1.0, 0.1)}, "tolerances must be one or more numbers in increasing order"),
         ({"tolerances": (float("nan"),)}, "must be finite"),
         ({"precision": "bf16-mixed"}, "at least 0.016, for the precision bf16-mixed; got 0.001"),
-        ({"depths": (2, 1)}, "depths must hold at least one number, and ascend"),
+        ({"depths": (2, 1)}, "depths must be one or more numbers in increasing order"),
         ({"depths": (0, 1)}, "depths must be at least 1"),
     ],
 )

@@ -231,8 +231,8 @@ def test_table_says_where_a_network_does_not_beat_the_plain_one():
     assert isinstance(caption, str)
     notes = [line for line in caption.splitlines() if line.startswith("Note")]
     assert notes == [
-        "Note: on the spring, hamiltonian does not beat plain",
-        "Note: on the pendulum, lagrangian does not beat plain",
+        "Note: on the spring, hamiltonian is no better than plain",
+        "Note: on the pendulum, lagrangian is no better than plain",
     ]
 
 
@@ -260,7 +260,7 @@ def test_main_prints_a_row_each_writes_pictures_and_resumes_to_the_same_weights(
     for name in ("energy.png", "pendulum.png"):
         assert (tmp_path / "run" / name).stat().st_size > 10_000
     assert (tmp_path / "run" / "pendulum-plain" / LAST).exists()
-    with pytest.raises(CheckpointError, match="holds the checkpoints of another run"):
+    with pytest.raises(CheckpointError, match="contains the checkpoints of another run"):
         main(config)
 
     config = dataclasses.replace(config, models=("plain",))
@@ -275,9 +275,9 @@ def test_main_prints_a_row_each_writes_pictures_and_resumes_to_the_same_weights(
     assert again == loss
     for a, b in zip(whole.field.parameters(), resumed.field.parameters()):
         assert torch.equal(a, b)
-    with pytest.raises(CheckpointError, match="had 4 epochs, and cannot end after 3"):
+    with pytest.raises(CheckpointError, match="a run of 4 epochs, which is more than 3"):
         train("plain", "pendulum", dataclasses.replace(config, epochs=3, resume=True), folder)
-    with pytest.raises(CheckpointError, match="its width is 8, here it is 16"):
+    with pytest.raises(CheckpointError, match="its width is 8, this run's is 16"):
         train("plain", "pendulum", dataclasses.replace(config, width=16, resume=True), folder)
 
 
@@ -303,8 +303,8 @@ def test_pictures_show_the_largest_error_so_far_and_leave_out_what_is_not_finite
         ({"epochs": 0}, "epochs must be at least 1; got 0"),
         ({"horizon": math.inf}, "horizon must be finite; got inf"),
         ({"noise": -0.1}, "noise must be at least 0"),
-        ({"fit_to": "windows", "window": 5}, "a window of 5 states needs more than 5 points"),
-        ({"systems": ("spring", "spring")}, "systems must name at least one, and each once"),
+        ({"fit_to": "windows", "window": 5}, "window must be smaller than points = 5, to fit windows; got 5"),
+        ({"systems": ("spring", "spring")}, "systems must contain at least one name, and none twice"),
     ],
 )
 def test_bad_options_are_refused(changes, message):

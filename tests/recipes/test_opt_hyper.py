@@ -97,7 +97,7 @@ def test_main_leaves_a_table_and_a_picture_and_can_be_repeated(tmp_path, capsys)
     printed = capsys.readouterr().out
     for name in ("no tuning", "grid", "clean only", *LEARNED):
         assert f"│ {name} " in printed
-    assert re.search(r"\d+ of 12 linear solves fell short", printed)
+    assert re.search(r"\d+ of 12 linear solves did not reach their tolerance", printed)
     assert "grid" in (tmp_path / "table.txt").read_text(encoding="utf-8")
     assert (tmp_path / "hyper.png").read_bytes().startswith(b"\x89PNG")
     again = opt_hyper.fit(1, config)
@@ -111,8 +111,8 @@ def test_main_leaves_a_table_and_a_picture_and_can_be_repeated(tmp_path, capsys)
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"decay": 0.0}, "decay must be positive; got 0.0"),
         ({"noise": 1.0}, "noise must be at least 0 and below 1; got 1.0"),
-        ({"held_out": 200}, "clean must lie between held_out = 200 and 1400; got 200"),
-        ({"grid": (1e-1, 1e-4, 3)}, "grid must be a first and a larger last decay"),
+        ({"held_out": 200}, "clean must be above held_out = 200 and below 1400; got 200"),
+        ({"grid": (1e-1, 1e-4, 3)}, "grid must be a smallest decay > 0, a largest decay"),
         ({"damping": -1.0}, "damping must be at least 0; got -1.0"),
     ],
 )

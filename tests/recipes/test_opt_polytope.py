@@ -127,9 +127,9 @@ def test_main_leaves_a_table_a_picture_and_weights(tmp_path, capsys):
         ({"faces": 2}, "faces must be at least 3; got 2"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"margin": 0.0}, "margin must be positive"),
-        ({"polygons": ()}, "polygons must hold"),
-        ({"polygons": (2,)}, "from 3 up"),
-        ({"polygons": (3, 3)}, "each once"),
+        ({"polygons": ()}, "polygons must be different numbers"),
+        ({"polygons": (2,)}, "each at least 3"),
+        ({"polygons": (3, 3)}, "must be different numbers"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(wrong, message):

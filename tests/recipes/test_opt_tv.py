@@ -72,11 +72,11 @@ def test_main_leaves_a_table_a_picture_and_weights(tmp_path, capsys):
 
 def test_days_of_a_building_are_read(tmp_path, monkeypatch):
     monkeypatch.delenv("IMPLICITLY_DATA", raising=False)
-    with pytest.raises(ValueError, match="data has no effect: the days of the signal 'steps' are made up"):
+    with pytest.raises(ValueError, match="data has no effect: the days of the signal 'steps' are synthetic"):
         replace(SMALL, data=tmp_path)
     with pytest.raises(FileNotFoundError, match="--data"):
         signals(replace(SMALL, signal="hvac"))
-    with pytest.raises(FileNotFoundError, match=r"looked for Sim-TMY2.npz in .*hvac, and there is none"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*hvac/Sim-TMY2.npz; give the folder"):
         signals(replace(SMALL, signal="hvac", data=tmp_path))
     (tmp_path / "hvac").mkdir()
     values = np.random.default_rng(0).normal(size=(3 * 96 + 1, 2))

@@ -70,5 +70,5 @@ def test_a_folder_is_one_or_can_be_made(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "below"):
-        with pytest.raises(OptionError, match=rf"out={path} must name a folder, but {file} is a file"):
+        with pytest.raises(OptionError, match=rf"out={path} must be a folder, but {file} is a file"):
             check_folder(path)

@@ -26,9 +26,9 @@ def test_errors_and_calls_are_drawn_against_the_tolerance():
 
 
 def test_lines_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="2 tolerances, 1 errors and 2 calls"):
+    with pytest.raises(ValueError, match="equal lengths; got 2, 1 and 2"):
         plot_tolerances([0.1, 1.0], [0.5], [8.0, 8.0], trained=0.1)
-    with pytest.raises(ValueError, match="window of at least 1"):
+    with pytest.raises(ValueError, match="window must be at least 1"):
         plot_calls({"forward": [1]}, window=0)
-    with pytest.raises(ValueError, match="at least one step a line"):
+    with pytest.raises(ValueError, match="each line must have at least one step"):
         plot_calls({"forward": []}, window=1)

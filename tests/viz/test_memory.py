@@ -98,5 +98,5 @@ def test_peak_on_cuda():
 def test_plot_refuses_lines_of_another_length():
     pytest.importorskip("matplotlib", reason="needs the extra: implicitly[viz]")
     assert plot_memory([1, 2], {"a": [1.0, 2.0]}, 1.0, "bytes").axes
-    with pytest.raises(ValueError, match="'a' has 1 values for 2 numbers of steps"):
+    with pytest.raises(ValueError, match="'a' must have one value per number of steps; got 1 values for 2"):
         plot_memory([1, 2], {"a": [1.0]}, 1.0, "bytes")

@@ -137,7 +137,7 @@ def proximal(loss: Callable[..., Any], batch_dims: int = 0) -> Callable[..., Any
         flat, spec = pytree.tree_flatten(w)
         flat0, spec0 = pytree.tree_flatten(w0)
         if spec != spec0:
-            raise ValueError(f"w and w0 must have one structure: w has {spec}, w0 {spec0}")
+            raise ValueError(f"w and w0 must have the same structure: w has {spec}, w0 {spec0}")
         for x, x0 in zip(flat, flat0):
             if tuple(x0.shape) not in (tuple(x.shape), tuple(x.shape[batch_dims:])):
                 shared = f", or {tuple(x.shape[1:])} where the tasks share it" if batch_dims else ""
@@ -180,8 +180,8 @@ def _checked(value: Any, like: Tensor, batch_dims: int, name: str) -> Tensor:
         raise TypeError(f"{name} must return a tensor, got a {type(value).__name__}")
     if tuple(value.shape) != shape or not value.is_floating_point():
         raise ValueError(
-            f"{name} must return one real value{' a problem' if batch_dims else ''}: expected shape {shape}, got "
-            f"{value.dtype} of shape {tuple(value.shape)}; "
+            f"{name} must return one real value{' per problem' if batch_dims else ''}: expected shape {shape}, "
+            f"got {value.dtype} of shape {tuple(value.shape)}; "
             + ("sum over everything but dimension 0" if batch_dims else "take its .mean() or .sum()")
         )
     return value
@@ -328,8 +328,8 @@ def _not_stationary(name: str, solver: Solver, found: Found, failed: Tensor) -> 
     return (
         f"{name}: params are not stationary for inner_loss ({count}): the best step along its gradient would move "
         f"them by {float(far[worst]):.2g} of their norm (tolerance {solver.rtol:g}), so the derivative is only "
-        "approximate. Try: train on (with a smaller learning rate, or L-BFGS); give inner_loss the very loss that "
-        "was trained; or raise tolerance, if that is close enough"
+        "approximate. Try: train longer (with a smaller learning rate, or L-BFGS); pass exactly the loss that was "
+        "trained as inner_loss; or raise tolerance, if that is close enough"
     )
 
 

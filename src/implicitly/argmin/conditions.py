@@ -242,14 +242,14 @@ def hessian_at(F: Descent, z: Tensor) -> Map:
 def check_values(values: Any, layout: Layout) -> Tensor:
     """The `values` that the objective returned; raises TypeError / ValueError unless there is one per sample."""
     if not isinstance(values, Tensor):
-        raise TypeError(f"objective must return a tensor, one value a sample; got a {type(values).__name__}")
+        raise TypeError(f"objective must return a tensor, one value per sample; got a {type(values).__name__}")
     expected = (layout.batch,) if layout.batch_dims else ()
     if tuple(values.shape) != expected:
-        remedy = "add up each sample's own terms, as in .sum(-1)"
+        remedy = "sum the terms of each sample, as in .sum(-1)"
         if values.ndim == 0:
-            remedy = "do not add up over the samples; batch_dims=0 is for one system"
+            remedy = "do not sum over the samples, or pass batch_dims=0 for one system"
         came = tuple(values.shape)
-        raise ValueError(f"objective must return one value a sample: expected {expected}, got {came}; {remedy}")
+        raise ValueError(f"objective must return one value per sample: expected {expected}, got {came}; {remedy}")
     if not values.is_floating_point():
         raise TypeError(f"objective must return real numbers, got {values.dtype}")
     _check_kind(values, layout, "objective")
@@ -260,13 +260,14 @@ def check_residuals(residuals: Any, layout: Layout) -> Any:
     """The `residuals` that the function returned; raises TypeError / ValueError unless each sample has its own."""
     leaves = pytree.tree_leaves(residuals)
     if not leaves:
-        raise ValueError("residuals must return a tensor, or a pytree of them; got none")
+        raise ValueError("residuals must return a tensor or a pytree of tensors, but it returned no tensor")
     for x in leaves:
         if not isinstance(x, Tensor):
             raise TypeError(f"residuals must return tensors, got a {type(x).__name__}")
         if layout.batch_dims and (x.ndim == 0 or x.shape[0] != layout.batch):
             raise ValueError(
-                f"residuals must return each sample's own: expected ({layout.batch}, ...), got {tuple(x.shape)}"
+                f"residuals must return the residuals of each sample along dimension 0: expected "
+                f"({layout.batch}, ...), got {tuple(x.shape)}"
             )
         _check_kind(x, layout, "residuals")
     return residuals

@@ -98,6 +98,10 @@ class Equality(Form):
     Args:
         h: `h(z, *args)` returns a tensor `(B, ...)` (of any shape with `batch_dims=0`) or a pytree of them, of the
             dtype of z0 and with at most as many numbers per sample as z.
+
+    Raises:
+        TypeError: h is not callable.
+        ValueError: from a solve, if what h returns does not fit z0.
     """
 
     h: Function
@@ -156,7 +160,7 @@ class Equality(Form):
         size = Layout.of(h0, layout.batch_dims, "what h returns")
         if size.batch != layout.batch:
             raise ValueError(
-                f"h must return one row a sample: expected {layout.batch} of them, as in z0, got {size.batch}"
+                f"h must return one row per sample: expected {layout.batch} rows, as in z0, got {size.batch}"
             )
         if size.dtype != layout.dtype or size.device != layout.device:
             raise ValueError(
@@ -165,7 +169,10 @@ class Equality(Form):
             )
         n, m = (sum(leaf.width for leaf in x.leaves) for x in (layout, size))
         if m > n:
-            raise ValueError(f"h returns {m} numbers a sample, more equations than the {n} unknowns of z0")
+            raise ValueError(
+                f"h returns {m} numbers per sample, more than the {n} unknowns in z0; leave out redundant "
+                "equations"
+            )
         return h0
 
     def curvature(self, F: Lagrangian, z: Tensor) -> tuple[Map, Tensor]:
@@ -347,7 +354,8 @@ class NewtonKKT(Solver):
     the start: take another z0.
 
     Args:
-        limit_gib: dense KKT matrices larger than this are refused.
+        limit_gib: the most memory that the KKT matrices may take, in GiB; more raises ValueError.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     limit_gib: float = 4.0

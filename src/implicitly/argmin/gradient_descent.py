@@ -26,6 +26,7 @@ class GradientDescent(Solver):
             until the objective falls below an average of its last values (Zhang and Hager, "A nonmonotone line
             search technique", SIAM J. Optim. 14, 2004); chosen at each step and for each sample.
         accelerated: whether to use Nesterov's momentum, restarted where it leads uphill; see `ProjectedGradient`.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     step: float | None = None

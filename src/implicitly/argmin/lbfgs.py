@@ -40,6 +40,7 @@ class LBFGS(Solver):
 
     Args:
         history: number of steps kept; they take the memory of `2 * history` states.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     history: int = 10

@@ -38,7 +38,7 @@ def _check_size(solver: Solver, limit_gib: float, z: Tensor, m: int) -> None:
     if size_gib > limit_gib:
         raise ValueError(
             f"{type(solver).__name__}: dense Jacobians of {len(z)} x {m} x {z.shape[1]} take {size_gib:.1f} GiB "
-            f"(limit {limit_gib:g}); use LBFGS, which needs none"
+            f"(limit {limit_gib:g} GiB); use im.LBFGS(), which needs no Jacobian"
         )
 
 
@@ -50,7 +50,8 @@ class GaussNewton(Solver):
     `LevenbergMarquardt`. Nocedal and Wright, "Numerical Optimization", section 10.3.
 
     Args:
-        limit_gib: dense Jacobians larger than this are refused.
+        limit_gib: the most memory that the Jacobians may take, in GiB; more raises ValueError.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     limit_gib: float = 4.0
@@ -100,7 +101,8 @@ class LevenbergMarquardt(Solver):
 
     Args:
         damping: the initial mu, relative to J'J.
-        limit_gib: dense Jacobians larger than this are refused.
+        limit_gib: the most memory that the Jacobians may take, in GiB; more raises ValueError.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     damping: float = 1e-3

@@ -180,6 +180,7 @@ class ProjectedGradient(Solver):
     Args:
         step: the step size, which multiplies the gradient. None: found by backtracking for each sample.
         accelerated: whether to use momentum, restarted where it leads uphill.
+        rtol, atol, max_steps: as in `implicitly.iterate.Solver`.
     """
 
     step: float | None = None

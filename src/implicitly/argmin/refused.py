@@ -13,49 +13,50 @@ Result = TypeVar("Result")
 REFUSALS = (
     (
         "would mutate a captured Tensor",
-        "changes in place a tensor that is not its own",
-        "compute without it, or copy what is to be kept after the solve",
+        "changes in place a tensor that it did not create",
+        "do not modify it, or record what you need after the solve",
     ),
     (
         "setup_context staticmethod",
         "calls a torch.autograd.Function that torch.func cannot differentiate",
-        "write its forward without ctx, beside a setup_context(ctx, inputs, output), and a backward of operations "
-        "that are differentiable in turn",
+        "write forward without ctx, add setup_context(ctx, inputs, output), and use differentiable operations in "
+        "backward",
     ),
     (
         "attempting to call Tensor.requires_grad_()",
         "calls requires_grad_(), or torch.autograd.functional",
-        "leave requires_grad_() out, as z is followed already; a gradient within is torch.func.grad's",
+        "leave out requires_grad_(), as z is tracked already; for a gradient inside, use torch.func.grad",
     ),
     (
         "Cannot access data pointer of Tensor",
-        "leaves torch, for NumPy say, where no derivative follows",
+        "leaves torch, for example for NumPy, where derivatives are lost",
         "write it in operations of torch, or as a torch.autograd.Function with a derivative of its own",
     ),
     (
         "Can't call numpy() on Tensor that requires grad",
-        "leaves torch for NumPy, where no derivative follows",
+        "converts a tensor to NumPy, where derivatives are lost",
         "write it in operations of torch, or as a torch.autograd.Function with a derivative of its own",
     ),
     (
         "that requires grad is being used in an in-place operation",
-        "changes in place its z, or a parameter",
+        "changes z or a parameter in place",
         "work on a copy, such as z.clone()",
     ),
     (
         "the derivative for '",
-        "has an operation without a second derivative in torch",
-        "write that by others, such as torch.cdist(x, y) as (x[:, None] - y[None]).square().sum(-1).sqrt()",
+        "uses an operation that has no second derivative in torch",
+        "write it with other operations, such as torch.cdist(x, y) as "
+        "(x[:, None] - y[None]).square().sum(-1).sqrt()",
     ),
     (
         "calling .item() on a Tensor",
-        "branches on the values of tensors, or reads them as numbers, where samples are mapped by torch.vmap",
-        "use torch.where in place of a branch, and tensors in place of numbers",
+        "branches on the values of tensors, or reads them as numbers, inside torch.vmap over the samples",
+        "use torch.where instead of a branch, and tensors instead of numbers",
     ),
     (
         "data-dependent control flow",
-        "branches on the values of tensors where samples are mapped by torch.vmap",
-        "use torch.where in place of a branch",
+        "branches on the values of tensors inside torch.vmap over the samples",
+        "use torch.where instead of a branch",
     ),
 )
 
@@ -76,6 +77,6 @@ def explaining_refusals(entry: str, f: Callable[..., Any], solve: Callable[[], R
             raise
         name = getattr(f, "__name__", type(f).__name__)
         raise ValueError(
-            f"{entry} differentiates the function it is given, and its gradient in turn; '{name}', or what it "
-            f"calls, {found[0]}. Try: {found[1]}. torch says: {said}"
+            f"{entry} differentiates the function that it is given twice, but '{name}', or a "
+            f"function that it calls, {found[0]}. Try: {found[1]}. torch says: {said}"
         ) from error

@@ -114,7 +114,7 @@ def least_squares(
     With more than 1024 unknowns per sample and an ill-conditioned Hessian, as in bundle adjustment,
     `ImplicitAdjoint(im.DenseLU())` solves the backward systems on which `GMRES` falls short. Rescale unknowns
     whose units differ by a factor of a million or more: the test of convergence takes the norm of the whole
-    gradient. Everything else is as in `argmin`.
+    gradient. Arguments, result and errors are otherwise as in `argmin`, without `constraint`.
     """
     options = {"batch_dims": batch_dims, "in_dims": in_dims, "convex": convex}
     solve = partial(_minimum, LeastSquares(), residuals, z0, args, solver, adjoint, on_failure, compile, **options)
@@ -172,20 +172,19 @@ def _explained(form: Form, name: str, solver: Solver, found: Found, failed: Tens
     """The message about the samples that `failed`, in the minimisation or the linear solve of its derivative."""
     if name != form.name:
         return explain(name, solver, found, failed, LINEAR_REMEDY)
-    remedy = {**REMEDY, Status.DIVERGED: "start closer (z0), or try another solver"}
+    remedy = {**REMEDY, Status.DIVERGED: "start closer to the solution (z0), or use another solver"}
     if isinstance(solver, GradientDescent | ProjectedGradient):
-        remedy[Status.DIVERGED] = "a smaller step, or step=None, which finds its own"
+        remedy[Status.DIVERGED] = "a smaller step, or step=None, which chooses one automatically"
     elif isinstance(form, Projection):
-        remedy[Status.DIVERGED] = "a smaller step of im.Projection, or ProjectedGradient, which finds its own"
+        remedy[Status.DIVERGED] = "a smaller step in im.Projection, or im.ProjectedGradient, which chooses its own"
     if isinstance(form, Projection):
         remedy[Status.STAGNATED] = (
-            "a larger step of im.Projection if step * gradient is lost beside z (best is one over the objective's "
-            "curvature); im.FixedPointIteration or im.Anderson if P is a proximal map, such as im.prox.l1, and no "
-            "projection; else loosen rtol, use a wider dtype, or try another solver"
+            "a larger step in im.Projection if step * gradient is below the rounding error of z (the best step is "
+            "about 1 / curvature of the objective); im.FixedPointIteration or im.Anderson if P is a proximal map, "
+            "such as im.prox.l1, and not a projection; else loosen rtol, use a wider dtype, or use another solver"
         )
     if isinstance(form, Equality):
         remedy[Status.SINGULAR] = (
-            "the derivative of the constraints vanishes or is singular there, so that it leads nowhere: start "
-            "elsewhere (z0)"
+            "start elsewhere (z0): the Jacobian of the constraints is zero or rank-deficient there"
         )
     return explain(name, solver, found, failed, remedy)

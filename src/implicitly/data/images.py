@@ -76,7 +76,7 @@ def load_images(name: ImageSet, folder: Path | str | None = None, cache: Path | 
         case "cifar10":
             return cifar10(folder, cache)
         case _:
-            raise ValueError(f"unknown image set {name!r}; there are 'digits', 'mnist' and 'cifar10'")
+            raise ValueError(f"unknown image set {name!r}; choose 'digits', 'mnist' or 'cifar10'")
 
 
 def digits() -> ImageData:
@@ -154,7 +154,7 @@ def find_folder(
     Raises:
         FileNotFoundError: a folder was named, and has no folder `name`.
     """
-    chosen_by = "the argument"
+    chosen_by = "the argument folder"
     if folder is None:
         folder = os.environ.get(ENVIRONMENT_VARIABLE) or None
         chosen_by = f"the environment variable {ENVIRONMENT_VARIABLE}"
@@ -163,9 +163,9 @@ def find_folder(
     place = Path(folder).expanduser() / name
     if not place.is_dir():
         raise FileNotFoundError(
-            f"looked for the data set {name!r} in {place.absolute()}, because {chosen_by} names "
-            f"{str(folder)!r}, and there is no such folder. Name the folder that holds '{name}/' "
-            f"(--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER), or name none to {otherwise}."
+            f"the data set {name!r} was expected in {place.absolute()}, as {chosen_by} is "
+            f"{str(folder)!r}, but there is no such folder. Give the folder that contains '{name}/' "
+            f"(--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER), or give none to {otherwise}."
         )
     return place
 
@@ -198,7 +198,7 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic or len(content) < header:
         raise DataError(
-            _damaged(path, f"it begins with {content[:4].hex(' ')}, an idx file here with {magic.hex(' ')}")
+            _damaged(path, f"it begins with {content[:4].hex(' ')}, but an idx file begins with {magic.hex(' ')}")
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=dimensions, offset=4))
     expected, found = int(np.prod(shape, dtype=np.int64)), len(content) - header
@@ -231,7 +231,7 @@ def _read_jpeg_archives(place: Path, cache: Path) -> tuple[tuple[Pixels, Labels]
         with cached.open("rb") as file, np.load(file) as arrays:
             return (arrays["train_x"], arrays["train_y"]), (arrays["test_x"], arrays["test_y"])
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{cached} cannot be read ({error}): delete it, it is made again") from error
+        raise DataError(f"{cached} cannot be read ({error}); delete it, and it will be made again") from error
 
 
 def _decode_archive(archive: Path, split: str) -> tuple[Pixels, Labels]:
@@ -266,9 +266,9 @@ def _from_hub(name: str, repository: str) -> Path:
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"looked for the data set {name!r} on the Hugging Face hub ({repository}), because no folder was "
-            f"named, and could not download it ({type(error).__name__}: {reason}). Without a network, name a "
-            f"folder that holds '{name}/': --data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER."
+            f"could not download the data set {name!r} from the Hugging Face hub ({repository}), which is used "
+            f"when no folder is given ({type(error).__name__}: {reason}). Without a network, give a "
+            f"folder that contains '{name}/': --data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER."
         ) from error
 
 
@@ -311,7 +311,7 @@ def _decode(files: Iterable[bytes], mode: Literal["L", "RGB"], source: Path) -> 
             with Image.open(io.BytesIO(content)) as image:
                 images.append(np.asarray(image.convert(mode)))
         except (UnidentifiedImageError, OSError) as error:
-            raise DataError(_damaged(source, f"its image number {number}: {error}")) from error
+            raise DataError(_damaged(source, f"image number {number}: {error}")) from error
     sizes = {image.shape[:2] for image in images}
     if len(sizes) != 1:
         raise DataError(_damaged(source, f"its {len(images)} images have the sizes {sorted(sizes)}, not one"))
@@ -350,8 +350,8 @@ def _normalised(
 
 def _missing(path: Path) -> str:
     return (
-        f"looked for {path.name} in {path.parent.absolute()}, and there is none. Name another folder "
-        f"(--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER), or none to download from the Hugging Face hub."
+        f"there is no file {path.absolute()}. Give another folder (--data FOLDER, or "
+        f"{ENVIRONMENT_VARIABLE}=FOLDER), or none to download from the Hugging Face hub."
     )
 
 

@@ -56,19 +56,19 @@ def sudoku4(folder: Path | str | None = None, count: int = 10_000, seed: int = 0
         FileNotFoundError: a folder was named, and a file is missing in it.
         DataError: a file is damaged or is not what its name says.
     """
-    place = find_folder(FOLDER, folder, otherwise="play with boards made here")
+    place = find_folder(FOLDER, folder, otherwise="use generated boards")
     if place is None:
         return make_sudoku4(count, seed)
     puzzles, solutions = (_read(place / name) for name in ("features.pt", "labels.pt"))
     if len(puzzles) != len(solutions):
-        raise DataError(f"{place}: features.pt holds {len(puzzles)} boards, labels.pt {len(solutions)}")
+        raise DataError(f"{place}: features.pt contains {len(puzzles)} boards, but labels.pt {len(solutions)}")
     right = (solutions.flatten(1) @ solutions4().flatten(1).T).amax(dim=1) == 16
     if not right.all():
-        raise DataError(f"{place}: board {int(right.int().argmin())} of labels.pt is no solved Sudoku")
+        raise DataError(f"{place}: board {int(right.int().argmin())} of labels.pt is not a solved Sudoku")
     agree = (puzzles <= solutions).flatten(1).all(dim=1)
     if not agree.all():
         raise DataError(
-            f"{place}: board {int(agree.int().argmin())} of features.pt has another solution in labels.pt"
+            f"{place}: board {int(agree.int().argmin())} of features.pt contradicts its solution in labels.pt"
         )
     rows = _first_of_each(puzzles)
     return SudokuBoards(puzzles[rows], solutions[rows], "OptNet's boards")
@@ -100,7 +100,7 @@ def make_sudoku4(count: int, seed: int = 0) -> SudokuBoards:
         puzzles = torch.where((agreeing == 1) & (fewer.sum(dim=1, keepdim=True) >= enough), fewer, puzzles)
     puzzles, solutions = (boards.view(count, 4, 4, 4) for boards in (puzzles, solutions))
     rows = _first_of_each(puzzles)
-    return SudokuBoards(puzzles[rows], solutions[rows], "boards made here")
+    return SudokuBoards(puzzles[rows], solutions[rows], "generated boards")
 
 
 def solutions4() -> Tensor:
@@ -129,7 +129,7 @@ def _read(path: Path) -> Tensor:
     """One-hot boards `(count, 4, 4, 4)` from a file of `torch.save`."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path.absolute()}. Name the folder that holds '{FOLDER}/' with features.pt and "
+            f"there is no file {path.absolute()}. Give the folder that contains '{FOLDER}/' with features.pt and "
             f"labels.pt (--data FOLDER, or {ENVIRONMENT_VARIABLE}=FOLDER)."
         )
     try:
@@ -138,8 +138,8 @@ def _read(path: Path) -> Tensor:
         raise DataError(f"{path.absolute()} cannot be read: {error}") from error
     if not isinstance(boards, Tensor) or boards.shape[1:] != (4, 4, 4) or len(boards) == 0:
         found = tuple(boards.shape) if isinstance(boards, Tensor) else type(boards).__name__
-        raise DataError(f"{path.absolute()} should hold a tensor (count, 4, 4, 4); it holds {found}")
+        raise DataError(f"{path.absolute()} must contain a tensor of shape (count, 4, 4, 4); it contains {found}")
     boards = boards.float()
     if not ((boards == 0) | (boards == 1)).all() or not (boards.sum(dim=-1) <= 1).all():
-        raise DataError(f"{path.absolute()} should hold 0 and 1, at most one 1 an entry")
+        raise DataError(f"{path.absolute()} must contain only 0 and 1, with at most one 1 per entry of the board")
     return boards

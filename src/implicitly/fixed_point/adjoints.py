@@ -19,7 +19,7 @@ from implicitly.transforms import is_cpu, is_recorded, unwrapped
 def _needs_iterations(adjoint: Adjoint, iterates: bool) -> None:
     if not iterates:
         raise ValueError(
-            f"{type(adjoint).__name__} differentiates iterations z = f(z), and a root has none; use "
+            f"{type(adjoint).__name__} differentiates iterations z = f(z), which a root does not have; use "
             "ImplicitAdjoint, or state the problem as a fixed point"
         )
 
@@ -32,6 +32,13 @@ class PhantomAdjoint(Adjoint):
     (`rtol=0`), its last call of f is the first of these iterations, on a CPU and without `compile`; otherwise they
     are additional calls, which `Solution.evaluations` does not count. Geng et al., "On Training Implicit Models",
     NeurIPS 2021.
+
+    Args:
+        steps: number of iterations, at least 1.
+        damping: each iteration is z <- (1 - damping) z + damping f(z); in (0, 1].
+
+    Raises:
+        TypeError, ValueError: for invalid options; ValueError from a solve with `root`, which has no iterations.
     """
 
     steps: int = 5
@@ -41,7 +48,9 @@ class PhantomAdjoint(Adjoint):
         check_kind("PhantomAdjoint", "steps", self.steps, INTEGERS, "an int, got {value!r}")
         check_kind("PhantomAdjoint", "damping", self.damping, NUMBERS, "a number, got {value!r}")
         if self.steps < 1 or not 0 < self.damping <= 1:
-            raise ValueError(f"PhantomAdjoint: steps >= 1 and 0 < damping <= 1, got {self.steps}, {self.damping}")
+            raise ValueError(
+                f"PhantomAdjoint: steps must be at least 1 and damping in (0, 1], got {self.steps}, {self.damping}"
+            )
 
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:
         """Raise ValueError for a root."""
@@ -100,6 +109,9 @@ class JacobianFreeAdjoint(Adjoint):
 
     It is `PhantomAdjoint(steps=1)`, whose call of f may be the solver's last.
     Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
+
+    Raises:
+        ValueError: from a solve with `root`, which has no iterations.
     """
 
     def check(self, solver: Solver, dtype: torch.dtype, iterates: bool) -> None:

@@ -26,6 +26,7 @@ from implicitly.host import maybe_any, on_host, remembered, to_host, to_tensor
 from implicitly.iterate import Proposal, Residual, Solver, where_rows
 from implicitly.transforms import is_cpu, records
 
+# Weights whose absolute values add up to more are not believed: see `_weights`.
 LARGEST_WEIGHTS = 1e4
 # The value used for the square of a residual that is exactly 0, in multiples of the smallest normal number. That
 # residual then gets all the weight.
@@ -40,6 +41,8 @@ class Anderson(Solver):
     of the residuals gains one row per step. If the small linear system is too ill-conditioned to be trusted, the
     step is the plain damped one. Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J.
     Numer. Anal. 49 (2011).
+
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
 
     Args:
         history: how many iterates are combined; memory is `2 * history` states.

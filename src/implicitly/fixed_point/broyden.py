@@ -46,6 +46,8 @@ class Broyden(Solver):
     H = I + D' N D as a small matrix that gains one row per step; so a step reads the history three times, whatever
     its length.
 
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+
     Args:
         history: steps kept, each a rank-one update; memory is `history` states. When full, the oldest is dropped.
         line_search: backtrack along the step until the residual falls.

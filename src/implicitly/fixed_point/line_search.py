@@ -8,6 +8,7 @@ from torch import Tensor
 from implicitly.iterate import Residual, repeat
 from implicitly.tree import row_norm
 
+# The shortest step tried is 2^-10 of the full one; where even that does not help, the direction is at fault.
 HALVINGS = 10
 
 
@@ -20,7 +21,8 @@ def backtrack(F: Residual, z: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Ten
     norm = row_norm(r)
 
     def good(length: Tensor, trial: Tensor) -> Tensor:
-        # NaN compares false, so a step to a point where f is undefined is halved, too.
+        # NaN compares false, so a step to a point where f is undefined is halved, too. With 1e-4, the usual value,
+        # almost any decrease is enough.
         return row_norm(trial) <= (1 - 1e-4 * length[:, 0]) * norm
 
     def halve(k: int | Tensor, carry: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

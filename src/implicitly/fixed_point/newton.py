@@ -31,6 +31,13 @@ class Newton(Solver):
     is not positive definite, its eigenvalues are replaced by their absolute values, so that steps lead away from
     saddles and maxima (Nocedal and Wright, "Numerical Optimization", section 3.4). Without `line_search` it takes
     plain Newton steps, which lead to any stationary point.
+
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+
+    Args:
+        line_search: whether steps are shortened until the residual norm, or the objective, falls.
+        limit_gib: the most memory that the Jacobians of all samples may take, in GiB; a solve that needs more
+            raises ValueError.
     """
 
     line_search: bool = True
@@ -108,6 +115,9 @@ class NewtonKrylov(Solver):
 
     Args:
         linear_solver: the solver of the linear system for each step; the forcing term replaces its tolerances.
+        line_search: whether steps are shortened until the residual norm falls.
+
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
     """
 
     linear_solver: Solver = GMRES(max_steps=60)

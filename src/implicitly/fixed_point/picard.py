@@ -16,6 +16,13 @@ class FixedPointIteration(Solver):
     """Fixed-point iteration, z <- (1 - damping) z + damping f(z) (Banach, Picard; damped: Krasnoselskii-Mann).
 
     It converges if f is a contraction; `damping < 1` helps if its Jacobian has large negative eigenvalues.
+    `rtol`, `atol` and `max_steps` are described in `implicitly.iterate.Solver`.
+
+    Args:
+        damping: in (0, 1].
+
+    Raises:
+        TypeError, ValueError: for invalid options.
     """
 
     damping: float = 1.0

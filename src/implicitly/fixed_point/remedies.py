@@ -16,14 +16,14 @@ from implicitly.solution import Status
 
 # For roots only: the residual of a fixed point, f(z) - z, always has the right sign and units to step along.
 _ALONG_RESIDUAL = (
-    "this solver steps along -residual, which may lead away from the root or be too long: change its sign (as of "
-    "the right side of dz/dt = F(z)) or scale it; or use Newton or NewtonKrylov"
+    "change the sign of F or scale it: this solver steps along -F(z), which may lead away from the root or be too "
+    "long; or use Newton or NewtonKrylov"
 )
 _OF_NEWTON = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or start closer to a solution (z0), if there is one",
-    Status.STAGNATED: "the residual no longer falls: start closer to a solution (z0), if there is one, loosen "
-    "rtol, or use a wider dtype",
-    Status.DIVERGED: "start closer to a solution (z0), or with line_search=True",
+    Status.STAGNATED: "start closer to a solution (z0), if there is one, loosen rtol, or use a wider dtype: the "
+    "residual has stopped decreasing",
+    Status.DIVERGED: "start closer to a solution (z0), or use line_search=True",
 }
 
 

@@ -118,7 +118,8 @@ def root(
     z <- z - damping * residual(z), and `Anderson` and `Broyden` start with that step, so they need a residual
     whose sign and size lead to the root: for a steady state of dz/dt = F(z), pass them -F. `Newton` and
     `NewtonKrylov` accept any residual. Adjoints that differentiate iterations of f (`PhantomAdjoint`,
-    `JacobianFreeAdjoint`) raise ValueError, as there are none. Everything else is as in `fixed_point`.
+    `JacobianFreeAdjoint`) raise ValueError, as there are none. Arguments, result and errors are otherwise as in
+    `fixed_point`, except that `on_failure="raise"` is the default.
     """
     layout = Layout.of(z0, batch_dims)
     how = check_choices(solver, adjoint, layout.computed_dtype, iterates=False)

@@ -115,9 +115,7 @@ class DEQ(nn.Module):
     ):
         super().__init__()
         if not isinstance(cell, nn.Module):
-            raise TypeError(
-                f"DEQ: cell must be an nn.Module, got {cell!r}; for a function there is im.fixed_point"
-            )
+            raise TypeError(f"DEQ: cell must be an nn.Module, got {cell!r}; for a function, use im.fixed_point")
         if not isinstance(warm_start, WarmStart | None):
             raise TypeError(
                 "DEQ: warm_start must be None or an object such as LastBatch() or LastEpoch(size), "
@@ -165,7 +163,7 @@ class DEQ(nn.Module):
             index: as in `forward`.
         """
         if any(b <= a for a, b in zip((0, *at), at)):
-            raise ValueError(f"at must be increasing step counts from 1, got {tuple(at)}")
+            raise ValueError(f"at must contain increasing step counts, the first at least 1, got {tuple(at)}")
         z, held = self._begin(x, z0, index)
         states = []
         for steps in (b - a for a, b in zip((0, *at), at)):
@@ -210,7 +208,7 @@ class DEQ(nn.Module):
         """The initial state of the solve, and the quantities that the cell holds constant during it."""
         if index is not None and self.warm_start is None:
             raise ValueError(
-                "DEQ: index says which samples these are, for a warm start, and this layer has none: leave it "
+                "DEQ: index identifies samples for a warm start, which this layer does not have: leave it "
                 "out, or build the layer with warm_start=LastEpoch(size)"
             )
         warn_of_changing(self, self.cell)
@@ -273,9 +271,9 @@ def _of_samples(x: Any, z0: Any) -> Any:
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor) and leaf.ndim and any(size != leaf.shape[0] for size in sizes):
             raise ValueError(
-                f"DEQ: x has a tensor of shape {tuple(leaf.shape)}, but z0 holds {min(sizes)} samples, and both "
-                "hold one entry a sample in dimension 0. What all samples share can be a 0-d tensor of x, or a "
-                "parameter or buffer of the cell; with batch_dims=0, for a cell that couples samples, anything"
+                f"DEQ: x has a tensor of shape {tuple(leaf.shape)}, but z0 has {min(sizes)} samples, and both "
+                "need one entry per sample in dimension 0. What all samples share can be a 0-d tensor in x, or "
+                "a parameter or buffer of the cell; with batch_dims=0, for a cell that couples samples, anything"
             )
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, x)
 

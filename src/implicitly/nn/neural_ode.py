@@ -136,11 +136,14 @@ class NeuralODE(nn.Module):
         if batch_dims not in (0, 1):
             raise ValueError(f"batch_dims must be 0 (one system) or 1 (a batch of samples), got {batch_dims}")
         if in_dims is not None and batch_dims == 0:
-            raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
+            raise ValueError(
+                "in_dims says which args have one entry per sample, but batch_dims=0 means one system; leave "
+                "in_dims out"
+            )
         check_on_failure(on_failure)
         for regulariser in regularisers:
             if not isinstance(regulariser, Regulariser):
-                raise TypeError(f"regularisers must hold such as KineticEnergy(), got {regulariser!r}")
+                raise TypeError(f"regularisers must contain objects such as KineticEnergy(), got {regulariser!r}")
         _check_times(t, batch_dims)
         self.f = f
         self.t = t
@@ -353,8 +356,8 @@ def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta
         return solver
     if solver.splits:
         raise ValueError(
-            "regularisers add a number a sample to the state, which is no pair (q, p) then, as "
-            f"{type(solver).__name__} needs it; use a solver for any state, such as im.Dopri5()"
+            "regularisers add a number per sample to the state, so it is no longer a pair (q, p), which "
+            f"{type(solver).__name__} needs; use a solver for general states, such as im.Dopri5()"
         )
     samples = len(y) if batch_dims else 1
     width = y.numel() // max(samples, 1) * (2 if y.is_complex() else 1)
@@ -362,7 +365,7 @@ def _controlled_by(y: Tensor, batch_dims: int, solver: RungeKutta) -> RungeKutta
         value = getattr(solver, name)
         if isinstance(value, Tensor) and value.ndim:
             raise ValueError(
-                f"with regularisers, {name} must be one number, got a tensor of shape {tuple(value.shape)}"
+                f"with regularisers, {name} must be a single number, got a tensor of shape {tuple(value.shape)}"
             )
     return replace(solver, norm=_Leading(solver.norm, width))
 
@@ -438,8 +441,9 @@ def _warn_of_kinked_modules(f: nn.Module) -> bool:
 
 def _warn_of(what: str) -> None:
     warnings.warn(
-        f"NeuralODE: f {what}, whose derivative jumps. A solver of high order loses its order there and takes "
-        "shorter steps, and the flow is not smooth. Use nn.Softplus, nn.Tanh, nn.SiLU or nn.GELU instead",
+        f"NeuralODE: f {what}, whose derivative is discontinuous. A solver of high order loses its order there "
+        "and takes shorter steps, and the flow is not smooth. Use nn.Softplus, nn.Tanh, nn.SiLU or nn.GELU "
+        "instead",
         SmoothnessWarning,
         stacklevel=users_line(),
     )

@@ -49,8 +49,8 @@ class PerSolve(nn.Module, ABC):
         """Raise ValueError if one decision cannot serve a second place in the cell, whose input is `x`."""
         if self.reads_input:
             raise ValueError(
-                f"a {type(self).__name__} is used twice in a cell, but holds through a solve what it decided from "
-                "its first input: give each place a module of its own"
+                f"a {type(self).__name__} is used twice in a cell, but during a solve it keeps what it computed "
+                "from its first input: use a separate module at each place"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Dropout(PerSolve):
             raise ValueError(f"Dropout: p must be in [0, 1), got {p}")
         if 0 in shared_dims:
             raise ValueError(
-                "Dropout: dimension 0 holds the samples, whose masks differ; leave it out of shared_dims"
+                "Dropout: shared_dims must not contain dimension 0, the samples, as each sample has its own mask"
             )
         self.p = p
         self.shared_dims = shared_dims
@@ -150,8 +150,8 @@ class Dropout(PerSolve):
             return None
         if any(not -x.ndim < d < x.ndim for d in self.shared_dims):
             raise ValueError(
-                f"Dropout: shared_dims={self.shared_dims} are to be dimensions of the input but 0, which holds "
-                f"the samples; the input has shape {tuple(x.shape)}"
+                f"Dropout: shared_dims={self.shared_dims} must be dimensions of the input other than 0, which "
+                f"holds the samples; the input has shape {tuple(x.shape)}"
             )
         shared = {d % x.ndim for d in self.shared_dims}
         shape = [1 if d in shared else size for d, size in enumerate(x.shape)]
@@ -163,9 +163,9 @@ class Dropout(PerSolve):
         fits = held.ndim == x.ndim and all(m in (1, size) for m, size in zip(held.shape, x.shape))
         if not fits:
             raise ValueError(
-                f"a Dropout is used twice in a cell, and holds the mask of shape {tuple(held.shape)} that it drew "
-                f"at the first place; the input at another has shape {tuple(x.shape)}: give each place a Dropout "
-                "of its own"
+                f"a Dropout is used twice in a cell: its mask for this solve has shape {tuple(held.shape)}, from "
+                f"the first place, but the input at the second has shape {tuple(x.shape)}: use a separate "
+                "Dropout at each place"
             )
 
     def use(self, x: Tensor, held: Tensor) -> Tensor:
@@ -182,6 +182,7 @@ class BatchNorm(PerSolve):
 
     Args:
         features: size of dimension 1 of the input.
+        eps: added to the variance, so that a constant feature is not divided by 0.
         momentum: weight of the newest statistics in the running ones.
     """
 
@@ -251,6 +252,12 @@ class WeightNorm(_Reparametrised):
     """Weight normalisation: a layer with the weight g v / |v|, normed over all dimensions but 0.
 
     Salimans and Kingma 2016.
+
+    Args:
+        layer: a layer with a parameter `weight` of at least two dimensions, such as `nn.Linear` or `nn.Conv2d`.
+
+    Raises:
+        TypeError, ValueError: for a layer without such a weight.
     """
 
     def __init__(self, layer: nn.Module):
@@ -273,15 +280,21 @@ class SpectralNorm(_Reparametrised):
     The spectral norm sigma is estimated by power iteration once per solve (Miyato et al. 2018).
 
     Args:
+        layer: a layer with a parameter `weight` of at least two dimensions, such as `nn.Linear` or `nn.Conv2d`.
         bound: the spectral norm of the resulting weight, as a matrix `(out, -1)`.
         power_iterations: number per solve in training mode; each solve continues from the estimate of the last.
+
+    Raises:
+        TypeError, ValueError: for a layer without such a weight, `bound <= 0` or `power_iterations < 1`.
     """
 
     u: Tensor
 
     def __init__(self, layer: nn.Module, bound: float = 1.0, power_iterations: int = 1):
         if bound <= 0 or power_iterations < 1:
-            raise ValueError(f"SpectralNorm: bound > 0 and power_iterations >= 1, got {bound}, {power_iterations}")
+            raise ValueError(
+                f"SpectralNorm: must have bound > 0 and power_iterations >= 1, got {bound}, {power_iterations}"
+            )
         weight = getattr(layer, "weight", None)
         super().__init__(layer)
         assert isinstance(weight, Tensor)

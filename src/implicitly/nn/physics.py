@@ -138,7 +138,7 @@ def _scalar(value: Tensor, y: Tensor, name: str) -> Tensor:
         return value.squeeze(-1)
     if value.shape != batch:
         raise ValueError(
-            f"{name} must return one number a state, of shape {tuple(batch)} or {(*batch, 1)} for states of shape "
-            f"{tuple(y.shape)}; got {tuple(value.shape)}. Sum over the other dimensions"
+            f"{name} must return one number per state, of shape {tuple(batch)} or {(*batch, 1)} for states of "
+            f"shape {tuple(y.shape)}; got {tuple(value.shape)}. Sum over the other dimensions"
         )
     return value

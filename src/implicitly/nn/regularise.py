@@ -55,6 +55,7 @@ def spectral_radius(
     half of the steps. This is right for complex pairs too, whose growth fluctuates from step to step.
 
     Args:
+        f: `f(z, *args)` returns a z.
         z: a state, `(B, ...)` or a pytree of them, usually the equilibrium.
         steps: steps of the power iteration, at least 2; each is one product with the transposed Jacobian.
         generator: draws the start, on the device of z; None: PyTorch's global generator of that device.

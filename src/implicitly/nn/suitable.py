@@ -54,10 +54,10 @@ def warn_of_changing(layer: Layer, module: nn.Module) -> None:
     if changing:
         listed = ", ".join(f"{_kind(m)} ({name})" if name else _kind(m) for name, m in changing)
         warnings.warn(
-            f"{type(layer).__name__}: in training, {listed} makes another function of what is solved in every "
-            "call, so that the solver may not get to an end and gradients may be wrong. Use Dropout, BatchNorm or "
-            "SpectralNorm of implicitly.nn, which decide once a solve (and dropout=0 of attention and recurrent "
-            "layers), or .eval()",
+            f"{type(layer).__name__}: in training mode, {listed} changes the function in every call, so the "
+            "solver may not converge and gradients may be wrong. Use Dropout, BatchNorm or SpectralNorm of "
+            "implicitly.nn, which stay fixed during a solve (and dropout=0 in attention and recurrent layers), "
+            "or .eval()",
             PerCallWarning,
             stacklevel=users_line(),
         )

@@ -25,6 +25,7 @@ class TaylorPenalty(Regulariser):
         order: K >= 1; 1 is the kinetic energy over n. `implicitly fit ode-easy` shows what 3 saves.
 
     Raises:
+        ValueError: `order` is not a whole number >= 1.
         NotImplementedError: from the solve, if f uses an operation that `implicitly.jet` has no rule for.
     """
 

@@ -36,7 +36,14 @@ def as_deq(sequential: nn.Sequential, *, compile: bool = False) -> DEQ:
     the L steps. Other layers must be deterministic.
 
     Args:
+        sequential: the layers, at least one; each maps a tensor `(B, ...)` to a tensor `(B, ...)`.
         compile: as in `implicitly.fixed_point`.
+
+    Returns:
+        A `DEQ` whose output is that of the last layer.
+
+    Raises:
+        TypeError: `sequential` is not an `nn.Sequential`, or is empty.
     """
     if not isinstance(sequential, nn.Sequential) or len(sequential) == 0:
         raise TypeError(f"as_deq needs an nn.Sequential with at least one layer, got {sequential!r}")
@@ -55,9 +62,17 @@ def compose(first: DEQ, second: DEQ) -> DEQ:
     """One equilibrium layer that computes `second(first(x))`, with the parameters of both.
 
     The state is (z_1, z_2) and the cell is (f_1(z_1, x), f_2(z_2, z_1)): at its equilibrium both layers are at
-    theirs. It is solved with the solver and adjoint of `second`, with the steps of both; but if `second` takes a
-    fixed number of steps (`rtol=0`, as from `as_deq`) and `first` does not, with those of `first`. It has no warm
-    start.
+    theirs. It is solved with the solver and adjoint of `second`; but if `second` takes a fixed number of steps
+    (`rtol=0`, as from `as_deq`) and `first` does not, with those of `first`. Its `max_steps` is the sum of both.
+    It has no warm start.
+
+    Args:
+        first, second: the layers, applied in this order. The result shares their parameters, and takes
+            `on_failure` and `compile` from `second`; those of `first` have no effect. With `batch_dims=0` in
+            either layer, the whole batch is one system.
+
+    Returns:
+        A `DEQ` whose input x is that of `first`, and whose output has the form of the output of `second`.
 
     Raises:
         TypeError: one is not a DEQ.
@@ -132,9 +147,9 @@ class _Stacked(StartingCell):
             isinstance(m, PerSolve) and m.reads_input for m in self.second.modules()
         ):
             raise ValueError(
-                "compose: the second layer takes a statistic (BatchNorm) of what the first puts out, which is not "
-                "known at the start of the one solve for both: apply the layers one after the other, or evaluate "
-                "with layer.eval()"
+                "compose: the second layer computes batch statistics (BatchNorm) of the output of the first, "
+                "which is not known at the start of the joint solve: apply the layers one after the other, or "
+                "evaluate with layer.eval()"
             )
         z1 = begin(self.first, self.inits[0], x)
         return z1, begin(self.second, self.inits[1], self.readouts[0](z1))

@@ -42,8 +42,8 @@ class ConcatTime(nn.Module):
         shape = list(y.shape)
         if not -y.ndim <= self.dim < y.ndim:
             raise ValueError(
-                f"ConcatTime: y of shape {tuple(shape)} has no dimension {self.dim} for time to be put in; pass "
-                "ConcatTime(net, dim=-1) for features that come last"
+                f"ConcatTime: y of shape {tuple(shape)} has no dimension {self.dim} to which time can be added; "
+                "pass ConcatTime(net, dim=-1) for features that come last"
             )
         shape[self.dim] = 1
         return self.net(torch.cat([y, t.to(y.dtype).expand(shape)], dim=self.dim), *args)

@@ -65,11 +65,11 @@ class LastEpoch(WarmStart):
 
     def __init__(self, size: int):
         if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(
-                f"LastEpoch: size is a whole number, that of the samples in the data set, got {size!r}"
-            )
+            raise TypeError(f"LastEpoch: size must be an int, the number of samples in the data set, got {size!r}")
         if size < 1:
-            raise ValueError(f"LastEpoch: size is the number of samples in the data set, got {size}")
+            raise ValueError(
+                f"LastEpoch: size must be at least 1, the number of samples in the data set, got {size}"
+            )
         self.size = size
         self._leaves: list[Tensor] | None = None
         self._known = torch.zeros(size, dtype=torch.bool, device="cpu")
@@ -108,20 +108,30 @@ class LastEpoch(WarmStart):
         """Restore the equilibria; raises ValueError if they are of another number of samples."""
         known = state_dict["known"]
         if len(known) != self.size:
-            raise ValueError(f"LastEpoch(size={self.size}) cannot go on from equilibria of {len(known)} samples")
+            raise ValueError(
+                f"LastEpoch(size={self.size}) cannot load the equilibria of {len(known)} samples; use the same "
+                "size"
+            )
         leaves = state_dict["leaves"]
         self._leaves, self._known = None if leaves is None else [x.clone() for x in leaves], known.clone()
 
     def _checked(self, index: Tensor | None, batch: int) -> Tensor:
         if index is None:
-            raise ValueError("LastEpoch needs to know which samples these are: call layer(x, index=index)")
+            raise ValueError(
+                "LastEpoch needs the index of each sample in the data set: call layer(x, index=index)"
+            )
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             got = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}: torch.tensor(index)?"
             raise TypeError(f"LastEpoch needs an index, a tensor of dtype torch.int64, got {got}")
         if index.shape != (batch,):
-            raise ValueError(f"LastEpoch needs one index a sample, of shape ({batch},), got {tuple(index.shape)}")
+            raise ValueError(
+                f"LastEpoch needs one index per sample, of shape ({batch},), got {tuple(index.shape)}"
+            )
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
-            raise ValueError(f"LastEpoch(size={self.size}) got indices {int(index.min())} to {int(index.max())}")
+            raise ValueError(
+                f"LastEpoch(size={self.size}) needs indices from 0 to {self.size - 1}, got {int(index.min())} to "
+                f"{int(index.max())}"
+            )
         return index
 
 

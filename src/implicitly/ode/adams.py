@@ -40,6 +40,8 @@ class Adams(Method):
         order: order p of the method, from 2 (which is Heun's method) to 8.
         controller: as for every method, except that lengths at most double, since past slopes predict only so far.
 
+    The other options are those of `implicitly.ode.method.Method`.
+
     Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, section III.5; Shampine
     and Gordon, "Computer Solution of Ordinary Differential Equations", 1975.
     """

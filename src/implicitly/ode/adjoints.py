@@ -97,7 +97,7 @@ class RecursiveCheckpointAdjoint(TrajectoryAdjoint):
         if not isinstance(self.arc_length, bool):
             raise TypeError(f"{name}: arc_length must be True or False, got {self.arc_length!r}")
         if self.listen is not None and not callable(self.listen):
-            raise TypeError(f"{name}: listen must be a function of a number, got {self.listen!r}")
+            raise TypeError(f"{name}: listen must be a function of one number, got {self.listen!r}")
         check_count(name, "keep_bytes", self.keep_bytes, least=0)
 
     def solve(self, method: Method, problem: Problem, report: Report) -> tuple[Integrated, int]:

@@ -30,7 +30,8 @@ from implicitly.transforms import Operation, asked, full_precision, is_wrapped, 
 from implicitly.tree import real_parts
 
 # With the forward method, a backward solve may try LEAST_TRIES steps plus TRIES for each that the forward solve
-# tried. If it needs more, the reverse system is stiff, and taking the forward steps again costs less.
+# tried. If it needs more, the reverse system is stiff, and taking the forward steps again costs less. LEAST_TRIES
+# leaves room where the forward solve took a few steps only.
 LEAST_TRIES, TRIES = 100, 10
 
 
@@ -61,7 +62,9 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             take the same backward steps and cannot have times of their own.
         check: by how many tolerances (in the root mean square, or the `norm` of the solver) the y solved
             backwards may be off at an output time; inf: any. The tolerances are the solver's `rtol` and `atol`,
-            also when it has `dt`.
+            also when it has `dt`. Errors of many steps add up to more than one tolerance, while an unstable
+            reverse system soon exceeds any bound; a smaller value detects it earlier, but falls back to the
+            second forward solve more often.
         listen: a function that receives the number of calls of f in a compiled backward solve, where f cannot
             count them itself.
 
@@ -87,7 +90,7 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             raise TypeError(f"BacksolveAdjoint: seminorm must be True or False, got {self.seminorm!r}")
         check_kind("BacksolveAdjoint", "check", self.check, NUMBERS, "a number, got {value!r}")
         if self.listen is not None and not callable(self.listen):
-            raise TypeError(f"BacksolveAdjoint: listen must be a function of a number, got {self.listen!r}")
+            raise TypeError(f"BacksolveAdjoint: listen must be a function of one number, got {self.listen!r}")
         if not self.check > 0:
             raise ValueError(f"BacksolveAdjoint: check must be > 0 (inf: no check), got {self.check}")
 
@@ -98,8 +101,8 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             problem = self.solver.checked(problem)
         if (self.solver or method).splits and not self.seminorm:
             raise ValueError(
-                f"BacksolveAdjoint(seminorm=False) has gradients in its state, which is no pair (q, p) then, as "
-                f"{type(self.solver or method).__name__} needs it; pass seminorm=True, or another solver"
+                "BacksolveAdjoint(seminorm=False) adds gradients to the state, so it is no longer a pair (q, "
+                f"p), which {type(self.solver or method).__name__} needs; pass seminorm=True, or another solver"
             )
         times = problem.rows(problem.times)
         k0 = None if problem.k0 is None else problem.k0.detach()
@@ -108,8 +111,8 @@ class BacksolveAdjoint(TrajectoryAdjoint):
             _refuse("a transform of torch.func")
         if not self.seminorm and not bool((times == times[:1]).all()):
             raise ValueError(
-                "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so they cannot "
-                "have times of their own; pass t of shape (T,), or seminorm=True"
+                "BacksolveAdjoint(seminorm=False) takes the same backward steps for all samples, so the samples "
+                "cannot have different times; pass t of shape (T,), or seminorm=True"
             )
         work = Work(
             method,
@@ -258,9 +261,9 @@ def _gradients(
     except _Unstable as reason:
         message = (
             f"odeint: BacksolveAdjoint stopped, {reason}. The gradient is that of "
-            "RecursiveCheckpointAdjoint(arc_length=True), from a second forward solve. Try: that as the adjoint, "
-            "which spares this attempt; "
-            "tighter tolerances or BacksolveAdjoint(solver=...); more output times, at each of which y starts anew"
+            "RecursiveCheckpointAdjoint(arc_length=True), from a second forward solve. Try: that adjoint from the "
+            "start, which saves this attempt; tighter tolerances or BacksolveAdjoint(solver=...); more output "
+            "times, at each of which y is reset"
         )
         warn_of_failure(message, "odeint", repr(adjoint))
     return checkpointed(work, inputs, wanted, g)

@@ -54,9 +54,11 @@ class Controller:
             if which != "grow" and not abs(value) < math.inf:
                 raise ValueError(f"Controller: {which} must be finite, got {value}")
         if not self.integral > 0:
-            raise ValueError(f"Controller: integral must be > 0, or larger errors make longer steps, got {self}")
+            raise ValueError(
+                f"Controller: integral must be > 0, else larger errors lead to longer steps, got {self}"
+            )
         if not (0 < self.safety <= 1 and 0 < self.shrink < 1 < self.grow):
-            raise ValueError(f"Controller: 0 < safety <= 1 and 0 < shrink < 1 < grow, got {self}")
+            raise ValueError(f"Controller: must satisfy 0 < safety <= 1 and 0 < shrink < 1 < grow, got {self}")
 
     def factor(
         self, error: Array, last: Array, accepted: Array, order: int, before: tuple[Array, ...] = ()

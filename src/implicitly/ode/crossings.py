@@ -28,7 +28,8 @@ ROUNDING = 32
 # bracket, or size of g, at which it ends.
 LIMIT, NARROW, SMALL = 200, 1e-6, 1e-10
 # At most this many steps are taken again to move an event from where the dense output has it to where the true
-# step has it.
+# step has it. The first is a Newton step, the others are secant steps; the limit ends a search that does not
+# converge.
 CORRECTIONS = 10
 
 Map = Callable[[Tensor], Tensor]

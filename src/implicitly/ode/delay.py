@@ -162,12 +162,17 @@ class Delayed:
         if isinstance(t, Tensor) and t.ndim != 1:
             raise ValueError(f"t must have the shape (T,), as samples share the lags, got {tuple(t.shape)}")
         if _number(rows[0, 1] - rows[0, 0]) < 0:
-            raise ValueError("t must increase: of y it is known what it was before t[0], not after")
+            raise ValueError(
+                "t must increase: history gives y before t[0], so the solve goes forward in time only"
+            )
         moves, before, dims = (history, None, None) if given else (None, history, None)
         if batch_dims:
             dims = _dims_of(in_dims, args)
         elif in_dims is not None:
-            raise ValueError("in_dims says which args hold one entry a sample, but batch_dims=0 is one system")
+            raise ValueError(
+                "in_dims says which args have one entry per sample, but batch_dims=0 means one system; leave "
+                "in_dims out"
+            )
         found = cls(f, moves, before, rows[0], _lags_of(lags, layout), args, dims, y0, layout, solver.degree)
         if given:
             ones = (layout.batch, *(1,) * len(layout.leaves[0].shape)) if batch_dims else ()
@@ -204,14 +209,14 @@ class Delayed:
         if shortest <= self.same:
             far = max(abs(_number(x)) for x in (self.times[0], self.times[-1]))
             raise ValueError(
-                f"a lag of {shortest:g} is too short: beside times up to {far:g}, {self.times.dtype} tells only "
-                f"those apart well that differ by more than {self.same:.2g}. Measure times from the start, or "
+                f"a lag of {shortest:g} is too short: for times up to {far:g}, {self.times.dtype} resolves only "
+                f"differences above {self.same:.2g}. Measure times from the start, or "
                 "pass history, t, lags and the arguments in float64"
             )
         if span / shortest > solver.max_steps:
             raise ValueError(
-                f"a lag of {shortest:g} is too short for a solve over {span:g}: no step is longer, which makes "
-                f"more than max_steps={solver.max_steps} of them. Leave lags out that are as short as a step, or "
+                f"a lag of {shortest:g} is too short for a solve over {span:g}: no step is longer than the lag, "
+                f"so more than max_steps={solver.max_steps} steps are needed. Leave out such short lags, or "
                 "raise max_steps"
             )
         counts = [0 * unit]
@@ -259,10 +264,12 @@ def _lags_of(lags: Any, layout: Layout) -> Tensor:
         like = {"dtype": layout.work_dtype, "device": layout.device}
         each = [x if isinstance(x, Tensor) else torch.tensor(x, **like) for x in lags]
         if any(x.ndim for x in each):
-            raise ValueError(f"lags must be 0-d each, got the shapes {[tuple(x.shape) for x in each]}")
+            raise ValueError(
+                f"each lag must be a number or a 0-d tensor, got the shapes {[tuple(x.shape) for x in each]}"
+            )
         lags = torch.stack(each) if each else torch.zeros(0, **like)
     if lags.ndim != 1 or len(lags) == 0:
-        raise ValueError(f"lags must be one or more, a tensor (m,), got the shape {tuple(lags.shape)}")
+        raise ValueError(f"lags must be a tensor of shape (m,) with m >= 1, got the shape {tuple(lags.shape)}")
     if lags.dtype != layout.work_dtype or lags.device != layout.device:
         raise ValueError(
             f"lags are {lags.dtype} on {lags.device}, but history needs {layout.work_dtype} on {layout.device}"
@@ -499,6 +506,6 @@ class _Steps(Opaque):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         raise ValueError(
-            "ddeint under torch.vmap: how many steps there are differs between what is mapped. Stack it along "
+            "ddeint under torch.vmap: the number of steps may differ between the mapped samples. Stack them along "
             "dimension 0, and pass batch_dims=1"
         )

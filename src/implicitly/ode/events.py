@@ -56,7 +56,7 @@ def events_of(event: Any) -> tuple[Event, ...]:
     if not isinstance(events, tuple | list) or not all(isinstance(e, Event) for e in events):
         raise TypeError(f"event must be an im.Event or a tuple of them, got {event!r}")
     if len(events) > 100:
-        raise ValueError(f"at most 100 events can be told apart, got {len(events)}")
+        raise ValueError(f"at most 100 events are supported, got {len(events)}")
     return tuple(events)
 
 
@@ -67,12 +67,12 @@ def check_number(value: Any, i: int, layout: Layout) -> None:
     lead = (layout.batch,) if layout.batch_dims else ()
     if value.shape[: len(lead)] != lead or any(d != 1 for d in value.shape[len(lead) :]):
         raise ValueError(
-            f"g of event {i} must return one number a sample, of shape {lead}, got {tuple(value.shape)}"
+            f"g of event {i} must return one number per sample, of shape {lead}, got {tuple(value.shape)}"
         )
     if not value.is_floating_point():
         raise ValueError(
-            f"g of event {i} must return a real number that changes its sign where the event is, got "
-            f"{value.dtype}: not y > 1 but y - 1"
+            f"g of event {i} must return a real number that changes sign at the event, got "
+            f"{value.dtype}: for example y - 1 instead of y > 1"
         )
     if value.dtype != layout.dtype and not casts(layout.device.type):
         raise ValueError(f"g of event {i} must return the dtype of y0: expected {layout.dtype}, got {value.dtype}")

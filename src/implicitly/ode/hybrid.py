@@ -41,10 +41,11 @@ from implicitly.ode.problem import Field
 from implicitly.ode.record import STOP, State, Taken
 from implicitly.solution import Status, is_running
 
-# The weight of the state's relative change in the arc length, where time over the whole interval has weight 1. A
-# larger weight suits jumps, a smaller one suits solutions that settle.
+# The weight of the state's relative change in the arc length, where time over the whole interval has weight 1.
+# With a larger weight, gradients are better where the solution jumps; with a smaller one, where it settles.
 MOTION = 2.0
-# The relative tolerance assumed if only absolute tolerances are given.
+# The relative tolerance assumed if only absolute tolerances are given: a moderate one. It
+# sets the size, atol / rtol, below which components hardly count in the arc length.
 LOOSE = 1e-3
 # The direction in which g moves at an event is checked if the step up to it is at most this many times as long as
 # times resolve, and if the same event had a restart right before it.

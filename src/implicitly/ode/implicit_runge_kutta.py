@@ -50,9 +50,11 @@ from implicitly.transforms import is_batched, is_plain, records
 
 # Newton's method gives up a stage at the first rate of convergence, and asks for a new Jacobian beyond the second.
 TOO_SLOW, SLOW = 0.9, 0.03
-# Full Newton steps may lead away at first; the error may then exceed the last change by this factor.
+# Full Newton steps may lead away at first. Where they show no convergence yet, the error is taken to be this many
+# times the last change.
 FAR = 1e3
-# With constant steps, this many iterations use one Jacobian; after that each iteration computes its own.
+# With constant steps, this many iterations use one Jacobian; after that each iteration computes its own. Adaptive
+# steps are made shorter instead.
 PATIENT = 4
 # The tolerance of a stage, relative to the tolerance of the step.
 STAGE_TOLERANCE = 3e-2
@@ -78,7 +80,8 @@ class ImplicitRungeKutta(RungeKutta):
             long as it converges.
         stage_tolerance: the tolerance of that Newton's method, relative to the tolerance of the step; None: 0.03.
             The derivative assumes exact stages: across jumps at a loose rtol it may need 1e-4.
-        limit_gib: the most memory that the Jacobians of all samples may take.
+        limit_gib: the most memory that the Jacobians of all samples may take, in GiB; a solve that needs more
+            raises ValueError.
     """
 
     stage_solver: Solver | None = None
@@ -108,8 +111,8 @@ class ImplicitRungeKutta(RungeKutta):
         check_number(name, "stage_tolerance", tolerance, BELOW_ONE)
         if solver is not None:
             raise ValueError(
-                f"{name}: a stage_solver has tolerances of its own, beside which stage_tolerance={tolerance:g} "
-                f"would count for nothing; pass stage_solver=im.{type(solver).__name__}(rtol=..., atol=...) alone"
+                f"{name}: a stage_solver has its own tolerances, so stage_tolerance={tolerance:g} would have no "
+                f"effect; pass only stage_solver=im.{type(solver).__name__}(rtol=..., atol=...)"
             )
 
     def check(self, problem: Problem) -> None:
@@ -461,28 +464,45 @@ def _attached_once(F: Field, stage: Stage, z: Tensor, limit_gib: float) -> Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitEuler(ImplicitRungeKutta):
-    """The implicit Euler method, of order 1, L-stable; constant steps."""
+    """The implicit Euler method, of order 1, L-stable; constant steps.
+
+    The options are those of `implicitly.ode.implicit_runge_kutta.ImplicitRungeKutta` and of
+    `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.IMPLICIT_EULER
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitMidpoint(ImplicitRungeKutta):
-    """The implicit midpoint method, of order 2, symplectic; constant steps."""
+    """The implicit midpoint method, of order 2, symplectic; constant steps.
+
+    The options are those of `implicitly.ode.implicit_runge_kutta.ImplicitRungeKutta` and of
+    `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.IMPLICIT_MIDPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trapezoid(ImplicitRungeKutta):
-    """The trapezoidal rule (Crank-Nicolson), of order 2, A-stable."""
+    """The trapezoidal rule (Crank-Nicolson), of order 2, A-stable.
+
+    The options are those of `implicitly.ode.implicit_runge_kutta.ImplicitRungeKutta` and of
+    `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.TRAPEZOID
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kvaerno3(ImplicitRungeKutta):
-    """Kvaerno's pair 3(2), L-stable."""
+    """Kvaerno's pair 3(2), L-stable.
+
+    "Singly diagonally implicit Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
+    The options are those of `implicitly.ode.implicit_runge_kutta.ImplicitRungeKutta` and of
+    `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.KVAERNO3
 
@@ -494,6 +514,10 @@ class Kvaerno5(ImplicitRungeKutta):
     The dense output is a quartic of order 4. Along the slow manifold of a very stiff system, the ends of steps are
     far more accurate than rtol demands, and outputs inside steps may be less accurate; where that matters, use
     `dt_max` or `tstops`.
+
+    "Singly diagonally implicit Runge-Kutta methods with an explicit first stage", BIT 44 (2004).
+    The options are those of `implicitly.ode.implicit_runge_kutta.ImplicitRungeKutta` and of
+    `implicitly.ode.method.Method`.
     """
 
     tableau: ClassVar[Tableau] = tableaus.KVAERNO5

@@ -94,7 +94,7 @@ class Method(ABC):
             raise TypeError(f"{name}: norm must map (B, n) to (B,), got a {type(self.norm).__name__}")
         if self.progress is not None and not callable(self.progress):
             raise TypeError(
-                f"{name}: progress must be a function of a number, got a {type(self.progress).__name__}"
+                f"{name}: progress must be a function of one number, got a {type(self.progress).__name__}"
             )
         if not isinstance(self.tstops, tuple | list):
             raise TypeError(f"{name}: tstops must be a tuple of numbers, got a {type(self.tstops).__name__}")
@@ -120,15 +120,19 @@ class Method(ABC):
             assert value is not None
             if which in ("dt", "dt0") and not 0 < value < float("inf"):
                 raise ValueError(
-                    f"{name}: {which} must be a finite number > 0 (t says the direction), got {value}"
+                    f"{name}: {which} must be a finite number > 0 (the direction comes from t), got {value}"
                 )
         if self.dt is not None and (self.dt0 is not None or self.dt_min > 0):
             idle = "dt_min" if self.dt0 is None else "dt0"
             raise ValueError(
-                f"{name}: dt makes all steps equally long, so {idle} would count for nothing; pass one of them"
+                f"{name}: with dt all steps have the same length, so {idle} would have no effect; pass only one "
+                "of them"
             )
         if not 0 <= self.dt_min <= self.dt_max:
-            raise ValueError(f"{name}: 0 <= dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+            raise ValueError(
+                f"{name}: dt_min and dt_max must satisfy 0 <= dt_min <= dt_max, got {self.dt_min} and "
+                f"{self.dt_max}"
+            )
 
     @property
     @abstractmethod
@@ -223,8 +227,8 @@ class Method(ABC):
         if bool(((rtol < 2 * eps) & ((rtol > 0) | (atol < tiny / eps))).any()):
             raise ValueError(
                 f"{name}: {dtype} cannot resolve rtol={float(rtol.min()):g} with atol={float(atol.min()):g}; the "
-                f"smallest rtol it can is {2 * eps:.2g}. Loosen rtol, pass y0, t and the arguments in a wider "
-                "dtype, or leave torch.autocast, under which f computes in another one than they have"
+                f"smallest possible rtol is {2 * eps:.2g}. Loosen rtol, pass y0, t and the arguments in a wider "
+                "dtype, or disable torch.autocast, under which f computes in a lower precision"
             )
 
     def _check_norm(self, y: Tensor) -> None:
@@ -251,8 +255,8 @@ class Method(ABC):
         far = float(unwrapped(times.detach()).abs().max())
         raise ValueError(
             f"{type(self).__name__}: {times.dtype} does not resolve a step of dt={length:g} at t = {far:g}; the "
-            f"smallest it does is {torch.finfo(times.dtype).eps * far:.2g}. Pass t and y0 in float64, times that "
-            "are measured from the start, or a longer dt"
+            f"smallest it resolves is {torch.finfo(times.dtype).eps * far:.2g}. Pass t and y0 in float64, times "
+            "measured from the start, or a longer dt"
         )
 
     def checked(self, problem: Problem) -> Problem:

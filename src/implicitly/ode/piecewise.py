@@ -115,7 +115,11 @@ def _lagrange_on_host(degree: int, ndim: int, dtype: np.dtype) -> tuple[np.ndarr
 
 @dataclass
 class KnotRecorder:
-    """Listens to a solve of `batch` samples, and records its dense output at the `places` of each step."""
+    """Records the dense output of a solve of `batch` samples at the `places` of each step.
+
+    A delayed y(t - lag) is later interpolated between these values. `listen` is called by the solve after each
+    step. `degree` is that of the dense output, so the polynomials through the places reproduce it exactly.
+    """
 
     degree: int
     batch: int

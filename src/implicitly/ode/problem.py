@@ -313,7 +313,7 @@ def series_of(t: Any, layout: Layout) -> tuple[Tensor, Tensor | None]:
         rows = rows.expand(-1, 2)
         return rows, torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
     if rows.shape[1] < 2:
-        raise ValueError(f"t must hold the start and at least one other time, got {rows.shape[1]} in all")
+        raise ValueError(f"t must contain the start and at least one other time, got {rows.shape[1]} times")
     if captured():  # then they are numbers, which `unroll.plan` has checked
         return rows, None
     host = on_host(rows)
@@ -368,7 +368,7 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
         wanted = "y0" if layout.leaves[0].dtype == layout.work_dtype else f'"{layout.device}", {layout.work_dtype}'
         raise ValueError(
             f"t is {t.dtype} on {t.device}, but y0 needs times in {layout.work_dtype} on {layout.device}; "
-            f"pass t.to({wanted}), or what is converted: an array or a tuple of numbers"
+            f"pass t.to({wanted}), or an array or a tuple of numbers, which is converted"
         )
     allowed = "(T,) or (B, T)" if layout.batch_dims else "(T,)"
     if t.ndim not in (1, 1 + layout.batch_dims) or (t.ndim == 2 and t.shape[0] != layout.batch):
@@ -378,8 +378,8 @@ def _rows_of(t: Any, layout: Layout) -> Tensor:
 
 
 _MAPPED = (
-    "t must increase throughout, or decrease throughout, none of its times twice, for each entry that torch.vmap "
-    "maps: series of different lengths need batch_dims=1 in its place, with t of shape (B, T)"
+    "t must increase throughout or decrease throughout, without repeated times, in each entry that torch.vmap "
+    "maps; for series of different lengths, use batch_dims=1 with t of shape (B, T) instead of torch.vmap"
 )
 
 

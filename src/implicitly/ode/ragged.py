@@ -36,9 +36,9 @@ def told_apart(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     if bool((same := (between.diff() == 0) & ~alone).any()):
         i = int(same.any(1).nonzero()[0])
         raise ValueError(
-            f"t[{i}] repeats its last time {int(spare[i])} times, but the others are so close together that "
-            f"{seen.dtype} has no times between; measure times from the start, or pass y0, t and the arguments in "
-            "float64"
+            f"t[{i}] repeats its last time {int(spare[i])} times, but its other times are so close together that "
+            f"{seen.dtype} has no numbers between them; measure times from the start, or pass y0, t and the "
+            "arguments in float64"
         )
     times = torch.where((part == 0) | alone, rows.gather(1, source), between)
     places = torch.where(column > begin, column + spare, column).clamp(max=seen.shape[1] - 1)

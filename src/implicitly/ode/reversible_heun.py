@@ -28,6 +28,8 @@ class ReversibleHeun(Method):
 
     Kidger, Foster, Li and Lyons, "Efficient and Accurate Gradients for Neural SDEs", NeurIPS 2021, algorithm 1,
     without noise; arXiv:2105.13493.
+
+    The options are those of `implicitly.ode.method.Method`.
     """
 
     @property

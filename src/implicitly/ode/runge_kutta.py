@@ -162,62 +162,96 @@ def dense_matrix(tableau: Tableau, used: tuple[int, ...], dtype: torch.dtype, de
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(ExplicitRungeKutta):
-    """The forward Euler method, of order 1; constant steps."""
+    """The forward Euler method, of order 1; constant steps.
+
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.EULER
 
 
 @dataclass(frozen=True, kw_only=True)
 class Midpoint(ExplicitRungeKutta):
-    """The midpoint method, of order 2."""
+    """The midpoint method, of order 2.
+
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.MIDPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(ExplicitRungeKutta):
-    """Heun's method (the explicit trapezoidal rule), of order 2."""
+    """Heun's method (the explicit trapezoidal rule), of order 2.
+
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.HEUN
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ralston(ExplicitRungeKutta):
-    """Ralston's method, of order 2 with the smallest error bound."""
+    """Ralston's method, of order 2 with the smallest error bound.
+
+    "Runge-Kutta methods with minimum error bounds", Mathematics of Computation 16 (1962).
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.RALSTON
 
 
 @dataclass(frozen=True, kw_only=True)
 class RK4(ExplicitRungeKutta):
-    """The classical Runge-Kutta method of order 4; constant steps."""
+    """The classical Runge-Kutta method of order 4; constant steps.
+
+    Kutta, "Beitrag zur näherungsweisen Integration totaler Differentialgleichungen", 1901.
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.RK4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bosh3(ExplicitRungeKutta):
-    """Bogacki and Shampine's pair 3(2)."""
+    """Bogacki and Shampine's pair 3(2).
+
+    "A 3(2) pair of Runge-Kutta formulas", Applied Mathematics Letters 2 (1989).
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.BOSH3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dopri5(ExplicitRungeKutta):
-    """Dormand and Prince's pair 5(4). Its options are described in `implicitly.ode.method.Method`."""
+    """Dormand and Prince's pair 5(4).
+
+    "A family of embedded Runge-Kutta formulae", Journal of Computational and Applied Mathematics 6 (1980).
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tsit5(ExplicitRungeKutta):
-    """Tsitouras' pair 5(4)."""
+    """Tsitouras' pair 5(4).
+
+    "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying assumption", Computers and
+    Mathematics with Applications 62 (2011).
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.TSIT5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dopri8(ExplicitRungeKutta):
-    """Dormand and Prince's method of order 8 with Hairer's estimates of orders 5 and 3 (DOP853)."""
+    """Dormand and Prince's method of order 8 with Hairer's estimates of orders 5 and 3 (DOP853).
+
+    Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, section II.5.
+    The options are those of `implicitly.ode.method.Method`.
+    """
 
     tableau: ClassVar[Tableau] = tableaus.DOPRI8

@@ -281,7 +281,7 @@ def _check_unchanged(used: list[Used]) -> None:
         if version(x) != was:
             which = name if name in ("t", "y0") else f"{name} of shape {tuple(x.shape)}"
             raise ValueError(
-                f"interpolate takes the steps of the solve again, but {which} was changed in place since the "
+                f"interpolate recomputes the steps of the solve, but {which} was changed in place since the "
                 "solve. Call interpolate before the change, such as the step of an optimiser, or solve again"
             )
 
@@ -300,23 +300,24 @@ def _moved_to(y0: Tensor, values: Tensor) -> Tensor:
 def _left_behind(t: Any) -> Any:
     """The `interpolate` of a trajectory that was pickled."""
     raise RuntimeError(
-        "interpolate takes the steps of a solve again, and f is not pickled with a Trajectory; call interpolate "
-        "before, or ask for these times in t"
+        "interpolate recomputes the steps of the solve, but f is not pickled with a Trajectory; call interpolate "
+        "before pickling, or pass these times in t"
     )
 
 
 def _not_again(t: Any) -> Any:
     """The `interpolate` of a solve inside a graph, which leaves nothing but its outputs."""
     raise ValueError(
-        "interpolate takes the steps of a solve again, and this one is part of a graph of torch.compile; ask for "
-        "these times in t"
+        "interpolate recomputes the steps of the solve, which is not possible inside torch.compile; pass these "
+        "times in t"
     )
 
 
 _REMEDY = {
     Status.MAX_STEPS: "raise max_steps, or loosen rtol and atol",
-    Status.STEP_UNDERFLOW: "the solution may blow up there, or f jump; loosen the tolerances or widen the dtype",
-    Status.NON_FINITE: "f, or g of an event, gave NaN or inf there, however short the step: check it there",
+    Status.STEP_UNDERFLOW: "loosen the tolerances or use a wider dtype; the solution may blow up there, or f "
+    "may be discontinuous",
+    Status.NON_FINITE: "check f, or g of an event, there: it returned NaN or inf, however short the step",
 }
 
 
@@ -330,10 +331,12 @@ def _remedy(method: Method, status: Status, length: float, halt: Halt, row: int)
     """What to suggest to the user, given where sample `row` ended."""
     remedy, limit = _REMEDY[status], method.stability
     if status is Status.STEP_UNDERFLOW and length <= method.dt_min * (1 + ROUNDING):
-        return f"a dt_min below {method.dt_min:g}, as the tolerances need shorter steps there; or loosen them"
+        return (
+            f"a dt_min below {method.dt_min:g}, as the tolerances need shorter steps there; or looser tolerances"
+        )
     constant = status is Status.NON_FINITE and method.dt is not None
     if constant:
-        remedy = "a shorter dt, or none where the method adapts its steps; f may also be NaN or inf there"
+        remedy = "a shorter dt, or no dt if the method has adaptive steps; f may also be NaN or inf there"
     if not (status is Status.MAX_STEPS or constant) or limit == float("inf"):
         return remedy
     rate = None if limit is None else halt.rate(row)
@@ -370,7 +373,7 @@ def tell(
     if events:
         remedy = (
             f"{events} events happened before, the last one event {int(found.event[i])}; where their times "
-            f"accumulate, end the sample by an event without restart. Or {remedy}"
+            f"accumulate, end the sample with an event without restart. Or {remedy}"
         )
     elif status is Status.STEP_UNDERFLOW and int(found.steps[i]) == 0 and float(found.t[i]) != 0:
         remedy += (
@@ -399,12 +402,15 @@ def check_choices(solver: Any, adjoint: Any, on_failure: str, events: tuple[Even
         )
     if (events or solver.tstops) and not (isinstance(adjoint, UnrolledAdjoint) or adjoint.hybrid):
         raise ValueError(
-            f"{type(adjoint).__name__} knows of no events and no tstops; use im.RecursiveCheckpointAdjoint()"
+            f"{type(adjoint).__name__} does not support events or tstops; use im.RecursiveCheckpointAdjoint()"
         )
     if compile and isinstance(adjoint, UnrolledAdjoint):
-        raise ValueError("compile=True runs the solve outside of autograd; UnrolledAdjoint records it")
+        raise ValueError(
+            "UnrolledAdjoint needs autograd to record the solve, which compile=True does not allow: use "
+            "im.RecursiveCheckpointAdjoint(), or compile=False"
+        )
     if compile and (what := _ungraphed(solver, events)) is not None:
-        message = f"odeint: compile=True has no one graph for {what}; the eager loop runs instead"
+        message = f"odeint: compile=True is not supported for {what}; the eager loop runs instead"
         warnings.warn(message, CompileWarning, stacklevel=users_line())
     check_on_failure(on_failure)
 

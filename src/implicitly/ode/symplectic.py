@@ -174,9 +174,9 @@ def _refuse_coupled(name: str, problem: Problem) -> None:
             wrong = (change > rounding) & change.isfinite()
             if maybe_any(wrong) and bool(unwrapped(wrong).any()):
                 raise ValueError(
-                    f"{name} needs a separable field: dq/dt of p and t alone, dp/dt of q and t alone, but {half} "
-                    f"changed by {float(unwrapped(change.nan_to_num(0, 0, 0)).max()):.3g} when {half[1]} did. "
-                    "Use a method for any field, such as im.Dopri5()"
+                    f"{name} needs a separable field: dq/dt must depend only on p and t, and dp/dt only on q and "
+                    f"t, but {half} changed by {float(unwrapped(change.nan_to_num(0, 0, 0)).max()):.3g} when "
+                    f"{half[1]} did. Use a method for general fields, such as im.Dopri5()"
                 )
 
 
@@ -193,6 +193,7 @@ class Leapfrog(Symplectic):
 
     For separable Hamiltonians: see `Symplectic` for what the state and f must be. Two calls of f a step.
     Verlet, "Computer 'Experiments' on Classical Fluids", Phys. Rev. 159 (1967), equation 4.
+    The options are those of `implicitly.ode.method.Method`.
     """
 
     splitting: ClassVar[Splitting] = LEAPFROG
@@ -204,6 +205,7 @@ class Yoshida4(Symplectic):
 
     For separable Hamiltonians: see `Symplectic` for what the state and f must be. Six calls of f a step.
     Yoshida, "Construction of higher order symplectic integrators", Phys. Lett. A 150 (1990), equation 2.11.
+    The options are those of `implicitly.ode.method.Method`.
     """
 
     splitting: ClassVar[Splitting] = YOSHIDA4
@@ -216,6 +218,7 @@ class BlanesMoan4(Symplectic):
     For separable Hamiltonians: see `Symplectic` for what the state and f must be. Twelve calls of f a step, which
     may be several times as long as those of `Yoshida4` at equal error. Blanes and Moan, "Practical symplectic
     partitioned Runge-Kutta and Runge-Kutta-Nyström methods", J. Comput. Appl. Math. 142 (2002), table 2 (S6).
+    The options are those of `implicitly.ode.method.Method`.
     """
 
     splitting: ClassVar[Splitting] = BLANES_MOAN4

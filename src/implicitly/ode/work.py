@@ -48,6 +48,7 @@ REACHED = Integrated._fields.index("t")
 EVENTS = USUAL + len(Taken._fields)
 
 # One call of autograd pulls back through at most this many steps, from states of at most this many bytes together.
+# Fewer calls save overhead, which matters for small states only; the limits keep the memory small.
 AT_ONCE = 4
 AT_ONCE_BYTES = 2**13
 
@@ -325,9 +326,9 @@ class Work:
         for x in gradients:
             if not bool(unwrapped(x).isfinite().all()):
                 warnings.warn(
-                    "samples that did not reach the end, and where f has no derivative, make the gradient of a "
-                    f"tensor of shape {tuple(x.shape)} NaN. Say with in_dims which args hold the samples: then "
-                    "such ones are left out",
+                    f"the gradient of a tensor of shape {tuple(x.shape)} is NaN, because f has no finite "
+                    "derivative at samples that did not reach the end. Use in_dims to say which args have one "
+                    "entry per sample: then such samples are left out",
                     ConvergenceWarning,
                     stacklevel=users_line(),
                 )

@@ -51,12 +51,12 @@ def read_checkpoint(path: Path, identity: dict[str, Any], parts: tuple[str, ...]
     differences = _differences(checkpoint, identity)
     if differences:
         raise CheckpointError(
-            f"the checkpoint {path} is not this run's: {'; '.join(differences)}. "
-            "Resume with the options it was trained with, or start anew in another folder (--out FOLDER)."
+            f"the checkpoint {path} belongs to another run: {'; '.join(differences)}. "
+            "Resume with the options it was trained with, or start a new run in another folder (--out FOLDER)."
         )
     missing = _missing(checkpoint, parts)
     if missing:
-        raise CheckpointError(f"the checkpoint {path} is without {missing}. {_remedy(path, identity, parts)}")
+        raise CheckpointError(f"the checkpoint {path} lacks {missing}. {_remedy(path, identity, parts)}")
     return checkpoint
 
 
@@ -66,9 +66,9 @@ def refuse_shorter(path: Path, checkpoint: dict[str, Any], epochs: int, max_step
     for name, least in (("epochs", epochs), ("max_steps", max_steps)):
         if least is not None and least < had[name]:
             raise CheckpointError(
-                f"the checkpoint {path} is of a run that has had {had[name]} {name.removeprefix('max_')}, and "
-                f"cannot end after {least}: resume with --{name.replace('_', '-')} {had[name]} or more, or start "
-                "anew in another folder (--out FOLDER)."
+                f"the checkpoint {path} is from a run of {had[name]} {name.removeprefix('max_')}, which is "
+                f"more than {least}: resume with --{name.replace('_', '-')} {had[name]} or more, or start a new "
+                "run in another folder (--out FOLDER)."
             )
 
 
@@ -78,7 +78,7 @@ def _load(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
+        raise zipfile.BadZipFile(f"the checksum of {damaged} in the file is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -89,10 +89,10 @@ def _missing(checkpoint: dict[str, Any], parts: tuple[str, ...]) -> str:
 def _differences(checkpoint: object, identity: dict[str, Any]) -> list[str]:
     found = checkpoint.get("identity") if isinstance(checkpoint, dict) else None
     if not isinstance(found, dict):
-        return [f"it does not say what it belongs to, and this is {identity['recipe']}"]
+        return [f"it does not name a recipe, and this is {identity['recipe']}"]
     keys = ["recipe"] if found.get("recipe") != identity["recipe"] else list(identity)
     return [
-        f"its {key} is {found.get(key)}, here it is {identity[key]}"
+        f"its {key} is {found.get(key)}, this run's is {identity[key]}"
         for key in keys
         if found.get(key) != identity[key]
     ]
@@ -110,7 +110,7 @@ def _remedy(path: Path, identity: dict[str, Any], parts: tuple[str, ...]) -> str
                 f"The checkpoint {candidate}, of epoch {checkpoint['epoch'] + 1}, is intact: "
                 f"to continue from it, copy it to {path} and resume again."
             )
-    return "There is no intact checkpoint beside it: start anew in another folder (--out FOLDER)."
+    return "There is no other intact checkpoint in its folder: start a new run in another folder (--out FOLDER)."
 
 
 def _first_line(error: BaseException) -> str:
@@ -127,12 +127,13 @@ def run_folder(parent: Path, name: str, out: Path | None, resume: bool) -> Path:
         found = any(out.glob(f"*/{LAST}")) or any(out.glob(f"*/{previous_of(Path(LAST))}"))
         if resume and not found:
             raise CheckpointError(
-                f"nothing to resume: {out.absolute()} holds no MODEL/{LAST}. Leave out --resume to start anew."
+                f"nothing to resume: {out.absolute()} contains no MODEL/{LAST}. "
+                "Leave out --resume to start a new run."
             )
         if found and not resume:
             raise CheckpointError(
-                f"{out.absolute()} holds the checkpoints of another run: continue it with --resume, "
-                "or name another folder (--out FOLDER)."
+                f"{out.absolute()} contains the checkpoints of another run: continue it with --resume, "
+                "or choose another folder (--out FOLDER)."
             )
         return out
     pattern = re.compile(re.escape(name) + r"-(\d+)")
@@ -140,6 +141,6 @@ def run_folder(parent: Path, name: str, out: Path | None, resume: bool) -> Path:
     if resume and not numbers:
         raise CheckpointError(
             f"nothing to resume: there is no {parent.absolute() / name}-N. "
-            "Leave out --resume to start anew, or name the run's folder (--out FOLDER)."
+            "Leave out --resume to start a new run, or give the folder of the run (--out FOLDER)."
         )
     return parent / f"{name}-{max(numbers, default=0) + (not resume)}"

@@ -104,10 +104,10 @@ def check_accelerator(accelerator: str, precision: str) -> None:
         raise ValueError(f"accelerator must be one of {', '.join(available)}; got {accelerator}")
     if not available[accelerator]:
         there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ValueError(f"accelerator must be one that PyTorch finds here: {there}; got {accelerator}")
+        raise ValueError(f"accelerator must be one that PyTorch finds on this machine: {there}; got {accelerator}")
     on_cpu = accelerator == "cpu" or not (cuda or mps)
     if precision == "16-mixed" and on_cpu:
-        raise ValueError(f"precision must be one that a CPU computes in, as bf16-mixed; got {precision}")
+        raise ValueError(f"precision must be one that a CPU supports, such as bf16-mixed; got {precision}")
 
 
 class Classifier(nn.Module):
@@ -171,8 +171,8 @@ class ImageTraining(L.LightningModule, ABC):
         held_out = max(1, round(config.validation * len(order)))
         if held_out >= len(order):
             raise OptionError(
-                f"validation={config.validation:g} holds out all {len(order):,} images, and leaves none to train "
-                "with; try a smaller share"
+                f"validation={config.validation:g} holds out all {len(order):,} images and leaves none for "
+                "training; try a smaller fraction"
             )
         self.validation_rows, self.training_rows = order[:held_out], order[held_out:]
         self.batches_per_epoch = -(-len(self.training_rows) // config.batch_size)
@@ -365,7 +365,9 @@ def begin(recipe: str, config: ImageConfig, console: Console) -> tuple[ImageData
     """
     data = load_images(config.dataset, config.data, config.cache)
     run = run_folder(Path("runs") / recipe, config.dataset, config.out, config.resume)
-    console.print(f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; run in {run}")
+    console.print(
+        f"{data.name}: {len(data.train):,} training images, {len(data.test):,} test images; output in {run}"
+    )
     return data, run
 
 
@@ -382,7 +384,7 @@ def results_table(
     lines = [", ".join(settings), *notes, *([f"Note: {data.note}"] if data.note else [])]
     table = Table(title=f"{training.recipe} on {data.name}", caption="\n".join(lines))
     table.add_column("network\n", no_wrap=True)
-    headings = "\nparameters", "peak memory\nof a step", "calls of f\na step", "seconds\nan epoch"
+    headings = "\nparameters", "peak memory\nper step", "calls of f\nper step", "seconds\nper epoch"
     for heading in (f"test\n{quality}", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:

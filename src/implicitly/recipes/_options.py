@@ -46,7 +46,7 @@ def check_tolerance(config: Any, eps: float, *names: str) -> None:
     for name in names:
         if not 2 * eps <= getattr(config, name) < math.inf:
             raise ValueError(
-                f"{name} must be finite and at least {2 * eps:.2g}, what numbers of this precision resolve; "
+                f"{name} must be finite and at least {2 * eps:.2g}, the smallest that this precision resolves; "
                 f"got {getattr(config, name)}"
             )
 
@@ -56,7 +56,7 @@ def check_each_once(config: Any, *names: str) -> None:
     for name in names:
         chosen = getattr(config, name)
         if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"{name} must name at least one, and each once; got {chosen}")
+            raise ValueError(f"{name} must contain at least one name, and none twice; got {chosen}")
 
 
 def check_seed(config: Any) -> None:
@@ -78,6 +78,6 @@ def check_folder(path: Path) -> None:
     # The first that exists of the folder and its parents.
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not there.is_dir():
-        raise OptionError(f"out={path} must name a folder, but {there} is a file: name another")
+        raise OptionError(f"out={path} must be a folder, but {there} is a file; choose another")
     if not os.access(there, os.W_OK):
-        raise OptionError(f"out={path} must name a folder to write to, but {there} is read-only: name another")
+        raise OptionError(f"out={path} must be a writable folder, but {there} is read-only; choose another")

@@ -80,7 +80,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             TypeError: `storage_options` are given, which local files do not have.
         """
         if storage_options is not None:
-            raise TypeError(f"a local checkpoint has no storage options; got {storage_options!r}")
+            raise TypeError(
+                f"storage_options must be None, as checkpoints are local files; got {storage_options!r}"
+            )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
@@ -127,7 +129,9 @@ class LastAndBest(Checkpoint):
         """Lightning's hook: say what an interrupted run can be resumed from."""
         if isinstance(exception, KeyboardInterrupt):
             last = self.folder / LAST
-            kept = f"{last} is kept: continue with --resume" if last.exists() else "no epoch was finished"
+            kept = (
+                f"{last} is saved: continue with --resume" if last.exists() else "no checkpoint has been saved yet"
+            )
             message = f"interrupted in epoch {trainer.current_epoch + 1}; {kept}"
             Console(stderr=True).print(message, soft_wrap=True, highlight=False)
 

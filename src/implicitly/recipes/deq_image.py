@@ -273,8 +273,8 @@ class Training(ImageTraining):
             self.model.body.last.load_state_dict(checkpoint["equilibria"])
         else:
             warnings.warn(
-                f"the checkpoint is without the equilibria of the {len(self.data.train):,} images, as they take "
-                f"more than {KEPT >> 20} MiB: the quick network starts its next epoch from zero, like the first",
+                f"the checkpoint does not contain the equilibria of the {len(self.data.train):,} images, as they "
+                f"take more than {KEPT >> 20} MiB: the network 'quick' starts the next epoch from zero",
                 stacklevel=2,
             )
 
@@ -328,6 +328,6 @@ def main(config: Config) -> list[Result]:
     console = Console()
     data, run = begin("deq-image", config, console)
     results = [fit(name, config, data, run / name) for name in config.models]
-    note = "calls of f: forward + backward (products with its transposed Jacobian)"
+    note = "calls of f: forward + backward (vector-Jacobian products)"
     console.print(results_table(results, "accuracy", [note]))
     return results

@@ -336,16 +336,16 @@ def _percent(share: float) -> str:
 
 def results_table(results: list[Result], config: Config) -> Table:
     """The comparison, as a table for `rich` to print."""
-    caption = [f"points: {config.points}, batch: {config.batch_size}, seed: {config.seed}"]
+    caption = [f"{config.points} points, batch size {config.batch_size}, seed {config.seed}"]
     caption.append(
-        f"a training ends after {config.epochs} epochs, or at a loss of {config.stop_circles:g} (circles) or "
-        f"{config.stop_square:g}"
+        f"training stops after {config.epochs} epochs, or at a loss of {config.stop_circles:g} (circles) or "
+        f"{config.stop_square:g} (square)"
     )
     caption.append("calls of f: forward + backward, for all test points at once")
-    caption.append("energy: the integral of |f|² along the path of a test point, mean")
+    caption.append("energy: the integral of |f|² along the path, mean over test points")
     if "square" in config.tasks:
         least = least_loss_of_increasing(*held_out("square", config))
-        caption.append(f"no increasing map of the line has a loss below {least:.3f} on the square")
+        caption.append(f"no increasing function has a loss below {least:.3f} on the square")
     table = Table(title="ode-circles", caption="\n".join(caption))
     for heading in ("\ntask", "\nnetwork"):
         table.add_column(heading, no_wrap=True)
@@ -370,7 +370,7 @@ def main(config: Config) -> list[Result]:
     console = Console()
     results = run(config)
     console.print(results_table(results, config))
-    console.print(f"pictures and weights in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"pictures and weights are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results
 
 

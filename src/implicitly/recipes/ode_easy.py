@@ -200,9 +200,9 @@ def draw(results: list[Result]) -> Figure:
 def results_table(results: list[Result], config: Config) -> Table:
     """The comparison, as a table for `rich` to print."""
     caption = (
-        f"a training ends at a loss of {config.target:g}, or after {config.steps} steps; seed {config.seed}\n"
-        f"penalised: the weight is {config.weight:g}\n"
-        f"calls of f: of Dopri5 at a tolerance of {config.tolerance:g}, for all test points at once"
+        f"training stops at a loss of {config.target:g}, or after {config.steps} steps; seed {config.seed}\n"
+        f"penalised: with weight {config.weight:g}\n"
+        f"calls of f: by Dopri5 with tolerance {config.tolerance:g}, for all test points at once"
     )
     table = Table(title="ode-easy: x to x³", caption=caption)
     table.add_column("\nnetwork", no_wrap=True)
@@ -229,5 +229,5 @@ def main(config: Config) -> list[Result]:
         torch.save(result.flow.state_dict(), config.out / f"{result.name}.pt")
     draw(results).savefig(config.out / "trajectories.png")
     console.print(results_table(results, config))
-    console.print(f"picture and weights in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"picture and weights are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results

@@ -225,11 +225,15 @@ def covariance_at_optimum(loss: Callable[[Tensor], Tensor], theta: Tensor, steps
     remedy = f"after {steps} steps. Try more --steps, another --guess or more --fitted-years"
     if failed:
         lowest = torch.linalg.eigvalsh(curvature)[0].item()
-        raise OptionError(f"no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}")
+        raise OptionError(
+            f"found no maximum of the likelihood: its Hessian has the eigenvalue {-lowest:.3g} {remedy}"
+        )
     covariance = torch.cholesky_inverse(factor)
     gain = 0.5 * (slope @ covariance @ slope).item()  # of one more Newton step
     if gain > 1e-3:
-        raise OptionError(f"no maximum of the likelihood: its logarithm could still grow by {gain:.3g} {remedy}")
+        raise OptionError(
+            f"found no maximum of the likelihood: its logarithm can still grow by {gain:.3g} {remedy}"
+        )
     return covariance
 
 
@@ -295,10 +299,10 @@ def score(fit: Fit, logs: Tensor, config: Config) -> tuple[Score, Score]:
 def parameters_table(whole: Fit, part: Fit) -> Table:
     """Estimates and standard errors of the rates alone, next to the published ones."""
     table = Table(
-        title="ode-fit: what the record says of the rates",
-        caption="fits: maximum likelihood ± standard error, from the exact Hessian\n"
-        "published: posterior mean ± deviation, all years (Carpenter 2018, Stan)\n"
-        "rates per year; beta, delta also per thousand pelts",
+        title="ode-fit: estimated parameters",
+        caption="this run: maximum likelihood ± standard error, from the exact Hessian\n"
+        "published: posterior mean ± standard deviation, all years (Carpenter 2018, Stan)\n"
+        "rates are per year; beta and delta also per thousand pelts",
     )
     table.add_column("")
     for heading in (f"{whole.years} years", "published", f"{part.years} years"):
@@ -313,8 +317,8 @@ def scores_table(scores: dict[str, tuple[Score, Score]], years: int) -> Table:
     """RMSE and log-likelihood of each model, on the fitted years and on the held-out ones."""
     last = FIRST_YEAR + years - 1
     table = Table(
-        title="ode-fit: fitted years and years to come",
-        caption="RMSE of logarithms; log-likelihood: mean, of one logarithm",
+        title="ode-fit: errors on fitted and held-out years",
+        caption="RMSE: of the logarithms; log-lik.: mean log-likelihood of one logarithm",
     )
     table.add_column("model\n", no_wrap=True)
     for span in (f"{FIRST_YEAR}-{last}", f"{last + 1}-{FIRST_YEAR + len(HARES) - 1}"):
@@ -329,7 +333,7 @@ def verdict(scores: dict[str, tuple[Score, Score]]) -> str:
     """One sentence on whether the network predicts the held-out years better."""
     rates, corrected = (scores[name][1].rmse for name in ("rates", "rates + network"))
     finding = "extrapolates better" if corrected < rates else "does not extrapolate better"
-    return f"The network {finding}: RMSE {corrected:.3f} on the held-out years, {rates:.3f} without it."
+    return f"The network {finding}: RMSE on the held-out years {corrected:.3f} with it, {rates:.3f} without."
 
 
 # --- The picture --------------------------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def plot_fits(fits: Sequence[Fit], logs: Tensor, config: Config) -> Figure:
             color=COLOURS.main,
             alpha=0.12,
             linewidth=0,
-            label="95 %, by the rates",
+            label="95 % band (rates)",
         )
         for curve, fit, (colour, style) in zip(curves, fits, styles):
             axes.plot(FIRST_YEAR + years, curve[:, k], style, color=colour, linewidth=1.8, label=fit.name)
@@ -371,7 +375,7 @@ def plot_fits(fits: Sequence[Fit], logs: Tensor, config: Config) -> Figure:
         axes.set_ylim(3, 120)
         axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axes.minorticks_off()
-        title(axes, name, "thousands of pelts a year; shaded: held out")
+        title(axes, name, "thousands of pelts per year; shaded: held out")
     hares.legend(frameon=False, fontsize=9, loc="lower left", ncols=2)
     for curve, (colour, style) in zip(curves, styles):
         plane.plot(curve[:, 0], curve[:, 1], style, color=colour, linewidth=1.8)
@@ -380,7 +384,7 @@ def plot_fits(fits: Sequence[Fit], logs: Tensor, config: Config) -> Figure:
     _dots(plane, pelts[:, 0], pelts[:, 1], fits[0].years)
     plane.set_xlabel("hares")
     plane.set_ylabel("lynxes")
-    title(plane, "Phase plane", "the rates alone turn around +")
+    title(plane, "Phase plane", "+: equilibrium of the fitted rates")
     return figure
 
 
@@ -422,5 +426,5 @@ def main(config: Config) -> list[Fit]:
     plot_fits([rates, corrected], logs, config).savefig(run / "fits.png")
     states = {fit.name: {"theta": fit.theta, "growth": fit.growth.state_dict()} for fit in (rates, corrected)}
     torch.save(states, run / "fits.pt")
-    Console().print(f"picture, tables and fits in {run}")
+    Console().print(f"picture, tables and fits are in {run}")
     return [whole, rates, corrected]

@@ -97,7 +97,7 @@ class Config(ImageConfig):
         for name in ("tolerances", "depths"):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values)):
-                raise ValueError(f"{name} must hold at least one number, and ascend; got {values}")
+                raise ValueError(f"{name} must be one or more numbers in increasing order; got {values}")
         least = LEAST_TOLERANCE[self.precision]
         for tolerance in (self.tolerance, *self.tolerances):
             if not least <= tolerance < float("inf"):
@@ -159,7 +159,7 @@ def build(name: ModelName, config: Config, data: ImageData) -> Classifier:
     smallest = min(data.height, data.width) >> config.downsamplings
     if smallest < 1:
         raise OptionError(
-            f"downsamplings={config.downsamplings} leave nothing of images of {data.height}x{data.width} pixels; "
+            f"downsamplings={config.downsamplings} is too many for images of {data.height}x{data.width} pixels; "
             "try fewer"
         )
     stem: list[nn.Module] = [nn.Conv2d(data.channels, width, 3, padding=1)]
@@ -268,7 +268,7 @@ def memory_against_depth(config: Config, data: ImageData) -> tuple[dict[str, lis
     number is known. Measured on the CPU, for networks with fresh weights.
     """
     images, labels = (tensor[:DEPTH_IMAGES] for tensor in data.train.tensors)
-    measured: dict[str, list[int]] = {"ODE, unrolled": [], "ODE, steps taken again": [], "residual blocks": []}
+    measured: dict[str, list[int]] = {"ODE, unrolled": [], "ODE, steps recomputed": [], "residual blocks": []}
     odenet = build("odenet", config, data)
     layer = odenet.body
     assert isinstance(layer, im.nn.NeuralODE)
@@ -298,11 +298,11 @@ def memory_against_depth(config: Config, data: ImageData) -> tuple[dict[str, lis
 def table_of(results: Sequence[Result], loosened: Sequence[Loosened]) -> Table:
     """The comparison, and the flow at other tolerances under it, as a table for `rich` to print."""
     notes = [
-        "calls of f: forward + backward, where the steps are taken again",
-        "a block is one call; autograd keeps what it needs, so none is called again",
+        "calls of f: forward + backward, which computes the steps again",
+        "resnet: each block is one call; autograd stores what it needs, so none is repeated",
     ]
     if loosened:
-        notes.append("at TOLERANCE: the trained odenet solved with another, on test batches")
+        notes.append("at TOLERANCE: the trained odenet, tested with this solver tolerance")
     table = results_table(results, "error", notes)
     table.add_section()
     for row in loosened:
@@ -319,8 +319,8 @@ def draw(
         config.depths,
         measured,
         forward,
-        "a forward pass of the ODE alone",
-        f"{DEPTH_IMAGES} images; a step of Dopri5 calls f six times, a block once",
+        "a forward pass of the ODE",
+        f"{DEPTH_IMAGES} images; a step of Dopri5 calls f six times, a residual block once",
         "steps of the solver, or residual blocks",
     )
     memory.savefig(run / "memory.png")
@@ -347,5 +347,5 @@ def main(config: Config) -> list[Result]:
     with (run / "table.txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=100).print(table)
     console.print(table)
-    console.print(f"pictures, table and checkpoints in {run.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"pictures, table and checkpoints are in {run.absolute()}", highlight=False, soft_wrap=True)
     return results

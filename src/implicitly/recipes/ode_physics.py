@@ -90,8 +90,8 @@ class Config:
     motions: int = 400
     """Number of training trajectories, each with its own initial state."""
     horizon: float = 2.0
-    """Duration of a training trajectory; a small swing of the pendulum takes 6.3. Rollouts are 100 times as
-    long."""
+    """Duration of a training trajectory; a small swing of the pendulum takes 6.3. Rollouts take 100 times
+    as long."""
     points: int = 21
     """Observed states per trajectory, evenly spaced in time."""
     noise: float = 0.0
@@ -126,7 +126,9 @@ class Config:
         check_not_negative(self, "noise")
         check_seed(self)
         if self.fit_to == "windows" and self.window >= self.points:
-            raise ValueError(f"a window of {self.window} states needs more than {self.points} points")
+            raise ValueError(
+                f"window must be smaller than points = {self.points}, to fit windows; got {self.window}"
+            )
         check_each_once(self, "systems", "models")
 
 
@@ -514,11 +516,11 @@ def results_table(results: list[Result], config: Config) -> Table:
 def _caption(results: list[Result], config: Config) -> str:
     sizes = [result.parameters for result in results if result.training]
     lines = [
-        f"fitted to {config.fit_to}, epochs: {config.epochs}, motions: {config.motions}, noise: {config.noise:g}, "
-        f"seed: {config.seed}, parameters: {min(sizes):,} to {max(sizes):,}",
-        "test loss: squared error relative to the variance",
-        f"drift: largest |E(t) - E(0)| up to t = {REACH * config.horizon:g}, relative; inf: did not get there",
-        f"error: of the states at t = {config.horizon:g} and in the end, relative; 1.4: motions are unrelated",
+        f"fitted to {config.fit_to}, epochs: {config.epochs}, trajectories: {config.motions}, "
+        f"noise: {config.noise:g}, seed: {config.seed}, parameters: {min(sizes):,} to {max(sizes):,}",
+        "test loss: mean squared error, relative to the variance",
+        f"drift: largest relative |E(t) - E(0)| up to t = {REACH * config.horizon:g}; inf: solver stopped early",
+        f"error: relative error of the states at t = {config.horizon:g} and at the end; 1.4: unrelated states",
     ]
     drift = {(result.system, result.name): result.rollout.drift.median() for result in results}
     for (system, name), value in drift.items():
@@ -527,7 +529,7 @@ def _caption(results: list[Result], config: Config) -> str:
             and (system, "plain") in drift
             and value >= drift[system, "plain"]
         ):
-            lines.append(f"Note: on the {system}, {name} does not beat plain")
+            lines.append(f"Note: on the {system}, {name} is no better than plain")
     return "\n".join(lines)
 
 
@@ -558,10 +560,10 @@ def main(config: Config) -> list[Result]:
 
     console = Console()
     run = run_folder(Path("runs") / "ode-physics", "motion", config.out, config.resume)
-    console.print(f"run in {run}")
+    console.print(f"output in {run}")
     results = []
     for system in config.systems:
-        console.print(f"{system}: {config.motions} motions of length {config.horizon:g}")
+        console.print(f"{system}: {config.motions} training trajectories of duration {config.horizon:g}")
         of, (times, truth) = SYSTEMS[system], true_motions(SYSTEMS[system], config)
         for name in config.models:
             training, loss = train(name, system, config, run / f"{system.replace(' ', '-')}-{name}")

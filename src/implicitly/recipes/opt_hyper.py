@@ -110,10 +110,12 @@ class Config:
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise must be at least 0 and below 1; got {self.noise}")
         if not self.held_out < self.clean < 1400:
-            raise ValueError(f"clean must lie between held_out = {self.held_out} and 1400; got {self.clean}")
+            raise ValueError(f"clean must be above held_out = {self.held_out} and below 1400; got {self.clean}")
         first, last, count = self.grid
         if not (0 < first <= last < math.inf and count >= 1):
-            raise ValueError(f"grid must be a first and a larger last decay, and a count; got {self.grid}")
+            raise ValueError(
+                f"grid must be a smallest decay > 0, a largest decay, and a count >= 1; got {self.grid}"
+            )
 
 
 # --- Data and network ---------------------------------------------------------------------------------------
@@ -339,11 +341,11 @@ def results_table(results: list[dict[str, Outcome]], wrongs: list[Tensor], confi
     solves = len(results) * len(LEARNED) * config.outer_steps
     parameters = sum(v.numel() for v in results[0]["grid"].hyper.decay.values())
     caption = (
-        f"{len(wrongs[0])} training images, {config.noise:.0%} with wrong labels; {config.clean} clean ones\n"
-        f"{parameters} decays, {len(wrongs[0])} weights; mean over {len(results)} seeds ± their deviation\n"
-        f"work of one seed: gradients of the inner loss, products with its Hessian\n"
-        f"AUC: of the learned weights, right labels against wrong ones; 0.5 is chance\n"
-        f"{short} of {solves} linear solves fell short"
+        f"{len(wrongs[0])} training images, {config.noise:.0%} with wrong labels; {config.clean} clean images\n"
+        f"{parameters} decays, {len(wrongs[0])} weights; mean ± standard deviation over {len(results)} seeds\n"
+        f"gradients of the inner loss and products with its Hessian: per seed\n"
+        f"AUC: how well the learned weights separate right from wrong labels; 0.5 is chance\n"
+        f"{short} of {solves} linear solves did not reach their tolerance"
     )
     table = Table(title="opt-hyper: digits with wrong labels", caption=caption)
     table.add_column("\nhyperparameters", no_wrap=True)
@@ -376,7 +378,7 @@ def draw(outcomes: dict[str, Outcome], wrong: Tensor) -> Figure:
         first.plot(outcomes[name].path, color=colour, linewidth=2, label=name)
     for name, style in (("grid", "--"), ("clean only", ":")):
         first.axhline(outcomes[name].test, color=COLOURS.grey, linestyle=style, linewidth=1.5, label=name)
-    first.set_xlabel("step of the hyperparameters")
+    first.set_xlabel("outer step")
     first.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     first.legend(frameon=False, fontsize=9)
     title(first, "Test accuracy", "while the hyperparameters are learned")
@@ -387,7 +389,7 @@ def draw(outcomes: dict[str, Outcome], wrong: Tensor) -> Figure:
     second.set_xlabel("learned weight")
     second.set_ylabel("training images")
     second.legend(frameon=False, fontsize=9)
-    title(second, "Weight of an image", f"AUC {separation(outcomes['weights'], wrong):.3f}; all began with 1")
+    title(second, "Weight of an image", f"AUC {separation(outcomes['weights'], wrong):.3f}; initial value 1")
     decays = outcomes["decays"].hyper.decay["weight1"].mean(1).exp().reshape(8, 8)
     third.grid(visible=False)
     third.set_xticks([])
@@ -408,5 +410,5 @@ def main(config: Config) -> list[dict[str, Outcome]]:
         for console in (Console(), Console(file=file, width=100)):
             console.print(results_table(results, wrongs, config))
     draw(results[0], wrongs[0]).savefig(config.out / "hyper.png")
-    Console().print(f"picture and table in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    Console().print(f"picture and table are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results

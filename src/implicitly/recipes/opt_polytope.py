@@ -76,7 +76,7 @@ class Config:
         check_positive(self, "margin", "learning_rate")
         check_seed(self)
         if not self.polygons or min(self.polygons) < 3 or len(set(self.polygons)) < len(self.polygons):
-            raise ValueError(f"polygons must hold at least one number, each once, from 3 up; got {self.polygons}")
+            raise ValueError(f"polygons must be different numbers, each at least 3; got {self.polygons}")
 
 
 def random_polygon(faces: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -250,13 +250,14 @@ def draw(results: list[Result], stages: int = 5) -> Figure:
 def results_table(results: list[Result], config: Config) -> Table:
     """The comparison, as a table for `rich` to print."""
     caption = (
-        f"{config.points} points to train with, {10 * config.points} to test with; {config.epochs} epochs; "
+        f"{config.points} training points, {10 * config.points} test points; {config.epochs} epochs; "
         f"seed {config.seed}\n"
-        "overlap: area of the intersection by that of the union, on test points\n"
-        f"learned faces: those of {config.faces} that contribute an edge longer than {EDGE:g}"
+        "overlap: area of intersection divided by area of union, on test points\n"
+        "accuracy: of telling inside from outside, on test points\n"
+        f"learned faces: how many of the {config.faces} contribute an edge longer than {EDGE:g}"
     )
     table = Table(title="opt-polytope", caption=caption)
-    for heading in ("\nfaces", "learned\nfaces", "\noverlap", "inside or\noutside: right", "\nseconds"):
+    for heading in ("\nfaces", "learned\nfaces", "\noverlap", "\naccuracy", "\nseconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -274,7 +275,7 @@ def main(config: Config) -> list[Result]:
     console = Console()
     results = run(config)
     console.print(results_table(results, config))
-    console.print(f"picture and weights in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"picture and weights are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results
 
 

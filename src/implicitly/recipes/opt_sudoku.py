@@ -128,9 +128,11 @@ def split(boards: SudokuBoards, config: Config) -> Splits:
     new = torch.isin(which[order], aside)
     train, known = order[~new][: config.boards], order[~new][config.boards :]
     if not len(train):
-        raise OptionError(f"held_out={config.held_out:g} leaves no boards to train with; try a smaller share")
+        raise OptionError(f"held_out={config.held_out:g} leaves no boards for training; try a smaller fraction")
     if not len(known):
-        raise OptionError(f"boards must leave some to test with; got {config.boards} of {len(order[~new])}")
+        raise OptionError(
+            f"boards must leave some of the {len(order[~new])} boards for testing; got {config.boards}"
+        )
     train, known, new = (
         TensorDataset(boards.puzzles[rows], boards.solutions[rows]) for rows in (train, known, order[new])
     )
@@ -320,7 +322,7 @@ def draw_curves(results: list[Result]) -> Figure:
     """Draw the mistakes on new solutions against training steps."""
     curves = {result.name: result.training.curve for result in results}
     below = (
-        f"share of {min(CHUNK, len(results[0].training.splits.new))} boards, their solutions unseen in training"
+        f"fraction of {min(CHUNK, len(results[0].training.splits.new))} boards with solutions unseen in training"
     )
     return viz.plot_learning(curves, "Boards with a mistake", below, "wrong", "training step")
 
@@ -334,30 +336,30 @@ def draw_boards(results: list[Result], count: int = 3) -> Figure:
     assert isinstance(mistakes, Tensor)  # there is at least one network
     shown = mistakes.argsort(descending=True, stable=True)[:count]
     shown_outputs = {name: z[shown] for name, z in outputs.items()}
-    note = f"of {len(puzzles)} boards those with most mistakes; small: other digits that have some weight"
+    note = f"those of {len(puzzles)} boards with the most mistakes; small: other digits with some weight"
     return viz.plot_boards(puzzles[shown], solutions[shown], shown_outputs, note)
 
 
 def results_table(results: list[Result], splits: Splits) -> Table:
     """The comparison, as a table for `rich` to print."""
     caption = [
-        f"boards to train with: {len(splits.train)}; to test with: {len(splits.known)} other puzzles, whose",
-        f"solutions may be known from the training, and {len(splits.new)} whose solutions are new",
-        "loss: mean squared error with new solutions",
+        f"{len(splits.train)} training boards; tests: {len(splits.known)} other puzzles (known) whose",
+        f"solutions may occur in training, and {len(splits.new)} (new) whose solutions do not",
+        "loss: mean squared error on boards with new solutions",
     ]
     for result in results:
         if result.rules is not None:
             caption.append(
-                f"the learned equations span {100 * result.rules:.1f} % of the rules of Sudoku; random ones "
-                f"{100 * result.training.config.equations / 64:.1f} %"
+                f"the learned equations span {100 * result.rules:.1f} % of the rules of Sudoku; random equations "
+                f"would span {100 * result.training.config.equations / 64:.1f} %"
             )
         model = result.training.model
         if isinstance(model, OptNet) and model.unsolved:
-            caption.append(f"of {model.programs:,} programs, {model.unsolved:,} missed the solver's tolerance")
+            caption.append(f"{model.unsolved:,} of {model.programs:,} programs were not solved to the tolerance")
     table = Table(title=f"opt-sudoku: {splits.name}", caption="\n".join(caption))
     table.add_column("\nnetwork", no_wrap=True)
     headings = ("wrong in\ntraining", "wrong,\nknown", "wrong,\nnew", "\nloss", "para-\nmeters", "\nepochs")
-    for heading in (*headings, "seconds\nan epoch"):
+    for heading in (*headings, "seconds\nper epoch"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -382,5 +384,5 @@ def main(config: Config) -> list[Result]:
     draw_curves(results).savefig(config.out / "curves.png")
     draw_boards(results).savefig(config.out / "boards.png")
     console.print(results_table(results, splits))
-    console.print(f"pictures and weights in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"pictures and weights are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results

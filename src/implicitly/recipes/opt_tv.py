@@ -95,7 +95,7 @@ class Config:
         check_each_once(self, "models")
         check_seed(self)
         if self.signal == "steps":
-            check_unused(self, "the days of the signal 'steps' are made up", "data")
+            check_unused(self, "the days of the signal 'steps' are synthetic", "data")
 
 
 # --- The signals ------------------------------------------------------------------------------------------
@@ -121,13 +121,16 @@ def building(folder: Path | None) -> tuple[Tensor, Tensor]:
     chosen = folder or (Path(os.environ["IMPLICITLY_DATA"]) if os.environ.get("IMPLICITLY_DATA") else None)
     if chosen is None:
         raise FileNotFoundError(
-            f"--signal hvac reads hvac/{FILES[0]} and {FILES[1]}: name their folder with --data"
+            f"--signal hvac needs hvac/{FILES[0]} and hvac/{FILES[1]}: "
+            "give the folder that contains hvac/ with --data"
         )
     years = []
     for file in FILES:
         path = chosen / "hvac" / file
         if not path.exists():
-            raise FileNotFoundError(f"looked for {file} in {path.parent.absolute()}, and there is none")
+            raise FileNotFoundError(
+                f"there is no file {path.absolute()}; give the folder that contains hvac/{file} with --data"
+            )
         table = np.load(path)
         flow = table["values"][:, table["columns"].tolist().index(FLOW)]
         whole = len(flow) // QUARTER_HOURS * QUARTER_HOURS
@@ -315,8 +318,8 @@ def draw(results: list[Result], test: TensorDataset) -> Figure:
         axes.set_ylim(bottom - 1.15 * band, top + 0.1 * band)
         axes.set_xticks(range(0, 25, 6))
         axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= top])
-        axes.set_xlabel("hour" if name == "convolution" else "hour; orange: log weight, line: the best single one")
-        title(axes, name, f"leaves {_percent(result.test_error)} of the noise")
+        axes.set_xlabel("hour" if name == "convolution" else "hour; orange: log weight; line: best single weight")
+        title(axes, name, f"{_percent(result.test_error)} of the noise remains")
     return figure
 
 
@@ -327,9 +330,9 @@ def _percent(share: float) -> str:
 def results_table(results: list[Result], test: TensorDataset, weight: float, config: Config) -> Table:
     """The comparison, as a table for `rich` to print."""
     caption = (
-        f"error: mean squared, relative to that of the noisy signal (noise {config.noise:g} of the signal)\n"
+        f"error: mean squared error, relative to that of the noisy signal (noise {config.noise:g} of the signal)\n"
         f"the best single weight is {weight:.3g}; training: {config.epochs} epochs, seed {config.seed}\n"
-        f"jumps: of a test day, mean; the clean days have {jumps_of(test.tensors[1]):.1f}"
+        f"jumps: mean number per test day; the clean days have {jumps_of(test.tensors[1]):.1f}"
     )
     table = Table(title=f"opt-tv: {config.signal}", caption=caption)
     table.add_column("\nweights", no_wrap=True)
@@ -353,5 +356,5 @@ def main(config: Config) -> list[Result]:
         torch.save(result.model.state_dict(), config.out / f"{result.model.name.replace(' ', '-')}.pt")
     draw(results, test).savefig(config.out / "day.png")
     console.print(results_table(results, test, weight, config))
-    console.print(f"picture and weights in {config.out.absolute()}", highlight=False, soft_wrap=True)
+    console.print(f"picture and weights are in {config.out.absolute()}", highlight=False, soft_wrap=True)
     return results

@@ -46,7 +46,7 @@ def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Any = None, ep
 
 def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     if ord not in (None, 2, "fro"):
-        raise NotImplementedError(f"jet: norm has a rule for the 2-norm, got ord={ord!r}")
+        raise NotImplementedError(f"jet: norm has a rule for the 2-norm only, got ord={ord!r}")
     x = x if dtype is None else x.to(dtype)
     dims = tuple(range(x.ndim)) if dim is None else dim
     return _squared_size(x).sum(dims, keepdim=keepdim).sqrt()
@@ -68,7 +68,7 @@ def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float =
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     if training and p > 0:
         raise NotImplementedError(
-            "jet: dropout draws a new mask at each call, so that f is no function; call eval(), or use "
+            "jet: dropout draws a new mask in each call, so f is not a fixed function; call eval(), or use "
             "implicitly.nn.Dropout"
         )
     return x

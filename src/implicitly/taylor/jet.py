@@ -83,7 +83,7 @@ def trajectory_derivatives(f: Callable[..., Any], t: Any, y: Any, order: int) ->
     NeurIPS 2020, appendix A.
     """
     if not isinstance(order, int) or order < 1:
-        raise ValueError(f"order must be a whole number >= 1, got {order!r}")
+        raise ValueError(f"order must be an int >= 1, got {order!r}")
     flat, spec = pytree.tree_flatten(y)
     if not flat:
         raise ValueError("y holds no tensor")

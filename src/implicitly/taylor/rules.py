@@ -43,7 +43,9 @@ def _multiply(a: Any, b: Any) -> Series:
 
 def _divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> Series:
     if rounding_mode is not None:
-        raise NotImplementedError(f"jet: div has no rule for rounding_mode={rounding_mode!r}, as the result jumps")
+        raise NotImplementedError(
+            f"jet: div has no rule for rounding_mode={rounding_mode!r}, as the result is discontinuous"
+        )
     a, b = lifted(a, b)
 
     def rule(v: Series, k: int) -> Coefficient:  # from v b = a
@@ -201,7 +203,9 @@ def _einsum(equation: str, *operands: Any) -> Series:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     if len(operands) > 2:
-        raise NotImplementedError("jet: einsum has a rule for one or two operands; split it into several")
+        raise NotImplementedError(
+            "jet: einsum has a rule for one or two operands only; split it into several calls"
+        )
     op = functools.partial(torch.einsum, equation)
     return each(op, operands[0]) if len(operands) == 1 else jointly(op, *operands)
 
@@ -248,7 +252,9 @@ def _of_dtype(u: Series, dtype: torch.dtype | None) -> Series:
 
 def _pad(u: Series, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Series:
     if value:
-        raise NotImplementedError(f"jet: pad has a rule for the value 0, got {value}; concatenate what to add")
+        raise NotImplementedError(
+            f"jet: pad has a rule for the value 0 only, got {value}; use torch.cat to add other values"
+        )
     return each(lambda x: F.pad(x, pad, mode), u)
 
 

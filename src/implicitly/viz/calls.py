@@ -27,7 +27,9 @@ def plot_calls(calls: Mapping[str, Sequence[float]], window: int, subtitle: str 
         ValueError: a line or the window has no steps.
     """
     if window < 1 or not all(len(values) for values in calls.values()):
-        raise ValueError(f"expected a window of at least 1 step and at least one step a line; got {window}")
+        raise ValueError(
+            f"window must be at least 1, and each line must have at least one step; got window={window}"
+        )
     figure, axes = new_figure(7.2, 4.2)
     ends = []
     for (name, values), colour in zip(calls.items(), SERIES):
@@ -64,7 +66,10 @@ def plot_tolerances(
         ValueError: the three are not equally long.
     """
     if not len(tolerances) == len(errors) == len(calls):
-        raise ValueError(f"{len(tolerances)} tolerances, {len(errors)} errors and {len(calls)} calls")
+        raise ValueError(
+            f"tolerances, errors and calls must have equal lengths; got {len(tolerances)}, {len(errors)} and "
+            f"{len(calls)}"
+        )
     figure, (first, second) = new_figures(9.6, 4.0, 2)
     _against_tolerance(first, tolerances, errors, COLOURS.main, trained)
     first.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")

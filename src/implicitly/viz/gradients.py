@@ -32,7 +32,10 @@ def plot_gradient_check(gradient: Tensor, reference: Tensor, reference_name: str
         ValueError: the shapes differ.
     """
     if gradient.shape != reference.shape:
-        raise ValueError(f"gradient {tuple(gradient.shape)} and reference {tuple(reference.shape)} differ")
+        raise ValueError(
+            f"gradient and reference must have the same shape; got {tuple(gradient.shape)} and "
+            f"{tuple(reference.shape)}"
+        )
     differences = relative_difference(gradient, reference).flatten().sort().values.clamp(min=1e-17)
     figure, (left, right) = new_figures(9.6, 4.2, 2)
     ends = [float(reference.min()), float(reference.max())]

@@ -139,7 +139,9 @@ def plot_memory(
     colours = [COLOURS.warm, COLOURS.main, COLOURS.second, COLOURS.grey]
     for (name, values), colour in zip(measured.items(), colours, strict=False):
         if len(values) != len(steps):
-            raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} numbers of steps")
+            raise ValueError(
+                f"{name!r} must have one value per number of steps; got {len(values)} values for {len(steps)}"
+            )
         heights = [value / unit for value in values]
         axes.plot(steps, heights, color=colour, marker="o", markersize=5, linewidth=2.2, clip_on=False)
         factor = f"{heights[-1]:.0f}" if heights[-1] >= 10 else f"{heights[-1]:.1f}"

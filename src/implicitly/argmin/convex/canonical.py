@@ -424,9 +424,11 @@ def _check_members(
         if not any(x is y for y in (*own, *multipliers)):
             known = ", ".join(_named(y) for y in own[:20]) or "none"
             duals = "; and the dual_variables of its constraints" if multipliers else ""
-            raise ValueError(f"{name}[{i}], {_named(x)}, is no {kind} of the problem, which has: {known}{duals}")
+            raise ValueError(
+                f"{name}[{i}], {_named(x)}, is not a {kind} of the problem, which has: {known}{duals}"
+            )
         if any(x is y for y in given[:i]):
-            raise ValueError(f"{name} holds {_named(x)} twice")
+            raise ValueError(f"{name} contains {_named(x)} twice")
 
 
 def _named(leaf: Any) -> str:
@@ -449,14 +451,16 @@ def _why_not_dpp(problem: Any, gp: bool) -> str:
     parts = [problem.objective, *problem.constraints]
     good = [(x.is_dgp(dpp=True) if gp else x.is_dcp(dpp=True)) for x in parts]
     named = "; ".join(str(x) for x, ok in zip(parts, good) if not ok)
-    return f"{reason}. Not so: {named}. See https://www.cvxpy.org/tutorial/dpp/index.html"
+    return f"{reason}. The parts that break the rules: {named}. See https://www.cvxpy.org/tutorial/dpp/index.html"
 
 
 def _parameter_slot(parameter: Any, names: _Names) -> ParameterSlot:
     attributes, shape = parameter.attributes, tuple(parameter.shape)
     for kind in ("complex", "imag", "hermitian", "boolean", "integer"):
         if attributes.get(kind):
-            raise NotImplementedError(f"parameter {_named(parameter)} is {kind}: ConvexLayer takes real ones")
+            raise NotImplementedError(
+                f"parameter {_named(parameter)} is {kind}; ConvexLayer supports real parameters only"
+            )
     source = _entries(parameter)
     sparse = next((kind for kind in ("diag", "sparsity") if attributes[kind]), None)
     absent = np.setdiff1d(np.arange(parameter.size), source) if sparse else None
@@ -486,7 +490,10 @@ def _entries(leaf: Any) -> Any:
     positions = np.arange(leaf.size).reshape(leaf.shape)
     if any(leaf.attributes[kind] for kind in ("symmetric", "PSD", "NSD")):
         if leaf.ndim != 2:
-            raise NotImplementedError(f"{_named(leaf)}: a stack of symmetric matrices; pass one leaf a matrix")
+            raise NotImplementedError(
+                f"{_named(leaf)} is a stack of symmetric matrices, which is not supported; use one variable or "
+                "parameter per matrix"
+            )
         return positions[np.triu_indices(leaf.shape[0])]
     if leaf.attributes["diag"]:
         return np.diag(positions).copy()
@@ -505,7 +512,9 @@ def _variable_slot(variable: Any, problem: Any, names: _Names, gp: bool) -> Vari
         or variable.attributes.get("imag")
         or variable.attributes.get("hermitian")
     ):
-        raise NotImplementedError(f"variable {_named(variable)} is complex: ConvexLayer has real ones")
+        raise NotImplementedError(
+            f"variable {_named(variable)} is complex; ConvexLayer supports real variables only"
+        )
     start, entries = names.column(variable), _entries(variable)
     source, scale = np.zeros(variable.size, dtype=np.int64), np.zeros(variable.size)
     source[entries], scale[entries] = start + np.arange(len(entries)), 1.0
@@ -523,7 +532,8 @@ def _dual_slot(variable: Any, constraint: Any, names: _Names) -> VariableSlot:
     kind = type(constraint).__name__
     if kind not in ("Equality", "Inequality", "Zero", "NonNeg", "NonPos"):
         raise NotImplementedError(
-            f"the dual variable of a constraint of type {kind}: only equalities and inequalities have theirs here"
+            f"ConvexLayer returns dual variables of equalities and inequalities only, not of the constraint type "
+            f"{kind}"
         )
     places = names.row(constraint) + np.arange(variable.size).reshape(variable.shape, order="F").reshape(-1)
     return VariableSlot(

@@ -31,8 +31,8 @@ GOOD = 5e-3
 # solution. For a probe of up to 1000 entries, this is less than the difference of any two of its entries.
 MISSING = 1e-5
 REFINEMENTS = 2
-GOLDEN = (5**0.5 - 1) / 2
-TINY = torch.finfo(torch.float64).tiny
+GOLDEN = (5**0.5 - 1) / 2  # the golden ratio minus one; see `_probe`
+TINY = torch.finfo(torch.float64).tiny  # keeps divisors away from 0
 
 
 @dataclass(frozen=True, eq=False)

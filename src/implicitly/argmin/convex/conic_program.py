@@ -13,7 +13,7 @@ from implicitly.argmin.convex.canonical import NOT_FINITE
 from implicitly.argmin.convex.conic import product
 from implicitly.argmin.convex.conic_jacobian import ConicFamily, Jacobian
 from implicitly.argmin.convex.conic_solver import Clarabel, Numbers
-from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver
+from implicitly.argmin.programs.derivative import KKTAdjoint, StructuredSolver, told
 from implicitly.condition import REMEDY, Condition, Map, Report, explain
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, attach
@@ -31,7 +31,7 @@ OF_NUMBERS = {
 }
 # The size of a residual, relative to the numbers of a program, that is due to rounding errors.
 POLISHED = 1e-14
-TINY = torch.finfo(torch.float64).tiny
+TINY = torch.finfo(torch.float64).tiny  # keeps divisors away from 0
 # Above this many times that residual, Newton's method is tried again with a new Jacobian, at most ROUNDS times.
 LATE = 1e3
 ROUNDS = 3
@@ -70,6 +70,7 @@ def solve_conic(
         stand_in = bad.unsqueeze(1)
         theta = tuple(torch.where(stand_in, torch.nan_to_num(t.detach()), t) for t in theta)
     units = Units(primal, dual)
+    report = replace(report, message=told)  # from here on it reports only the solves of derivatives
     condition = Condition(family.bind, "ConvexLayer", torch.float64, report)
     solver = StructuredSolver(rtol=adjoint.rtol, max_steps=adjoint.max_steps, known=known)  # pyright: ignore
     attached = units.taken_off(family, attach(condition, z, units.put_on(theta), Backward(solver)))

@@ -62,8 +62,9 @@ class Clarabel:
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    # For `Report`: this solver is never asked for a fixed number of steps alone.
+    # For `Report`: this solver is never asked for a fixed number of steps alone, and messages name its class.
     fixed_steps: ClassVar[bool] = False
+    label: ClassVar[str | None] = None
 
     def __post_init__(self):
         check_number("Clarabel", "rtol", self.rtol, BELOW_ONE)
@@ -74,7 +75,10 @@ class Clarabel:
         check_number("Clarabel", "time_limit_s", self.time_limit_s, POSITIVE_OR_INFINITE)
         for name in self.settings:
             if name in _FIXED or name in _OWN:
-                raise ValueError(f"Clarabel: the setting {name} is not to be changed here, or is an argument")
+                raise ValueError(
+                    f"Clarabel: settings must not contain {name}: its value is fixed, or set by an argument of "
+                    "im.Clarabel"
+                )
 
     def native_settings(self, quick: bool = False, tight: bool = False) -> Any:
         """The settings object of Clarabel; raises TypeError for settings that Clarabel does not have.

@@ -54,7 +54,7 @@ class ConvexProgram:
         """Canonicalise `problem`; raises ImportError, TypeError, ValueError, NotImplementedError."""
         if solver is not None and not isinstance(solver, ProgramSolver | Clarabel):
             raise TypeError(
-                "solver must be im.InteriorPoint() or im.ADMM(), for quadratic and linear programs, or "
+                "solver must be im.InteriorPoint() or im.ADMM() (for quadratic and linear programs), or "
                 f"im.Clarabel(); got {solver!r}"
             )
         if not isinstance(adjoint, KKTAdjoint):
@@ -67,12 +67,12 @@ class ConvexProgram:
             if adjoint.smoothing:
                 raise ValueError(
                     "KKTAdjoint(smoothing=...) is for quadratic and linear programs solved by InteriorPoint or "
-                    "ADMM; Clarabel's solutions have the exact derivative only: leave smoothing at 0"
+                    "ADMM; for Clarabel there is only the exact derivative: leave smoothing at 0"
                 )
             if compile:
                 warnings.warn(
                     "ConvexLayer: compile=True is for quadratic and linear programs solved by InteriorPoint; "
-                    "Clarabel is no code of PyTorch and runs as it is",
+                    "Clarabel is not written in PyTorch and runs without compilation",
                     CompileWarning,
                     stacklevel=users_line(),
                 )

@@ -61,6 +61,13 @@ class ADMM(ProgramSolver):
         relaxation: the over-relaxation factor, between 0 and 2.
         finish: the solver for the samples that remain when most are done, or at `max_steps`. None: they go on with
             ADMM, and are recognised as infeasible or unbounded by certificates in the differences of iterates.
+        rtol, max_steps: as in `implicitly.argmin.programs.solver.ProgramSolver`.
+
+    Raises:
+        TypeError, ValueError: for invalid options.
+
+    Source: Stellato, Banjac, Goulart, Bemporad and Boyd, "OSQP: an operator splitting solver for quadratic
+    programs", Math. Programming Computation 12 (2020).
     """
 
     max_steps: int = 4000
@@ -263,6 +270,8 @@ class _Splitting:
     def proofs(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
         """The status `(B,)` by the last step alone: INFEASIBLE or UNBOUNDED where it is a certificate."""
         program, q = self.program, self.program.sizes[1]
+        # 1e-6 in float64, 2e-3 in float32: looser, and a feasible program may be called infeasible; tighter, and
+        # ADMM needs many more steps to prove it.
         small = torch.finfo(x.dtype).eps ** 0.38
         size_x, size_y = row_norm(dx), row_norm(dy)
         no_point = row_norm(dy @ self.C) + row_norm(dy[:, q:].clamp(max=0)) <= small * size_y

@@ -208,7 +208,9 @@ class CondensedFactors:
     def is_singular(self, beta: Tensor) -> Tensor:
         """Whether the Jacobian with the exact `beta` is singular, `(B,)`, as far as can be told.
 
-        A pivot is the squared distance, in the metric of P, of a row of G from the span of the rows before it.
+        A pivot is the squared distance, in the metric of P, of a row of G from the span of the rows before it. It
+        counts as zero below sqrt(eps) of the row's own squared norm, where cancellation has cost half of the
+        digits.
         """
         pivots = self.N.diagonal(dim1=1, dim2=2) ** 2
         least = torch.finfo(beta.dtype).eps ** 0.5 * self.condensed.M.diagonal(dim1=-2, dim2=-1)
@@ -370,6 +372,7 @@ def inside(v: Tensor) -> Tensor:
     if v.shape[1] == 0:
         return v
     least = v.amin(1, keepdim=True)
+    # Positive, and not so small that the first step would be lost to rounding.
     return torch.where(least > 1e-8 * (1 + v.abs().amax(1, keepdim=True)), v, v + 1 - least)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from implicitly.argmin.programs.condensed import CondensedFactors
 from implicitly.argmin.programs.kkt import ACTIVE_SET, RELAXED, Conditions, Factors, proximal
 from implicitly.argmin.programs.program import QuadraticProgram
-from implicitly.condition import Condition, Graphs, Map, Report
+from implicitly.condition import LINEAR_REMEDY, Condition, Graphs, Map, Report, explain
 from implicitly.host import maybe_any
 from implicitly.implicit import Backward, attach, search
 from implicitly.iterate import Found, Proposal
 from implicitly.linear import Affine, DenseLU, LinearSolver
 from implicitly.pullback import Pull
+from implicitly.solution import Status
 from implicitly.transforms import full_precision
 from implicitly.tree import row_norm
 
@@ -30,6 +31,18 @@ CLOSE_ENOUGH = 0.5
 PLAIN = 1e-3
 # A refinement step that leaves a larger share must have used the inverse of another matrix.
 CREEP = 0.05
+
+# The message about samples whose linear system was not solved: what to try with the options of `KKTAdjoint`.
+told = partial(
+    explain,
+    remedy={
+        **LINEAR_REMEDY,
+        Status.MAX_STEPS: "raise max_steps of KKTAdjoint, or loosen its rtol",
+        Status.STAGNATED: "loosen rtol of KKTAdjoint, or use a wider dtype: the residual has stopped decreasing",
+        Status.SINGULAR: "leave out redundant constraints, or add a multiple of the identity to Q: the Jacobian "
+        "of the optimality conditions is singular",
+    },
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +110,7 @@ class StructuredSolver(LinearSolver):
     """
 
     recurrent: ClassVar[bool] = False
+    label: ClassVar[str | None] = "the linear solver of KKTAdjoint"
     max_steps: int = 10
     known: Sequence[Linearised] = field(default_factory=list)
 
@@ -243,6 +257,9 @@ class KKTAdjoint:
         smoothing: in units of the objective; 0: the exact derivative.
         rtol: relative tolerance of the linear solves; None means eps^(2/3) of the dtype.
         max_steps: maximal number of steps of their iterative refinement.
+
+    Raises:
+        TypeError, ValueError: for invalid options; ValueError from a solve whose dtype cannot reach `rtol`.
     """
 
     smoothing: float = 0.0
@@ -283,7 +300,7 @@ class KKTAdjoint:
         point, in messages.
         """
         graphs = None if pullback is None else Graphs(search, pullback)
-        how, report, scale = Backward(self._solver(place.known)), Report(on_failure), place.scale
+        how, report, scale = Backward(self._solver(place.known)), Report(on_failure, message=told), place.scale
         conditions = RELAXED if self.smoothing else ACTIVE_SET
         condition = Condition(
             partial(_bound, conditions),

@@ -64,7 +64,7 @@ def solve_as_graph(
             )
 
         right = lambda found: is_as_claimed(solver, condition, theta, found)  # noqa: E731
-        name = f"{condition.name} with {type(solver).__name__}"
+        name = f"{condition.name} with {solver.label or type(solver).__name__}"
         found = run_as_graph(
             name, (condition.name, form, *settings.values()), Make(make), b, *tensors, varies=True, is_right=right
         )

@@ -285,7 +285,7 @@ def largest(x: Tensor) -> Tensor:
 
 
 def _reciprocal(norm: Tensor) -> Tensor:
-    """1 / norm, clamped to a sensible range; 1 for empty rows."""
+    """1 / norm, clamped so that scaling neither overflows nor amplifies noise without limit; 1 for empty rows."""
     return norm.masked_fill(~(norm > 0), 1.0).clamp_(1e-12, 1e12).reciprocal_()
 
 
@@ -314,7 +314,11 @@ def natural_residual(program: QuadraticProgram, scaling: Scaling, w: Tensor) -> 
 
 
 def _size(given: list[Tensor], terms: list[Tensor]) -> Tensor:
-    """The scale of an error `(B,)`, in units in which solutions have size one."""
+    """The scale of an error `(B,)`, in units in which solutions have size one.
+
+    Of the `terms` only the share eps^0.3 counts: at the default tolerance eps^(2/3), the error allowed for them is
+    a few eps of their size, which is their rounding error.
+    """
     most, part = (torch.stack([row_norm(t) for t in of]).amax(0) for of in (given, terms))
     return 1 + most + torch.finfo(most.dtype).eps ** 0.3 * part
 

@@ -170,7 +170,9 @@ def checked(Q: Any, p: Any, G: Any, h: Any, A: Any, b: Any) -> QuadraticProgram:
     """The program, with Q symmetrised; raises TypeError / ValueError for arguments that do not fit together."""
     for first, second, x, y in (("G", "h", G, h), ("A", "b", A, b)):
         if (x is None) != (y is None):
-            raise ValueError(f"{first} and {second} come together: got {second if x is None else first} alone")
+            raise ValueError(
+                f"{first} and {second} must be passed together: got only {second if x is None else first}"
+            )
         if isinstance(x, Tensor) and x.shape == (0,):  # as qpth wants it
             raise ValueError(
                 f"{first} is an empty vector, not a matrix: leave {first} and {second} out, or pass None, where "
@@ -240,7 +242,9 @@ def without_infinite_bounds(program: QuadraticProgram) -> QuadraticProgram:
 def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tensor, Tensor]:
     """w and the slack of a warm start; raises TypeError / ValueError if it does not fit `program`."""
     if not isinstance(solution, ProgramSolution):
-        raise TypeError(f"start must be what an earlier qp returned, got a {type(solution).__name__}")
+        raise TypeError(
+            f"start must be a ProgramSolution that an earlier im.qp returned, got a {type(solution).__name__}"
+        )
     parts = (solution.value, solution.dual_equality, solution.dual_inequality, solution.slack)
     lead = (program.batch,) if program.batched else ()
     expected = [(*lead, k) for k in (*program.sizes, program.sizes[2])]
@@ -253,7 +257,7 @@ def start_of(solution: ProgramSolution, program: QuadraticProgram) -> tuple[Tens
         came, wanted = getattr(solution.value, what), getattr(program.Q, what)
         if came != wanted:
             raise ValueError(
-                f"start has {what} {came}, the program {wanted}; solve it from a start of its own {what}"
+                f"start has {what} {came}, but the program has {wanted}; pass a start of the same {what}, or none"
             )
     z, nu, lam, slack = (t.detach().reshape(program.batch, t.shape[-1]) for t in parts)
     return torch.cat([z, nu, lam], 1), slack

@@ -12,7 +12,9 @@ from implicitly.argmin.programs.program import times, times_transposed
 from implicitly.host import maybe_any
 from implicitly.tree import row_norm
 
+# The most Newton steps; samples that need more count as not found.
 MAX_STEPS = 50
+# How far a step goes, as a share of the way to the boundary, so that multipliers and slacks stay positive.
 TO_BOUNDARY = 0.99
 
 
@@ -27,7 +29,7 @@ def central_point(
     """
     program, root = system.program, kappa**0.5
     n, q, m = program.sizes
-    tolerance = 1e3 * torch.finfo(w.dtype).eps
+    tolerance = 1e3 * torch.finfo(w.dtype).eps  # rounding errors of residuals and solves add up to many eps
     lam, s = w[:, n + q :].clamp(min=0), (program.h - times(program.G, w[:, :n])).clamp(min=0)
     binds = lam > s
     lam, s = torch.where(binds, lam, kappa / s.clamp(min=root)), torch.where(binds, s, s.clamp(min=root))

@@ -26,8 +26,9 @@ class ProgramSolver(ABC):
     rtol: float | None = None
     max_steps: int = 50
 
-    # For `Report`: these solvers are never asked for a fixed number of steps alone.
+    # For `Report`: these solvers are never asked for a fixed number of steps alone, and messages name its class.
     fixed_steps: ClassVar[bool] = False
+    label: ClassVar[str | None] = None
 
     def __post_init__(self):
         if self.rtol is not None:

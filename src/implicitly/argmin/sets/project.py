@@ -290,6 +290,7 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 def _check_consistent(A: Tensor, b: Tensor, x: Tensor, unit: Tensor) -> None:
     """Raise ValueError if A x = b fails at its least-squares solution `x`, where each equation has its `unit`."""
     left = (_apply(A, x) - b).detach().abs()
+    # 2e-12 in float64, 6e-6 in float32: room for rounding errors of the pseudoinverse beyond those of the terms.
     limit = torch.finfo(A.dtype).eps ** 0.75 * _terms(A, x, b)
     check_values(
         left <= limit, left * unit, "affine: the equations A x = b contradict each other; the best x misses one by"

@@ -76,8 +76,8 @@ def per_row(name: str, parameter: str, given: Any, z: Tensor, dims: int = 1, mus
     check_broadcast(name, parameter, value.shape, lead, "one number a row")
     if value.ndim > len(lead) > 0 and value.shape[-1] == 1:
         raise ValueError(
-            f"{name}: {parameter} of shape {tuple(value.shape)} would make more rows of z {tuple(z.shape)}: one "
-            f"number a row has the shape {tuple(lead)}, without a dimension for the row's entries; squeeze(-1)"
+            f"{name}: {parameter} must have one number per row of z {tuple(z.shape)}, so the shape {tuple(lead)} "
+            f"without a dimension for the entries of a row, got {tuple(value.shape)}; use squeeze(-1)"
         )
     value = value[(..., *(None,) * dims)]
     check_all(name, parameter, given, value, must)

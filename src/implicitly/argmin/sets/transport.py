@@ -30,14 +30,15 @@ from implicitly.tree import row_norm
 
 # The temperature starts at the size of the costs and is halved, at most this often, down to the one asked for.
 HALVINGS = 60
+# The most Newton steps at each temperature; they start from the solution at twice that temperature.
 NEWTON_STEPS = 50
 TOO_COLD = (
-    "epsilon is so small beside the costs that rounding errors of the potentials show in the plan: raise it, or "
-    "use a wider dtype"
+    "raise epsilon, or use a wider dtype: epsilon is so small compared with the costs that rounding errors of the "
+    "dual potentials are visible in the plan"
 )
 FORBIDDEN = (
-    "more finite costs, or other marginals: every plan has infinite costs for {} of them, as some rows hold more "
-    "mass than all columns that they may go to"
+    "more finite costs, or other marginals: for {} of them every plan has infinite cost, as some rows have more "
+    "mass than all columns that they may be sent to"
 )
 # Bounds on the change along an eigenvector of the Hessian that are tried, in units of the temperature: where parts
 # of the plan hardly touch, Newton's step is far too long, and the right one is of the size of the costs.
@@ -73,6 +74,7 @@ class MinimumNorm(LinearSolver):
     """
 
     recurrent: ClassVar[bool] = False
+    label: ClassVar[str | None] = "the dense least-squares solver"
     limit_gib: float = 4.0
     max_steps: int = 5
 
@@ -189,7 +191,7 @@ def _marginals(cost: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     first, second = (value.detach().sum(-1) for value in marginals)
     check_broadcast("sinkhorn", "row", first.shape, second.shape, "leading dimensions of column")
     gap = first - second
-    limit = precision**0.75 * (first + second)
+    limit = precision**0.75 * (first + second)  # sums that the user rounded may differ by more than eps
     check_values(
         gap.abs() <= limit, gap, "sinkhorn: row and column must have the same sum; the first minus the second"
     )
@@ -222,6 +224,7 @@ def _examined(F: Map, found: Found) -> Found:
     The residual is the error in the logarithms of the row sums. It may be a mere rounding error of large
     potentials, and still show in the plan.
     """
+    # 5e-7 in float64, 2e-3 in float32, for each row.
     limit = torch.finfo(found.z.dtype).eps ** 0.4 * found.z.shape[1] ** 0.5
     off = found.residual > limit
     return found._replace(
