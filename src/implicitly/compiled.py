@@ -535,6 +535,7 @@ def _compile(
     function: Callable[..., Any], dynamic: bool | None, in_c: bool, anew: Callable[[], None]
 ) -> Callable[..., Any]:
     """Compile `function` as one graph; `anew` is called each time that the compiler makes one."""
+    from implicitly.known_views import KnownViews  # which imports the compiler
 
     def filtered(guards: Sequence[Any]) -> list[bool]:
         anew()
@@ -547,8 +548,6 @@ def _compile(
 
     # The compiler keeps its graphs on the code object, so each function needs one of its own.
     solve.__code__ = solve.__code__.replace(co_name="solve_as_graph")
-    from implicitly.known_views import KnownViews  # which imports the compiler
-
     options: dict[str, Any] = {"guard_filter_fn": filtered, "post_grad_custom_pre_pass": KnownViews()}
     if in_c:
         # Compiled separately, with few optimisations, it takes half as long, and the graph runs as fast.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -53,74 +54,98 @@ def push_forward(
 
 
 @dataclass(frozen=True)
-class _Pullback(Linear):
-    """The cotangents of the `wanted` inputs, from what a solve saved and the cotangents of its outputs."""
+class _Derivative(Linear):
+    """A derivative of the outputs of a solve by its inputs `places`, as a map of what is `given`."""
 
     work: Work
     restored: Restored
-    wanted: list[int]
-
-    def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """By a sweep back over the steps."""
-        ended, steps, inputs = saved_as(tensors[: self.count])
-        with self.restored(), full_precision(inputs[1].device.type):
-            return self.work.swept(steps, ended, inputs, self.wanted, *tensors[self.count :])
-
-    def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """From all steps at once."""
-        ended, steps, inputs = saved_as(tensors[: self.count])
-        of_wanted = of_places(partial(self.work.joined, steps, ended), inputs, self.wanted)
-        chosen = tuple(inputs[i] for i in self.wanted)
-        bar = torch.cat([x.flatten() for x in tensors[self.count :]])
-        transformed = any(is_wrapped(x) for x in (bar, *chosen))
-        with self.restored(), full_precision(inputs[1].device.type):
-            return pull_within(of_wanted, chosen, bar) if transformed else vjp(of_wanted, *chosen)[1](bar)
-
-    def mapped(
-        self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Linear, list[Tensor], Split]:
-        """The same of a solve of all samples that `vmap` maps."""
-        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.wanted)
-        bars = [merge_rows(x, d, size) for x, d in zip(tensors[self.count :], dims[self.count :])]
-
-        def split(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(x if i > 1 else split_rows(x, size) for i, x in zip(self.wanted, found))
-
-        return replace(self, work=work), [*saved, *bars], split
-
-
-@dataclass(frozen=True)
-class _Pushforward(Linear):
-    """The tangents of the outputs, as one vector, from what a solve saved and the tangents of `moving` inputs."""
-
-    work: Work
-    restored: Restored
-    moving: list[int]
+    places: list[int]
 
     def fast(self, *tensors: Tensor) -> Sequence[Tensor]:
         """By a sweep over the steps."""
-        _, steps, inputs = saved_as(tensors[: self.count])
+        ended, steps, inputs = saved_as(tensors[: self.count])
         with self.restored(), full_precision(inputs[1].device.type):
-            return [push_steps(self.work, steps, inputs, self.moving, tensors[self.count :]).flatten(0, 2)]
+            return self.swept(ended, steps, inputs, tensors[self.count :])
 
     def exact(self, *tensors: Tensor) -> Sequence[Tensor]:
         """From all steps at once."""
         ended, steps, inputs = saved_as(tensors[: self.count])
-        of_moving = of_places(partial(self.work.joined, steps, ended), inputs, self.moving)
+        outputs = of_places(partial(self.work.joined, steps, ended), inputs, self.places)
+        at = tuple(inputs[i] for i in self.places)
         with self.restored(), full_precision(inputs[1].device.type):
-            return [push(of_moving, tuple(inputs[i] for i in self.moving), tensors[self.count :])]
+            return self.through(outputs, at, tensors[self.count :])
 
     def mapped(
         self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
     ) -> tuple[Linear, list[Tensor], Split]:
         """The same of a solve of all samples that `vmap` maps."""
-        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.moving)
-        directions = [
-            _in_front(x, d, size) if i > 1 else merge_rows(x, d, size)
-            for i, x, d in zip(self.moving, tensors[self.count :], dims[self.count :])
+        work, saved = _merged(self.work, size, dims[: self.count], tensors[: self.count], self.places)
+        given = self.merged(size, dims[self.count :], tensors[self.count :])
+        return replace(self, work=work), [*saved, *given], partial(self.split, size)
+
+    @abstractmethod
+    def swept(
+        self, ended: Ended, steps: tuple[Tensor, ...], inputs: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The values for `given`, by a sweep over the `steps`."""
+
+    @abstractmethod
+    def through(
+        self, outputs: Callable[..., Tensor], at: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The values for `given`, by the derivative of all `outputs` at once, a function of the inputs `at`."""
+
+    @abstractmethod
+    def merged(self, size: int, dims: Sequence[int | None], given: Sequence[Tensor]) -> list[Tensor]:
+        """What is `given` for each of `size` solves, for the solve of all samples."""
+
+    @abstractmethod
+    def split(self, size: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The values for the solve of all samples, as those for each of `size` solves."""
+
+
+class _Pullback(_Derivative):
+    """The cotangents of inputs, given those of the outputs."""
+
+    def swept(
+        self, ended: Ended, steps: tuple[Tensor, ...], inputs: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return self.work.swept(steps, ended, inputs, self.places, *given)
+
+    def through(
+        self, outputs: Callable[..., Tensor], at: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        bar = torch.cat([x.flatten() for x in given])
+        transformed = any(is_wrapped(x) for x in (bar, *at))
+        return pull_within(outputs, at, bar) if transformed else vjp(outputs, *at)[1](bar)
+
+    def merged(self, size: int, dims: Sequence[int | None], given: Sequence[Tensor]) -> list[Tensor]:
+        return [merge_rows(x, d, size) for x, d in zip(given, dims)]
+
+    def split(self, size: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x if i > 1 else split_rows(x, size) for i, x in zip(self.places, values))
+
+
+class _Pushforward(_Derivative):
+    """The tangents of the outputs, as one vector, given those of inputs."""
+
+    def swept(
+        self, ended: Ended, steps: tuple[Tensor, ...], inputs: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return [push_steps(self.work, steps, inputs, self.places, given).flatten(0, 2)]
+
+    def through(
+        self, outputs: Callable[..., Tensor], at: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return [push(outputs, at, tuple(given))]
+
+    def merged(self, size: int, dims: Sequence[int | None], given: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            _in_front(x, d, size) if i > 1 else merge_rows(x, d, size) for i, x, d in zip(self.places, given, dims)
         ]
-        linear = replace(self, work=work)
-        return linear, [*saved, *directions], lambda found: tuple(split_rows(x, size) for x in found)
+
+    def split(self, size: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(split_rows(x, size) for x in values)
 
 
 def _merged(
@@ -128,7 +153,7 @@ def _merged(
 ) -> tuple[Work, list[Tensor]]:
     """A solve under `vmap`, and what it saved, as a solve of all samples.
 
-    Each of those that `vmap` maps has its own copy of the inputs `own`, counted as `wanted` and `moving` are.
+    Each of those that `vmap` maps has its own copy of the inputs `own`, as indices into (times, y0, *theta).
     """
     first = len(Taken._fields) + 2  # the place of the times
     merged, of_theta = [merge_rows(x, d, size) for x, d in zip(saved[: first + 2], dims)], []

@@ -17,6 +17,9 @@ from implicitly.pullback import of_places, pullback
 from implicitly.transforms import Operation, one_by_one, unhooked
 from implicitly.tree import real_parts
 
+# Splits the values of a merged batch, so that what was mapped is in their first dimension.
+Split = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Linear(ABC):
@@ -43,9 +46,6 @@ class Linear(ABC):
 
         Also a function that splits its values, so that they have the `size` entries in their first dimension.
         """
-
-
-Split = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

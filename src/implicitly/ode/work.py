@@ -356,7 +356,7 @@ def sweep(
     (times, y0, *theta), failed = inputs, work.failed and maybe_any(~ended.finished)
     # y0 enters through the first state only; its cotangent is what is left at the end.
     shared = [i for i in wanted if i != 1]
-    sums = {i: zeros_of(inputs[i], g.shape[3:]) for i in shared}
+    sums = {i: _zeros_of(inputs[i], g.shape[3:]) for i in shared}
     leaves, record, host = _leaves(inputs, shared), work.record, on_host(times)
     assert record is not None
     reached, clocks = reached[:1], None if len(reached) < 2 else _clock_bars(stacked, reached[1])
@@ -380,7 +380,7 @@ def sweep(
         ticks = [] if clocks is None else list(zip(shown, clocks[:, begin:stop].split(1, dim=1)))
         stop = begin
         if memory_bar is None:
-            memory_bar = [zeros_of(m, g.shape[3:]) for m in after.memory]
+            memory_bar = [_zeros_of(m, g.shape[3:]) for m in after.memory]
             memory_bar[len(memory_bar) - len(reached) :] = [x.unsqueeze(1) for x in reached]
         outputs = [after.y, *after.memory, *(p.values for p in pieces), *(t for t, _ in ticks)]
         bars = [y_bar, *memory_bar, *(g[p.rows, p.columns] for p in pieces), *(bar for _, bar in ticks)]
@@ -416,7 +416,7 @@ def push_steps(
     stepper = work.stepper(host, leaves[0], *leaves[2:], once=True)
     given = dict(zip(moving, tangents))
     several = tangents[0].shape[inputs[moving[0]].ndim :]
-    dy, along = given.get(1, zeros_of(y0, several)), [given[i] for i in shared]
+    dy, along = given.get(1, _zeros_of(y0, several)), [given[i] for i in shared]
     y, parameters = y0.detach().requires_grad_(), [leaves[i] for i in shared]
     with torch.enable_grad():
         state = restart(stepper, y)
@@ -432,7 +432,7 @@ def push_steps(
     return assemble(outputs, change[0], None)
 
 
-def zeros_of(x: Tensor, several: Sequence[int]) -> Tensor:
+def _zeros_of(x: Tensor, several: Sequence[int]) -> Tensor:
     """Zeros like x; if there are `several`, in further last dimensions."""
     return x.new_zeros((*x.shape, *several)) if several else torch.zeros_like(x)
 
